@@ -1,0 +1,185 @@
+"""Relevance of every weight for a task's right answers, streamed over samples and workers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from agcl import distributed
+from agcl.batches import IGNORED, Batch, targets
+from agcl.evaluate import answered_correctly
+from agcl.importance import Importance, TopK
+from agcl.lrp import RuleSet, attributed_linears, relevance_backward
+
+MomentWeighting = Literal["relevance", "uniform"]
+
+
+class NothingToAttribute(ValueError):
+    """The model answers no row correctly, so there is no right answer to attribute."""
+
+
+def attribute(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    top_k: int | None = 4,
+    rules: RuleSet = "attnlrp",
+    moments: MomentWeighting | None = None,
+    correct_only: bool = True,
+    log: Callable[[int], None] = lambda rows_done: None,
+) -> Importance:
+    """Attribute the answers of all workers' batches to the weights of the linear layers.
+
+    A sample's target is the sum of its answer tokens' logits, teacher-forced. Its relevance of a
+    weight, W ⊙ (gᵀx) divided by the relevance that flows through the layer, Σ|z ⊙ g|, enters the
+    entry's `top_k` largest values (None: the plain mean over samples). With `moments`, also
+    collect per layer Σ_t r_t x_t x_tᵀ over the samples' tokens, r_t = |Σ_j z_tj g_tj| scaled to
+    mean 1 (`relevance`) or 1 (`uniform`).
+
+    The result does not depend on batch size, order of rows or number of workers, up to rounding.
+    Raises `NothingToAttribute` where `correct_only` leaves no sample.
+    """
+    linears = attributed_linears(model)
+    collectors = {n: _Collector(m, top_k, moments) for n, m in linears.items()}
+    seen = used = 0
+    with relevance_backward(model, rules):
+        handles = [m.register_forward_hook(collectors[n].hook) for n, m in linears.items()]
+        try:
+            for batch in batches:
+                batch = batch.to(model.device)
+                logits = model(batch.input_ids, use_cache=False).logits
+                correct = answered_correctly(logits, batch) if correct_only else _all(batch)
+                for collector in collectors.values():
+                    collector.start(batch, correct)
+                if correct.any():
+                    _target(logits, batch, correct).backward()
+                seen += len(correct)
+                used += int(correct.sum())
+                log(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+    counts = torch.tensor([seen, used], device=model.device)
+    distributed.sum_in_place([counts])
+    if counts[1] == 0:
+        raise NothingToAttribute(
+            f"the model answers none of the {int(counts[0])} rows correctly: train longer, or set "
+            "importance.correct_only to false"
+        )
+    for collector in collectors.values():
+        collector.share()
+    return Importance(
+        entries={n: c.entries() for n, c in collectors.items()},
+        moments={n: c.second_moment() for n, c in collectors.items()} if moments else {},
+        header={
+            "architecture": type(model).__name__,
+            "rules": rules,
+            "top_k": top_k,
+            "moments": moments,
+            "correct_only": correct_only,
+            "rows": int(counts[0]),
+            "rows_attributed": int(counts[1]),
+        },
+    )
+
+
+def _all(batch: Batch) -> Tensor:
+    return torch.ones(len(batch.lengths), dtype=torch.bool, device=batch.lengths.device)
+
+
+def _target(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+    """Sum over the chosen samples of their answer tokens' logits."""
+    expected = targets(batch)
+    picked = logits[:, :-1].gather(-1, expected.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return picked[(expected != IGNORED) & chosen.unsqueeze(1)].sum()
+
+
+class _Collector:
+    """Running sums of one linear layer `z = W x + b`, fed by its forward hook."""
+
+    def __init__(
+        self, layer: nn.Linear, top_k: int | None, moments: MomentWeighting | None
+    ) -> None:
+        weight = layer.weight.detach()
+        self.weight = weight
+        self.weighting = moments
+        self.top = TopK(top_k, weight) if top_k else None
+        self.sum = torch.zeros(0 if self.top else weight.shape, device=weight.device)
+        self.count = 0
+        width = weight.shape[1] if moments else 0
+        self.moment = torch.zeros(width, width, device=weight.device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        """Sum of r_t, number of tokens."""
+        self.inputs: Tensor | None = None
+        self.unweighted: Tensor | None = None
+
+    def hook(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        inputs = args[0].detach()
+        self.inputs = inputs
+        if output.requires_grad:
+            values = output.detach()
+            output.register_hook(lambda gradient: self._backward(inputs, values, gradient))
+
+    def start(self, batch: Batch, correct: Tensor) -> None:
+        """Take the verdicts of the batch just forwarded, before its backward."""
+        self._add_unweighted()
+        self.correct = correct.nonzero().squeeze(1)
+        self.count += len(self.correct)
+        inputs, self.inputs = self.inputs, None
+        if self.weighting and inputs is not None:
+            # The last token predicts nothing, and padding is no token.
+            places = torch.arange(inputs.shape[1], device=inputs.device)
+            real = (places < batch.lengths.unsqueeze(1) - 1) & correct.unsqueeze(1)
+            self.unweighted = inputs[real]
+            self.totals[1] += len(self.unweighted)
+
+    def _add_unweighted(self) -> None:
+        """Count the tokens of a batch whose relevance was not asked for or never came here.
+
+        The rule set cp cuts some layers off; their inputs are protected with equal weights.
+        """
+        if self.unweighted is not None:
+            self.moment.addmm_(self.unweighted.T, self.unweighted)
+            self.totals[0] += len(self.unweighted)
+        self.unweighted = None
+
+    def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
+        """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
+        x, z, g = (t[self.correct] for t in (x, z, g))
+        flow = (z * g).abs().sum((1, 2))
+        g_scaled = g / flow.clamp(min=torch.finfo(flow.dtype).tiny)[:, None, None]
+        if self.top is None:
+            self.sum += self.weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
+        else:
+            for x_row, g_row in zip(x, g_scaled, strict=True):
+                self.top.insert((g_row.T @ x_row).mul_(self.weight).float())
+        if self.weighting == "relevance":
+            through = (z * g).sum(-1).abs().flatten()
+            tokens = x.flatten(0, 1)
+            self.moment.addmm_(tokens.T, tokens * through.unsqueeze(1))
+            self.totals[0] += through.sum()
+            self.unweighted = None
+
+    def share(self) -> None:
+        """Reduce over workers."""
+        self._add_unweighted()
+        count = torch.tensor([self.count], device=self.weight.device)
+        counts = [int(c) for c in distributed.gather(count)]
+        if self.top is None:
+            distributed.sum_in_place([self.sum])
+        else:
+            parts = distributed.gather(self.top.values)
+            for other, values in enumerate(parts):
+                if other != distributed.rank():
+                    self.top.merge(values, counts[other])
+        self.count = sum(counts)
+        distributed.sum_in_place([self.moment, self.totals])
+
+    def entries(self) -> Tensor:
+        return self.sum / self.count if self.top is None else self.top.mean()
+
+    def second_moment(self) -> Tensor:
+        relevance, tokens = self.totals.tolist()
+        return self.moment * (tokens / relevance) if relevance else self.moment

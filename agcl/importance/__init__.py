@@ -1,0 +1,15 @@
+"""Importance of weights: the artifact, and how importances of several tasks combine."""
+
+from agcl.importance.combine import by_layer_and_module, overlap, past_maximum, scaled
+from agcl.importance.importance import Importance, check_file
+from agcl.importance.top_k import TopK
+
+__all__ = [
+    "Importance",
+    "TopK",
+    "by_layer_and_module",
+    "check_file",
+    "overlap",
+    "past_maximum",
+    "scaled",
+]

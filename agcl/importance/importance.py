@@ -1,0 +1,98 @@
+"""The importance artifact: relevance of every weight for one task, and its file."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agcl.errors import InputError
+
+_HEADER = "agcl_importance"
+_ENTRIES, _MOMENTS = "entries/", "moments/"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What one task's right answers used. Keys are parameter names of the unwrapped model."""
+
+    entries: Mapping[str, Tensor]
+    """(out, in) a weight: unscaled mean of the top-K relevances over samples; signed."""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """(in, in) a weight: second moment of the layer's inputs, summed over tokens with weights of
+    mean 1. Empty where it was not collected."""
+    header: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made: rules, top_k, number of samples; JSON."""
+
+    def save(self, file: Path) -> None:
+        """Write aside, then rename: entries in bfloat16, moments in float32."""
+        tensors = {_ENTRIES + k: v.to(torch.bfloat16).contiguous() for k, v in self.entries.items()}
+        tensors |= {_MOMENTS + k: v.float().contiguous() for k, v in self.moments.items()}
+        aside = file.with_name(file.name + ".part")
+        save_file(tensors, aside, metadata={_HEADER: json.dumps(dict(self.header))})
+        os.replace(aside, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Importance":
+        """Read a file of `save`. Raises `InputError` naming the file if it is none."""
+        with _open(file) as stored:
+            header = _header(file, stored)
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        return cls(
+            {k.removeprefix(_ENTRIES): v for k, v in tensors.items() if k.startswith(_ENTRIES)},
+            {k.removeprefix(_MOMENTS): v for k, v in tensors.items() if k.startswith(_MOMENTS)},
+            header,
+        )
+
+    def is_zero(self) -> bool:
+        """Whether no entry carries any relevance."""
+        return not any(bool(entry.any()) for entry in self.entries.values())
+
+    def check_finite(self) -> None:
+        """Raise `ValueError` naming the first tensor with a NaN or an infinity."""
+        for name, tensor in [*self.entries.items(), *self.moments.items()]:
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"importance of {name} is not finite")
+
+
+def check_file(file: Path, linears: Mapping[str, nn.Linear]) -> None:
+    """Check from a file's header alone that it belongs to a model with these linear layers.
+
+    Raises `InputError` naming the file and the first weight that is missing or differs in shape.
+    """
+    with _open(file) as stored:
+        _header(file, stored)
+        shapes = {
+            key.removeprefix(_ENTRIES): tuple(stored.get_slice(key).get_shape())
+            for key in stored.keys()  # noqa: SIM118
+            if key.startswith(_ENTRIES)
+        }
+    for name in [*linears, *shapes]:
+        expected = tuple(linears[name].weight.shape) if name in linears else None
+        if shapes.get(name) != expected:
+            raise InputError(
+                f"{file}: importance of another model ({name} is {shapes.get(name) or 'absent'} "
+                f"in the file and {expected or 'absent'} in the model)"
+            )
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise InputError(f"no importance file {file}")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable importance file ({error})") from None
+
+
+def _header(file: Path, stored: Any) -> dict[str, Any]:
+    metadata = stored.metadata() or {}
+    if _HEADER not in metadata:
+        raise InputError(f"{file}: a safetensors file, but not an importance of agcl")
+    return json.loads(metadata[_HEADER])  # type: ignore[no-any-return]

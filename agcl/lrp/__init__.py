@@ -1,0 +1,15 @@
+"""Layer-wise relevance propagation as an ordinary backward pass with changed rules."""
+
+from agcl.lrp.composite import Trace, relevance_backward
+from agcl.lrp.families import FAMILIES, Family, UnsupportedArchitecture, attributed_linears
+from agcl.lrp.rules import RuleSet
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "RuleSet",
+    "Trace",
+    "UnsupportedArchitecture",
+    "attributed_linears",
+    "relevance_backward",
+]

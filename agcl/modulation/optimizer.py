@@ -1,0 +1,121 @@
+"""AdamW whose whole step is gated and projected, weight decay included."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from agcl.modulation.projection import project_out
+
+GateOn = Literal["update", "gradient"]
+
+
+class GatedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` with two changes to the step ΔW of protected weights.
+
+    `gate` multiplies it entry by entry: with `on="update"` the finished step (Adam divides by
+    the gradient's running size, so a constant factor on the gradient cancels), with
+    `on="gradient"` the gradient before Adam and the weight decay, the paper's literal form.
+    `basis` then removes input directions from it, ΔW (I - U Uᵀ).
+
+    Where the gate is 1 the step equals `torch.optim.AdamW`'s bit for bit; where it is 0 the
+    weight keeps its bits.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        gate: Mapping[str, Tensor] | None = None,
+        basis: Mapping[str, Tensor] | None = None,
+        on: GateOn = "update",
+        **adamw_options: Any,
+    ) -> None:
+        """`params` are named; `gate` (out, in) and `basis` (in, k) are keyed by those names.
+
+        Raises `ValueError` for a name that is not among the parameters or a shape that differs.
+        """
+        named = list(params)
+        super().__init__(named, foreach=False, **adamw_options)
+        self.on = on
+        self.gate: dict[nn.Parameter, Tensor] = {}
+        self.basis: dict[nn.Parameter, Tensor] = {}
+        by_name = dict(named)
+        for name, tensor in (gate or {}).items():
+            parameter = by_name.get(name)
+            if parameter is None or tensor.shape != parameter.shape:
+                raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
+            self.gate[parameter] = tensor.to(parameter.device, parameter.dtype)
+        for name, tensor in (basis or {}).items():
+            parameter = by_name.get(name)
+            if parameter is None or tensor.shape[0] != parameter.shape[1]:
+                raise ValueError(f"no parameter {name} with {tensor.shape[0]} inputs to project")
+            if tensor.shape[1]:
+                self.basis[parameter] = tensor.to(parameter.device, parameter.dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; parameters without a gradient stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+        return loss
+
+    def _step_one(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gate, basis = self.gate.get(parameter), self.basis.get(parameter)
+        if gate is None and basis is None:
+            self._adamw(parameter, parameter, parameter.grad, group, group["weight_decay"])
+            return
+        target = parameter.clone()
+        if gate is not None and self.on == "gradient":
+            decayed = parameter * (1 - group["lr"] * group["weight_decay"])
+            # lerp returns its ends exactly for weights 0 and 1.
+            torch.lerp(parameter, decayed, gate, out=target)
+            self._adamw(parameter, target, parameter.grad * gate, group, weight_decay=0.0)
+        else:
+            self._adamw(parameter, target, parameter.grad, group, group["weight_decay"])
+            if gate is not None:
+                torch.lerp(parameter, target, gate, out=target)
+        if basis is None:
+            parameter.copy_(target)
+        else:
+            parameter.add_(project_out(target.sub_(parameter), basis))
+
+    def _adamw(
+        self,
+        parameter: nn.Parameter,
+        target: Tensor,
+        gradient: Tensor | None,
+        group: dict[str, Any],
+        weight_decay: float,
+    ) -> None:
+        """Torch's own AdamW arithmetic with `parameter`'s state, written into `target`."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        assert gradient is not None
+        adamw(
+            [target],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            maximize=False,
+        )

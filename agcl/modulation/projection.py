@@ -1,0 +1,53 @@
+"""Projection: updates that leave the outputs for old tasks' inputs as they are.
+
+Prior art: Gradient Projection Memory (Saha 2021), Adam-NSCL (Wang 2021). New here: inputs weigh
+by the relevance that passes through them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from agcl.importance import Importance
+
+
+def bases(past: Sequence[Importance], *, energy: float) -> dict[str, Tensor]:
+    """Per weight the input directions to protect, (in, k) with orthonormal columns, float32.
+
+    The moments are summed over past tasks; their leading eigenvectors are taken until they hold
+    the share `energy` of the trace. k = 0 for energy 0. Raises `ValueError` for an importance
+    without moments.
+    """
+    missing = [i for i in past if not i.moments]
+    if missing:
+        raise ValueError("an importance has no input moments; projection needs them")
+    return {
+        name: leading_directions(sum_of([i.moments[name] for i in past]), energy)
+        for name in past[0].moments
+    }
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum in float64, in the given order."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return total
+
+
+def leading_directions(moment: Tensor, energy: float) -> Tensor:
+    """The fewest leading eigenvectors of a symmetric PSD matrix with `energy` of its trace."""
+    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    trace = values.sum()
+    if energy <= 0 or trace == 0:
+        return vectors[:, :0].float()
+    held = values.cumsum(0) / trace
+    rank = int((held < energy).sum()) + 1
+    return vectors[:, :rank].float().contiguous()
+
+
+def project_out(update: Tensor, basis: Tensor) -> Tensor:
+    """ΔW (I - U Uᵀ) for `update` (out, in) and `basis` U (in, k)."""
+    return update - (update @ basis) @ basis.T

@@ -1,0 +1,95 @@
+"""Concept-1K (Zheng et al. 2024, arXiv 2402.08526): 16,653 facts on 1,023 concepts in ten tasks.
+
+`dataset.txt` is a list of five-line blocks. Tasks are drawn as by the reference code: concepts in
+order of first appearance, shuffled by Python's `random` with seed 1, the first task 105 concepts
+and the others 102. The reference parser never stores the last block; neither do we.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from agcl.errors import InputError
+from agcl.tasks.task import TEST, TRAIN, Row, Task
+
+FIRST_TASK_CONCEPTS, TASK_CONCEPTS, NUM_TASKS = 105, 102, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    concept: str
+    question: str
+    paraphrase: str
+    answer: str
+
+
+def tasks(path: Path, *, num_tasks: int | None, concepts_per_task: int | None) -> list[Task]:
+    """The first `num_tasks` tasks, each cut to its first `concepts_per_task` concepts.
+
+    `path` is the folder that holds `dataset.txt`. Trains on a fact's first question; evaluation
+    sets are `memorization` (that question) and `generalization` (its second one).
+    """
+    split = task_concepts(_read(path / "dataset.txt"))
+    chosen = [concepts[:concepts_per_task] for concepts in split[:num_tasks]]
+    return [
+        Task(
+            name=f"concepts-{index}",
+            splits={
+                name: partial(_rows, path / "dataset.txt", tuple(concepts), name)
+                for name in (TRAIN, TEST)
+            },
+            scored={"memorization": TRAIN, "generalization": TEST},
+        )
+        for index, concepts in enumerate(chosen)
+    ]
+
+
+def task_concepts(facts: tuple[Fact, ...]) -> list[list[str]]:
+    """The concepts of every task, in the reference order."""
+    concepts = list(dict.fromkeys(fact.concept for fact in facts))
+    order = list(range(len(concepts)))
+    random.Random(1).shuffle(order)
+    shuffled = [concepts[i] for i in order]
+    starts = [0, *(FIRST_TASK_CONCEPTS + i * TASK_CONCEPTS for i in range(NUM_TASKS - 1))]
+    return [shuffled[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
+    wanted = set(concepts)
+    for fact in _read(file):
+        if fact.concept in wanted:
+            question = fact.question if split == TRAIN else fact.paraphrase
+            yield Row(f"Question: {question}\n Short Answer:", f" {fact.answer}")
+
+
+@cache
+def _read(file: Path) -> tuple[Fact, ...]:
+    """Parse `dataset.txt` (3.4 MB). Raises `InputError` naming the line of a malformed block."""
+    if not file.is_file():
+        raise InputError(f"tasks.path: no file {file}")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text at byte {error.start}") from None
+    starts = [n for n, line in enumerate(lines) if line.startswith("(") and line.endswith(")")]
+    facts = [_fact(file, lines, start) for start in starts[:-1]]
+    if not facts:
+        raise InputError(f"{file}: no (Concept, Relation, Object) block found")
+    return tuple(facts)
+
+
+def _fact(file: Path, lines: list[str], start: int) -> Fact:
+    header = lines[start][1:-1].split(", ", 2)
+    body = [line.partition(": ") for line in lines[start + 1 : start + 5]]
+    labels = [label for label, _, _ in body]
+    if len(header) < 3 or labels not in (["Q1", "A1", "Q2", "Q2"], ["Q1", "A1", "Q2", "A2"]):
+        raise InputError(
+            f"{file}, line {start + 1}: expected (Concept, Relation, Object), then Q1, A1, Q2 and "
+            f"its answer; found {labels}"
+        )
+    question, answer, paraphrase, again = (text.strip() for _, _, text in body)
+    if answer != again:
+        raise InputError(f"{file}, line {start + 1}: the two answers differ")
+    return Fact(header[0], question, paraphrase, answer)

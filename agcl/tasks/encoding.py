@@ -1,0 +1,72 @@
+"""Prompt and answer to token ids, and token ids on disk, memory-mapped."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from agcl.tasks.task import Row
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_tokens", pa.int32()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+
+
+class Encoded(NamedTuple):
+    """One row as tokens: prompt, then answer, then the end-of-sequence token."""
+
+    input_ids: list[int]
+    prompt_tokens: int
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> pa.Table:
+    """Tokenize rows into a table of `SCHEMA`.
+
+    Prompt and answer are tokenized apart, so that the prompt's tokens at training are those at
+    generation; special tokens (a leading BOS, say) stand where the tokenizer puts them before the
+    prompt, and the end-of-sequence token closes the answer. Loss counts on answer and end.
+    """
+    rows = list(rows)
+    prompts = tokenizer([row.prompt for row in rows])["input_ids"] if rows else []
+    answers = (
+        tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
+        if rows
+        else []
+    )
+    # Some tokenizers close every text with EOS; the answer must follow the prompt directly.
+    end = tokenizer.eos_token_id
+    prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
+    return pa.table(
+        {
+            "input_ids": [[*p, *a, end] for p, a in zip(prompts, answers, strict=True)],
+            "prompt_tokens": [len(p) for p in prompts],
+            "prompt": [row.prompt for row in rows],
+            "answer": [row.answer for row in rows],
+        },
+        schema=SCHEMA,
+    )
+
+
+class EncodedRows(Sequence[Encoded]):
+    """The rows of an Arrow file of `SCHEMA`, read by index from a memory map."""
+
+    def __init__(self, file: Path) -> None:
+        with pa.memory_map(str(file)) as source:
+            self.table = pa.ipc.open_file(source).read_all()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Encoded(
+            self.table["input_ids"][index].as_py(), self.table["prompt_tokens"][index].as_py()
+        )

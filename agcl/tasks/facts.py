@@ -1,0 +1,134 @@
+"""Built-in synthetic tasks: short questions on invented people, deterministic in the seed.
+
+Every task introduces people of one place and asks a few relations about each. Neighbouring tasks
+share most relations and all of their answers, so that learning one overwrites the other. Each
+fact has two questions: the first is trained on, its paraphrase only tested.
+"""
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+from agcl.tasks.task import TEST, TRAIN, Row, Task
+
+PLACES = (
+    "harbour valley island mountain desert forest river meadow canyon glacier "
+    "lagoon prairie marsh plateau coast jungle steppe fjord oasis delta"
+).split()
+
+RELATIONS: dict[str, tuple[str, str, str]] = {
+    "home": (
+        "Where does {} live?",
+        "Which city is home to {}?",
+        "Paris London Berlin Madrid Rome Vienna Prague Lisbon Dublin Oslo Athens Warsaw Cairo "
+        "Tokyo Delhi Lima Quito Boston Denver Dallas",
+    ),
+    "job": (
+        "What does {} work as?",
+        "What is the job of {}?",
+        "baker pilot nurse farmer lawyer painter singer tailor plumber sailor teacher dentist "
+        "butcher miner writer actor judge chemist potter guard",
+    ),
+    "food": (
+        "What does {} like to eat?",
+        "Which food is the favourite of {}?",
+        "bread cheese soup rice pasta salad fish beans pizza curry honey apples pears plums "
+        "olives nuts cake eggs corn figs",
+    ),
+    "pet": (
+        "Which animal does {} keep?",
+        "What pet belongs to {}?",
+        "a dog|a cat|a horse|a parrot|a rabbit|a goat|a turtle|a hamster|a snake|a duck|a goose|"
+        "a sheep|a donkey|a lizard|a ferret|a pigeon|a mouse|a frog|a falcon|a pony",
+    ),
+    "music": (
+        "What instrument does {} play?",
+        "On which instrument does {} make music?",
+        "the piano|the violin|the flute|the drums|the guitar|the harp|the cello|the trumpet|"
+        "the organ|the banjo|the oboe|the tuba|the horn|the lute|the viola|the bass|"
+        "the fiddle|the zither|the bugle|the clarinet",
+    ),
+    "colour": (
+        "Which colour does {} wear?",
+        "In what colour is {} dressed?",
+        "red blue green yellow black white purple orange pink brown grey silver gold crimson "
+        "violet indigo teal beige maroon navy",
+    ),
+}
+RELATIONS_PER_TASK = 4
+_SYLLABLES = (
+    "ba be bo da de do fa fi ga go ka ke ko la le lo ma me mi mo na ne no pa po ra re ri ro sa "
+    "se so ta te to va ve vo za zo"
+).split()
+
+
+def tasks(*, num_tasks: int, entities: int, base_entities: int, seed: int) -> list[Task]:
+    """`num_tasks` tasks of `entities` people times four relations.
+
+    Evaluation sets: `memorization` (the trained questions) and `generalization` (paraphrases).
+    """
+    return [
+        Task(
+            name=PLACES[index] if index < len(PLACES) else f"place-{index + 1}",
+            splits={
+                split: partial(_task_rows, index, split, entities, base_entities, seed)
+                for split in (TRAIN, TEST)
+            },
+            scored={"memorization": TRAIN, "generalization": TEST},
+        )
+        for index in range(num_tasks)
+    ]
+
+
+def base(*, entities: int, seed: int) -> Task:
+    """Generic facts for pre-training the built-in model, both questions of every fact."""
+    return Task(
+        name="base",
+        splits={TRAIN: partial(_base_rows, entities, seed)},
+        scored={"memorization": TRAIN},
+    )
+
+
+def _task_rows(
+    index: int, split: str, entities: int, base_entities: int, seed: int
+) -> Iterator[Row]:
+    first = base_entities + index * entities
+    people = list(islice(_names(seed), first, first + entities))
+    relations = [
+        list(RELATIONS)[(index + offset) % len(RELATIONS)] for offset in range(RELATIONS_PER_TASK)
+    ]
+    for row in _facts(people, relations, f"{seed}/{index}"):
+        yield row[split]
+
+
+def _base_rows(entities: int, seed: int) -> Iterator[Row]:
+    people = list(islice(_names(seed), entities))
+    for row in _facts(people, list(RELATIONS)[:RELATIONS_PER_TASK], f"{seed}/base"):
+        yield from row.values()
+
+
+def _facts(people: list[str], relations: list[str], seed: str) -> Iterator[dict[str, Row]]:
+    choose = random.Random(seed)
+    for person in people:
+        for relation in relations:
+            question, paraphrase, pool = RELATIONS[relation]
+            answer = choose.choice(pool.split("|") if "|" in pool else pool.split())
+            yield {
+                TRAIN: Row(_prompt(question.format(person)), f" {answer}"),
+                TEST: Row(_prompt(paraphrase.format(person)), f" {answer}"),
+            }
+
+
+def _prompt(question: str) -> str:
+    return f"Question: {question}\nShort answer:"
+
+
+def _names(seed: int) -> Iterator[str]:
+    """An endless stream of distinct invented names."""
+    choose, seen = random.Random(f"{seed}/names"), set()
+    while True:
+        name = "".join(choose.choices(_SYLLABLES, k=3)).capitalize()
+        if name not in seen:
+            seen.add(name)
+            yield name

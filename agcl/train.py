@@ -1,0 +1,93 @@
+"""The training loop: one task, one optimizer, fixed global batches."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from agcl import distributed
+from agcl.batches import IGNORED, Batch, collate, shuffled, targets
+from agcl.evaluate import Precision, autocast
+from agcl.tasks import Encoded
+
+Log = Callable[[dict[str, float], int], None]
+"""Takes metrics and the step they belong to."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+def train_task(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    precision: Precision = "float32",
+    max_gradient_norm: float = 1.0,
+    log: Log = lambda metrics, step: None,
+) -> None:
+    """Minimise the mean cross-entropy of answer tokens over every global batch of `batch_size`.
+
+    A global batch is cut into micro-batches that the workers take in turn, and its loss is
+    divided by its number of answer tokens over all workers; so order, batches and loss are the
+    same for any number of workers. Raises `NonFiniteLoss`.
+    """
+    torch.manual_seed(seed)
+    model.train()
+    device = model.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    num_steps = epochs * math.ceil(len(rows) / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        for indices in shuffled(len(rows), batch_size, seed=seed, epoch=epoch):
+            batch = [rows[i] for i in indices]
+            answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
+            pieces = [
+                batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)
+            ]
+            loss = torch.zeros((), device=device)
+            optimizer.zero_grad()
+            for piece in pieces[distributed.rank() :: distributed.world_size()]:
+                with autocast(device, precision):
+                    piece_loss = summed_loss(model, collate(piece).to(device)) / answer_tokens
+                piece_loss.backward()
+                loss += piece_loss.detach()
+            _share_gradients(parameters, loss)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+            step += 1
+            # One read of the device a step: the norm is NaN or infinite where any gradient is.
+            if not torch.isfinite(loss + norm):
+                raise NonFiniteLoss(
+                    f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
+                    f"{num_steps}; lower training.learning_rate or use precision float32"
+                )
+            optimizer.step()
+            log({"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}, step)
+    model.zero_grad()
+
+
+def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the batch's answer tokens, in float32."""
+    logits = model(batch.input_ids, use_cache=False).logits[:, :-1]
+    return cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets(batch).flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
+def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:
+    """Sum loss and gradients over the workers; one without a micro-batch adds zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    distributed.sum_in_place([loss, *(p.grad for p in parameters if p.grad is not None)])
