@@ -25,19 +25,19 @@ class Fact:
     answer: str
 
 
-def tasks(path: Path, *, num_tasks: int | None, concepts_per_task: int | None) -> list[Task]:
+def tasks(file: Path, *, num_tasks: int | None, concepts_per_task: int | None) -> list[Task]:
     """The first `num_tasks` tasks, each cut to its first `concepts_per_task` concepts.
 
-    `path` is the folder that holds `dataset.txt`. Trains on a fact's first question; evaluation
+    `file` is the benchmark's `dataset.txt`. Trains on a fact's first question; evaluation
     sets are `memorization` (that question) and `generalization` (its second one).
     """
-    split = task_concepts(_read(path / "dataset.txt"))
+    split = task_concepts(_read(file))
     chosen = [concepts[:concepts_per_task] for concepts in split[:num_tasks]]
     return [
         Task(
             name=f"concepts-{index}",
             splits={
-                name: partial(_rows, path / "dataset.txt", tuple(concepts), name)
+                name: partial(_rows, file, tuple(concepts), name)
                 for name in (TRAIN, TEST)
             },
             scored={"memorization": TRAIN, "generalization": TEST},

@@ -1,0 +1,1 @@
+"""What users run and what is submitted to a cluster: `agcl ...`, or `python -m jobs ...`."""

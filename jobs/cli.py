@@ -1,0 +1,103 @@
+"""The command `agcl`: parses arguments, calls the pipeline, maps outcomes to exit codes."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTION = """\
+Attribution-guided continual learning of large language models on Ray.
+
+Takes one model through a sequence of tasks, measures which weights carried the right answers of
+each, protects them while later tasks are learned, and reports what is forgotten.
+"""
+_EPILOG = """\
+Settings are key.path=value and beat the file: training.epochs=4 protect.0.kind=gate
+protect.0.strength=0.5. Exit codes: 0 done, 1 a stage failed, 2 bad config or input, 130
+interrupted. Any run can be interrupted and run again: finished stages are not computed twice.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    from agcl.errors import InputError
+
+    try:
+        return int(parsed.job(parsed, "agcl " + " ".join(arguments)) or OK)
+    except InputError as error:
+        return _say(BAD_INPUT, str(error))
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _say(code: int, message: str) -> int:
+    print(f"agcl: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agcl",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    from jobs import compare, plan, report, run, ui
+
+    _add(commands, "run", run.main, "one method over one sequence", config=True)
+    sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
+    sub.add_argument("--methods", default="sequential,agcl", help="by comma (default: %(default)s)")
+    sub.add_argument("--seeds", type=_positive, default=1, help="seeds a method, from the config's")
+    _add(commands, "plan", plan.main, "print the stages and what is done; run nothing", config=True)
+    sub = _add(commands, "report", report.main, "write report.html of a run again")
+    sub.add_argument("run_dir", type=Path, help="folder of a run, such as storage/facts")
+    sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")
+    sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
+    sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, job: Callable[..., Any], text: str, *, config: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_EPILOG if config else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(job=job)
+    if config:
+        parser.add_argument("config", type=Path, help="YAML file, such as jobs/configs/facts.yaml")
+        parser.add_argument("settings", nargs="*", metavar="key.path=value")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

@@ -1,0 +1,84 @@
+"""What `run` and `compare` share: execute, then print results and where to look."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.report import RunResult
+from pipeline.run import REPORT_FILE, Run, execute
+from pipeline.runner import StageFailed
+from pipeline.tracking import default_uri
+
+METRIC_COLUMNS = {
+    "average_performance": "average",
+    "backward_transfer": "backward transfer",
+    "learning_accuracy": "learned",
+    "average_incremental_performance": "incremental",
+    "forward_transfer": "forward transfer",
+}
+
+
+def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str) -> int:
+    """Execute, print matrices, metrics and places; exit code 1 where a stage failed."""
+    console = Console()
+    console.print(f"[bold]{title}[/]: {', '.join(runs)}", highlight=False)
+    try:
+        results = execute(runs, folder, title=title, command=command, console=console)
+    except StageFailed as failure:
+        Console(stderr=True, soft_wrap=True).print(
+            f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
+        )
+        return 1
+    for label, result in zip(runs, results, strict=True):
+        print_matrices(console, label, result)
+    print_metrics(console, dict(zip(runs, results, strict=True)))
+    first = next(iter(runs.values())).config
+    console.print(f"report      {folder / REPORT_FILE}", highlight=False, soft_wrap=True)
+    console.print(
+        f"MLflow UI   agcl ui --storage {first.storage}"
+        if first.tracking.uri is None
+        else f"MLflow      {first.tracking.uri or default_uri(first.storage)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for run in runs.values():
+        console.print(f"final model {run.folder / 'model'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def print_matrices(console: Console, label: str, result: RunResult) -> None:
+    """The accuracy matrix of every evaluation set."""
+    metrics = result.metrics
+    for name, values in metrics["evaluation_sets"].items():
+        table = Table(title=f"{label}: {name}", title_justify="left", title_style="bold")
+        table.add_column("after")
+        held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
+        for column in [*metrics["tasks"], *(f"({skill})" for skill in held_out)]:
+            table.add_column(column, justify="right")
+        for index, row in enumerate(values["accuracy_matrix"]):
+            scores = [*row, *(scores[index] for scores in held_out.values())]
+            after = metrics["tasks"][index - 1] if index else "base model"
+            table.add_row(after, *(_number(score) for score in scores))
+        console.print(table)
+
+
+def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
+    """The metrics of every run and evaluation set, a line each."""
+    table = Table(title="metrics", title_justify="left", title_style="bold")
+    for column in ("run", "evaluation set"):
+        table.add_column(column)
+    for column in [*METRIC_COLUMNS.values(), "forgetting"]:
+        table.add_column(column, justify="right")
+    for label, result in results.items():
+        for name, values in result.metrics["evaluation_sets"].items():
+            numbers: list[Any] = [values[key] for key in METRIC_COLUMNS]
+            numbers.append(values["forgetting"]["mean"])
+            table.add_row(label, name, *(_number(number) for number in numbers))
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,10 @@
+"""`agcl ui`: the MLflow UI on loopback."""
+
+import argparse
+
+
+def main(arguments: argparse.Namespace, command: str) -> int:
+    """Serve until interrupted."""
+    from pipeline.tracking import serve
+
+    return serve(arguments.storage.expanduser().absolute(), arguments.port)

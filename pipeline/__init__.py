@@ -1,0 +1,1 @@
+"""Orchestration: configs, artifacts, the DAG of stages on Ray, tracking in MLflow."""

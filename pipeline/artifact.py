@@ -1,0 +1,169 @@
+"""Artifacts: folders that are whole or not there.
+
+A stage writes into `<folder>.part`, which is renamed to `<folder>` once `manifest.json` is in it.
+The manifest records what the folder was made from and the hash of every file.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import agcl
+from agcl.errors import InputError
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
+
+
+class CorruptArtifact(InputError):
+    """A finished artifact whose files are not what its manifest says."""
+
+
+def fingerprint(what: Any) -> str:
+    """SHA-256 of a JSON value, keys sorted."""
+    text = json.dumps(what, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
+    """SHA-256 over names and contents of a file, or of a folder's files that fit a pattern."""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
+    return fingerprint({f.name: file_hash(f) for f in files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished artifact; None where there is none.
+
+    Raises `CorruptArtifact` where it cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} is not JSON ({error})")) from None
+    if not isinstance(manifest, dict) or not {"fingerprint", "files"} <= manifest.keys():
+        raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} lacks its fingerprint or files"))
+    return manifest
+
+
+def is_complete(folder: Path, expected: str) -> bool:
+    """Whether the folder is a finished artifact of this fingerprint with all its files.
+
+    Compares sizes; `verify` compares contents. Raises `CorruptArtifact`.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    if manifest["fingerprint"] != expected:
+        raise CorruptArtifact(_corrupt(folder, "its fingerprint is another"))
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptArtifact(_corrupt(folder, f"{name} is missing"))
+        if file.stat().st_size != entry["bytes"]:
+            raise CorruptArtifact(_corrupt(folder, f"{name} has another size than was written"))
+    return True
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its recorded hash. Raises `CorruptArtifact` naming the file."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CorruptArtifact(_corrupt(folder, f"it has no {MANIFEST}"))
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file_hash(file) != entry["sha256"]:
+            raise CorruptArtifact(_corrupt(folder, f"{name} is not what was written"))
+
+
+@contextmanager
+def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield `<folder>.part`, empty; on leaving normally seal it with a manifest and rename it.
+
+    `record` must hold the fingerprint. After an exception the part is removed.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    started = time.time()
+    try:
+        yield part
+        files = sorted(f for f in part.rglob("*") if f.is_file())
+        manifest = {
+            **record,
+            **provenance(),
+            "started": started,
+            "seconds": round(time.time() - started, 3),
+            "files": {
+                str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": file_hash(f)}
+                for f in files
+            },
+        }
+        write_json(part / MANIFEST, manifest)
+        for file in files:
+            _sync(file)
+        os.replace(part, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON aside, flush it to disk, then rename."""
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file aside, flush it to disk, then rename."""
+    aside = file.with_name(file.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, file)
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Git commit of the code and versions of what it runs on."""
+    root = Path(agcl.__file__).parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "git": found.stdout.strip() or "not a git checkout",
+        "versions": {
+            "agcl": agcl.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _corrupt(folder: Path, why: str) -> str:
+    return f"artifact {folder} is corrupt: {why}; delete that folder to compute it again"

@@ -1,0 +1,350 @@
+"""The config: frozen sections, unknown keys forbidden, one validation for file and overrides."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agcl.errors import InputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sequential": {"protect": []},
+    "agcl": {"protect": [{"kind": "project"}]},
+}
+"""What each method sets; a config file's own sections for the same method come on top."""
+METHOD_SECTIONS = ("importance", "protect")
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Pretraining(Section):
+    """How the built-in model learns its generic facts before the sequence."""
+
+    entities: Positive = 120
+    """People in the generic facts, four facts each."""
+    epochs: Positive = 16
+    learning_rate: float = Field(2e-3, gt=0)
+    batch_size: Positive = 32
+
+
+class Model(Section):
+    """The model that goes through the sequence."""
+
+    path: str = "builtin"
+    """`builtin`, or a folder with a Hugging Face causal language model in safetensors."""
+    pretraining: Pretraining = Pretraining()
+    """Used for `builtin` only."""
+
+
+class TaskSection(Section):
+    """What all task formats have in common."""
+
+    max_length: Positive = 512
+    """Tokens a row, prompt and answer; longer rows are left out, counted and reported."""
+
+
+class FactsTasks(TaskSection):
+    """Built-in synthetic tasks on invented people."""
+
+    format: Literal["facts"] = "facts"
+    count: int = Field(4, ge=1, le=100)
+    """Number of tasks."""
+    entities: int = Field(12, ge=1, le=1000)
+    """New people a task; each has four facts."""
+    seed: int = Field(0, ge=0)
+    """Chooses names and answers, whatever the run's seed is."""
+
+
+class Concept1KTasks(TaskSection):
+    """The Concept-1K benchmark: ten tasks of about 1,670 facts."""
+
+    format: Literal["concept1k"]
+    path: Path
+    """Folder that holds `dataset.txt`."""
+    count: int = Field(10, ge=1, le=10)
+    """Number of tasks, from the first."""
+    concepts_per_task: Positive | None = None
+    """Cut every task to its first concepts (about 16 facts each); null keeps all."""
+
+
+class JsonlTask(Section):
+    """One task from JSON-lines files."""
+
+    name: str
+    train: Path
+    test: Path | None = None
+    """Rows to score; without it the training rows are."""
+
+
+class JsonlTasks(TaskSection):
+    """Your own tasks: one JSON object a line, with a prompt and an answer."""
+
+    format: Literal["jsonl"]
+    sequence: tuple[JsonlTask, ...] = Field(min_length=1)
+    """Tasks in training order."""
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+
+
+class Training(Section):
+    """How each task is trained. A fresh optimizer for every task, constant learning rate."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """AdamW."""
+    epochs: Positive = 8
+    """Passes over each task's training rows."""
+    batch_size: Positive = 16
+    """Rows an optimizer step, all workers together."""
+    micro_batch_size: Positive = 16
+    """Rows a forward pass. Workers share a batch's micro-batches, so with W workers set it to at
+    most batch_size / W; results depend on it only by rounding."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    precision: Precision = "float32"
+    """`bfloat16` is autocast; weights and optimizer stay float32."""
+
+
+class ImportanceSection(Section):
+    """How the importance of weights is measured after each task."""
+
+    estimator: Literal["lrp"] = "lrp"
+    source: Literal["sequential", "solo"] = "sequential"
+    """Attribute the model of the sequence, or one trained from the base on the task alone."""
+    rules: Literal["attnlrp", "cp"] = "attnlrp"
+    """LRP rule set of the backward pass."""
+    top_k: Positive | None = 4
+    """Samples whose relevance counts for an entry; null takes the mean of all."""
+    samples: Positive | None = None
+    """At most this many training rows a task, drawn by the seed; null takes all."""
+    correct_only: bool = True
+    """Attribute only rows that the model answers correctly."""
+    batch_size: Positive = 8
+    """Rows a relevance backward pass; does not change the result."""
+    past: tuple[Path, ...] = ()
+    """Importance files of earlier runs of the same base model, protected from the first task on."""
+
+
+class Protection(Section):
+    """What all protections have in common."""
+
+    ungated: Literal["train", "freeze"] = "freeze"
+    """Weights without importance (embeddings, norms, head): train on, or freeze while any
+    protection is active, that is from the second task on."""
+
+
+class Gate(Protection):
+    """Important weights move less, entry by entry."""
+
+    kind: Literal["gate"]
+    on: Literal["update", "gradient"] = "update"
+    """Multiply the optimizer's whole step, or (the paper's form) only the gradient."""
+    strength: float = Field(1.0, ge=0)
+    """α: 0 is no gate, at 1 the most important entries do not move."""
+    exponent: float = Field(1.0, gt=0)
+    """γ: above 1 only the most important entries are held."""
+    log_scale: float = Field(1e5, gt=0)
+    """κ of the logarithmic scaling: larger values hold more entries."""
+
+
+class Project(Protection):
+    """Updates leave the layers' outputs for old tasks' inputs unchanged."""
+
+    kind: Literal["project"]
+    energy: Share = 0.8
+    """Share of the old inputs' second moment that is protected: 0 is none."""
+    weighting: Literal["relevance", "uniform"] = "relevance"
+    """Weigh each token's input by the relevance that passes through it, or all the same."""
+
+
+class Evaluation(Section):
+    """How tasks are scored: greedy exact match."""
+
+    batch_size: Positive = 64
+    precision: Precision = "float32"
+    set: str | None = None
+    """Evaluation set of the headline metrics; null takes the format's first."""
+
+
+class Resources(Section):
+    """What each Ray Train session gets."""
+
+    num_workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    """CPU cores, and threads, a worker."""
+    use_gpu: bool = False
+    """One GPU a worker, nccl."""
+
+
+class Tracking(Section):
+    """Where MLflow records runs."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null is a sqlite file in the storage folder."""
+    enabled: bool = True
+
+
+class Config(Section):
+    """One method over one sequence of tasks."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run under `storage`."""
+    method: Literal["agcl", "sequential"] = "agcl"
+    """Preset of the sections `importance` and `protect`."""
+    seed: int = Field(0, ge=0)
+    storage: Path = Path("storage")
+    """Folder of all runs and artifacts; shared by all nodes of a cluster."""
+    model: Model = Model()
+    tasks: FactsTasks | Concept1KTasks | JsonlTasks = Field(FactsTasks(), discriminator="format")
+    training: Training = Training()
+    importance: ImportanceSection = ImportanceSection()
+    protect: tuple[Annotated[Gate | Project, Field(discriminator="kind")], ...] = ()
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.method == "sequential" and self.protect:
+            raise ValueError("protect: method sequential protects nothing; choose method agcl")
+        if self.method == "agcl" and not self.protect:
+            raise ValueError("protect: method agcl needs at least one protection")
+        if self.name == "stages":
+            raise ValueError("name: 'stages' is the folder of shared artifacts")
+        kinds = [item.kind for item in self.protect]
+        if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
+            raise ValueError("protect: one of each kind at most, and project last")
+        if self.model.path == "builtin" and self.importance.past:
+            raise ValueError("importance.past: needs a model folder, not the builtin model")
+        return self
+
+
+def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -> Config:
+    """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
+
+    `method` (or an override of it) that differs from the file's drops the file's sections
+    `importance` and `protect`, which were written for the other method. Raises `InputError`, one
+    line naming the key.
+    """
+    raw = _read(file)
+    pairs = [_split(override) for override in overrides]
+    chosen = method or next((v for k, v in reversed(pairs) if k == "method"), None)
+    in_file = raw.get("method", Config.model_fields["method"].default)
+    if chosen is not None and chosen != in_file:
+        raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
+    raw["method"] = chosen or in_file
+    preset = PRESETS.get(raw["method"], {}) if isinstance(raw["method"], str) else {}
+    raw = {**yaml.safe_load(yaml.safe_dump(preset)), **raw}
+    # A new kind comes first: the other keys of its item belong to it.
+    for key, value in sorted(pairs, key=lambda pair: pair[0].rpartition(".")[2] not in _KINDS):
+        if key != "method":
+            _set(raw, key, value)
+    config = validate(raw)
+    return config.model_copy(update={"storage": config.storage.expanduser().absolute()})
+
+
+def validate(raw: Mapping[str, Any]) -> Config:
+    """Build a `Config`; `InputError` of one line, naming every wrong key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_KINDS = ("kind", "format")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"no config file {file}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{file}: not valid YAML ({problem})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise InputError(f"{file}: a config is a mapping of sections")
+    return raw
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: expected key.path=value")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    node: Any = raw
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(node, list):
+            node = _item(node, part, key)
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise InputError(f"{key}: {part} is not a section")
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = value
+        return
+    if last in _KINDS and last in node and node[last] != value:
+        node.clear()
+    node[last] = value
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdecimal() or int(part) > len(items):
+        raise InputError(f"{key}: {part!r} is not an item of the list (it has {len(items)})")
+    if int(part) == len(items):
+        items.append({})
+    return items[int(part)]
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key.path: what is wrong`."""
+    tags = {"gate", "project", "facts", "concept1k", "jsonl"}
+    parts = [str(p) for i, p in enumerate(error["loc"]) if i == 0 or p not in tags]
+    key = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
+        return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _known_keys() -> set[str]:
+    known: set[str] = set()
+    todo: list[type[Section]] = [Section]
+    while todo:
+        for section in todo.pop().__subclasses__():
+            known |= set(section.model_fields)
+            todo.append(section)
+    return known

@@ -1,0 +1,192 @@
+"""The DAG: stages, what is done already, and running the rest in sessions.
+
+A *session* is one group of workers that runs stages one after the other with the model kept in
+memory, since starting a Ray Train session costs more than many a stage. Every stage still writes
+its own artifact, so an interrupted session goes on at its first unfinished stage.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.stages.context import Context
+
+StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, Context], None]
+"""`fn(config, inputs, out_dir, context)`: reads input folders, writes into out_dir."""
+
+
+@dataclass(frozen=True)
+class External:
+    """An input that no stage made: a file, or the files of a folder that fit a pattern."""
+
+    path: Path
+    patterns: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node. Two stages with the same function, config and inputs are one artifact."""
+
+    name: str
+    """Readable and unique in its plan, such as `train/2-rivers`."""
+    fn: StageFunction
+    config: Mapping[str, Any]
+    """JSON: everything but the inputs that the result depends on."""
+    inputs: Mapping[str, "Stage | External"] = field(default_factory=dict)
+    session: str = ""
+    """Stages with the same session name and owners run in one session."""
+    train: bool = False
+    """Runs on Ray Train workers; otherwise in one plain Ray task."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage resolved to paths: what is sent to the workers."""
+
+    name: str
+    fn: StageFunction
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    folder: Path
+    record: Mapping[str, Any]
+    """Goes into the manifest; holds the fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the function's name, the config and the inputs' fingerprints."""
+        return str(self.record["fingerprint"])
+
+    def is_complete(self) -> bool:
+        """Whether the artifact is there and whole; raises `CorruptArtifact`."""
+        return artifact.is_complete(self.folder, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Unfinished stages that run in one place, in order."""
+
+    name: str
+    works: tuple[Work, ...]
+    train: bool
+    after: frozenset[str]
+    """Names of the sessions that must be done before."""
+
+
+def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
+    """Works by stage name, in dependency order; equal stages share one folder.
+
+    Hashes external inputs, each once. Runs nothing.
+    """
+    hashes: dict[External, str] = {}
+    works: dict[str, Work] = {}
+    by_fingerprint: dict[str, Work] = {}
+
+    def input_fingerprint(source: Stage | External) -> str:
+        if isinstance(source, Stage):
+            return visit(source).fingerprint
+        if source not in hashes:
+            hashes[source] = artifact.content_hash(source.path, source.patterns)
+        return hashes[source]
+
+    def visit(stage: Stage) -> Work:
+        if stage.name in works:
+            return works[stage.name]
+        inputs = {role: input_fingerprint(source) for role, source in stage.inputs.items()}
+        identity = {"function": stage.fn.__name__, "config": stage.config, "inputs": inputs}
+        key = artifact.fingerprint(identity)
+        first = by_fingerprint.get(key)
+        folder = storage / "stages" / f"{folder_name(stage.name)}-{key[:8]}"
+        works[stage.name] = by_fingerprint[key] = first or Work(
+            name=stage.name,
+            fn=stage.fn,
+            config=stage.config,
+            inputs={
+                role: visit(source).folder if isinstance(source, Stage) else source.path
+                for role, source in stage.inputs.items()
+            },
+            folder=folder,
+            record={"stage": stage.name, "fingerprint": key, **identity},
+        )
+        return works[stage.name]
+
+    for stage in stages:
+        visit(stage)
+    return works
+
+
+def folder_name(stage_name: str) -> str:
+    """A stage's name as the name of a folder."""
+    return re.sub(r"[^\w.-]", "_", stage_name.replace("/", "-"))
+
+
+def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Session]:
+    """The sessions that complete every plan (stages by run), in an order that can be run.
+
+    A stage is left out if its artifact is complete or nothing unfinished needs it. Sessions are
+    split by the set of runs that need them, so that what runs share is computed once, before
+    what they do not.
+    """
+    works: dict[str, Work] = {}
+    stage_of: dict[str, Stage] = {}
+    owners: dict[str, set[str]] = {}
+    for run, stages in plans.items():
+        resolved = resolve(stages, storage)
+        for stage in _needed(stages, resolved):
+            key = resolved[stage.name].fingerprint
+            works.setdefault(key, resolved[stage.name])
+            stage_of.setdefault(key, stage)
+            owners.setdefault(key, set()).add(run)
+    group_of = {
+        key: (stage.session or stage.name, tuple(sorted(owners[key])))
+        for key, stage in stage_of.items()
+    }
+    members: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for key, group in group_of.items():
+        members.setdefault(group, []).append(key)
+
+    def name(group: tuple[str, tuple[str, ...]]) -> str:
+        return f"{group[0]} of {', '.join(group[1])}"
+
+    folders = {work.folder: key for key, work in works.items()}
+    found = []
+    for group, keys in members.items():
+        before = {
+            group_of[folders[folder]]
+            for key in keys
+            for folder in works[key].inputs.values()
+            if folder in folders
+        }
+        found.append(
+            Session(
+                name=name(group),
+                works=tuple(works[key] for key in keys),
+                train=stage_of[keys[0]].train,
+                after=frozenset(name(g) for g in before if g != group),
+            )
+        )
+    return found
+
+
+def _needed(stages: Sequence[Stage], works: Mapping[str, Work]) -> list[Stage]:
+    """Unfinished stages that a final stage needs, in dependency order."""
+    inner = {
+        source.name for s in stages for source in s.inputs.values() if isinstance(source, Stage)
+    }
+    done: dict[str, bool] = {}
+
+    def collect(stage: Stage) -> Iterator[Stage]:
+        if stage.name in done:
+            return
+        done[stage.name] = works[stage.name].is_complete()
+        if not done[stage.name]:
+            for source in stage.inputs.values():
+                if isinstance(source, Stage):
+                    yield from collect(source)
+            yield stage
+
+    order = {stage.name: index for index, stage in enumerate(stages)}
+    needed = [s for stage in stages if stage.name not in inner for s in collect(stage)]
+    return sorted(needed, key=lambda stage: order[stage.name])

@@ -1,0 +1,77 @@
+"""What the terminal shows while stages run: live bars, or plain lines where it is no terminal."""
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from pipeline.stages.context import Record
+
+
+class StageProgress:
+    """One line a running stage; finished stages stay as a line with their time."""
+
+    def __init__(self, console: Console, num_stages: int) -> None:
+        self.console = console
+        self.num_stages, self.num_done = num_stages, 0
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.running: dict[str, tuple[TaskID, float]] = {}
+
+    def __enter__(self) -> "StageProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def observe(self, records: Iterable[Record]) -> None:
+        """Show records of stages: started, metrics, finished or failed."""
+        for record in records:
+            stage = str(record["stage"])
+            match record.get("state"):
+                case "started":
+                    bar = self.bars.add_task(stage, total=None, detail="")
+                    self.running[stage] = (bar, time.monotonic())
+                case "finished" | "failed":
+                    self._end(stage, failed=record["state"] == "failed")
+                case _:
+                    self._advance(stage, record)
+
+    def _advance(self, stage: str, record: Record) -> None:
+        if stage in self.running:
+            total = record.get("of_steps") or record.get("of_rows")
+            detail = f"loss {record['loss']:.4f}" if "loss" in record else ""
+            self.bars.update(
+                self.running[stage][0],
+                completed=float(record["step"]),
+                total=float(total) if total else None,
+                detail=detail,
+            )
+
+    def _end(self, stage: str, *, failed: bool) -> None:
+        bar, started = self.running.pop(stage, (None, time.monotonic()))
+        if bar is not None:
+            self.bars.remove_task(bar)
+        self.num_done += not failed
+        mark = "[red]failed[/]" if failed else "[green]done[/]"
+        self.console.print(
+            f"  {mark} {stage} [dim]{time.monotonic() - started:.1f} s "
+            f"({self.num_done}/{self.num_stages})[/]",
+            highlight=False,
+        )

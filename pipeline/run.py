@@ -1,0 +1,218 @@
+"""From configs to finished runs: check, plan, run what is missing, write results and report."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from agcl.errors import InputError
+from pipeline import artifact, config as configs
+from pipeline.cluster import cluster
+from pipeline.config import Config
+from pipeline.dag import Work, folder_name, resolve, sessions
+from pipeline.figures import figures
+from pipeline.plan import Plan, check_inputs, plan
+from pipeline.progress import StageProgress
+from pipeline.recorder import Recorder
+from pipeline.report import RunResult, StageRecord, write_report
+from pipeline.runner import StageFailed, run_sessions
+from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
+from pipeline.tracking import Tracker, run_tags
+
+CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
+_RUN_AGAIN = {"resources", "tracking"}
+"""Sections that a rerun into the same folder may change: they do not change results."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config with its folder and its stages, resolved."""
+
+    config: Config
+    folder: Path
+    plan: Plan
+    works: Mapping[str, Work]
+
+
+def open_run(config: Config, folder: Path | None = None) -> Run:
+    """Check a config's inputs and resolve its stages. Writes nothing.
+
+    Raises `InputError` for bad input, and for a folder that holds a run of another config.
+    """
+    folder = folder or config.storage / config.name
+    _check_folder(config, folder)
+    check_inputs(config)
+    planned = plan(config)
+    return Run(config, folder, planned, resolve(planned.stages, config.storage))
+
+
+def execute(
+    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
+) -> list[RunResult]:
+    """Run what is missing of every run, write their results, and one report on all.
+
+    Raises `StageFailed`; what was finished by then is kept and not computed again.
+    """
+    first = next(iter(runs.values())).config
+    done_before = {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
+    todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
+    for run in runs.values():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        artifact.write_text(run.folder / CONFIG_FILE, configs.dump(run.config))
+    recorders = _recorders(runs, folder, title, console) if first.tracking.enabled else []
+    try:
+        if todo:
+            _run_missing(todo, first, recorders, console)
+        else:
+            console.print("  every stage is complete already", highlight=False)
+    except BaseException as error:
+        failed = isinstance(error, StageFailed)
+        for recorder in recorders:
+            recorder.abort("FAILED" if failed else "KILLED", str(error) or "interrupted")
+        if isinstance(error, StageFailed):
+            _write_failure(folder, error)
+        raise
+    results = [_finish(run, command, done_before) for run in runs.values()]
+    for result, run in zip(results, runs.values(), strict=True):
+        write_report(run.folder / REPORT_FILE, [result], title=run.config.name)
+    if len(runs) > 1:
+        write_report(folder / REPORT_FILE, results, title=title)
+    pictures = figures(results)
+    for recorder, result in zip(recorders, results, strict=True):
+        recorder.finish(
+            result.metrics,
+            {
+                METRICS: recorder.folder / METRICS,
+                REPORT_FILE: recorder.folder / REPORT_FILE,
+                **{f"figures/{name}": picture for name, picture in pictures.items()},
+            },
+        )
+    return results
+
+
+def _run_missing(
+    todo: Sequence[Any], config: Config, recorders: Sequence[Recorder], console: Console
+) -> None:
+    num_stages = sum(len(session.works) for session in todo)
+    console.print(f"  {num_stages} stages to run; starting Ray", highlight=False)
+    with (
+        cluster(config.resources) as side_by_side,
+        StageProgress(console, num_stages) as progress,
+    ):
+        for recorder in recorders:
+            recorder.reuse()
+
+        def observe(records: list[Any]) -> None:
+            progress.observe(records)
+            for recorder in recorders:
+                recorder.observe(records)
+
+        run_sessions(todo, config.storage, config.resources, side_by_side, observe)
+
+
+def _recorders(
+    runs: Mapping[str, Run], folder: Path, title: str, console: Console
+) -> list[Recorder]:
+    config = next(iter(runs.values())).config
+    config.storage.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(config.storage, config.tracking.uri)
+    group = None
+    if len(runs) > 1:
+        group = tracker.resume(folder) or tracker.start(title, {"kind": "comparison"})
+        tracker.remember(folder, group)
+        tracker.end(group)
+    return [
+        Recorder(
+            tracker,
+            run.folder,
+            run.plan,
+            run.works,
+            name=label,
+            tags=run_tags(run.config),
+            params=run.config.model_dump(mode="json"),
+            group=group,
+        )
+        for label, run in runs.items()
+    ]
+
+
+def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
+    """Write the run's own files from its artifacts."""
+    for stage, work in run.works.items():
+        _link(run.folder / folder_name(stage), work.folder)
+    _link(run.folder / MODEL_LINK, run.works[run.plan.final_model].folder)
+    report = run.works["report"].folder
+    metrics = {"name": run.config.name, **_read_json(report / METRICS)}
+    artifact.write_json(run.folder / METRICS, metrics)
+    importance = report / IMPORTANCE_SUMMARY
+    manifests = {stage: artifact.read_manifest(work.folder) or {} for stage, work in run.works.items()}
+    provenance = artifact.provenance()
+    return RunResult(
+        metrics=metrics,
+        config_yaml=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        stages=[
+            StageRecord(
+                name=stage,
+                fingerprint=work.fingerprint,
+                seconds=float(manifests[stage].get("seconds", 0)),
+                reused=work.folder in done_before,
+            )
+            for stage, work in run.works.items()
+        ],
+        importance=_read_json(importance) if importance.exists() else None,
+        provenance={
+            "command": command,
+            "git": provenance["git"],
+            **provenance["versions"],
+            "seed": str(run.config.seed),
+        },
+    )
+
+
+def _check_folder(config: Config, folder: Path) -> None:
+    """A run folder keeps one config: another one's results would be lost."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        raise InputError(f"{file}: not valid YAML; delete it to write it again") from None
+    now = yaml.safe_load(configs.dump(config))
+    for section, value in now.items():
+        if section not in _RUN_AGAIN and (stored or {}).get(section) != value:
+            raise InputError(
+                f"name: {folder} holds a run with another {section!r} section; choose another "
+                f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
+            )
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point a symbolic link at an artifact, by a relative path, replacing an older one."""
+    aside = link.with_name(link.name + ".part")
+    with suppress(FileNotFoundError):
+        aside.unlink()
+    aside.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    os.replace(aside, link)
+
+
+def _write_failure(folder: Path, failure: StageFailed) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    failure.log = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"
+    failure.log.parent.mkdir(exist_ok=True)
+    failure.log.write_text(failure.traceback, encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

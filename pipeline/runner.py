@@ -1,0 +1,114 @@
+"""Run the sessions of a plan on a Ray cluster, as far side by side as it allows."""
+
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.config import Resources
+from pipeline.dag import Session
+from pipeline.session import Mailbox, run_session
+from pipeline.stages.context import Record
+
+Observe = Callable[[list[Record]], None]
+"""Takes records in order: `{"stage", "state", ...}` or `{"stage", "step", metric: value}`."""
+_POLL_SECONDS = 0.3
+
+
+@dataclass
+class StageFailed(Exception):
+    """A stage ended with an error, or its workers were lost."""
+
+    stage: str
+    error: str
+    traceback: str
+    log: Path | None = None
+    """File with the traceback, once it is written."""
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} failed: {self.error}"
+
+
+def run_sessions(
+    sessions: Sequence[Session],
+    storage: Path,
+    resources: Resources,
+    side_by_side: int,
+    observe: Observe,
+) -> None:
+    """Run every session after those it depends on, at most `side_by_side` at once.
+
+    After a failure nothing new starts, what runs is finished, and `StageFailed` is raised. An
+    exception of any other kind (an interrupt, say) cancels what runs.
+    """
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    waiting = {session.name: session for session in sessions}
+    running: dict[Any, Session] = {}
+    watch = _Watch(observe)
+    failure: StageFailed | None = None
+    scratch = storage / f".ray-train-{uuid.uuid4().hex[:8]}"
+    try:
+        while running or (waiting and failure is None):
+            unfinished = waiting.keys() | {s.name for s in running.values()}
+            for session in _ready(waiting, unfinished) if failure is None else ():
+                if len(running) < side_by_side:
+                    del waiting[session.name]
+                    running[run_session.remote(session, resources, mailbox, scratch)] = session
+            if not running:
+                raise RuntimeError(f"sessions wait for each other: {sorted(waiting)}")
+            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            watch.read(mailbox)
+            for ref in done:
+                failure = _result(ref, running.pop(ref), watch) or failure
+    finally:
+        for ref in running:
+            ray.cancel(ref)
+        shutil.rmtree(scratch, ignore_errors=True)
+    if failure is not None:
+        raise failure
+
+
+def _ready(waiting: dict[str, Session], unfinished: set[str]) -> list[Session]:
+    return [s for s in waiting.values() if not s.after & unfinished]
+
+
+class _Watch:
+    """Passes records on and remembers which stage runs and which failed."""
+
+    def __init__(self, observe: Observe) -> None:
+        self.observe = observe
+        self.state: dict[str, Record] = {}
+
+    def read(self, mailbox: Any) -> None:
+        records = []
+        for record in ray.get(mailbox.take.remote()):
+            if "state" in record:
+                if self.state.get(record["stage"], {}).get("state") == "failed":
+                    continue  # Other workers fail as a consequence of the first.
+                self.state[record["stage"]] = record
+            records.append(record)
+        if records:
+            self.observe(records)
+
+
+def _result(ref: Any, session: Session, watch: _Watch) -> StageFailed | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return _failure(session, watch, error)
+    return None
+
+
+def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
+    states = [watch.state.get(work.name, {}) for work in session.works]
+    for record in states:
+        if record.get("state") == "failed":
+            return StageFailed(record["stage"], record["error"], record["traceback"])
+    started = [r["stage"] for r in states if r.get("state") == "started"]
+    stage = (started or [session.works[0].name])[-1]
+    reason = " ".join(str(error).split())
+    return StageFailed(stage, f"its workers were lost ({reason[-300:]})", str(error))

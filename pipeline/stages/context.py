@@ -1,0 +1,82 @@
+"""What a stage gets besides its config and inputs: device, log, and the model in memory."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from agcl import distributed, models
+from agcl.train import Log
+
+Record = dict[str, float | str]
+Emit = Callable[[list[Record]], None]
+"""Sends records, each with the name of its `stage`, to whoever watches the run."""
+LOG_FILE = "log.jsonl"
+
+
+def _no_log(metrics: dict[str, float], step: int) -> None:
+    pass
+
+
+@dataclass
+class Context:
+    """One worker's view of the session it runs in; the defaults are a plain single process."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    log: Log = _no_log
+    """Records metrics of the running stage by step."""
+    folder: Path = Path()
+    """Where the running stage's out_dir will be once it is whole."""
+    held: dict[Path, PreTrainedModel] = field(default_factory=dict)
+
+    @property
+    def is_first_worker(self) -> bool:
+        """Whether this worker writes the artifacts."""
+        return distributed.rank() == 0
+
+    def take_model(self, folder: Path) -> PreTrainedModel:
+        """The model of an artifact, from memory if the last stage left it there.
+
+        The caller may change it; `hold_model` gives it back.
+        """
+        model = self.held.pop(folder, None)
+        self.held.clear()
+        return model if model is not None else models.load_model(folder).to(self.device)
+
+    def hold_model(self, model: PreTrainedModel, folder: Path) -> None:
+        """Keep a model in memory as that of `folder` for the next stage."""
+        self.held[folder] = model
+
+
+class StageLog:
+    """Metrics of one stage: a JSON-lines file in its artifact, and records sent as they come.
+
+    Only the first worker has one.
+    """
+
+    def __init__(self, stage: str, file: Path, emit: Emit, interval: float = 0.5) -> None:
+        self.stage, self.emit, self.interval = stage, emit, interval
+        self.lines = file.open("a", encoding="utf-8")
+        self.waiting: list[Record] = []
+        self.sent = time.monotonic()
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        """Record metrics of one step."""
+        self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.waiting.append({"stage": self.stage, "step": step, **metrics})
+        if time.monotonic() - self.sent >= self.interval:
+            self._send()
+
+    def _send(self) -> None:
+        self.emit(self.waiting)
+        self.waiting, self.sent = [], time.monotonic()
+
+    def close(self) -> None:
+        """Send what waits and close the file."""
+        if self.waiting:
+            self._send()
+        self.lines.close()

@@ -1,0 +1,173 @@
+"""MLflow: one parent run a sequence, one child a stage. The only file that imports mlflow."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+from pipeline.artifact import write_json
+from pipeline.config import Config
+
+EXPERIMENT = "agcl"
+_RUN_FILE = "mlflow.json"
+_PARAM_LENGTH = 6000
+
+
+def default_uri(storage: Path) -> str:
+    """The sqlite file in the storage folder."""
+    return f"sqlite:///{storage / 'mlflow.db'}"
+
+
+class Tracker:
+    """Runs of one experiment, written by the driver alone and always by explicit run id."""
+
+    def __init__(self, storage: Path, uri: str | None) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+
+        self.uri = uri or default_uri(storage)
+        self.client = MlflowClient(tracking_uri=self.uri)
+        try:
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"tracking.uri: cannot use {self.uri} ({reason})") from None
+        # Artifacts of a local database belong beside it; a server decides for itself.
+        location = None if uri else (storage / "mlartifacts").as_uri()
+        self.experiment = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        )
+
+    def start(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
+        """Create a run and return its id."""
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        run = self.client.create_run(self.experiment, run_name=name, tags={**tags, **nested})
+        return str(run.info.run_id)
+
+    def resume(self, folder: Path) -> str | None:
+        """The id that `remember` left in a run's folder, if MLflow still has that run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run_id = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))["run_id"]
+            self.client.update_run(run_id, status="RUNNING")
+        except (FileNotFoundError, ValueError, KeyError, MlflowException):
+            return None
+        return str(run_id)
+
+    def remember(self, folder: Path, run_id: str) -> None:
+        """Keep a run's id in its folder, so that running it again continues it."""
+        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": self.uri})
+
+    def children(self, parent: str) -> dict[str, str]:
+        """Ids of a run's stage runs by fingerprint."""
+        found: dict[str, str] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment],
+                filter_string=f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'stage'",
+                page_token=token,
+            )
+            found |= {run.data.tags.get("fingerprint", ""): run.info.run_id for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    def params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """Log nested values as dotted params; those already there stay."""
+        from mlflow.entities import Param
+
+        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in _flat(values)]
+        there = self.client.get_run(run_id).data.params
+        new = [param for param in params if param.key not in there]
+        for start in range(0, len(new), 100):
+            self.client.log_batch(run_id, params=new[start : start + 100])
+
+    def metrics(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Log the numbers of records, each with its `step`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), now, int(record.get("step", 0)))
+            for record in records
+            for key, value in record.items()
+            if key != "step" and isinstance(value, int | float)
+        ]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+    def dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        """Record an input dataset."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        entry = Dataset(name=name, digest=digest, source_type="local", source=source)
+        self.client.log_inputs(run_id, datasets=[DatasetInput(entry)])
+
+    def artifacts(self, run_id: str, files: Mapping[str, bytes | str | Path]) -> None:
+        """Log bytes, text or existing files under the given artifact paths."""
+        for path, content in files.items():
+            folder, _, name = path.rpartition("/")
+            if isinstance(content, Path):
+                self.client.log_artifact(run_id, str(content), folder or None)
+            else:
+                self._log_content(run_id, folder, name, content)
+
+    def _log_content(self, run_id: str, folder: str, name: str, content: bytes | str) -> None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / name
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+            self.client.log_artifact(run_id, str(file), folder or None)
+
+    def end(self, run_id: str, status: str = "FINISHED", error: str = "") -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        if error:
+            self.client.set_tag(run_id, "error", error)
+        self.client.set_terminated(run_id, status)
+
+
+def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    items = (
+        values.items()
+        if isinstance(values, Mapping)
+        else enumerate(values)
+        if isinstance(values, list | tuple)
+        else ()
+    )
+    for key, value in items:
+        if isinstance(value, Mapping | list | tuple) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def run_tags(config: Config) -> dict[str, str]:
+    """Tags of a sequence's parent run."""
+    return {"kind": "sequence", "method": config.method, "seed": str(config.seed)}
+
+
+def serve(storage: Path, port: int) -> int:
+    """Run the MLflow UI of a storage folder on loopback until interrupted; its exit code."""
+    if not (storage / "mlflow.db").is_file():
+        raise InputError(f"--storage: no MLflow database in {storage}")
+    arguments = ["--backend-store-uri", default_uri(storage), "--host", "127.0.0.1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return subprocess.run(
+        [sys.executable, "-m", "mlflow", "server", *arguments, "--port", str(port), "--workers", "1"],
+        env=environment,
+        check=False,
+    ).returncode
