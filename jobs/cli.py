@@ -1,6 +1,7 @@
 """The command `agcl`: parses arguments, calls the pipeline, maps outcomes to exit codes."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _DESCRIPTION = """\
 Attribution-guided continual learning of large language models on Ray.
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except OSError as error:
-        if error.errno is None:
+        if error.errno not in _FULL_OR_FORBIDDEN:
             raise
         return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
     finally:

@@ -71,6 +71,8 @@ class Session:
     name: str
     works: tuple[Work, ...]
     train: bool
+    owners: tuple[str, ...]
+    """The runs that need it."""
     after: frozenset[str]
     """Names of the sessions that must be done before."""
 
@@ -164,6 +166,7 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Sessio
                 name=name(group),
                 works=tuple(works[key] for key in keys),
                 train=stage_of[keys[0]].train,
+                owners=group[1],
                 after=frozenset(name(g) for g in before if g != group),
             )
         )

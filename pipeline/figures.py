@@ -6,6 +6,7 @@ pyplot, so any thread of any process may call this.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,7 @@ def plots(runs: Sequence[RunResult]) -> list[Plot]:
         found.append(Plot(file, section, label, name, draw))
 
     for name in dict.fromkeys(name for run in runs for name in evaluation_sets(run.metrics)):
-        matrices = {group.label: matrices_of(group, name) for group in all_groups}
+        matrices = {group.label: _matrices(group, name) for group in all_groups}
         matrices = {label: members for label, members in matrices.items() if members}
         add("forgetting", "", name, partial(_forgetting, tasks, matrices))
         for label, members in matrices.items():
@@ -81,7 +82,7 @@ def plots(runs: Sequence[RunResult]) -> list[Plot]:
     return found
 
 
-def matrices_of(group: Group, evaluation_set: str) -> list[Array]:
+def _matrices(group: Group, evaluation_set: str) -> list[Array]:
     """Give the accuracy matrices of a group's runs, leaving out runs without that set."""
     sets = [evaluation_sets(run.metrics) for run in group.runs]
     return [
@@ -103,18 +104,18 @@ def _held_out_curves(all_groups: Sequence[Group]) -> dict[str, dict[str, list[Ar
 
 
 def _accuracy(tasks: Sequence[str], matrix: Array, title: str) -> Figure:
-    axes, _ = _heat_map(matrix, tasks, ["base"], "Blues", Normalize(0, 1), title)
+    figure, axes, _ = _heat_map(matrix, tasks, ["base"], "Blues", Normalize(0, 1), title)
     axes.axhline(0.5, color="white", linewidth=3)
     for i in range(len(tasks)):  # the score right after training the task
         axes.add_patch(Rectangle((i - 0.5, i + 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1))
     axes.set_ylabel("after training", fontsize=8, color=INK)
-    return _figure_of(axes)
+    return figure
 
 
 def _overlap(tasks: Sequence[str], overlap: Array, title: str) -> Figure:
-    axes, bar = _heat_map(overlap, tasks, [], "Purples", LogNorm(CHANCE / 3, 1), title)
+    figure, _, bar = _heat_map(overlap, tasks, [], "Purples", LogNorm(CHANCE / 3, 1), title)
     bar.set_yticks([CHANCE, 0.1, 1], ["0.01 = chance", "0.1", "1"])
-    return _figure_of(axes)
+    return figure
 
 
 def _heat_map(
@@ -124,51 +125,44 @@ def _heat_map(
     colours: str,
     norm: Normalize,
     title: str,
-) -> tuple[Axes, Axes]:
-    """Draw values of tasks by tasks, below the rows `top`; its axes and its colour bar's."""
+) -> tuple[Figure, Axes, Axes]:
+    """Draw values of tasks by tasks, below the rows `top`; also its axes and its colour bar's."""
     names = [f"{i} {_short(name, 13)}" for i, name in enumerate(tasks, 1)]
     numbers = len(tasks) <= MOST_CELL_NUMBERS
-    cell = min(0.56, max(0.15, 3.5 / len(tasks)))  # inches; two heat maps fit side by side
+    cell = min(0.56, max(0.12, 3.6 / len(tasks)))  # inches; two heat maps fit side by side
     height = max(0.62 * cell, 0.16)
     figure = _new(1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values))
     axes = figure.subplots()
     image = axes.imshow(np.maximum(values, 1e-9), cmap=colours, norm=norm, aspect="auto")
-    steep = len(names) > 2 and max(map(len, names)) > 6
-    axes.set_xticks(
-        range(len(names)), names, rotation=0 if not steep else 40 if cell > 0.25 else 90
-    )
     axes.set_yticks(range(len(values)), [*top, *names])
+    steep = numbers and len(names) > 2 and max(map(len, names)) > 6
+    columns = names if numbers else [f"{i}" if i % 5 == 0 else "" for i in range(1, len(tasks) + 1)]
+    axes.set_xticks(range(len(names)), columns, rotation=40 if steep else 0)
     for tick in axes.get_xticklabels() if steep else []:
-        tick.set(ha="right", va="center" if cell <= 0.25 else "baseline", rotation_mode="anchor")
+        tick.set(ha="right", rotation_mode="anchor")
     _plain(axes)
     _title(axes, title)
     for (row, column), value in np.ndenumerate(values) if numbers else ():
         colour = "white" if norm(max(value, 1e-9)) > 0.6 else INK
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
         axes.text(column, row, f"{value:.2f}", fontsize=8 if cell > 0.4 else 6.5, **style)
-    return axes, _colour_bar(figure, image, [axes], "")
+    return figure, axes, _colour_bar(figure, image, [axes], "")
 
 
 def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title: str) -> Figure:
     maps, kinds = _importance_shares(seeds)
-    rows, columns = _shape(len(maps), 2 if len(maps) <= 4 else 3 if len(maps) <= 9 else 4)
-    width = min(10.4, 1.8 + 4.3 * columns)
-    figure = _new(width, 0.75 + rows * (0.42 + 0.17 * len(kinds)))
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    columns = 2 if len(maps) <= 4 else 3 if len(maps) <= 9 else 4
+    figure, panels = _panels(len(maps), columns, 4.3, 0.42 + 0.17 * len(kinds))
     largest = max(np.nanmax(maps), 1e-12)
     norm = LogNorm(largest / 1000, largest)
-    for axes, values, name in zip(panels, maps, tasks, strict=False):
+    for axes, values, name in zip(panels, maps, tasks, strict=True):
         image = axes.imshow(
             np.maximum(values, 1e-15), cmap="YlGnBu", norm=norm, aspect="auto", interpolation="none"
         )
         _title(axes, _short(name, 28))
         axes.set_yticks(range(len(kinds)), [_short(kind, 24) for kind in kinds])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axes)
-    for axes in panels[len(maps) :]:
-        axes.set_visible(False)
     figure.supxlabel("layer", fontsize=8, color=INK)
-    _colour_bar(figure, image, list(panels), "share of the task")
+    _colour_bar(figure, image, figure.axes, "share of the task")
     figure.suptitle(_short(title, 60), fontsize=9, color=INK, x=0.01, ha="left")
     return figure
 
@@ -219,37 +213,44 @@ def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]]) -> Figure:
 
 def _curve_panels(count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Lay out panels that share axes, with the legend of all methods above them."""
-    rows, columns = _shape(count, 3 if count <= 6 else 5 if count <= 15 else 6)
-    figure = _new(0.6 + min(10.0, 3.3 * columns), 0.8 + rows * (1.75 if columns < 5 else 1.35))
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes in panels[:count]:
+    columns = 3 if count <= 6 else 5 if count <= 15 else 6
+    figure, panels = _panels(count, columns, 3.3, 1.75 if columns == 3 else 1.35)
+    for axes in panels:
         axes.set_ylim(-0.04, 1.04)
         axes.set_yticks([0, 0.5, 1])
         axes.grid(axis="y", color="#d8dee4", linewidth=0.6)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axes)
-    for axes in panels[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)
-    for axes in panels[count:]:
-        axes.set_visible(False)
     handles = [
         panels[0].plot([], [], color=_colour(i), marker=MARKERS[i % len(MARKERS)], markersize=4)[0]
         for i in range(len(names))
     ]
-    per_row = min(len(names), max(2, 2 * columns))
+    per_row = min(len(names), max(2, 2 * min(count, columns)))
     figure.legend(
         handles, [_short(name, 24) for name in names], loc="outside upper left", ncols=per_row,
         fontsize=8, frameon=False, labelcolor=INK,
     )  # fmt: skip
     figure.supxlabel("tasks trained (0 = base model)", fontsize=8, color=INK)
     figure.supylabel("score", fontsize=8, color=INK)
+    return figure, panels
+
+
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Lay out panels of that size, in inches, which share their axes; the page bounds the width."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = _new(min(10.6, 0.7 + width * columns), 0.8 + height * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for i, axes in enumerate(panels):
+        axes.set_visible(i < count)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(labelbottom=i >= count - columns)
+        _plain(axes)
     return figure, list(panels[:count])
 
 
 def _line(axes: Axes, x: NDArray[np.int_], members: Sequence[Array], index: int) -> None:
     for scores in members if len(members) > 1 else []:
         axes.plot(x, scores, color=_colour(index), linewidth=0.6, alpha=0.45)
-    marker = MARKERS[index % len(MARKERS)] if len(x) <= MOST_CELL_NUMBERS or len(x) == 1 else ""
+    marker = MARKERS[index % len(MARKERS)] if x[-1] <= MOST_CELL_NUMBERS or len(x) == 1 else ""
     mean = np.mean(members, axis=0)
     axes.plot(x, mean, color=_colour(index), linewidth=1.4, marker=marker, markersize=3)
 
@@ -261,12 +262,6 @@ def _colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7, colors=INK)
     return bar.ax
-
-
-def _figure_of(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
 
 
 def _plain(axes: Axes) -> None:
@@ -290,11 +285,6 @@ def _colour(index: int) -> tuple[float, float, float, float]:
     return matplotlib.colormaps["tab20"]((2 * index) % 20 + (index // 10) % 2)
 
 
-def _shape(count: int, columns: int) -> tuple[int, int]:
-    columns = min(count, columns)
-    return -(-count // columns), columns
-
-
 def _new(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -303,5 +293,7 @@ def _new(width: float, height: float) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name beyond the font: boxes
+        figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """What the terminal shows while stages run: live bars, or plain lines where it is no terminal."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -13,9 +13,9 @@ from pipeline.stages.context import Record
 class StageProgress:
     """One line a running stage; finished stages stay as a line with their time."""
 
-    def __init__(self, console: Console, num_stages: int) -> None:
-        self.console = console
-        self.num_stages, self.num_done = num_stages, 0
+    def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
+        """`titles` says how each artifact that is to be made is called."""
+        self.console, self.titles, self.num_done = console, titles, 0
         self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -41,37 +41,37 @@ class StageProgress:
         self.bars.stop()
 
     def observe(self, records: Iterable[Record]) -> None:
-        """Show records of stages: started, metrics, finished or failed."""
+        """Show records of artifacts: started, metrics, finished or failed."""
         for record in records:
-            stage = str(record["stage"])
+            artifact = str(record["artifact"])
             match record.get("state"):
                 case "started":
-                    bar = self.bars.add_task(stage, total=None, detail="")
-                    self.running[stage] = (bar, time.monotonic())
+                    bar = self.bars.add_task(self.titles[artifact], total=None, detail="")
+                    self.running[artifact] = (bar, time.monotonic())
                 case "finished" | "failed":
-                    self._end(stage, failed=record["state"] == "failed")
+                    self._end(artifact, failed=record["state"] == "failed")
                 case _:
-                    self._advance(stage, record)
+                    self._advance(artifact, record)
 
-    def _advance(self, stage: str, record: Record) -> None:
-        if stage in self.running:
+    def _advance(self, artifact: str, record: Record) -> None:
+        if artifact in self.running:
             total = record.get("of_steps") or record.get("of_rows")
             detail = f"loss {record['loss']:.4f}" if "loss" in record else ""
             self.bars.update(
-                self.running[stage][0],
+                self.running[artifact][0],
                 completed=float(record["step"]),
                 total=float(total) if total else None,
                 detail=detail,
             )
 
-    def _end(self, stage: str, *, failed: bool) -> None:
-        bar, started = self.running.pop(stage, (None, time.monotonic()))
+    def _end(self, artifact: str, *, failed: bool) -> None:
+        bar, started = self.running.pop(artifact, (None, time.monotonic()))
         if bar is not None:
             self.bars.remove_task(bar)
         self.num_done += not failed
         mark = "[red]failed[/]" if failed else "[green]done[/]"
         self.console.print(
-            f"  {mark} {stage} [dim]{time.monotonic() - started:.1f} s "
-            f"({self.num_done}/{self.num_stages})[/]",
+            f"  {mark} {self.titles[artifact]} [dim]{time.monotonic() - started:.1f} s "
+            f"({self.num_done}/{len(self.titles)})[/]",
             highlight=False,
         )

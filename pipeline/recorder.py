@@ -52,11 +52,11 @@ class Recorder:
                 self._finish(stage)
 
     def observe(self, records: Iterable[Record]) -> None:
-        """Take records of executed works, by the name they were executed under."""
+        """Take records of artifacts; those of other runs are left alone."""
         metrics: dict[str, list[Record]] = {}
-        names = {work.name: stage for stage, work in self.works.items()}
+        names = {work.folder.name: stage for stage, work in self.works.items()}
         for record in records:
-            stage = names.get(str(record["stage"]))
+            stage = names.get(str(record["artifact"]))
             if stage is None:
                 continue
             match record.get("state"):
@@ -110,8 +110,7 @@ class Recorder:
     def _log(self, metrics: Mapping[str, Sequence[Record]]) -> None:
         for stage, records in metrics.items():
             if stage in self.open:
-                numbers = [{k: v for k, v in r.items() if k != "stage"} for r in records]
-                self.tracker.metrics(self.open[stage], numbers)
+                self.tracker.metrics(self.open[stage], records)
 
     def _finish(self, stage: str) -> None:
         work = self.works[stage]

@@ -182,7 +182,7 @@ def _headline(runs: Sequence[RunResult]) -> str:
         if kept is not None:
             learned = _score(_mean(group, name, "learning_accuracy"), 2)
             change = _mean(group, name, "backward_transfer")
-            seeds = f" (mean of {len(group.runs)} seeds)" if len(group.runs) > 1 else ""
+            seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
             found.append((kept, learned, change, group.label + seeds))
     found.sort(key=lambda each: -each[0])
     first = found[0][1]

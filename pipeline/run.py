@@ -17,7 +17,7 @@ from agcl.errors import InputError
 from pipeline import artifact, config as configs
 from pipeline.cluster import cluster
 from pipeline.config import Config
-from pipeline.dag import Work, folder_name, resolve, sessions
+from pipeline.dag import Session, Work, folder_name, resolve, sessions
 from pipeline.figures import figures
 from pipeline.plan import Plan, check_inputs, plan
 from pipeline.progress import StageProgress
@@ -99,13 +99,20 @@ def execute(
 
 
 def _run_missing(
-    todo: Sequence[Any], config: Config, recorders: Sequence[Recorder], console: Console
+    todo: Sequence[Session], config: Config, recorders: Sequence[Recorder], console: Console
 ) -> None:
-    num_stages = sum(len(session.works) for session in todo)
-    console.print(f"  {num_stages} stages to run; starting Ray", highlight=False)
+    shared = {owner for session in todo for owner in session.owners}
+    titles = {
+        work.folder.name: work.name
+        if set(session.owners) == shared
+        else f"{work.name} ({', '.join(session.owners)})"
+        for session in todo
+        for work in session.works
+    }
+    console.print(f"  {len(titles)} stages to run; starting Ray", highlight=False)
     with (
         cluster(config.resources) as side_by_side,
-        StageProgress(console, num_stages) as progress,
+        StageProgress(console, titles) as progress,
     ):
         for recorder in recorders:
             recorder.reuse()
@@ -216,3 +223,23 @@ def _write_failure(folder: Path, failure: StageFailed) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def rewrite_report(folder: Path, command: str) -> Path:
+    """Write the report of a finished run's or comparison's folder again; the report's path.
+
+    Raises `InputError` where the folder holds no finished run.
+    """
+    inner = sorted(f.parent for f in folder.glob(f"*/{METRICS}") if (f.parent / CONFIG_FILE).exists())
+    folders = [folder] if (folder / METRICS).is_file() else inner
+    if not folders:
+        raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")
+    results = []
+    for one in folders:
+        run = open_run(configs.load(one / CONFIG_FILE), one)
+        unfinished = [stage for stage, work in run.works.items() if not work.is_complete()]
+        if "report" in unfinished:
+            raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")
+        results.append(_finish(run, command, {work.folder for work in run.works.values()}))
+    write_report(folder / REPORT_FILE, results, title=folder.name)
+    return folder / REPORT_FILE

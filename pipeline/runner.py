@@ -15,7 +15,7 @@ from pipeline.session import Mailbox, run_session
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]
-"""Takes records in order: `{"stage", "state", ...}` or `{"stage", "step", metric: value}`."""
+"""Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`."""
 _POLL_SECONDS = 0.3
 
 
@@ -87,9 +87,9 @@ class _Watch:
         records = []
         for record in ray.get(mailbox.take.remote()):
             if "state" in record:
-                if self.state.get(record["stage"], {}).get("state") == "failed":
+                if self.state.get(record["artifact"], {}).get("state") == "failed":
                     continue  # Other workers fail as a consequence of the first.
-                self.state[record["stage"]] = record
+                self.state[record["artifact"]] = record
             records.append(record)
         if records:
             self.observe(records)
@@ -104,11 +104,11 @@ def _result(ref: Any, session: Session, watch: _Watch) -> StageFailed | None:
 
 
 def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
-    states = [watch.state.get(work.name, {}) for work in session.works]
-    for record in states:
+    states = {work.name: watch.state.get(work.folder.name, {}) for work in session.works}
+    for stage, record in states.items():
         if record.get("state") == "failed":
-            return StageFailed(record["stage"], record["error"], record["traceback"])
-    started = [r["stage"] for r in states if r.get("state") == "started"]
+            return StageFailed(stage, str(record["error"]), str(record["traceback"]))
+    started = [stage for stage, record in states.items() if record.get("state") == "started"]
+    reason = " ".join(str(error).split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    reason = " ".join(str(error).split())
-    return StageFailed(stage, f"its workers were lost ({reason[-300:]})", str(error))
+    return StageFailed(stage, f"its workers were lost ({reason})", str(error))

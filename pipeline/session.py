@@ -20,7 +20,7 @@ from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
     """Run stages one after the other, each into its artifact; skip the complete ones.
 
-    Called by every worker of a session; the first one writes. Emits `{"stage", "state"}` records:
+    Called by every worker of a session; the first one writes. Emits `{"artifact", "state"}` records:
     started, finished, or failed with `error` and `traceback`.
     """
     checked: set[Path] = set()
@@ -29,18 +29,18 @@ def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
         if work.is_complete():
             continue
         if context.is_first_worker:
-            emit([{"stage": work.name, "state": "started"}])
+            emit([{"artifact": work.folder.name, "state": "started"}])
         try:
             _verify_inputs(work, checked)
             _run_one(work, context, emit)
         except BaseException as error:
             failed = {"state": "failed", "error": explain(error, work)}
-            emit([{"stage": work.name, **failed, "traceback": traceback.format_exc()}])
+            emit([{"artifact": work.folder.name, **failed, "traceback": traceback.format_exc()}])
             raise
         checked.add(work.folder)
         distributed.barrier()
         if context.is_first_worker:
-            emit([{"stage": work.name, "state": "finished"}])
+            emit([{"artifact": work.folder.name, "state": "finished"}])
 
 
 def explain(error: BaseException, work: Work) -> str:
@@ -72,7 +72,7 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
         work.fn(work.config, work.inputs, Path(os.devnull), context)
         return
     with artifact.writing(work.folder, work.record) as out_dir:
-        log = StageLog(work.name, out_dir / LOG_FILE, emit)
+        log = StageLog(work.folder.name, out_dir / LOG_FILE, emit)
         context.log = log
         try:
             work.fn(work.config, work.inputs, out_dir, context)

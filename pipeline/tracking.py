@@ -30,8 +30,8 @@ class Tracker:
 
     def __init__(self, storage: Path, uri: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         self.uri = uri or default_uri(storage)

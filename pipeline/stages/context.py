@@ -14,7 +14,7 @@ from agcl.train import Log
 
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
-"""Sends records, each with the name of its `stage`, to whoever watches the run."""
+"""Sends records, each with the folder name of its `artifact`, to whoever watches the run."""
 LOG_FILE = "log.jsonl"
 
 
@@ -58,8 +58,8 @@ class StageLog:
     Only the first worker has one.
     """
 
-    def __init__(self, stage: str, file: Path, emit: Emit, interval: float = 0.5) -> None:
-        self.stage, self.emit, self.interval = stage, emit, interval
+    def __init__(self, name: str, file: Path, emit: Emit, interval: float = 0.5) -> None:
+        self.name, self.emit, self.interval = name, emit, interval
         self.lines = file.open("a", encoding="utf-8")
         self.waiting: list[Record] = []
         self.sent = time.monotonic()
@@ -67,7 +67,7 @@ class StageLog:
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         """Record metrics of one step."""
         self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.waiting.append({"stage": self.stage, "step": step, **metrics})
+        self.waiting.append({"artifact": self.name, "step": step, **metrics})
         if time.monotonic() - self.sent >= self.interval:
             self._send()
 
