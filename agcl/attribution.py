@@ -1,7 +1,7 @@
 """Relevance of every weight for a task's right answers, streamed over samples and workers."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn

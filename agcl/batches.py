@@ -24,6 +24,7 @@ class Batch:
     """(rows,): tokens before the padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
         return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device))
 
 

@@ -8,14 +8,17 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """Number of workers."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Number of this worker, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier() -> None:
+    """Wait for every worker."""
     if world_size() > 1:
         dist.barrier()
 

@@ -16,6 +16,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """The context of a forward pass in a precision; weights stay as they are."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -57,4 +58,4 @@ def exact_match(
         verdicts[indices] = answered_correctly(logits, batch).to(torch.uint8)
     distributed.sum_in_place([verdicts])
     model.train(was_training)
-    return verdicts.bool().tolist()  # type: ignore[no-any-return]
+    return verdicts.bool().tolist()

@@ -9,6 +9,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from rich.table import Table
 
     from pipeline import config as configs
+    from pipeline.dag import Stage
     from pipeline.run import open_run
 
     run = open_run(configs.load(arguments.config, arguments.settings))
@@ -18,7 +19,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         table.add_row(
             stage.name,
             "done" if work.is_complete() else "to run",
-            ", ".join(getattr(source, "name", "") or str(source.path) for source in stage.inputs.values()),
+            ", ".join(
+                source.name if isinstance(source, Stage) else str(source.path)
+                for source in stage.inputs.values()
+            ),
             work.folder.name,
         )
     Console().print(table)

@@ -121,7 +121,7 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
         write_json(part / MANIFEST, manifest)
         for file in files:
             _sync(file)
-        os.replace(part, folder)
+        part.replace(folder)
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -138,7 +138,7 @@ def write_text(file: Path, text: str) -> None:
     aside = file.with_name(file.name + ".part")
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
-    os.replace(aside, file)
+    aside.replace(file)
 
 
 @cache

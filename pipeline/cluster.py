@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-
 from agcl.errors import InputError
+
 from pipeline.config import Resources
 
 WORKER_ENVIRONMENT = {

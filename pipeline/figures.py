@@ -159,7 +159,7 @@ def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title:
         image = axes.imshow(
             np.maximum(values, 1e-15), cmap="YlGnBu", norm=norm, aspect="auto", interpolation="none"
         )
-        _title(axes, _short(name, 28))
+        _title(axes, name, 28)
         axes.set_yticks(range(len(kinds)), [_short(kind, 24) for kind in kinds])
     figure.supxlabel("layer", fontsize=8, color=INK)
     _colour_bar(figure, image, figure.axes, "share of the task")
@@ -187,12 +187,12 @@ def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -
     figure, panels = _curve_panels(count, list(matrices))
     if len(tasks) > 1:
         axes = panels.pop(0)
-        _title(axes, "mean of tasks so far", bold=True)
+        _title(axes, "mean of tasks so far", weight="bold")
         for i, members in enumerate(matrices.values()):
             so_far = [np.array([m[t, :t].mean() for t in range(1, len(m))]) for m in members]
             _line(axes, np.arange(1, len(tasks) + 1), so_far, i)
     for t, (axes, name) in enumerate(zip(panels, tasks, strict=True)):
-        _title(axes, f"{t + 1} {_short(name, 18)}")
+        _title(axes, f"{t + 1} {name}", 20)
         axes.axvline(t + 1, color=GREY, linewidth=0.8, linestyle=":")
         for i, members in enumerate(matrices.values()):
             before = np.mean([m[: t + 2, t] for m in members], axis=0)
@@ -205,7 +205,7 @@ def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]]) -> Figure:
     order = list(dict.fromkeys(label for of_skill in curves.values() for label in of_skill))
     figure, panels = _curve_panels(len(curves), order)
     for axes, (skill, of_skill) in zip(panels, curves.items(), strict=True):
-        _title(axes, _short(skill, 30))
+        _title(axes, skill, 30)
         for label, members in of_skill.items():
             _line(axes, np.arange(len(members[0])), members, order.index(label))
     return figure
@@ -269,9 +269,8 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(length=0, labelsize=7.5, labelcolor=INK)
 
 
-def _title(axes: Axes, text: str, bold: bool = False) -> None:
-    weight = "bold" if bold else "normal"
-    axes.set_title(_short(text, 44), fontsize=8.5, color=INK, loc="left", fontweight=weight)
+def _title(axes: Axes, text: str, most: int = 44, weight: str = "normal") -> None:
+    axes.set_title(_short(text, most), fontsize=8.5, color=INK, loc="left", fontweight=weight)
 
 
 def _short(text: str, most: int) -> str:

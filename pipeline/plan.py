@@ -9,7 +9,8 @@ from agcl import models
 from agcl.errors import InputError
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
-from agcl.tasks import Task, check_names, check_rows
+from agcl.tasks import check_names, check_rows
+
 from pipeline.config import Concept1KTasks, Config, FactsTasks, Project
 from pipeline.dag import External, Stage
 from pipeline.stages.attribute import attribute
@@ -45,7 +46,8 @@ def plan(config: Config) -> Plan:
         for task, source in [*zip(tasks, sources, strict=True), *held_out.items()]
     }
     base = _base_model(config, tokenizer, rows)
-    scores = [_evaluate(config, f"{0}-base", base, rows, "base" if _builtin(config) else "sequence")]
+    first_session = "base" if _builtin(config) else "sequence"
+    scores = [_evaluate(config, "0-base", base, rows, first_session)]
     models_after: list[Stage] = []
     importances: dict[str, Stage] = {}
     solos = _solos(config, tasks, base, rows)
@@ -316,4 +318,3 @@ def _report(
         },
         session="report",
     )
-

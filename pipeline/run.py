@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from agcl.errors import InputError
 from rich.console import Console
 
-from agcl.errors import InputError
-from pipeline import artifact, config as configs
+from pipeline import artifact
+from pipeline import config as configs
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import Session, Work, folder_name, resolve, sessions
@@ -160,7 +161,9 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     metrics = {"name": run.config.name, **_read_json(report / METRICS)}
     artifact.write_json(run.folder / METRICS, metrics)
     importance = report / IMPORTANCE_SUMMARY
-    manifests = {stage: artifact.read_manifest(work.folder) or {} for stage, work in run.works.items()}
+    manifests = {
+        stage: artifact.read_manifest(work.folder) or {} for stage, work in run.works.items()
+    }
     provenance = artifact.provenance()
     return RunResult(
         metrics=metrics,
@@ -210,7 +213,7 @@ def _link(link: Path, target: Path) -> None:
     aside.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
     if link.is_dir() and not link.is_symlink():
         shutil.rmtree(link)
-    os.replace(aside, link)
+    aside.replace(link)
 
 
 def _write_failure(folder: Path, failure: StageFailed) -> None:
@@ -230,7 +233,7 @@ def rewrite_report(folder: Path, command: str) -> Path:
 
     Raises `InputError` where the folder holds no finished run.
     """
-    inner = sorted(f.parent for f in folder.glob(f"*/{METRICS}") if (f.parent / CONFIG_FILE).exists())
+    inner = sorted(f.parent for f in folder.glob(f"*/{CONFIG_FILE}") if not f.parent.is_symlink())
     folders = [folder] if (folder / METRICS).is_file() else inner
     if not folders:
         raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")

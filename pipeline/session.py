@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 import torch
-
 from agcl import distributed
+
 from pipeline import artifact
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
@@ -20,8 +20,8 @@ from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
     """Run stages one after the other, each into its artifact; skip the complete ones.
 
-    Called by every worker of a session; the first one writes. Emits `{"artifact", "state"}` records:
-    started, finished, or failed with `error` and `traceback`.
+    Called by every worker of a session; the first one writes. Emits `{"artifact", "state"}`
+    records: started, finished, or failed with `error` and `traceback`.
     """
     checked: set[Path] = set()
     for work in works:
@@ -53,7 +53,11 @@ def explain(error: BaseException, work: Work) -> str:
             f"evaluation.batch_size ({error})"
         )
     text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | ArithmeticError) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, ValueError | ArithmeticError)
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def _verify_inputs(work: Work, checked: set[Path]) -> None:

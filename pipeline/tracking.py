@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
+
 from pipeline.artifact import write_json
 from pipeline.config import Config
 
@@ -167,7 +168,17 @@ def serve(storage: Path, port: int) -> int:
     arguments = ["--backend-store-uri", default_uri(storage), "--host", "127.0.0.1"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return subprocess.run(
-        [sys.executable, "-m", "mlflow", "server", *arguments, "--port", str(port), "--workers", "1"],
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            *arguments,
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ],
         env=environment,
         check=False,
     ).returncode

@@ -48,7 +48,7 @@ def overlap(importances: Sequence[Importance], share: float = 0.01) -> list[list
             row[indices] = True
         for a in range(num_tasks):
             common[a] += (chosen[a] & chosen).sum(1)
-    return (common / total).tolist()  # type: ignore[no-any-return]
+    return (common / total).tolist()
 
 
 def by_layer_and_module(importance: Importance) -> dict[str, list[float]]:

@@ -1,7 +1,6 @@
 """The importance artifact: relevance of every weight for one task, and its file."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ class Importance:
         tensors |= {_MOMENTS + k: v.float().contiguous() for k, v in self.moments.items()}
         aside = file.with_name(file.name + ".part")
         save_file(tensors, aside, metadata={_HEADER: json.dumps(dict(self.header))})
-        os.replace(aside, file)
+        aside.replace(file)
 
     @classmethod
     def load(cls, file: Path) -> "Importance":

@@ -6,6 +6,7 @@ A new family is one more entry of `FAMILIES`; see CONTRIBUTING.md.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 def rms_norm_scale(module: nn.Module, x: Tensor) -> Tensor:
     """`weight / rms(x)`, the factor of Llama's RMSNorm, shape of `x`."""
     wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-    return (module.weight * inverse_rms).to(x.dtype)  # type: ignore[operator, union-attr]
+    weight, epsilon = cast(Tensor, module.weight), cast(float, module.variance_epsilon)
+    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (weight * inverse_rms).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x`; multiply its gradient by `factor` (the uniform rule, AttnLRP eq. 13)."""
-    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def identity(x: Tensor, y: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def identity(x: Tensor, y: Tensor) -> Tensor:
     The gradient factor is y/x. At x = 0 the relevance x·g is 0 whatever the factor, so 0 is safe.
     """
     factor = torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
-    return _ReplaceGradient.apply(x, y.detach(), factor.detach())  # type: ignore[no-any-return]
+    return _ReplaceGradient.apply(x, y.detach(), factor.detach())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def constant_scale(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """Normalisation `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17)."""
-    return _ReplaceGradient.apply(x, y.detach(), scale.detach())  # type: ignore[no-any-return]
+    return _ReplaceGradient.apply(x, y.detach(), scale.detach())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attention_inputs(

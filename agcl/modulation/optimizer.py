@@ -65,22 +65,22 @@ class GatedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self._step_one(parameter, parameter.grad, group)
         return loss
 
-    def _step_one(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _step_one(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         gate, basis = self.gate.get(parameter), self.basis.get(parameter)
         if gate is None and basis is None:
-            self._adamw(parameter, parameter, parameter.grad, group, group["weight_decay"])
+            self._adamw(parameter, parameter, gradient, group, group["weight_decay"])
             return
         target = parameter.clone()
         if gate is not None and self.on == "gradient":
             decayed = parameter * (1 - group["lr"] * group["weight_decay"])
             # lerp returns its ends exactly for weights 0 and 1.
             torch.lerp(parameter, decayed, gate, out=target)
-            self._adamw(parameter, target, parameter.grad * gate, group, weight_decay=0.0)
+            self._adamw(parameter, target, gradient * gate, group, weight_decay=0.0)
         else:
-            self._adamw(parameter, target, parameter.grad, group, group["weight_decay"])
+            self._adamw(parameter, target, gradient, group, group["weight_decay"])
             if gate is not None:
                 torch.lerp(parameter, target, gate, out=target)
         if basis is None:
@@ -92,7 +92,7 @@ class GatedAdamW(torch.optim.AdamW):
         self,
         parameter: nn.Parameter,
         target: Tensor,
-        gradient: Tensor | None,
+        gradient: Tensor,
         group: dict[str, Any],
         weight_decay: float,
     ) -> None:
@@ -102,7 +102,6 @@ class GatedAdamW(torch.optim.AdamW):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        assert gradient is not None
         adamw(
             [target],
             [gradient],

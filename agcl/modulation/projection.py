@@ -38,8 +38,8 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:
     """The fewest leading eigenvectors of a symmetric PSD matrix with `energy` of its trace."""
-    values, vectors = torch.linalg.eigh(moment)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(moment)
+    values, vectors = ascending[0].flip(0).clamp(min=0), ascending[1].flip(1)
     trace = values.sum()
     if energy <= 0 or trace == 0:
         return vectors[:, :0].float()

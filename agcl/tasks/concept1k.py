@@ -19,31 +19,26 @@ FIRST_TASK_CONCEPTS, TASK_CONCEPTS, NUM_TASKS = 105, 102, 10
 
 @dataclass(frozen=True, slots=True)
 class Fact:
+    """One block of the file."""
+
     concept: str
     question: str
     paraphrase: str
     answer: str
 
 
-def tasks(file: Path, *, num_tasks: int | None, concepts_per_task: int | None) -> list[Task]:
-    """The first `num_tasks` tasks, each cut to its first `concepts_per_task` concepts.
+def task(index: int, file: Path, *, concepts_per_task: int | None = None) -> Task:
+    """The task of that index from 0, cut to its first `concepts_per_task` concepts.
 
     `file` is the benchmark's `dataset.txt`. Trains on a fact's first question; evaluation
     sets are `memorization` (that question) and `generalization` (its second one).
     """
-    split = task_concepts(_read(file))
-    chosen = [concepts[:concepts_per_task] for concepts in split[:num_tasks]]
-    return [
-        Task(
-            name=f"concepts-{index}",
-            splits={
-                name: partial(_rows, file, tuple(concepts), name)
-                for name in (TRAIN, TEST)
-            },
-            scored={"memorization": TRAIN, "generalization": TEST},
-        )
-        for index, concepts in enumerate(chosen)
-    ]
+    concepts = tuple(task_concepts(read(file))[index][:concepts_per_task])
+    return Task(
+        name=f"concepts-{index}",
+        splits={split: partial(_rows, file, concepts, split) for split in (TRAIN, TEST)},
+        scored={"memorization": TRAIN, "generalization": TEST},
+    )
 
 
 def task_concepts(facts: tuple[Fact, ...]) -> list[list[str]]:
@@ -58,14 +53,14 @@ def task_concepts(facts: tuple[Fact, ...]) -> list[list[str]]:
 
 def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
     wanted = set(concepts)
-    for fact in _read(file):
+    for fact in read(file):
         if fact.concept in wanted:
             question = fact.question if split == TRAIN else fact.paraphrase
             yield Row(f"Question: {question}\n Short Answer:", f" {fact.answer}")
 
 
 @cache
-def _read(file: Path) -> tuple[Fact, ...]:
+def read(file: Path) -> tuple[Fact, ...]:
     """Parse `dataset.txt` (3.4 MB). Raises `InputError` naming the line of a malformed block."""
     if not file.is_file():
         raise InputError(f"tasks.path: no file {file}")

@@ -63,22 +63,19 @@ _SYLLABLES = (
 ).split()
 
 
-def tasks(*, num_tasks: int, entities: int, base_entities: int, seed: int) -> list[Task]:
-    """`num_tasks` tasks of `entities` people times four relations.
+def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
+    """The task of that index from 0: `entities` new people times four relations.
 
     Evaluation sets: `memorization` (the trained questions) and `generalization` (paraphrases).
     """
-    return [
-        Task(
-            name=PLACES[index] if index < len(PLACES) else f"place-{index + 1}",
-            splits={
-                split: partial(_task_rows, index, split, entities, base_entities, seed)
-                for split in (TRAIN, TEST)
-            },
-            scored={"memorization": TRAIN, "generalization": TEST},
-        )
-        for index in range(num_tasks)
-    ]
+    return Task(
+        name=PLACES[index] if index < len(PLACES) else f"place-{index + 1}",
+        splits={
+            split: partial(_task_rows, index, split, entities, base_entities, seed)
+            for split in (TRAIN, TEST)
+        },
+        scored={"memorization": TRAIN, "generalization": TEST},
+    )
 
 
 def base(*, entities: int, seed: int) -> Task:

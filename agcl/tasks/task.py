@@ -10,6 +10,8 @@ TRAIN, TEST = "train", "test"
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One example; the answer starts with the space that separates it from the prompt."""
+
     prompt: str
     answer: str
 
@@ -20,6 +22,8 @@ RowSource = Callable[[], Iterator[Row]]
 
 @dataclass(frozen=True)
 class Task:
+    """A name, row streams by split, and which split every evaluation set scores."""
+
     name: str
     splits: Mapping[str, RowSource]
     """Row streams by split; `train` is always there."""

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from agcl import distributed
 from agcl.attribution import attribute as attribute_batches
 from agcl.batches import collate, in_order
 from agcl.tasks import TRAIN, EncodedRows
+
 from pipeline.stages.context import Context
 from pipeline.stages.train import IMPORTANCE_FILE
 

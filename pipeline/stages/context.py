@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
-
 from agcl import distributed, models
 from agcl.train import Log
+from transformers import PreTrainedModel
 
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]

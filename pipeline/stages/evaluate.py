@@ -8,6 +8,7 @@ from typing import Any
 
 from agcl.evaluate import exact_match
 from agcl.tasks import EncodedRows
+
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY

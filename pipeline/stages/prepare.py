@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
-
 from agcl import models
 from agcl.tasks import SCHEMA, Row, RowSource, Task, concept1k, encode, facts, jsonl
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 
@@ -24,20 +24,20 @@ def open_task(source: Mapping[str, Any]) -> Task:
     """The task that a stage's config describes; `format` says which other keys there are."""
     match source["format"]:
         case "facts":
-            return facts.tasks(
-                num_tasks=source["index"] + 1,
+            return facts.task(
+                source["index"],
                 entities=source["entities"],
                 base_entities=source["base_entities"],
                 seed=source["seed"],
-            )[source["index"]]
+            )
         case "facts-base":
             return facts.base(entities=source["entities"], seed=source["seed"])
         case "concept1k":
-            return concept1k.tasks(
+            return concept1k.task(
+                source["index"],
                 Path(source["file"]),
-                num_tasks=source["index"] + 1,
                 concepts_per_task=source["concepts_per_task"],
-            )[source["index"]]
+            )
         case "jsonl":
             return jsonl.task(
                 source["name"],
@@ -71,12 +71,13 @@ def prepare(
     summary: dict[str, dict[str, int]] = {}
     for split, source in task.splits.items():
         counts = {"rows": 0, "tokens": 0, "answer_tokens": 0, "left_out": 0}
-        with pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink:
-            with pa.ipc.new_file(sink, SCHEMA) as writer:
-                for table in _encoded(source, tokenizer):
-                    kept = _drop_long(table, config["max_length"], counts)
-                    writer.write_table(kept)
-                    context.log({"rows": counts["rows"]}, counts["rows"])
+        with (
+            pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+        ):
+            for table in _encoded(source, tokenizer):
+                writer.write_table(_drop_long(table, config["max_length"], counts))
+                context.log({"rows": counts["rows"]}, counts["rows"])
         if not counts["rows"]:
             raise ValueError(
                 f"task {task.name}: no {split} row has at most {config['max_length']} tokens "
@@ -110,6 +111,9 @@ def _source_of(blocks: Callable[[], Iterator[pa.Table]]) -> Any:
     from ray.data.datasource import Datasource, ReadTask
 
     class Rows(Datasource):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 

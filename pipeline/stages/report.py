@@ -7,6 +7,7 @@ from typing import Any
 
 from agcl import metrics
 from agcl.importance import Importance, by_layer_and_module, overlap
+
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import SCORES
@@ -43,7 +44,9 @@ def report(
             "evaluation_set": main,
             **sets[main],
             "evaluation_sets": sets,
-            "held_out": {name: [next(iter(row[name].values())) for row in rows] for name in held_out},
+            "held_out": {
+                name: [next(iter(row[name].values())) for row in rows] for name in held_out
+            },
         },
     )
     files = {r.removeprefix("importance/"): p for r, p in inputs.items() if "importance/" in r}

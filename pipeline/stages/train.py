@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from agcl import models
 from agcl.importance import Importance
 from agcl.modulation import GatedAdamW, bases, gates
 from agcl.tasks import TRAIN, EncodedRows
 from agcl.train import train_task
+from transformers import PreTrainedModel
+
 from pipeline.stages.context import Context
 
 IMPORTANCE_FILE = "importance.safetensors"
