@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.plan import Run
 from pipeline.report import RunResult
-from pipeline.run import REPORT_FILE, Run, execute
+from pipeline.run import REPORT_FILE, execute
 from pipeline.runner import StageFailed
 from pipeline.tracking import default_uri
 

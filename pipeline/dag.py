@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import agcl
+
 from pipeline import artifact
 from pipeline.stages.context import Context
 
@@ -56,7 +58,7 @@ class Work:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the function's name, the config and the inputs' fingerprints."""
+        """Hash of agcl's version, the function's name, the config and the inputs' fingerprints."""
         return str(self.record["fingerprint"])
 
     def is_complete(self) -> bool:
@@ -97,7 +99,12 @@ def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
         if stage.name in works:
             return works[stage.name]
         inputs = {role: input_fingerprint(source) for role, source in stage.inputs.items()}
-        identity = {"function": stage.fn.__name__, "config": stage.config, "inputs": inputs}
+        identity = {
+            "agcl": agcl.__version__,
+            "function": stage.fn.__name__,
+            "config": stage.config,
+            "inputs": inputs,
+        }
         key = artifact.fingerprint(identity)
         first = by_fingerprint.get(key)
         folder = storage / "stages" / f"{folder_name(stage.name)}-{key[:8]}"

@@ -154,7 +154,8 @@ def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title:
     columns = 2 if len(maps) <= 4 else 3 if len(maps) <= 9 else 4
     figure, panels = _panels(len(maps), columns, 4.3, 0.42 + 0.17 * len(kinds))
     largest = max(np.nanmax(maps), 1e-12)
-    norm = LogNorm(largest / 1000, largest)
+    smallest = np.nanmin(np.where(maps > 0, maps, np.nan)) if (maps > 0).any() else largest / 10
+    norm = LogNorm(min(max(smallest, largest / 1000), largest / 2), largest)
     for axes, values, name in zip(panels, maps, tasks, strict=True):
         image = axes.imshow(
             np.maximum(values, 1e-15), cmap="YlGnBu", norm=norm, aspect="auto", interpolation="none"

@@ -12,7 +12,7 @@ from agcl.lrp import attributed_linears
 from agcl.tasks import check_names, check_rows
 
 from pipeline.config import Concept1KTasks, Config, FactsTasks, Project
-from pipeline.dag import External, Stage
+from pipeline.dag import External, Stage, Work
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import FILE_KEYS, make_tokenizer, open_task, prepare
@@ -33,6 +33,17 @@ class Plan:
     tasks: tuple[str, ...]
     final_model: str
     """Name of the stage whose artifact is the final model."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config with its folder and its stages, resolved to artifacts."""
+
+    config: Config
+    folder: Path
+    plan: Plan
+    works: Mapping[str, Work]
+    """By stage name."""
 
 
 def plan(config: Config) -> Plan:

@@ -7,40 +7,87 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.dag import Work
-from pipeline.plan import Plan
+from pipeline.plan import Run
 from pipeline.stages.context import LOG_FILE, Record
 from pipeline.stages.evaluate import SCORES
 from pipeline.stages.prepare import SUMMARY
+from pipeline.stages.report import METRICS
 from pipeline.stages.train import IMPORTANCE_FILE
-from pipeline.tracking import Tracker
+from pipeline.tracking import Content, Tracker
 
 _LARGEST_COPY = 256 * 2**20
 
 
-class Recorder:
+class Recording:
+    """The MLflow side of one execution: its runs and, for several, the comparison above them.
+
+    Does nothing where `tracking.enabled` is off.
+    """
+
+    def __init__(self, runs: Mapping[str, Run], folder: Path, title: str) -> None:
+        config = next(iter(runs.values())).config
+        self.recorders: dict[str, _Recorder] = {}
+        self.comparison: str | None = None
+        if not config.tracking.enabled:
+            return
+        config.storage.mkdir(parents=True, exist_ok=True)
+        self.tracker = Tracker(config.storage, config.tracking.uri)
+        if len(runs) > 1:
+            known = self.tracker.resume(folder)
+            self.comparison = known or self.tracker.start(title, {"kind": "comparison"})
+            self.tracker.remember(folder, self.comparison)
+        for label, run in runs.items():
+            self.recorders[label] = _Recorder(self.tracker, label, run, self.comparison)
+
+    def reuse(self) -> None:
+        """Record stages that were complete before as reused."""
+        for recorder in self.recorders.values():
+            recorder.reuse()
+
+    def observe(self, records: Sequence[Record]) -> None:
+        """Take records of artifacts as they come."""
+        for recorder in self.recorders.values():
+            recorder.observe(records)
+
+    def finish_run(
+        self, label: str, metrics: Mapping[str, Any], report: Path, pictures: Mapping[str, bytes]
+    ) -> None:
+        """Log a run's final metrics, report and figures, and close it."""
+        if label in self.recorders:
+            files = {METRICS: report.with_name(METRICS), **_files(report, pictures)}
+            self.recorders[label].finish(metrics, files)
+
+    def finish_comparison(self, report: Path, pictures: Mapping[str, bytes]) -> None:
+        """Log the joint report and close the comparison's run."""
+        if self.comparison is not None:
+            self.tracker.artifacts(self.comparison, _files(report, pictures))
+            self.tracker.end(self.comparison)
+
+    def abort(self, status: str, error: str) -> None:
+        """Close what is open as FAILED or KILLED."""
+        for recorder in self.recorders.values():
+            recorder.abort(status, error)
+        if self.comparison is not None:
+            self.tracker.end(self.comparison, status, error)
+
+
+def _files(report: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
+    return {report.name: report, **{f"figures/{name}": png for name, png in pictures.items()}}
+
+
+class _Recorder:
     """The MLflow side of one run: its parent run and one child a stage."""
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        folder: Path,
-        plan: Plan,
-        works: Mapping[str, Work],
-        *,
-        name: str,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
-        group: str | None = None,
-    ) -> None:
+    def __init__(self, tracker: Tracker, label: str, run: Run, group: str | None) -> None:
         """Continue the run's MLflow run if its folder knows one, else start it."""
-        self.tracker, self.plan, self.works, self.folder = tracker, plan, works, folder
-        self.parent = tracker.resume(folder) or tracker.start(name, tags, group)
-        tracker.remember(folder, self.parent)
-        tracker.params(self.parent, params)
-        tracker.artifacts(self.parent, {"config.yaml": folder / "config.yaml"})
+        self.tracker, self.plan, self.works = tracker, run.plan, run.works
+        tags = {"kind": "sequence", "method": run.config.method, "seed": str(run.config.seed)}
+        self.parent = tracker.resume(run.folder) or tracker.start(label, tags, group)
+        tracker.remember(run.folder, self.parent)
+        tracker.params(self.parent, run.config.model_dump(mode="json"))
+        tracker.artifacts(self.parent, {"config.yaml": run.folder / "config.yaml"})
         self.known = tracker.children(self.parent)
         self.open: dict[str, str] = {}
-        self.logged: set[str] = set()
 
     def reuse(self) -> None:
         """Record every stage that is complete and not yet known as reused."""
@@ -73,10 +120,11 @@ class Recorder:
                         self.tracker.end(self.open.pop(stage), "FAILED", str(record["error"]))
         self._log(metrics)
 
-    def finish(self, results: Mapping[str, Any], files: Mapping[str, bytes | str | Path]) -> None:
+    def finish(self, results: Mapping[str, Any], files: Mapping[str, Content]) -> None:
         """Log final metrics and artifacts and close the parent run."""
         numbers = {k: v for k, v in results.items() if isinstance(v, float)}
-        numbers["forgetting"] = results["forgetting"]["mean"]
+        if results["forgetting"]["mean"] is not None:
+            numbers["forgetting"] = results["forgetting"]["mean"]
         last = len(results["tasks"])
         self.tracker.metrics(self.parent, [{"step": last, **numbers}])
         self.tracker.artifacts(self.parent, files)

@@ -98,8 +98,8 @@ def evaluation_sets(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any
     return metrics.get("evaluation_sets") or {metrics.get("evaluation_set", "score"): metrics}
 
 
-def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> None:
-    """Write the page on these runs to `file`, whole or not at all.
+def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[str, bytes]:
+    """Write the page on these runs to `file`, whole or not at all; its figures as PNG by name.
 
     Raises `ValueError` where there is no run, or where the runs learned different tasks.
     """
@@ -111,6 +111,9 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> None:
             for label, run in zip(labels(runs), runs, strict=True)
         )
         raise ValueError(f"a report compares runs over one sequence of tasks, but got {named}")
+    from pipeline.figures import figures
+
+    drawn = figures(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # by the template's name alone, .j2, it would be off
@@ -126,7 +129,7 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> None:
         tasks=list(runs[0].metrics["tasks"]),
         metrics=METRICS,
         tables=_tables(runs),
-        pictures=_pictures(runs),
+        pictures=_pictures(runs, drawn),
         shared=_shared_provenance(runs),
         importances=_importances(runs),
         runs=[
@@ -143,6 +146,7 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> None:
     aside = file.with_name(file.name + ".part")
     aside.write_text(page, encoding="utf-8")
     aside.replace(file)
+    return drawn
 
 
 def _score(value: float | None, digits: int = 3) -> str:
@@ -234,11 +238,10 @@ def _cell(group: Group, evaluation_set: str, key: str) -> dict[str, Any]:
     return {"value": fmean(values) if values else None, "spread": spread, "best": False}
 
 
-def _pictures(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+def _pictures(runs: Sequence[RunResult], drawn: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """Every figure with its bytes as a data address, its size at 96 dots per inch."""
     from pipeline import figures
 
-    drawn = figures.figures(runs)
     found = []
     for plot in figures.plots(runs):
         png = drawn[plot.file]

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,18 @@ from pipeline import artifact
 from pipeline import config as configs
 from pipeline.cluster import cluster
 from pipeline.config import Config
-from pipeline.dag import Session, Work, folder_name, resolve, sessions
-from pipeline.figures import figures
-from pipeline.plan import Plan, check_inputs, plan
+from pipeline.dag import Session, folder_name, resolve, sessions
+from pipeline.plan import Run, check_inputs, plan
 from pipeline.progress import StageProgress
-from pipeline.recorder import Recorder
+from pipeline.recorder import Recording
 from pipeline.report import RunResult, StageRecord, write_report
 from pipeline.runner import StageFailed, run_sessions
+from pipeline.stages.context import Record
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
-from pipeline.tracking import Tracker, run_tags
 
 CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
 _RUN_AGAIN = {"resources", "tracking"}
 """Sections that a rerun into the same folder may change: they do not change results."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A config with its folder and its stages, resolved."""
-
-    config: Config
-    folder: Path
-    plan: Plan
-    works: Mapping[str, Work]
 
 
 def open_run(config: Config, folder: Path | None = None) -> Run:
@@ -68,39 +56,30 @@ def execute(
     for run in runs.values():
         run.folder.mkdir(parents=True, exist_ok=True)
         artifact.write_text(run.folder / CONFIG_FILE, configs.dump(run.config))
-    recorders = _recorders(runs, folder, title, console) if first.tracking.enabled else []
+    recording = Recording(runs, folder, title)
     try:
         if todo:
-            _run_missing(todo, first, recorders, console)
+            _run_missing(todo, first, recording, console)
         else:
             console.print("  every stage is complete already", highlight=False)
     except BaseException as error:
-        failed = isinstance(error, StageFailed)
-        for recorder in recorders:
-            recorder.abort("FAILED" if failed else "KILLED", str(error) or "interrupted")
         if isinstance(error, StageFailed):
             _write_failure(folder, error)
+        recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise
     results = [_finish(run, command, done_before) for run in runs.values()]
-    for result, run in zip(results, runs.values(), strict=True):
-        write_report(run.folder / REPORT_FILE, [result], title=run.config.name)
+    for label, result in zip(runs, results, strict=True):
+        file = runs[label].folder / REPORT_FILE
+        pictures = write_report(file, [result], title=result.metrics["name"])
+        recording.finish_run(label, result.metrics, file, pictures)
     if len(runs) > 1:
-        write_report(folder / REPORT_FILE, results, title=title)
-    pictures = figures(results)
-    for recorder, result in zip(recorders, results, strict=True):
-        recorder.finish(
-            result.metrics,
-            {
-                METRICS: recorder.folder / METRICS,
-                REPORT_FILE: recorder.folder / REPORT_FILE,
-                **{f"figures/{name}": picture for name, picture in pictures.items()},
-            },
-        )
+        pictures = write_report(folder / REPORT_FILE, results, title=title)
+        recording.finish_comparison(folder / REPORT_FILE, pictures)
     return results
 
 
 def _run_missing(
-    todo: Sequence[Session], config: Config, recorders: Sequence[Recorder], console: Console
+    todo: Sequence[Session], config: Config, recording: Recording, console: Console
 ) -> None:
     shared = {owner for session in todo for owner in session.owners}
     titles = {
@@ -115,41 +94,13 @@ def _run_missing(
         cluster(config.resources) as side_by_side,
         StageProgress(console, titles) as progress,
     ):
-        for recorder in recorders:
-            recorder.reuse()
+        recording.reuse()
 
-        def observe(records: list[Any]) -> None:
+        def observe(records: list[Record]) -> None:
             progress.observe(records)
-            for recorder in recorders:
-                recorder.observe(records)
+            recording.observe(records)
 
         run_sessions(todo, config.storage, config.resources, side_by_side, observe)
-
-
-def _recorders(
-    runs: Mapping[str, Run], folder: Path, title: str, console: Console
-) -> list[Recorder]:
-    config = next(iter(runs.values())).config
-    config.storage.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(config.storage, config.tracking.uri)
-    group = None
-    if len(runs) > 1:
-        group = tracker.resume(folder) or tracker.start(title, {"kind": "comparison"})
-        tracker.remember(folder, group)
-        tracker.end(group)
-    return [
-        Recorder(
-            tracker,
-            run.folder,
-            run.plan,
-            run.works,
-            name=label,
-            tags=run_tags(run.config),
-            params=run.config.model_dump(mode="json"),
-            group=group,
-        )
-        for label, run in runs.items()
-    ]
 
 
 def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:

@@ -14,11 +14,12 @@ from typing import Any
 from agcl.errors import InputError
 
 from pipeline.artifact import write_json
-from pipeline.config import Config
 
 EXPERIMENT = "agcl"
 _RUN_FILE = "mlflow.json"
 _PARAM_LENGTH = 6000
+Content = bytes | str | Path
+"""Bytes, text, or a file to copy."""
 
 
 def default_uri(storage: Path) -> str:
@@ -117,7 +118,7 @@ class Tracker:
         entry = Dataset(name=name, digest=digest, source_type="local", source=source)
         self.client.log_inputs(run_id, datasets=[DatasetInput(entry)])
 
-    def artifacts(self, run_id: str, files: Mapping[str, bytes | str | Path]) -> None:
+    def artifacts(self, run_id: str, files: Mapping[str, Content]) -> None:
         """Log bytes, text or existing files under the given artifact paths."""
         for path, content in files.items():
             folder, _, name = path.rpartition("/")
@@ -154,11 +155,6 @@ def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def run_tags(config: Config) -> dict[str, str]:
-    """Tags of a sequence's parent run."""
-    return {"kind": "sequence", "method": config.method, "seed": str(config.seed)}
 
 
 def serve(storage: Path, port: int) -> int:

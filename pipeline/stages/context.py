@@ -71,6 +71,7 @@ class StageLog:
             self._send()
 
     def _send(self) -> None:
+        self.lines.flush()
         self.emit(self.waiting)
         self.waiting, self.sent = [], time.monotonic()
 

@@ -1,0 +1,56 @@
+"""Padding, labels and the order of rows."""
+
+import pytest
+import torch
+
+from agcl.batches import IGNORED, collate, in_order, shuffled, targets
+from agcl.tasks import Encoded
+
+
+def test_rows_are_padded_on_the_right_and_only_answers_are_labelled():
+    batch = collate([Encoded([4, 5, 6], 1), Encoded([7, 8, 9, 2, 1], 3)])
+    assert batch.input_ids.tolist() == [[4, 5, 6, 0, 0], [7, 8, 9, 2, 1]]
+    x = IGNORED
+    assert batch.labels.tolist() == [[x, 5, 6, x, x], [x, x, x, 2, 1]]
+    assert batch.lengths.tolist() == [3, 5]
+    # The logit at place t predicts the token at t + 1.
+    assert targets(batch).tolist() == [[5, 6, x, x], [x, x, 2, 1]]
+
+
+def test_padding_does_not_change_a_rows_logits(llama):
+    short, long = Encoded([4, 5, 6], 1), Encoded([7, 8, 9, 2, 1, 3], 3)
+    with torch.no_grad():
+        alone = llama(collate([short]).input_ids, use_cache=False).logits
+        padded = llama(collate([short, long]).input_ids, use_cache=False).logits
+    torch.testing.assert_close(padded[:1, :3], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [(5, 2, [[0, 1], [2, 3], [4]]), (4, 2, [[0, 1], [2, 3]]), (2, 9, [[0, 1]]), (0, 3, [])],
+)
+def test_batches_in_order(rows, size, expected):
+    assert in_order(rows, size) == expected
+
+
+def test_shuffled_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():
+    orders = {}
+    for seed in range(3):
+        for epoch in range(3):
+            batches = list(shuffled(23, 4, seed=seed, epoch=epoch))
+            assert [len(b) for b in batches] == [4, 4, 4, 4, 4, 3]
+            flat = tuple(i for b in batches for i in b)
+            assert sorted(flat) == list(range(23))
+            assert list(shuffled(23, 4, seed=seed, epoch=epoch)) == batches
+            orders[flat] = seed, epoch
+    assert len(orders) == 9
+
+
+def test_the_order_of_rows_does_not_depend_on_batch_size_or_global_randomness():
+    torch.manual_seed(1)
+    small = [i for b in shuffled(10, 3, seed=5, epoch=0) for i in b]
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    large = [i for b in shuffled(10, 10, seed=5, epoch=0) for i in b]
+    assert small == large
+    assert torch.equal(torch.get_rng_state(), state)

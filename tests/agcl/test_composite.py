@@ -1,0 +1,148 @@
+"""`relevance_backward` changes no logit and leaves nothing behind."""
+
+import pytest
+import torch
+from reference import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from agcl.lrp import UnsupportedArchitecture, attributed_linears, relevance_backward
+
+IDS = torch.arange(2, 12).view(2, 5)
+
+
+def logits_of(model):
+    return model(IDS, use_cache=False).logits
+
+
+def flags(model):
+    return (
+        [(name, p.requires_grad) for name, p in model.named_parameters()],
+        [(name, m.training) for name, m in model.named_modules()],
+        model.config._attn_implementation,
+    )
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request):
+    """A model with mixed flags: part frozen, part in training mode."""
+    model = tiny.llama(attention=request.param)
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_logits_inside_equal_those_outside_bit_for_bit(model, rules, dtype):
+    model = model.to(dtype)
+    with torch.no_grad():
+        outside = logits_of(model)
+        with relevance_backward(model, rules):
+            inside = logits_of(model)
+        again = logits_of(model)
+    assert torch.equal(inside, outside)
+    assert torch.equal(again, outside)
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_flags_attention_and_gradients_are_as_before_afterwards(model, rules, gradients):
+    before, slopes = flags(model), gradients(model)
+    with relevance_backward(model, rules):
+        logits_of(model).sum().backward()
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(m.training for m in model.modules())
+    assert flags(model) == before
+    for name, slope in gradients(model).items():
+        assert torch.equal(slope, slopes[name]), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_everything_is_as_before_after_an_exception_inside(model, gradients):
+    before, slopes = flags(model), gradients(model)
+
+    def fail():
+        with relevance_backward(model):
+            logits_of(model)
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail()
+    assert flags(model) == before
+    for name, slope in gradients(model).items():
+        assert torch.equal(slope, slopes[name]), name
+
+
+def test_gradients_differ_inside_so_the_checks_above_can_fail(llama, gradients):
+    slopes = gradients(llama)
+    with relevance_backward(llama):
+        inside = gradients_inside(llama)
+    assert not torch.allclose(inside, slopes["model.layers.0.self_attn.q_proj.weight"])
+
+
+def gradients_inside(model):
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    ids = torch.arange(2, 9).unsqueeze(0)
+    output = model(ids, use_cache=False).logits.pow(2).sum()
+    return torch.autograd.grad(output, weight)[0]
+
+
+def test_another_model_of_the_class_is_not_touched(llama, gradients):
+    other = tiny.llama(seed=1)
+    slopes = gradients(other)
+    with relevance_backward(llama):
+        inside = gradients(other)
+    assert all(torch.equal(inside[name], slope) for name, slope in slopes.items())
+
+
+def test_it_can_be_entered_again_with_other_rules(llama):
+    found = []
+    for rules in ("attnlrp", "cp", "attnlrp"):
+        with relevance_backward(llama, rules) as trace:
+            logits_of(llama)[:, -1].max(-1).values.sum().backward()
+        found.append(trace.input_relevance())
+    assert found[0].shape == IDS.shape
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_relevance_can_be_taken_where_the_caller_switched_gradients_off(llama):
+    with torch.no_grad(), relevance_backward(llama) as trace:
+        logits_of(llama)[:, -1].sum().backward()
+        assert torch.isfinite(trace.input_relevance()).all()
+
+
+def test_reading_relevance_before_a_backward_is_an_error(llama):
+    with relevance_backward(llama) as trace, pytest.raises(RuntimeError, match="no backward"):
+        trace.input_relevance()
+
+
+def test_an_unsupported_architecture_is_named():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    with (
+        pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel"),
+        relevance_backward(model),
+    ):
+        pass
+    with pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel"):
+        attributed_linears(model)
+
+
+def test_unknown_rules_are_refused(llama):
+    with pytest.raises(ValueError, match="epsilon"), relevance_backward(llama, "epsilon"):
+        pass
+
+
+def test_all_linear_layers_of_the_decoder_are_attributed_and_the_head_is_not():
+    model = tiny.llama(layers=11)  # layer 1 and layer 10 must not be confused
+    expected = [
+        name
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name not in ("lm_head.weight", "model.embed_tokens.weight")
+    ]
+    linears = attributed_linears(model)
+    assert list(linears) == expected
+    assert len(expected) == 11 * 7
+    parameters = dict(model.named_parameters())
+    assert all(module.weight is parameters[name] for name, module in linears.items())

@@ -1,0 +1,184 @@
+"""GatedAdamW: torch's AdamW where the gate is open, still weights where it is closed."""
+
+import copy
+
+import pytest
+import torch
+from reference import tiny
+from torch import nn
+
+from agcl.lrp import attributed_linears
+from agcl.modulation import GatedAdamW
+
+UP = "model.layers.0.mlp.up_proj.weight"
+SIDES = ["update", "gradient"]
+OPTIONS = {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
+
+
+def steps(model, optimizer, *, first=0, last=20):
+    """Optimizer steps on batches that depend on the step's number alone."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(2, tiny.VOCABULARY, (2, 6), generator=generator)
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def filled(model, value):
+    return {n: torch.full_like(m.weight, value) for n, m in attributed_linears(model).items()}
+
+
+def assert_same(found, expected):
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("on", SIDES)
+@pytest.mark.parametrize("gated", [True, False])
+def test_an_open_gate_equals_torchs_adamw_bit_for_bit(llama, on, gated):
+    plain = copy.deepcopy(llama)
+    steps(plain, torch.optim.AdamW(plain.parameters(), **OPTIONS))
+    gate = filled(llama, 1.0) if gated else None
+    steps(llama, GatedAdamW(llama.named_parameters(), gate=gate, on=on, **OPTIONS))
+    assert_same(weights(llama), weights(plain))
+
+
+@pytest.mark.parametrize("options", [{"maximize": True}, {"amsgrad": True}])
+def test_other_options_of_adamw_are_honoured_or_refused_never_ignored(llama, options):
+    plain = copy.deepcopy(llama)
+    steps(plain, torch.optim.AdamW(plain.parameters(), **OPTIONS, **options), last=5)
+    try:
+        optimizer = GatedAdamW(llama.named_parameters(), **OPTIONS, **options)
+    except (TypeError, ValueError):
+        return
+    steps(llama, optimizer, last=5)
+    assert_same(weights(llama), weights(plain))
+
+
+@pytest.mark.parametrize("on", SIDES)
+def test_a_closed_gate_keeps_every_bit_and_leaves_the_others_free(llama, on):
+    before = weights(llama)
+    gate = filled(llama, 0.0)
+    gate[UP] = (torch.arange(24 * 16) % 2).float().view(24, 16)
+    steps(llama, GatedAdamW(llama.named_parameters(), gate=gate, on=on, **OPTIONS))
+    after = weights(llama)
+    for name, closed in gate.items():
+        still = closed == 0
+        assert torch.equal(after[name][still], before[name][still]), name
+        assert (after[name][~still] != before[name][~still]).all(), name
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def adamw_by_hand(weight, gradients, gate, on):
+    """Scalar AdamW in Python floats, one value at a time; the gate acts as documented."""
+    lr, decay, (beta1, beta2), eps = OPTIONS.values()
+    mean = square = 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        decay_by = lr * decay * weight
+        if on == "gradient":
+            gradient, decay_by = gate * gradient, gate * decay_by
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        slope = mean / (1 - beta1**t) / ((square / (1 - beta2**t)) ** 0.5 + eps)
+        change = -decay_by - lr * slope
+        weight += gate * change if on == "update" else change
+    return weight
+
+
+@pytest.mark.parametrize("on", SIDES)
+def test_a_fractional_gate_equals_the_closed_form(on):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    gate = torch.tensor([[0.0, 0.25, 0.5], [0.6, 0.9, 1.0]], dtype=torch.float64)
+    slopes = torch.randn(7, 2, 3, generator=generator, dtype=torch.float64)
+    parameter = nn.Parameter(start.clone())
+    optimizer = GatedAdamW([("w", parameter)], gate={"w": gate}, on=on, **OPTIONS)
+    for slope in slopes:
+        parameter.grad = slope.clone()
+        optimizer.step()
+    for row in range(2):
+        for column in range(3):
+            place = row, column
+            series = [float(s[place]) for s in slopes]
+            expected = adamw_by_hand(float(start[place]), series, float(gate[place]), on)
+            assert parameter[place].item() == pytest.approx(expected, rel=1e-12), place
+
+
+def test_a_constant_gate_on_the_gradient_cancels_and_on_the_update_does_not(llama):
+    """Why `update` is the default: Adam divides by the gradient's running size."""
+    moved = {}
+    for on in SIDES:
+        model = copy.deepcopy(llama)
+        before = weights(model)[UP]
+        gate = {UP: torch.full_like(before, 0.1)}
+        options = {**OPTIONS, "weight_decay": 0.0, "eps": 1e-12}
+        steps(model, GatedAdamW(model.named_parameters(), gate=gate, on=on, **options), last=1)
+        moved[on] = (weights(model)[UP] - before).abs().mean().item()
+    assert moved["update"] == pytest.approx(0.1 * moved["gradient"], rel=1e-2)
+
+
+@pytest.mark.parametrize("option", ["gate", "basis"])
+def test_a_name_or_shape_that_does_not_fit_is_refused(llama, option):
+    width = 24 if option == "gate" else 16
+    for name, tensor in (
+        ("model.layers.9.mlp.up_proj.weight", torch.ones(width, 16)),
+        (UP, torch.ones(width + 1, 16)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            GatedAdamW(llama.named_parameters(), **{option: {name: tensor}}, lr=1e-3)
+
+
+@pytest.mark.parametrize("on", SIDES)
+def test_a_run_resumes_bit_for_bit_from_its_state(tmp_path, llama, on):
+    gate = {n: torch.full_like(g, 0.3) for n, g in filled(llama, 1.0).items()}
+    gate[UP] = torch.linspace(0, 1, 24 * 16).view(24, 16)
+    basis = {UP: torch.eye(16)[:, :3]}
+    whole = copy.deepcopy(llama)
+
+    def optimizer(model):
+        named = model.named_parameters()
+        return GatedAdamW(named, gate=gate, basis=basis, on=on, **OPTIONS)
+
+    steps(whole, optimizer(whole), last=8)
+
+    first = optimizer(llama)
+    steps(llama, first, last=4)
+    torch.save({"model": llama.state_dict(), "optimizer": first.state_dict()}, tmp_path / "state")
+
+    stored = torch.load(tmp_path / "state")
+    resumed = tiny.llama(seed=5)
+    resumed.load_state_dict(stored["model"])
+    second = optimizer(resumed)
+    second.load_state_dict(stored["optimizer"])
+    steps(resumed, second, first=4, last=8)
+
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_parameters_without_a_gradient_stay(llama):
+    llama.lm_head.weight.requires_grad_(False)
+    before = weights(llama)
+    trainable = [(n, p) for n, p in llama.named_parameters() if p.requires_grad]
+    optimizer = GatedAdamW(trainable, **OPTIONS)
+    optimizer.step()
+    assert_same(weights(llama), before)
+    steps(llama, optimizer, last=2)
+    assert torch.equal(llama.lm_head.weight, before["lm_head.weight"])
+
+
+def test_a_closure_is_called_with_gradients_on():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = GatedAdamW([("w", parameter)], gate={"w": torch.ones(2, 2)}, **OPTIONS)
+
+    def closure():
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0
+    assert (parameter < 1).all()

@@ -1,0 +1,120 @@
+"""Projection: updates that leave the outputs for protected inputs as they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from agcl.importance import Importance
+from agcl.modulation import GatedAdamW, bases, leading_directions, project_out
+
+SPECTRUM = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+
+
+def orthonormal(size, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(square).Q[:, :columns]
+
+
+def moment(vectors, spectrum=SPECTRUM):
+    return vectors @ torch.diag(spectrum) @ vectors.T
+
+
+def test_projection_is_idempotent_and_its_result_orthogonal_to_the_basis():
+    basis = orthonormal(6, 2)
+    update = torch.randn(3, 6, dtype=torch.float64)
+    once = project_out(update, basis)
+    torch.testing.assert_close(
+        once @ basis, torch.zeros(3, 2, dtype=torch.float64), atol=1e-14, rtol=0
+    )
+    torch.testing.assert_close(project_out(once, basis), once)
+    inside = torch.randn(3, 2, dtype=torch.float64) @ basis.T
+    torch.testing.assert_close(project_out(update + inside, basis), once)
+
+
+@pytest.mark.parametrize(
+    ("energy", "rank"),
+    [(0.0, 0), (0.01, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.91, 4), (1.0, 4)],
+)
+def test_the_fewest_leading_directions_with_the_share_of_the_trace(energy, rank):
+    vectors = orthonormal(4, 4)
+    found = leading_directions(moment(vectors), energy)
+    assert found.shape == (4, rank)
+    assert found.dtype == torch.float32
+    expected = vectors[:, :rank] @ vectors[:, :rank].T
+    torch.testing.assert_close((found @ found.T).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(rank), atol=1e-6, rtol=0)
+
+
+def test_no_input_means_no_direction():
+    assert leading_directions(torch.zeros(3, 3), 0.9).shape == (3, 0)
+
+
+def test_rounding_errors_below_zero_do_not_count():
+    spectrum = torch.tensor([4.0, 1.0, -1e-9, -1e-9], dtype=torch.float64)
+    assert leading_directions(moment(orthonormal(4, 4), spectrum), 0.7).shape == (4, 1)
+
+
+def past(*moments):
+    return [Importance({"w": torch.ones(2, 4)}, {"w": m.float()}) for m in moments]
+
+
+def test_bases_span_what_all_past_tasks_used():
+    """Two tasks with one direction each; neither alone would hold the other's."""
+    vectors = orthonormal(4, 4)
+    first, second = (torch.outer(vectors[:, i], vectors[:, i]) for i in (0, 2))
+    found = bases(past(3 * first, first + 2 * second), energy=0.99)["w"].double()
+    assert found.shape == (4, 2)
+    torch.testing.assert_close(found @ found.T, first + second, atol=1e-6, rtol=0)
+    assert bases(past(3 * first, first + 2 * second), energy=0.6)["w"].shape == (4, 1)
+
+
+def test_bases_need_moments():
+    with_moments = past(torch.eye(4))
+    without = [Importance({"w": torch.ones(2, 4)})]
+    for importances in (without, with_moments + without, without + with_moments):
+        with pytest.raises(ValueError, match="moments"):
+            bases(importances, energy=0.5)
+
+
+@pytest.mark.parametrize("on", ["update", "gradient"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_outputs_for_protected_inputs_stay_through_adamw_with_weight_decay(gated, on):
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(5, 6, generator=generator, dtype=torch.float64))
+    start = parameter.detach().clone()
+    basis = orthonormal(6, 2)
+    protected = basis @ torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    free = orthonormal(6, 6)[:, 2:]
+    gate = {"w": torch.rand(5, 6, generator=generator)} if gated else None
+    optimizer = GatedAdamW(
+        [("w", parameter)], gate=gate, basis={"w": basis}, on=on, lr=0.1, weight_decay=0.1
+    )
+    for _ in range(6):
+        parameter.grad = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    change = parameter.detach() - start
+    torch.testing.assert_close(change @ protected, torch.zeros(5, 9).double(), atol=1e-13, rtol=0)
+    assert (change @ free).norm() > 0.1
+
+
+def test_a_projected_step_is_adamws_step_without_the_protected_directions():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    slope = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    basis, options = orthonormal(6, 2), {"lr": 0.1, "weight_decay": 0.1}
+    plain, projected = (nn.Parameter(start.clone()) for _ in range(2))
+    plain.grad, projected.grad = slope.clone(), slope.clone()
+    torch.optim.AdamW([plain], **options).step()
+    GatedAdamW([("w", projected)], basis={"w": basis}, **options).step()
+    expected = start + (plain - start) @ (torch.eye(6).double() - basis @ basis.T)
+    torch.testing.assert_close(projected.detach(), expected.detach())
+
+
+def test_an_empty_basis_is_plain_adamw_bit_for_bit():
+    start, slope = torch.randn(3, 4), torch.randn(3, 4)
+    plain, projected = (nn.Parameter(start.clone()) for _ in range(2))
+    plain.grad, projected.grad = slope.clone(), slope.clone()
+    torch.optim.AdamW([plain]).step()
+    GatedAdamW([("w", projected)], basis={"w": torch.zeros(4, 0)}).step()
+    assert torch.equal(plain, projected)

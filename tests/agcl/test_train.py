@@ -1,0 +1,169 @@
+"""The training loop: what it minimises, and what its result must not depend on."""
+
+import copy
+import math
+
+import pytest
+import torch
+from reference import tiny
+from torch.nn.functional import cross_entropy
+
+from agcl.modulation import GatedAdamW
+from agcl.tasks import Encoded
+from agcl.train import NonFiniteLoss, train_task
+
+OPTIONS = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
+
+
+def train(model, rows, *, learning_rate=1e-2, optimizer=None, **options):
+    """Train in place; returns (metrics, step) of every step."""
+    logged = []
+    optimizer = optimizer or GatedAdamW(model.named_parameters(), lr=learning_rate)
+    train_task(
+        model,
+        rows,
+        optimizer,
+        log=lambda metrics, step: logged.append((metrics, step)),
+        **{**OPTIONS, **options},
+    )
+    return logged
+
+
+def losses(logged):
+    return [metrics["loss"] for metrics, _ in logged]
+
+
+@torch.no_grad()
+def answer_loss(model, rows):
+    """Mean cross-entropy of answer tokens, one row and one token at a time."""
+    values = []
+    for ids, prompt_tokens in rows:
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        values += [
+            float(cross_entropy(logits[t - 1], torch.tensor(ids[t])))
+            for t in range(prompt_tokens, len(ids))
+        ]
+    return sum(values) / len(values)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_and_falls(llama):
+    rows = tiny.random_rows(6)
+    expected = answer_loss(llama, rows)
+    logged = train(llama, rows, epochs=30, batch_size=6)
+    assert losses(logged)[0] == pytest.approx(expected, rel=1e-5)
+    assert answer_loss(llama, rows) < 0.2 * expected
+
+
+def test_one_step_equals_plain_sgd_on_that_loss_with_clipping(llama):
+    rows = tiny.random_rows(5)
+    plain = copy.deepcopy(llama)
+    total = torch.zeros(())
+    for ids, prompt_tokens in rows:
+        logits = plain(torch.tensor([ids]), use_cache=False).logits[0, prompt_tokens - 1 : -1]
+        total = total + cross_entropy(logits, torch.tensor(ids[prompt_tokens:]), reduction="sum")
+    answer_tokens = sum(len(ids) - prompt for ids, prompt in rows)
+    (total / answer_tokens).backward()
+    norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+    limit = float(norm) / 3
+
+    [(metrics, step)] = train(
+        llama,
+        rows,
+        optimizer=torch.optim.SGD(llama.parameters(), lr=0.1),
+        epochs=1,
+        batch_size=5,
+        micro_batch_size=2,
+        max_gradient_norm=limit,
+    )
+
+    assert step == 1
+    assert metrics["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+    for (name, trained), p in zip(llama.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, p - 0.1 * p.grad / 3, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
+def test_the_result_does_not_depend_on_the_micro_batch_size(micro_batch_size):
+    rows = tiny.random_rows(10)
+    whole, cut = (tiny.llama(dtype=torch.float64) for _ in range(2))
+    first = train(whole, rows, micro_batch_size=4)
+    second = train(cut, rows, micro_batch_size=micro_batch_size)
+    assert losses(second) == pytest.approx(losses(first), rel=1e-5)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(cut)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_ragged_last_batch_is_one_more_step_over_the_rows_left(llama):
+    rows = tiny.random_rows(10)
+    logged = train(llama, rows, epochs=3, batch_size=4)
+    assert [step for _, step in logged] == list(range(1, 10))
+    assert {metrics["of_steps"] for metrics, _ in logged} == {9}
+
+
+def test_every_row_is_seen_once_an_epoch(llama):
+    """With steps of size zero the losses of an epoch average to the loss of all rows."""
+    rows = tiny.random_rows(10)
+    rows = [Encoded(row.input_ids, len(row.input_ids) - 2) for row in rows]
+    optimizer = torch.optim.SGD(llama.parameters(), lr=0.0)
+    logged = train(llama, rows, optimizer=optimizer, epochs=2, batch_size=4)
+    for epoch in (logged[:3], logged[3:]):
+        mean = sum(n * loss for n, loss in zip((4, 4, 2), losses(epoch), strict=True)) / 10
+        assert mean == pytest.approx(answer_loss(llama, rows), rel=1e-5)
+    assert losses(logged[:3]) != losses(logged[3:])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_another_order():
+    rows = tiny.random_rows(10)
+    models = [tiny.llama() for _ in range(3)]
+    logged = []
+    for model, seed, noise in zip(models, (7, 7, 8), (1, 2, 3), strict=True):
+        torch.manual_seed(noise)
+        logged.append(train(model, rows, seed=seed))
+    assert logged[0] == logged[1]
+    assert losses(logged[0])[0] != losses(logged[2])[0]
+    for name, weight in weights(models[0]).items():
+        assert torch.equal(weights(models[1])[name], weight), name
+
+
+def test_dropout_is_on_and_drawn_from_the_seed():
+    rows = tiny.random_rows(6)
+    models = [tiny.llama(attention="eager") for _ in range(3)]
+    for model in models[:2]:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+    logged = [losses(train(model, rows)) for model in models]
+    assert logged[0] == logged[1]
+    assert logged[0] != logged[2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step(llama, value):
+    llama.lm_head.weight.data[3, 3] = value
+    before = weights(llama)
+    with pytest.raises(NonFiniteLoss, match="step 1 of 6"):
+        train(llama, tiny.random_rows(10))
+    for name, weight in weights(llama).items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_frozen_weights_keep_their_bits_and_a_closed_gate_too(llama):
+    frozen, gated = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    llama.get_parameter(frozen).requires_grad_(False)
+    before = weights(llama)
+    named = [(name, p) for name, p in llama.named_parameters() if p.requires_grad]
+    gate = {gated: torch.zeros_like(before[gated])}
+    train(llama, tiny.random_rows(4), optimizer=GatedAdamW(named, gate=gate, lr=1e-2))
+    for name, weight in weights(llama).items():
+        assert torch.equal(weight, before[name]) == (name in (frozen, gated)), name
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_bfloat16_keeps_float32_weights_and_trains(llama):
+    rows = tiny.random_rows(6)
+    logged = losses(train(llama, rows, epochs=20, batch_size=6, precision="bfloat16"))
+    assert logged[-1] < 0.5 * logged[0]
+    assert all(p.dtype == torch.float32 for p in llama.parameters())

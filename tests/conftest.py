@@ -1,0 +1,52 @@
+"""Fixtures for all tests: tiny models built in code, and two worker processes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+# Tests import their oracles as `reference.…`; with import-mode=importlib nothing else does this.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reference import tiny
+from reference.workers import Workers
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exact_llama() -> LlamaForCausalLM:
+    """A float64 Llama with grouped-query attention, exact to float64 throughout."""
+    return tiny.with_exact_norms(tiny.llama(dtype=torch.float64))
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    """A float32 Llama with grouped-query attention."""
+    return tiny.llama()
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Two gloo processes; functions to run are in `reference.workers`."""
+    pool = Workers(tmp_path_factory.mktemp("workers"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def gradients() -> Callable[[LlamaForCausalLM], dict[str, torch.Tensor]]:
+    """Ordinary gradients of all weights for a fixed input, whatever their flags."""
+
+    def of(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+        weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        ids = torch.arange(2, 9).unsqueeze(0)
+        output = torch.func.functional_call(model, weights, (ids,), {"use_cache": False})
+        names, leaves = zip(*weights.items(), strict=True)
+        found = torch.autograd.grad(output.logits.pow(2).sum(), leaves)
+        return dict(zip(names, found, strict=True))
+
+    return of

@@ -1,0 +1,48 @@
+"""Importance and input moments by plain loops over rows and tokens, from the explicit LRP."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from reference.explicit_lrp import explain
+from torch import Tensor
+
+CUT_OFF_BY_CP = ("q_proj", "k_proj", "gate_proj")
+
+
+def importance(
+    model: Any, rows: Sequence[Any], *, top_k: int | None, rules: str = "attnlrp"
+) -> dict[str, Tensor]:
+    """Mean of every entry's `top_k` largest per-row relevances, each row scaled by its flow."""
+    stacks: dict[str, list[Tensor]] = {}
+    for row in rows:
+        explanation = explain(model, row, rules)
+        for name, relevance in explanation.weights.items():
+            flow = explanation.outputs[name].abs().sum()
+            stacks.setdefault(name, []).append(relevance / flow if flow else relevance)
+    stacks.pop("lm_head.weight")
+    k = min(top_k or len(rows), len(rows))
+    return {name: torch.stack(s).topk(k, dim=0).values.mean(0) for name, s in stacks.items()}
+
+
+def second_moments(
+    model: Any, rows: Sequence[Any], *, weighting: str, rules: str = "attnlrp"
+) -> dict[str, Tensor]:
+    """Sum over all tokens but each row's last of r x xᵀ, with r of mean 1."""
+    explanations = [explain(model, row, rules) for row in rows]
+    result = {}
+    for name, inputs in explanations[0].inputs.items():
+        if name == "lm_head.weight":
+            continue
+        vectors, shares = [], []
+        for explanation in explanations:
+            arriving = explanation.outputs[name].sum(1).abs()
+            vectors += list(explanation.inputs[name][:-1])
+            shares += arriving[:-1].tolist()
+        if weighting == "uniform" or not any(shares):
+            shares = [1.0] * len(vectors)
+        mean = sum(shares) / len(shares)
+        result[name] = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
+        for x, r in zip(vectors, shares, strict=True):
+            result[name] += r / mean * torch.outer(x, x)
+    return result

@@ -1,0 +1,124 @@
+"""Two real gloo processes, started once a test session, and what the tests let them do."""
+
+import os
+import pickle
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 120
+"""Seconds that a result may take."""
+
+
+class Workers:
+    """`run` calls the same function in both processes and returns both results."""
+
+    def __init__(self, folder: Path) -> None:
+        context = get_context("spawn")
+        self.ends, self.processes = [], []
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, folder, theirs), daemon=True)
+            process.start()
+            self.ends.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+        """Results in rank order; an exception in a worker is raised here."""
+        for end in self.ends:
+            # Plain pickles: multiprocessing's own would share tensors' memory among processes.
+            end.send_bytes(pickle.dumps((function, args, options)))
+        results = []
+        for rank, end in enumerate(self.ends):
+            if not end.poll(PATIENCE):
+                raise TimeoutError(f"worker {rank} gave no answer in {PATIENCE} s")
+            results.append(pickle.loads(end.recv_bytes()))
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank: int, folder: Path, end: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2
+    )
+    while True:
+        try:
+            function, args, options = pickle.loads(end.recv_bytes())
+        except EOFError:
+            return
+        try:
+            result = function(*args, **options)
+        except Exception as error:
+            result = error
+        end.send_bytes(pickle.dumps(result))
+
+
+def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **options: Any) -> Any:
+    """Attribute this worker's share of whole batches, taken in turn."""
+    from reference import tiny
+
+    from agcl import distributed
+    from agcl.attribution import attribute
+    from agcl.batches import collate, in_order
+
+    batches = in_order(len(rows), batch_size)[distributed.rank() :: distributed.world_size()]
+    importance = attribute(
+        tiny.llama(**model), (collate([rows[i] for i in b]) for b in batches), **options
+    )
+    return dict(importance.entries), dict(importance.moments), dict(importance.header)
+
+
+def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
+    """Losses of every step, and the trained weights."""
+    from reference import tiny
+
+    from agcl.modulation import GatedAdamW
+    from agcl.train import train_task
+
+    trained, losses = tiny.llama(**model), []
+    train_task(
+        trained,
+        rows,
+        GatedAdamW(trained.named_parameters(), lr=1e-2),
+        log=lambda metrics, step: losses.append(metrics["loss"]),
+        **options,
+    )
+    return losses, {name: p.detach() for name, p in trained.named_parameters()}
+
+
+def verdicts(rows: Any, model: dict[str, Any], **options: Any) -> list[bool]:
+    from reference import tiny
+
+    from agcl.evaluate import exact_match
+
+    return exact_match(tiny.llama(**model), rows, **options)
+
+
+def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Tensors of two types and shapes summed over the workers, and one gathered from them."""
+    from agcl import distributed
+
+    mine = distributed.rank() + 1
+    tensors = [
+        torch.full((2, 3), float(mine)),
+        torch.tensor(10 * mine),
+        torch.tensor([0.5 * mine], dtype=torch.float64),
+        torch.full((3, 2), float(mine)).T,
+    ]
+    distributed.sum_in_place(tensors)
+    return tensors, distributed.gather(torch.tensor([mine, -mine]))
