@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
             )
         first = configs.load(arguments.config, arguments.settings, method=method)
         for seed in range(first.seed, first.seed + arguments.seeds):
-            label = f"{method}-seed{seed}"
+            label = method if arguments.seeds == 1 else f"{method}-seed{seed}"
             config = first.model_copy(update={"seed": seed})
             runs[label] = open_run(config, config.storage / f"{config.name}-compare" / label)
     folder = next(iter(runs.values())).folder.parent

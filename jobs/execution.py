@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,10 +16,9 @@ from pipeline.tracking import default_uri
 
 METRIC_COLUMNS = {
     "average_performance": "average",
-    "backward_transfer": "backward transfer",
+    "backward_transfer": "backward",
     "learning_accuracy": "learned",
-    "average_incremental_performance": "incremental",
-    "forward_transfer": "forward transfer",
+    "forward_transfer": "forward",
 }
 
 
@@ -54,7 +54,9 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
     """The accuracy matrix of every evaluation set."""
     metrics = result.metrics
     for name, values in metrics["evaluation_sets"].items():
-        table = Table(title=f"{label}: {name}", title_justify="left", title_style="bold")
+        table = Table(
+            title=f"{label}: {name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+        )
         table.add_column("after")
         held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
         for column in [*metrics["tasks"], *(f"({skill})" for skill in held_out)]:
@@ -68,9 +70,9 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
 
 def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
     """The metrics of every run and evaluation set, a line each."""
-    table = Table(title="metrics", title_justify="left", title_style="bold")
-    for column in ("run", "evaluation set"):
-        table.add_column(column)
+    table = Table(title="metrics", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for column in ("run", "scored on"):
+        table.add_column(column, no_wrap=True)
     for column in [*METRIC_COLUMNS.values(), "forgetting"]:
         table.add_column(column, justify="right")
     for label, result in results.items():

@@ -6,24 +6,19 @@ import argparse
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Print one line a stage; run nothing."""
     from rich.console import Console
-    from rich.table import Table
 
     from pipeline import config as configs
-    from pipeline.dag import Stage
     from pipeline.run import open_run
 
     run = open_run(configs.load(arguments.config, arguments.settings))
-    table = Table("stage", "state", "inputs", "artifact")
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(stage.name) for stage in run.plan.stages)
+    num_done = 0
     for stage in run.plan.stages:
         work = run.works[stage.name]
-        table.add_row(
-            stage.name,
-            "done" if work.is_complete() else "to run",
-            ", ".join(
-                source.name if isinstance(source, Stage) else str(source.path)
-                for source in stage.inputs.values()
-            ),
-            work.folder.name,
-        )
-    Console().print(table)
+        done = work.is_complete()
+        num_done += done
+        state = "[green]done  [/]" if done else "to run"
+        console.print(f"  {state}  {stage.name:{width}}  [dim]{work.folder}[/]")
+    console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     return 0

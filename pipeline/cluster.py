@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from agcl.errors import InputError
 
 from pipeline.config import Resources
 
@@ -37,8 +36,6 @@ def cluster(resources: Resources) -> Iterator[int]:
         del environment["env_vars"]["PYTHONPATH"]
         ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
     else:
-        if resources.use_gpu and not _gpus():
-            raise InputError("resources.use_gpu: this machine has no GPU that torch can use")
         ray.init(
             num_cpus=max(os.cpu_count() or 1, session_cpus),
             include_dashboard=True,
@@ -57,9 +54,3 @@ def cluster(resources: Resources) -> Iterator[int]:
         yield max(1, side_by_side)
     finally:
         ray.shutdown()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from agcl.errors import InputError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -27,6 +35,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation != bool:
+            raise ValueError(f"true and false are no value here (got {value})")
+        return value
 
 
 class Pretraining(Section):
@@ -220,8 +235,8 @@ class Config(Section):
             raise ValueError("protect: method sequential protects nothing; choose method agcl")
         if self.method == "agcl" and not self.protect:
             raise ValueError("protect: method agcl needs at least one protection")
-        if self.name == "stages":
-            raise ValueError("name: 'stages' is the folder of shared artifacts")
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
         kinds = [item.kind for item in self.protect]
         if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
             raise ValueError("protect: one of each kind at most, and project last")
@@ -246,8 +261,8 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     raw["method"] = chosen or in_file
     preset = PRESETS.get(raw["method"], {}) if isinstance(raw["method"], str) else {}
     raw = {**yaml.safe_load(yaml.safe_dump(preset)), **raw}
-    # A new kind comes first: the other keys of its item belong to it.
-    for key, value in sorted(pairs, key=lambda pair: pair[0].rpartition(".")[2] not in _KINDS):
+    # Whole sections come first, then kinds: the other keys of an item belong to its kind.
+    for key, value in sorted(pairs, key=lambda pair: _order(pair[0])):
         if key != "method":
             _set(raw, key, value)
     config = validate(raw)
@@ -268,6 +283,13 @@ def dump(config: Config) -> str:
 
 
 _KINDS = ("kind", "format")
+_FORMATS = "'facts', 'concept1k', 'jsonl'"
+RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
+
+
+def _order(key: str) -> tuple[bool, bool]:
+    path, _, last = key.rpartition(".")
+    return bool(path), last not in _KINDS
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -275,7 +297,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"no config file {file}")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # Bad UTF-8, or a date like 2024-13-45.
         problem = " ".join(str(error).split())
         raise InputError(f"{file}: not valid YAML ({problem})") from None
     if raw is None:
@@ -291,7 +313,7 @@ def _split(override: str) -> tuple[str, Any]:
         raise InputError(f"override {override!r}: expected key.path=value")
     try:
         return key, yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise InputError(f"override {override!r}: the value is not valid YAML") from None
 
 
@@ -326,9 +348,16 @@ def _item(items: list[Any], part: str, key: str) -> Any:
 
 def _explain(error: Any) -> str:
     """One pydantic error as `key.path: what is wrong`."""
-    tags = {"gate", "project", "facts", "concept1k", "jsonl"}
-    parts = [str(p) for i, p in enumerate(error["loc"]) if i == 0 or p not in tags]
+    # pydantic puts the chosen kind into the path: after `tasks`, and after an item of `protect`.
+    where = error["loc"]
+    tag = {"tasks": 1, "protect": 2}.get(str(where[0]) if where else "", 0)
+    parts = [str(part) for index, part in enumerate(where) if not (tag and index == tag)]
     key = ".".join(parts)
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kind = str(error["ctx"]["discriminator"]).strip("'")
+        given = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
+        choices = "one of 'gate', 'project'" if kind == "kind" else "one of " + _FORMATS
+        return f"{key}.{kind}: must be {choices}{given}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
         return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")

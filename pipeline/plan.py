@@ -1,10 +1,12 @@
 """From a config to the list of its stages, readable top to bottom."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from agcl import models
 from agcl.errors import InputError
 from agcl.importance import check_file
@@ -89,6 +91,13 @@ def check_inputs(config: Config) -> None:
 
     Raises `InputError` of one line that names the file, row or key.
     """
+    if config.resources.use_gpu and not (
+        os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() >= config.resources.num_workers
+    ):
+        raise InputError(
+            f"resources.use_gpu: {config.resources.num_workers} workers need a GPU each, torch "
+            f"finds {torch.cuda.device_count()} on this machine"
+        )
     if not _builtin(config):
         models.check_folder(_model_folder(config))
     tasks = [open_task(source) for source in task_sources(config)]

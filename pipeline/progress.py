@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from pipeline.stages.context import Record
 
+_SECONDS_BETWEEN_LINES = 20.0
+
 
 class StageProgress:
     """One line a running stage; finished stages stay as a line with their time."""
@@ -26,6 +28,7 @@ class StageProgress:
             transient=True,
             disable=not console.is_terminal,
         )
+        self.said = time.monotonic()
         self.running: dict[str, tuple[TaskID, float]] = {}
 
     def __enter__(self) -> "StageProgress":
@@ -57,12 +60,20 @@ class StageProgress:
         if artifact in self.running:
             total = record.get("of_steps") or record.get("of_rows")
             detail = f"loss {record['loss']:.4f}" if "loss" in record else ""
+            if not self.console.is_terminal:
+                self._say_now_and_then(artifact, f"{record['step']}/{total or '?'} {detail}")
             self.bars.update(
                 self.running[artifact][0],
                 completed=float(record["step"]),
                 total=float(total) if total else None,
                 detail=detail,
             )
+
+    def _say_now_and_then(self, artifact: str, detail: str) -> None:
+        """Progress of long stages in logs, where no bar is shown."""
+        if time.monotonic() - self.said >= _SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            self.console.print(f"       {self.titles[artifact]} {detail}", highlight=False)
 
     def _end(self, artifact: str, *, failed: bool) -> None:
         bar, started = self.running.pop(artifact, (None, time.monotonic()))

@@ -21,23 +21,23 @@ _LARGEST_COPY = 256 * 2**20
 class Recording:
     """The MLflow side of one execution: its runs and, for several, the comparison above them.
 
-    Does nothing where `tracking.enabled` is off.
+    Does nothing without a tracker.
     """
 
-    def __init__(self, runs: Mapping[str, Run], folder: Path, title: str) -> None:
-        config = next(iter(runs.values())).config
+    def __init__(
+        self, tracker: Tracker | None, runs: Mapping[str, Run], folder: Path, title: str
+    ) -> None:
+        self.tracker = tracker
         self.recorders: dict[str, _Recorder] = {}
         self.comparison: str | None = None
-        if not config.tracking.enabled:
+        if tracker is None:
             return
-        config.storage.mkdir(parents=True, exist_ok=True)
-        self.tracker = Tracker(config.storage, config.tracking.uri)
         if len(runs) > 1:
-            known = self.tracker.resume(folder)
-            self.comparison = known or self.tracker.start(title, {"kind": "comparison"})
-            self.tracker.remember(folder, self.comparison)
+            known = tracker.resume(folder)
+            self.comparison = known or tracker.start(title, {"kind": "comparison"})
+            tracker.remember(folder, self.comparison)
         for label, run in runs.items():
-            self.recorders[label] = _Recorder(self.tracker, label, run, self.comparison)
+            self.recorders[label] = _Recorder(tracker, label, run, self.comparison)
 
     def reuse(self) -> None:
         """Record stages that were complete before as reused."""
@@ -59,7 +59,7 @@ class Recording:
 
     def finish_comparison(self, report: Path, pictures: Mapping[str, bytes]) -> None:
         """Log the joint report and close the comparison's run."""
-        if self.comparison is not None:
+        if self.tracker is not None and self.comparison is not None:
             self.tracker.artifacts(self.comparison, _files(report, pictures))
             self.tracker.end(self.comparison)
 
@@ -67,7 +67,7 @@ class Recording:
         """Close what is open as FAILED or KILLED."""
         for recorder in self.recorders.values():
             recorder.abort(status, error)
-        if self.comparison is not None:
+        if self.tracker is not None and self.comparison is not None:
             self.tracker.end(self.comparison, status, error)
 
 

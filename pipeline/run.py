@@ -25,6 +25,7 @@ from pipeline.report import RunResult, StageRecord, write_report
 from pipeline.runner import StageFailed, run_sessions
 from pipeline.stages.context import Record
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
+from pipeline.tracking import Tracker
 
 CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
 _RUN_AGAIN = {"resources", "tracking"}
@@ -37,6 +38,9 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
     Raises `InputError` for bad input, and for a folder that holds a run of another config.
     """
     folder = folder or config.storage / config.name
+    there = next(path for path in (config.storage, *config.storage.parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"storage: {there} is not a folder")
     _check_folder(config, folder)
     check_inputs(config)
     planned = plan(config)
@@ -53,10 +57,12 @@ def execute(
     first = next(iter(runs.values())).config
     done_before = {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
+    # The tracker first: it fails on a bad URI, and then nothing must be written.
+    tracker = Tracker(first.storage, first.tracking.uri) if first.tracking.enabled else None
     for run in runs.values():
         run.folder.mkdir(parents=True, exist_ok=True)
         artifact.write_text(run.folder / CONFIG_FILE, configs.dump(run.config))
-    recording = Recording(runs, folder, title)
+    recording = Recording(tracker, runs, folder, title)
     try:
         if todo:
             _run_missing(todo, first, recording, console)

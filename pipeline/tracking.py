@@ -17,6 +17,7 @@ from pipeline.artifact import write_json
 
 EXPERIMENT = "agcl"
 _RUN_FILE = "mlflow.json"
+_KIND = "custom_model_development"  # The UI then opens in its training view.
 _PARAM_LENGTH = 6000
 Content = bytes | str | Path
 """Bytes, text, or a file to copy."""
@@ -36,19 +37,24 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
+        if uri is None:
+            storage.mkdir(parents=True, exist_ok=True)
         self.uri = uri or default_uri(storage)
-        self.client = MlflowClient(tracking_uri=self.uri)
         try:
+            self.client = MlflowClient(tracking_uri=self.uri)
             found = self.client.get_experiment_by_name(EXPERIMENT)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"tracking.uri: cannot use {self.uri} ({reason})") from None
         # Artifacts of a local database belong beside it; a server decides for itself.
-        location = None if uri else (storage / "mlartifacts").as_uri()
+        on_server = self.uri.startswith(("http:", "https:", "databricks"))
+        location = None if on_server else (storage / "mlartifacts").as_uri()
         self.experiment = (
             found.experiment_id
             if found
-            else self.client.create_experiment(EXPERIMENT, artifact_location=location)
+            else self.client.create_experiment(
+                EXPERIMENT, artifact_location=location, tags={"mlflow.experimentKind": _KIND}
+            )
         )
 
     def start(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
@@ -98,7 +104,7 @@ class Tracker:
             self.client.log_batch(run_id, params=new[start : start + 100])
 
     def metrics(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Log the numbers of records, each with its `step`."""
+        """Log the numbers of records, each with its `step`; `of_...` only serve progress bars."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -106,7 +112,7 @@ class Tracker:
             Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), now, int(record.get("step", 0)))
             for record in records
             for key, value in record.items()
-            if key != "step" and isinstance(value, int | float)
+            if key != "step" and not key.startswith("of_") and isinstance(value, int | float)
         ]
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
