@@ -12,8 +12,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -36,12 +34,14 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation != bool:
-            raise ValueError(f"true and false are no value here (got {value})")
-        return value
+    def _no_bool_for_a_number(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field and field.annotation is not bool:
+                raise ValueError(f"{key}: cannot be true or false")
+        return values
 
 
 class Pretraining(Section):
@@ -258,13 +258,15 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     in_file = raw.get("method", Config.model_fields["method"].default)
     if chosen is not None and chosen != in_file:
         raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
-    raw["method"] = chosen or in_file
+    raw["method"] = in_file if chosen is None else chosen
     preset = PRESETS.get(raw["method"], {}) if isinstance(raw["method"], str) else {}
     raw = {**yaml.safe_load(yaml.safe_dump(preset)), **raw}
     # Whole sections come first, then kinds: the other keys of an item belong to its kind.
     for key, value in sorted(pairs, key=lambda pair: _order(pair[0])):
         if key != "method":
             _set(raw, key, value)
+    if isinstance(raw.get("tasks"), dict):
+        raw["tasks"].setdefault("format", FactsTasks.model_fields["format"].default)
     config = validate(raw)
     return config.model_copy(update={"storage": config.storage.expanduser().absolute()})
 
@@ -274,7 +276,15 @@ def validate(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(e) for e in error.errors())) from None
+        errors = error.errors()
+        places = [tuple(e["loc"]) for e in errors]
+        # An error inside a value says more than the one about the value as a whole.
+        inner = [
+            e
+            for e, place in zip(errors, places, strict=True)
+            if not any(p[: len(place)] == place for p in places if p != place)
+        ]
+        raise InputError("; ".join(_explain(e) for e in inner)) from None
 
 
 def dump(config: Config) -> str:
@@ -363,7 +373,8 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        # The message of our own validators begins with the field's name.
+        return f"{key}.{message}" if key else message
     given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
