@@ -72,6 +72,8 @@ def is_complete(folder: Path, expected: str) -> bool:
     """
     manifest = read_manifest(folder)
     if manifest is None:
+        if folder.exists():
+            raise CorruptArtifact(_corrupt(folder, f"it has no {MANIFEST}"))
         return False
     if manifest["fingerprint"] != expected:
         raise CorruptArtifact(_corrupt(folder, "its fingerprint is another"))

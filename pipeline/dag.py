@@ -107,7 +107,10 @@ def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
         }
         key = artifact.fingerprint(identity)
         first = by_fingerprint.get(key)
-        folder = storage / "stages" / f"{folder_name(stage.name)}-{key[:8]}"
+        # Named by the function, so that a stage that two plans call differently is one folder.
+        kind, slash, rest = stage.name.partition("/")
+        readable = f"{stage.fn.__name__}-{rest}" if slash else kind
+        folder = storage / "stages" / f"{folder_name(readable)}-{key[:8]}"
         works[stage.name] = by_fingerprint[key] = first or Work(
             name=stage.name,
             fn=stage.fn,
@@ -138,13 +141,13 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Sessio
     split by the set of runs that need them, so that what runs share is computed once, before
     what they do not.
     """
-    works: dict[str, Work] = {}
-    stage_of: dict[str, Stage] = {}
-    owners: dict[str, set[str]] = {}
+    works: dict[Path, Work] = {}
+    stage_of: dict[Path, Stage] = {}
+    owners: dict[Path, set[str]] = {}
     for run, stages in plans.items():
         resolved = resolve(stages, storage)
         for stage in _needed(stages, resolved):
-            key = resolved[stage.name].fingerprint
+            key = resolved[stage.name].folder
             works.setdefault(key, resolved[stage.name])
             stage_of.setdefault(key, stage)
             owners.setdefault(key, set()).add(run)
@@ -152,21 +155,20 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Sessio
         key: (stage.session or stage.name, tuple(sorted(owners[key])))
         for key, stage in stage_of.items()
     }
-    members: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    members: dict[tuple[str, tuple[str, ...]], list[Path]] = {}
     for key, group in group_of.items():
         members.setdefault(group, []).append(key)
 
     def name(group: tuple[str, tuple[str, ...]]) -> str:
         return f"{group[0]} of {', '.join(group[1])}"
 
-    folders = {work.folder: key for key, work in works.items()}
     found = []
     for group, keys in members.items():
         before = {
-            group_of[folders[folder]]
+            group_of[folder]
             for key in keys
             for folder in works[key].inputs.values()
-            if folder in folders
+            if folder in works
         }
         found.append(
             Session(

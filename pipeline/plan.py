@@ -1,19 +1,11 @@
 """From a config to the list of its stages, readable top to bottom."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from agcl import models
-from agcl.errors import InputError
-from agcl.importance import check_file
-from agcl.lrp import attributed_linears
-from agcl.tasks import check_names, check_rows
-
-from pipeline.config import Concept1KTasks, Config, FactsTasks, Project
+from pipeline.config import Config, Project
 from pipeline.dag import External, Stage, Work
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
@@ -21,7 +13,6 @@ from pipeline.stages.prepare import FILE_KEYS, make_tokenizer, open_task, prepar
 from pipeline.stages.report import report
 from pipeline.stages.train import pretrain, train
 
-BASE_TASK = "base"
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
 
@@ -51,7 +42,7 @@ class Run:
 def plan(config: Config) -> Plan:
     """The stages of one method over one sequence. Reads no data and runs nothing."""
     sources = task_sources(config)
-    held_out = _held_out_sources(config)
+    held_out = held_out_sources(config)
     tasks = [open_task(source).name for source in sources]
     tokenizer = _tokenizer(config)
     rows = {
@@ -59,7 +50,7 @@ def plan(config: Config) -> Plan:
         for task, source in [*zip(tasks, sources, strict=True), *held_out.items()]
     }
     base = _base_model(config, tokenizer, rows)
-    first_session = "base" if _builtin(config) else "sequence"
+    first_session = "base" if is_builtin(config) else "sequence"
     scores = [_evaluate(config, "0-base", base, rows, first_session)]
     models_after: list[Stage] = []
     importances: dict[str, Stage] = {}
@@ -77,7 +68,7 @@ def plan(config: Config) -> Plan:
         scores.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence"))
         chain.append(scores[-1])
     final = _report(config, tasks, list(held_out), scores, importances)
-    builtin = [tokenizer, base] if _builtin(config) else []
+    builtin = [tokenizer, base] if is_builtin(config) else []
     stages = [builtin[:1], rows.values(), builtin[1:], scores[:1], solos.values(), chain, [final]]
     return Plan(
         stages=tuple(s for group in stages for s in group if isinstance(s, Stage)),
@@ -86,108 +77,18 @@ def plan(config: Config) -> Plan:
     )
 
 
-def check_inputs(config: Config) -> None:
-    """Check everything a user gave before any work: model, task names, every row, importances.
-
-    Raises `InputError` of one line that names the file, row or key.
-    """
-    if config.resources.use_gpu and not (
-        os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() >= config.resources.num_workers
-    ):
-        raise InputError(
-            f"resources.use_gpu: {config.resources.num_workers} workers need a GPU each, torch "
-            f"finds {torch.cuda.device_count()} on this machine"
-        )
-    if not _builtin(config):
-        models.check_folder(_model_folder(config))
-    tasks = [open_task(source) for source in task_sources(config)]
-    check_names([task.name for task in tasks])
-    for task in tasks:
-        if task.name in _held_out_sources(config):
-            raise InputError(f"task name {task.name!r} is taken by a held-out set")
-        for split in task.splits:
-            check_rows(task, split)
-    wanted = config.evaluation.set
-    for task in tasks:
-        if wanted is not None and wanted not in task.scored:
-            raise InputError(
-                f"evaluation.set: task {task.name} has no set {wanted!r} "
-                f"(it has {', '.join(task.scored)})"
-            )
-    if config.importance.past:
-        linears = attributed_linears(models.empty_model(_model_folder(config)))
-        for file in config.importance.past:
-            check_file(file.expanduser().absolute(), linears)
-
-
-def task_sources(config: Config) -> list[dict[str, Any]]:
-    """Per task the JSON from which `open_task` makes it; what its prepared rows depend on."""
-    tasks = config.tasks
-    if isinstance(tasks, FactsTasks):
-        return [_facts_source(config, tasks, index) for index in range(tasks.count)]
-    if isinstance(tasks, Concept1KTasks):
-        file = tasks.path.expanduser().absolute() / "dataset.txt"
-        return [
-            {
-                "format": "concept1k",
-                "file": str(file),
-                "index": index,
-                "concepts_per_task": tasks.concepts_per_task,
-            }
-            for index in range(tasks.count)
-        ]
-    return [
-        {
-            "format": "jsonl",
-            "name": task.name,
-            "train": str(task.train.expanduser().absolute()),
-            "test": str(task.test.expanduser().absolute()) if task.test else None,
-            "prompt_key": tasks.prompt_key,
-            "answer_key": tasks.answer_key,
-        }
-        for task in tasks.sequence
-    ]
-
-
-def _facts_source(config: Config, tasks: FactsTasks, index: int) -> dict[str, Any]:
-    return {
-        "format": "facts",
-        "index": index,
-        "entities": tasks.entities,
-        "base_entities": config.model.pretraining.entities,
-        "seed": tasks.seed,
-    }
-
-
-def _held_out_sources(config: Config) -> dict[str, dict[str, Any]]:
-    """Skills of the base model that are scored beside the tasks: the built-in generic facts."""
-    if not _builtin(config):
-        return {}
-    seed = config.tasks.seed if isinstance(config.tasks, FactsTasks) else 0
-    entities = config.model.pretraining.entities
-    return {BASE_TASK: {"format": "facts-base", "entities": entities, "seed": seed}}
-
-
 def _files_of(source: Mapping[str, Any]) -> dict[str, External]:
     """The keys of a task's source that are files: inputs, so that contents count, not paths."""
     return {k: External(Path(source[k])) for k in FILE_KEYS if source.get(k)}
 
 
-def _builtin(config: Config) -> bool:
-    return config.model.path == models.BUILTIN
-
-
-def _model_folder(config: Config) -> Path:
-    return Path(config.model.path).expanduser().absolute()
-
-
 def _tokenizer(config: Config) -> Stage | External:
-    if not _builtin(config):
-        return External(_model_folder(config), _TOKENIZER_FILES)
+    if not is_builtin(config):
+        return External(model_folder(config), _TOKENIZER_FILES)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
-        config={"task": _held_out_sources(config)[BASE_TASK]},
+        config={"task": held_out_sources(config)[BASE_TASK]},
         session="prepare",
     )
 
@@ -210,8 +111,8 @@ def _prepare(
 def _base_model(
     config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
 ) -> Stage | External:
-    if not _builtin(config):
-        return External(_model_folder(config), _MODEL_FILES)
+    if not is_builtin(config):
+        return External(model_folder(config), _MODEL_FILES)
     settings = config.model.pretraining
     return Stage(
         name="pretrain",

@@ -1,7 +1,8 @@
 """Passes what happens in a run on to MLflow while it happens."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline.stages.evaluate import SCORES
 from pipeline.stages.prepare import SUMMARY
 from pipeline.stages.report import METRICS
 from pipeline.stages.train import IMPORTANCE_FILE
-from pipeline.tracking import Content, Tracker
+from pipeline.tracking import Content, Tracker, TrackingFailed
 
 _LARGEST_COPY = 256 * 2**20
 
@@ -21,54 +22,71 @@ _LARGEST_COPY = 256 * 2**20
 class Recording:
     """The MLflow side of one execution: its runs and, for several, the comparison above them.
 
-    Does nothing without a tracker.
+    Does nothing without a tracker. When MLflow fails it says so through `warn` and the run goes
+    on without: running it again records what is missing.
     """
 
     def __init__(
-        self, tracker: Tracker | None, runs: Mapping[str, Run], folder: Path, title: str
+        self,
+        tracker: Tracker | None,
+        runs: Mapping[str, Run],
+        folder: Path,
+        title: str,
+        warn: Callable[[str], None],
     ) -> None:
-        self.tracker = tracker
+        self.tracker, self.warn = tracker, warn
         self.recorders: dict[str, _Recorder] = {}
         self.comparison: str | None = None
-        if tracker is None:
-            return
+        if tracker is not None:
+            with self._surviving():
+                self._start(tracker, runs, folder, title)
+
+    def _start(self, tracker: Tracker, runs: Mapping[str, Run], folder: Path, title: str) -> None:
         if len(runs) > 1:
             known = tracker.resume(folder)
             self.comparison = known or tracker.start(title, {"kind": "comparison"})
             tracker.remember(folder, self.comparison)
         for label, run in runs.items():
             self.recorders[label] = _Recorder(tracker, label, run, self.comparison)
+            self.recorders[label].reuse()
 
-    def reuse(self) -> None:
-        """Record stages that were complete before as reused."""
-        for recorder in self.recorders.values():
-            recorder.reuse()
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except TrackingFailed as error:
+            self.tracker, self.recorders = None, {}
+            self.warn(f"{error}; the run goes on unrecorded, run it again later to record it")
 
     def observe(self, records: Sequence[Record]) -> None:
         """Take records of artifacts as they come."""
-        for recorder in self.recorders.values():
-            recorder.observe(records)
+        with self._surviving():
+            for recorder in self.recorders.values():
+                recorder.observe(records)
 
     def finish_run(
         self, label: str, metrics: Mapping[str, Any], report: Path, pictures: Mapping[str, bytes]
     ) -> None:
         """Log a run's final metrics, report and figures, and close it."""
-        if label in self.recorders:
-            files = {METRICS: report.with_name(METRICS), **_files(report, pictures)}
-            self.recorders[label].finish(metrics, files)
+        files = {METRICS: report.with_name(METRICS), **_files(report, pictures)}
+        with self._surviving():
+            if label in self.recorders:
+                self.recorders[label].finish(metrics, files)
 
     def finish_comparison(self, report: Path, pictures: Mapping[str, bytes]) -> None:
         """Log the joint report and close the comparison's run."""
-        if self.tracker is not None and self.comparison is not None:
-            self.tracker.artifacts(self.comparison, _files(report, pictures))
-            self.tracker.end(self.comparison)
+        with self._surviving():
+            if self.tracker is not None and self.comparison is not None:
+                self.tracker.artifacts(self.comparison, _files(report, pictures))
+                self.tracker.end(self.comparison)
 
     def abort(self, status: str, error: str) -> None:
         """Close what is open as FAILED or KILLED."""
-        for recorder in self.recorders.values():
-            recorder.abort(status, error)
-        if self.tracker is not None and self.comparison is not None:
-            self.tracker.end(self.comparison, status, error)
+        with self._surviving():
+            for recorder in self.recorders.values():
+                recorder.abort(status, error)
+            if self.tracker is not None and self.comparison is not None:
+                self.tracker.end(self.comparison, status, error)
 
 
 def _files(report: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
@@ -90,9 +108,10 @@ class _Recorder:
         self.open: dict[str, str] = {}
 
     def reuse(self) -> None:
-        """Record every stage that is complete and not yet known as reused."""
+        """Record every stage that is complete and that MLflow does not know as finished."""
         for stage, work in self.works.items():
-            if work.fingerprint not in self.known and work.is_complete():
+            recorded = self.known.get(work.fingerprint, ("", False))[1]
+            if not recorded and work.is_complete():
                 child = self._start(stage, {"reused": "true"})
                 lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
                 self.tracker.metrics(child, [json.loads(line) for line in lines])
@@ -139,19 +158,16 @@ class _Recorder:
     def _start(self, stage: str, tags: Mapping[str, str]) -> str:
         work = self.works[stage]
         kind, _, task = stage.partition("/")
-        known = self.known.get(work.fingerprint)
-        child = known or self.tracker.start(
-            stage,
-            {
-                "kind": "stage",
-                "stage": kind,
-                "task": task,
-                "fingerprint": work.fingerprint,
-                **tags,
-            },
-            self.parent,
-        )
-        self.known[work.fingerprint] = self.open[stage] = child
+        tags = {"kind": "stage", "stage": kind, "task": task, **tags}
+        if work.fingerprint in self.known:
+            child = self.known[work.fingerprint][0]
+            self.tracker.reopen(child)
+        else:
+            child = self.tracker.start(
+                stage, {**tags, "fingerprint": work.fingerprint}, self.parent
+            )
+        self.known[work.fingerprint] = (child, False)
+        self.open[stage] = child
         self.tracker.params(child, work.config)
         return child
 
@@ -174,6 +190,7 @@ class _Recorder:
         child = self.open.pop(stage, None)
         if child is not None:
             self.tracker.end(child)
+            self.known[work.fingerprint] = (child, True)
 
     def _log_scores(self, stage: str, work: Work) -> None:
         """The row of the accuracy matrix, on the parent with the task index as step."""

@@ -18,7 +18,8 @@ from pipeline import config as configs
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import Session, folder_name, resolve, sessions
-from pipeline.plan import Run, check_inputs, plan
+from pipeline.inputs import check_inputs
+from pipeline.plan import Run, plan
 from pipeline.progress import StageProgress
 from pipeline.recorder import Recording
 from pipeline.report import RunResult, StageRecord, write_report
@@ -57,12 +58,16 @@ def execute(
     first = next(iter(runs.values())).config
     done_before = {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
+
+    def warn(message: str) -> None:
+        console.print(f"  [yellow]warning[/] {message}", highlight=False)
+
     # The tracker first: it fails on a bad URI, and then nothing must be written.
     tracker = Tracker(first.storage, first.tracking.uri) if first.tracking.enabled else None
     for run in runs.values():
         run.folder.mkdir(parents=True, exist_ok=True)
         artifact.write_text(run.folder / CONFIG_FILE, configs.dump(run.config))
-    recording = Recording(tracker, runs, folder, title)
+    recording = Recording(tracker, runs, folder, title, warn)
     try:
         if todo:
             _run_missing(todo, first, recording, console)
@@ -100,7 +105,6 @@ def _run_missing(
         cluster(config.resources) as side_by_side,
         StageProgress(console, titles) as progress,
     ):
-        recording.reuse()
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)

@@ -45,6 +45,8 @@ def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
 
 def explain(error: BaseException, work: Work) -> str:
     """One line for the user."""
+    if "No space left on device" in str(error):
+        return f"no space left on device for {work.folder}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)}: {error.filename or work.folder}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,33 @@ def default_uri(storage: Path) -> str:
     return f"sqlite:///{storage / 'mlflow.db'}"
 
 
+class TrackingFailed(Exception):
+    """MLflow could not be read or written."""
+
+
+class _Client:
+    """MLflow's client; whatever a call of it raises becomes `TrackingFailed` of one line."""
+
+    def __init__(self, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self._uri = uri
+        self._client = self._guarded(MlflowClient)(tracking_uri=uri)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._guarded(getattr(self._client, name))
+
+    def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except Exception as error:  # A store raises what its database or transport raises.
+                reason = " ".join(str(error).split())[:200]
+                raise TrackingFailed(f"cannot use MLflow at {self._uri} ({reason})") from error
+
+        return guarded
+
+
 class Tracker:
     """Runs of one experiment, written by the driver alone and always by explicit run id."""
 
@@ -35,17 +62,14 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
         if uri is None:
             storage.mkdir(parents=True, exist_ok=True)
         self.uri = uri or default_uri(storage)
         try:
-            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client: Any = _Client(self.uri)
             found = self.client.get_experiment_by_name(EXPERIMENT)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"tracking.uri: cannot use {self.uri} ({reason})") from None
+        except TrackingFailed as error:
+            raise InputError(f"tracking.uri: {error}") from None
         # Artifacts of a local database belong beside it; a server decides for itself.
         on_server = self.uri.startswith(("http:", "https:", "databricks"))
         location = None if on_server else (storage / "mlartifacts").as_uri()
@@ -65,12 +89,10 @@ class Tracker:
 
     def resume(self, folder: Path) -> str | None:
         """The id that `remember` left in a run's folder, if MLflow still has that run."""
-        from mlflow.exceptions import MlflowException
-
         try:
             run_id = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))["run_id"]
             self.client.update_run(run_id, status="RUNNING")
-        except (FileNotFoundError, ValueError, KeyError, MlflowException):
+        except (FileNotFoundError, ValueError, KeyError, TrackingFailed):
             return None
         return str(run_id)
 
@@ -78,9 +100,13 @@ class Tracker:
         """Keep a run's id in its folder, so that running it again continues it."""
         write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": self.uri})
 
-    def children(self, parent: str) -> dict[str, str]:
-        """Ids of a run's stage runs by fingerprint."""
-        found: dict[str, str] = {}
+    def reopen(self, run_id: str) -> None:
+        """Set a run to RUNNING again."""
+        self.client.update_run(run_id, status="RUNNING")
+
+    def children(self, parent: str) -> dict[str, tuple[str, bool]]:
+        """Of a run's stage runs, by fingerprint: the id, and whether it is finished."""
+        found: dict[str, tuple[str, bool]] = {}
         token = None
         while True:
             page = self.client.search_runs(
@@ -88,7 +114,9 @@ class Tracker:
                 filter_string=f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'stage'",
                 page_token=token,
             )
-            found |= {run.data.tags.get("fingerprint", ""): run.info.run_id for run in page}
+            for run in page:
+                key = run.data.tags.get("fingerprint", "")
+                found[key] = (run.info.run_id, run.info.status == "FINISHED")
             token = page.token
             if not token:
                 return found

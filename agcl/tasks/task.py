@@ -7,6 +7,8 @@ from agcl.errors import InputError
 
 TRAIN, TEST = "train", "test"
 
+_LONGEST_NAME = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -34,7 +36,8 @@ class Task:
 def check_names(names: list[str]) -> None:
     """Raise `InputError` for task names that repeat or that cannot be a folder's name."""
     for index, name in enumerate(names):
-        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        separated = any(c in "/\\" or not c.isprintable() for c in name)
+        if name in ("", ".", "..") or separated or len(name.encode()) > _LONGEST_NAME:
             raise InputError(f"task {index + 1}: name {name!r} cannot be used as a folder name")
         if name in names[:index]:
             raise InputError(f"task {index + 1}: name {name!r} is already used by another task")
