@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.config import Config, Project
 from pipeline.dag import External, Stage, Work
+from pipeline.inputs import BASE_TASK, held_out_sources, is_builtin, model_folder, task_sources
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import FILE_KEYS, make_tokenizer, open_task, prepare
