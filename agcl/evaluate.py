@@ -1,6 +1,5 @@
 """Greedy exact match by one teacher-forced forward pass."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from agcl import distributed
 from agcl.batches import IGNORED, Batch, collate, in_order, targets
-from agcl.tasks import Encoded
+from agcl.tasks import Rows
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -37,7 +36,7 @@ def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
 @torch.no_grad()
 def exact_match(
     model: PreTrainedModel,
-    rows: Sequence[Encoded],
+    rows: Rows,
     *,
     batch_size: int,
     precision: Precision = "float32",

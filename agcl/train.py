@@ -1,7 +1,7 @@
 """The training loop: one task, one optimizer, fixed global batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from agcl import distributed
 from agcl.batches import IGNORED, Batch, collate, shuffled, targets
 from agcl.evaluate import Precision, autocast
-from agcl.tasks import Encoded
+from agcl.tasks import Rows
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics and the step they belong to."""
@@ -23,7 +23,7 @@ class NonFiniteLoss(ArithmeticError):
 
 def train_task(
     model: PreTrainedModel,
-    rows: Sequence[Encoded],
+    rows: Rows,
     optimizer: torch.optim.Optimizer,
     *,
     epochs: int,

@@ -208,6 +208,8 @@ class Tracking(Section):
     uri: str | None = None
     """MLflow tracking URI; null is a sqlite file in the storage folder."""
     enabled: bool = True
+    register_model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Register the final model in MLflow under this name; its files are copied there."""
 
 
 class Config(Section):

@@ -47,7 +47,8 @@ class Recording:
             self.comparison = known or tracker.start(title, {"kind": "comparison"})
             tracker.remember(folder, self.comparison)
         for label, run in runs.items():
-            self.recorders[label] = _Recorder(tracker, label, run, self.comparison)
+            name = label if len(runs) > 1 else title
+            self.recorders[label] = _Recorder(tracker, name, run, self.comparison)
             self.recorders[label].reuse()
 
     @contextmanager
@@ -96,11 +97,12 @@ def _files(report: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
 class _Recorder:
     """The MLflow side of one run: its parent run and one child a stage."""
 
-    def __init__(self, tracker: Tracker, label: str, run: Run, group: str | None) -> None:
+    def __init__(self, tracker: Tracker, name: str, run: Run, group: str | None) -> None:
         """Continue the run's MLflow run if its folder knows one, else start it."""
         self.tracker, self.plan, self.works = tracker, run.plan, run.works
+        self.register_as = run.config.tracking.register_model
         tags = {"kind": "sequence", "method": run.config.method, "seed": str(run.config.seed)}
-        self.parent = tracker.resume(run.folder) or tracker.start(label, tags, group)
+        self.parent = tracker.resume(run.folder) or tracker.start(name, tags, group)
         tracker.remember(run.folder, self.parent)
         tracker.params(self.parent, run.config.model_dump(mode="json"))
         tracker.artifacts(self.parent, {"config.yaml": run.folder / "config.yaml"})
@@ -147,6 +149,9 @@ class _Recorder:
         last = len(results["tasks"])
         self.tracker.metrics(self.parent, [{"step": last, **numbers}])
         self.tracker.artifacts(self.parent, files)
+        if self.register_as:
+            final = self.works[self.plan.final_model].folder
+            self.tracker.register(self.parent, self.register_as, final)
         self.tracker.end(self.parent)
 
     def abort(self, status: str, error: str) -> None:

@@ -169,6 +169,21 @@ class Tracker:
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
             self.client.log_artifact(run_id, str(file), folder or None)
 
+    def register(self, run_id: str, name: str, folder: Path) -> None:
+        """Register the model in a folder as the next version of `name`; once a run."""
+        if "registered_version" in self.client.get_run(run_id).data.tags:
+            return
+        model = self.client.create_logged_model(self.experiment, name, source_run_id=run_id)
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        known = self.client.search_registered_models(f"name = '{name}'")
+        if not known:
+            self.client.create_registered_model(name)
+        version = self.client.create_model_version(
+            name, source=model.artifact_location, run_id=run_id, model_id=model.model_id
+        )
+        self.client.set_tag(run_id, "registered_version", f"{name}/{version.version}")
+
     def end(self, run_id: str, status: str = "FINISHED", error: str = "") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         if error:

@@ -1,6 +1,6 @@
 """Task formats and their encoding. A format is one module with a function returning `Task`s."""
 
-from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, encode
+from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, Rows, encode
 from agcl.tasks.task import TEST, TRAIN, Row, RowSource, Task, check_names, check_rows
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EncodedRows",
     "Row",
     "RowSource",
+    "Rows",
     "Task",
     "check_names",
     "check_rows",

@@ -1,8 +1,8 @@
 """Prompt and answer to token ids, and token ids on disk, memory-mapped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> pa.Table:
     )
 
 
-class EncodedRows(Sequence[Encoded]):
+class Rows(Protocol):
+    """Rows by index: a list, or a file of them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Encoded: ...
+
+
+class EncodedRows:
     """The rows of an Arrow file of `SCHEMA`, read by index from a memory map."""
 
     def __init__(self, file: Path) -> None:
@@ -64,9 +71,7 @@ class EncodedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Encoded:
         return Encoded(
             self.table["input_ids"][index].as_py(), self.table["prompt_tokens"][index].as_py()
         )
