@@ -103,14 +103,15 @@ class _Collector:
         self, layer: nn.Linear, top_k: int | None, moments: MomentWeighting | None
     ) -> None:
         weight = layer.weight.detach()
-        self.weight = weight
-        self.weighting = moments
-        self.top = TopK(top_k, weight) if top_k else None
-        self.sum = torch.zeros(0 if self.top else weight.shape, device=weight.device)
+        self.weight, self.device, self.weighting = weight, weight.device, moments
+        # Running values are float32, or float64 for a float64 model.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.top = TopK(top_k, weight.to(dtype)) if top_k else None
+        self.sum = torch.zeros(() if top_k else weight.shape, dtype=dtype, device=self.device)
         self.count = 0
         width = weight.shape[1] if moments else 0
-        self.moment = torch.zeros(width, width, device=weight.device)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        self.moment = torch.zeros(width, width, dtype=dtype, device=self.device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         """Sum of r_t, number of tokens."""
         self.inputs: Tensor | None = None
         self.unweighted: Tensor | None = None
@@ -149,12 +150,13 @@ class _Collector:
         """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
         x, z, g = (t[self.correct] for t in (x, z, g))
         flow = (z * g).abs().sum((1, 2))
-        g_scaled = g / flow.clamp(min=torch.finfo(flow.dtype).tiny)[:, None, None]
+        # Where nothing flows, a row has no relevance here.
+        g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
         if self.top is None:
             self.sum += self.weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
         else:
             for x_row, g_row in zip(x, g_scaled, strict=True):
-                self.top.insert((g_row.T @ x_row).mul_(self.weight).float())
+                self.top.insert((g_row.T @ x_row).mul_(self.weight).to(self.sum.dtype))
         if self.weighting == "relevance":
             through = (z * g).sum(-1).abs().flatten()
             tokens = x.flatten(0, 1)
@@ -165,16 +167,16 @@ class _Collector:
     def share(self) -> None:
         """Reduce over workers."""
         self._add_unweighted()
-        count = torch.tensor([self.count], device=self.weight.device)
-        counts = [int(c) for c in distributed.gather(count)]
+        count = torch.tensor([self.top.count if self.top else self.count], device=self.device)
+        counts = [int(part) for part in distributed.gather(count)]
         if self.top is None:
             distributed.sum_in_place([self.sum])
+            self.count = sum(counts)
         else:
             parts = distributed.gather(self.top.values)
             for other, values in enumerate(parts):
                 if other != distributed.rank():
                     self.top.merge(values, counts[other])
-        self.count = sum(counts)
         distributed.sum_in_place([self.moment, self.totals])
 
     def entries(self) -> Tensor:

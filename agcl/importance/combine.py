@@ -18,7 +18,7 @@ def scaled(entries: Tensor, log_scale: float) -> Tensor:
     largest = positive.max()
     if largest == 0:
         return positive
-    return torch.log1p(positive * (log_scale / largest)) / torch.log1p(
+    return torch.log1p(positive / largest * log_scale) / torch.log1p(
         torch.tensor(log_scale, device=entries.device)
     )
 

@@ -94,4 +94,10 @@ def _header(file: Path, stored: Any) -> dict[str, Any]:
     metadata = stored.metadata() or {}
     if _HEADER not in metadata:
         raise InputError(f"{file}: a safetensors file, but not an importance of agcl")
-    return json.loads(metadata[_HEADER])  # type: ignore[no-any-return]
+    try:
+        header = json.loads(metadata[_HEADER])
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: the header of this importance file is damaged")
+    return header

@@ -12,8 +12,8 @@ class TopK:
     """
 
     def __init__(self, k: int, like: Tensor) -> None:
-        self.values = torch.full((k, *like.shape), -torch.inf, device=like.device)
-        """(k, *shape), float32; slots not yet filled hold -inf."""
+        self.values = torch.full((k, *like.shape), -torch.inf, dtype=like.dtype, device=like.device)
+        """(k, *shape), type of `like`; slots not yet filled hold -inf."""
         self.count = 0
 
     def insert(self, value: Tensor) -> None:

@@ -31,14 +31,17 @@ class GatedAdamW(torch.optim.AdamW):
         gate: Mapping[str, Tensor] | None = None,
         basis: Mapping[str, Tensor] | None = None,
         on: GateOn = "update",
-        **adamw_options: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
     ) -> None:
         """`params` are named; `gate` (out, in) and `basis` (in, k) are keyed by those names.
 
         Raises `ValueError` for a name that is not among the parameters or a shape that differs.
         """
         named = list(params)
-        super().__init__(named, foreach=False, **adamw_options)
+        super().__init__(named, lr, betas, eps, weight_decay, foreach=False)
         self.on = on
         self.gate: dict[nn.Parameter, Tensor] = {}
         self.basis: dict[nn.Parameter, Tensor] = {}

@@ -31,11 +31,15 @@ def _rows(file: Path, prompt_key: str, answer_key: str) -> Iterator[Row]:
                 record = json.loads(line)
             except UnicodeDecodeError:
                 raise InputError(f"{file}, line {number}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file}, line {number}: not JSON ({error.msg})") from None
+            except ValueError as error:  # Also a number of too many digits.
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{file}, line {number}: not JSON ({reason})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{file}, line {number}: not a JSON object")
             for key in (prompt_key, answer_key):
-                if not isinstance(record.get(key), str) or not record[key].strip():
+                text = record.get(key)
+                if not isinstance(text, str) or not text.strip():
                     raise InputError(f"{file}, line {number}: no text under {key!r}")
+                if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                    raise InputError(f"{file}, line {number}: half a character under {key!r}")
             yield Row(record[prompt_key], record[answer_key])

@@ -136,3 +136,14 @@ def test_importances_carry_no_graph_and_own_their_memory(llama, rows):
         assert not tensor.requires_grad
         tensor.zero_()
     assert all(torch.equal(p, weights[name]) for name, p in llama.named_parameters())
+
+
+@pytest.mark.parametrize("top_k", [2, None])
+def test_a_layer_that_outputs_zeros_has_zero_importance_not_nan(llama, top_k):
+    """New blocks of an expanded model start with such layers."""
+    llama.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    llama.lm_head.weight.data.mul_(1e3)  # large gradients arrive
+    rows = tiny.answered_rows(llama, 3)
+    found = attribute(llama, batches(rows, 3), top_k=top_k, moments="relevance")
+    found.check_finite()
+    assert not found.entries["model.layers.1.self_attn.o_proj.weight"].any()

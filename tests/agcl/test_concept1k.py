@@ -22,17 +22,14 @@ def block(concept, number, last_label="Q2"):
 
 
 def write(folder, *blocks, encoding="utf-8"):
-    (folder / "dataset.txt").write_bytes("".join(blocks).encode(encoding))
-    return folder
-
-
-def first_task(folder, concepts=None):
-    return concept1k.tasks(folder, num_tasks=1, concepts_per_task=concepts)[0]
+    file = folder / "dataset.txt"
+    file.write_bytes("".join(blocks).encode(encoding))
+    return file
 
 
 def test_rows_of_a_task_with_question_and_paraphrase(tmp_path):
-    write(tmp_path, block("Tea", 1), block("Gold", 2, "A2"), block("Tea", 3), block("Last", 4))
-    task = first_task(tmp_path)
+    blocks = block("Tea", 1), block("Gold", 2, "A2"), block("Tea", 3), block("Last", 4)
+    task = concept1k.task(0, write(tmp_path, *blocks))
     # The last block is dropped, as by the reference parser.
     assert list(task.splits[TRAIN]()) == [
         Row("Question: What is Tea for: case 1?\n Short Answer:", " thing 1"),
@@ -50,7 +47,7 @@ def test_rows_of_a_task_with_question_and_paraphrase(tmp_path):
 
 def test_concepts_are_shuffled_into_one_task_of_105_and_then_of_102(tmp_path):
     names = [f"C{i}" for i in range(105 + 102 + 3)]
-    write(tmp_path, *(block(name, 0) for name in [*names, "dropped"]))
+    file = write(tmp_path, *(block(name, 0) for name in [*names, "dropped"]))
     order = list(range(len(names)))
     random.seed(1)
     random.shuffle(order)
@@ -59,11 +56,12 @@ def test_concepts_are_shuffled_into_one_task_of_105_and_then_of_102(tmp_path):
     def concepts(task):
         return {row.prompt.split()[3] for row in task.splits[TRAIN]()}
 
-    tasks = concept1k.tasks(tmp_path, num_tasks=3, concepts_per_task=None)
+    tasks = [concept1k.task(index, file) for index in range(3)]
     parts = expected[:105], expected[105:207], expected[207:]
     assert [concepts(task) for task in tasks] == [set(part) for part in parts]
-    few = concept1k.tasks(tmp_path, num_tasks=2, concepts_per_task=4)
+    few = [concept1k.task(index, file, concepts_per_task=4) for index in range(2)]
     assert [concepts(task) for task in few] == [set(part[:4]) for part in parts[:2]]
+    assert len({task.name for task in tasks}) == 3
 
 
 @pytest.mark.parametrize(
@@ -77,31 +75,31 @@ def test_concepts_are_shuffled_into_one_task_of_105_and_then_of_102(tmp_path):
     ids=["header", "missing line", "order", "answers differ"],
 )
 def test_a_malformed_block_is_named_by_its_line(tmp_path, broken, line):
-    write(tmp_path, block("Gold", 1), broken, block("Last", 2))
+    file = write(tmp_path, block("Gold", 1), broken, block("Last", 2))
     with pytest.raises(InputError, match=rf"dataset\.txt, line {line}"):
-        first_task(tmp_path)
+        concept1k.read(file)
 
 
 def test_missing_empty_and_undecodable_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"dataset\.txt"):
-        first_task(tmp_path)
+        concept1k.read(tmp_path / "dataset.txt")
     for folder in ("empty", "latin"):
         (tmp_path / folder).mkdir()
     with pytest.raises(InputError, match=r"dataset\.txt.*no \(Concept"):
-        first_task(write(tmp_path / "empty", "hello\n"))
+        concept1k.read(write(tmp_path / "empty", "hello\n"))
     with pytest.raises(InputError, match=r"dataset\.txt.*UTF-8"):
-        first_task(write(tmp_path / "latin", block("Café", 1), encoding="latin-1"))
+        concept1k.read(write(tmp_path / "latin", block("Café", 1), encoding="latin-1"))
 
 
 @pytest.mark.skipif(not FULL_DATA, reason="AGCL_CONCEPT1K does not name the benchmark's folder")
 def test_the_benchmark_is_split_as_by_the_reference_code():
     folder = Path(FULL_DATA)
-    tasks = concept1k.tasks(folder, num_tasks=None, concepts_per_task=None)
+    tasks = [concept1k.task(index, folder / "dataset.txt") for index in range(10)]
     sizes = [check_rows(task, TRAIN) for task in tasks]
     assert sizes == [1698, 1694, 1643, 1633, 1698, 1618, 1667, 1688, 1670, 1644]
     assert sum(sizes) == 16_653
     assert [check_rows(task, TEST) for task in tasks] == sizes
     reference = json.loads((folder / "continual_config.json").read_text())["CONCEPT_LIST"]
-    split = concept1k.task_concepts(concept1k._read(folder / "dataset.txt"))
+    split = concept1k.task_concepts(concept1k.read(folder / "dataset.txt"))
     assert [concept for task in split for concept in task] == reference
     assert [len(task) for task in split] == [105] + [102] * 9

@@ -82,8 +82,6 @@ def test_rows_come_back_from_a_memory_mapped_file(tmp_path, tokenizer):
     assert len(rows) == 5
     assert list(rows) == expected
     assert [rows[i] for i in (4, 0, -1)] == [expected[i] for i in (4, 0, -1)]
-    assert rows[1:4] == expected[1:4]
-    assert rows[::-2] == expected[::-2]
     with pytest.raises(IndexError):
         rows[5]
 

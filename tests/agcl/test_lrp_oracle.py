@@ -82,7 +82,7 @@ def test_attribution_of_one_row_equals_the_explicit_lrp_per_unit_of_flow(exact_l
     for name, entries in importance.entries.items():
         flow = expected.outputs[name].abs().sum()
         relevance = expected.weights[name] / flow if flow else torch.zeros_like(entries)
-        torch.testing.assert_close(entries, relevance.float(), rtol=1e-5, atol=1e-8, msg=name)
+        torch.testing.assert_close(entries, relevance, rtol=1e-5, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
