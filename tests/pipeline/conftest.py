@@ -1,0 +1,106 @@
+"""Tiny configs, and one set of runs on a real Ray cluster that several modules look at."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from pipeline import config as configs
+from pipeline.run import execute, open_run
+from pipeline.session import run_works
+from pipeline.stages.context import Context
+
+TINY = """
+name: {name}
+method: agcl
+tasks: {{format: facts, count: 2, entities: 3}}
+model: {{pretraining: {{entities: 8, epochs: 8}}}}
+training: {{epochs: 20, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3}}
+importance: {{batch_size: 5}}
+evaluation: {{batch_size: 5}}
+"""
+"""Two tasks of twelve facts: enough to learn them, and to forget some of the first."""
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+    """Makes a tiny config in a storage folder, with overrides."""
+
+    def make(storage, *overrides, name="tiny", method=None):
+        file = tmp_path_factory.mktemp("config") / "config.yaml"
+        file.write_text(TINY.format(name=name))
+        return configs.load(file, [f"storage={storage}", *overrides], method=method)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_in_process():
+    """Runs a config's missing stages without Ray, its prepared rows taken from another storage.
+
+    Gives the works by stage name.
+    """
+
+    def run(config, prepared):
+        config.storage.mkdir(parents=True)
+        for folder in (prepared / "stages").glob("*"):
+            if folder.name.startswith(("tokenizer-", "prepare-")):
+                shutil.copytree(folder, config.storage / "stages" / folder.name)
+        works = open_run(config).works
+        run_works(list(works.values()), Context(), lambda records: None)
+        return works
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_configs():
+    """Runs configs by label together as `agcl compare` does; results by label and the output."""
+
+    def run(named, folder):
+        runs = {label: open_run(config, folder / label) for label, config in named.items()}
+        out = io.StringIO()
+        folder.mkdir(parents=True, exist_ok=True)
+        results = execute(
+            runs, folder, title="tiny", command="agcl test", console=Console(file=out, width=200)
+        )
+        return runs, dict(zip(runs, results, strict=True)), out.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config, run_configs, tmp_path_factory):
+    """Six methods over one tiny sequence, run together on Ray, tracked in sqlite."""
+    root = tmp_path_factory.mktemp("finished")
+    storage = root / "storage"
+    gate, project = ["protect.0.kind=gate"], ["protect.0.kind=project"]
+    both = ["protect=[{kind: gate, strength: 0.5}, {kind: project, energy: 0.8}]"]
+    named = {
+        "sequential": tiny_config(storage, method="sequential"),
+        "gate0": tiny_config(storage, *gate, "protect.0.strength=0"),
+        "gradient0": tiny_config(storage, *gate, "protect.0.strength=0", "protect.0.on=gradient"),
+        "project0": tiny_config(storage, *project, "protect.0.energy=0"),
+        "gradient": tiny_config(storage, *gate, "protect.0.on=gradient"),
+        "solo": tiny_config(storage, *both, "importance.source=solo"),
+    }
+    runs, results, output = run_configs(named, root / "comparison")
+    return SimpleNamespace(
+        root=root,
+        storage=storage,
+        folder=root / "comparison",
+        configs=named,
+        runs=runs,
+        results=results,
+        output=output,
+        artifact=lambda label, stage: runs[label].works[stage].folder,
+        metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),
+    )
+
+
+def read_json(file: Path):
+    return json.loads(file.read_text(encoding="utf-8"))

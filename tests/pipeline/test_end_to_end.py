@@ -1,0 +1,217 @@
+"""Six methods over one tiny sequence on a real Ray cluster: what a user finds afterwards."""
+
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agcl.importance import Importance
+from agcl.tasks import EncodedRows, facts
+from pipeline import artifact
+from pipeline import config as configs
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+LABELS = ["sequential", "gate0", "gradient0", "project0", "gradient", "solo"]
+WITHOUT_EFFECT = ["gate0", "gradient0", "project0"]
+TRAINED = ["train/1-harbour", "train/2-valley"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(first, second):
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[k].view(torch.int32), two[k].view(torch.int32)) for k in one)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("label", WITHOUT_EFFECT)
+def test_strength_zero_is_sequential_bit_for_bit(finished, label, stage):
+    assert same_bits(finished.artifact(label, stage), finished.artifact("sequential", stage))
+
+
+@pytest.mark.parametrize("label", WITHOUT_EFFECT)
+def test_strength_zero_was_trained_and_not_merely_shared(finished, label):
+    own, sequential = (finished.artifact(n, "train/2-valley") for n in (label, "sequential"))
+    assert own != sequential
+    assert (
+        finished.metrics(label)["accuracy_matrix"]
+        == (finished.metrics("sequential")["accuracy_matrix"])
+    )
+
+
+@pytest.mark.parametrize("label", ["gradient", "solo"])
+def test_a_protection_changes_the_second_model_and_not_the_first(finished, label):
+    for stage, same in zip(TRAINED, (True, False), strict=True):
+        own, sequential = (finished.artifact(n, stage) for n in (label, "sequential"))
+        assert same_bits(own, sequential) is same
+
+
+def test_protections_freeze_what_has_no_importance(finished):
+    before, after = (weights(finished.artifact("solo", stage)) for stage in TRAINED)
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(
+        before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
+    folders = {work.folder for run in finished.runs.values() for work in run.works.values()}
+    assert set((finished.storage / "stages").iterdir()) == folders
+    for folder in folders:
+        artifact.verify(folder)
+    left = [p.name for p in finished.storage.iterdir() if p.name not in ("stages", "mlartifacts")]
+    assert left == ["mlflow.db"]
+    assert not list(finished.root.rglob("*.part"))
+
+
+def test_what_methods_share_was_computed_once(finished):
+    done = [line for line in finished.output.splitlines() if "done" in line]
+    folders = {work.folder for run in finished.runs.values() for work in run.works.values()}
+    assert len(done) == len(folders)
+    assert f"({len(folders)}/{len(folders)})" in done[-1]
+
+
+def test_prepared_rows_are_the_tasks_rows_in_order_and_tokenized(finished):
+    folder = finished.artifact("sequential", "prepare/valley")
+    tokenizer = AutoTokenizer.from_pretrained(finished.artifact("sequential", "tokenizer"))
+    task = facts.task(1, entities=3, base_entities=8, seed=0)
+    for split in ("train", "test"):
+        rows = EncodedRows(folder / f"{split}.arrow")
+        expected = list(task.splits[split]())
+        assert rows.table["prompt"].to_pylist() == [row.prompt for row in expected]
+        assert rows.table["answer"].to_pylist() == [row.answer for row in expected]
+        for encoded, row in zip(rows, expected, strict=True):
+            end = [tokenizer.eos_token_id]
+            assert encoded.input_ids[: encoded.prompt_tokens] == tokenizer(row.prompt)["input_ids"]
+            answer = encoded.input_ids[encoded.prompt_tokens :]
+            assert answer == tokenizer(row.answer)["input_ids"] + end
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {split: counts["rows"] for split, counts in summary["splits"].items()} == {
+        "train": 12,
+        "test": 12,
+    }
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_metrics_hold_the_matrix_and_every_metric_of_it(finished, label):
+    metrics = finished.metrics(label)
+    assert metrics["method"] == ("sequential" if label == "sequential" else "agcl")
+    assert metrics["name"] == "tiny"
+    assert metrics["seed"] == 0
+    assert metrics["tasks"] == ["harbour", "valley"]
+    for values in (metrics, *metrics["evaluation_sets"].values()):
+        matrix = values["accuracy_matrix"]
+        assert [len(row) for row in matrix] == [2, 2, 2]
+        cells = [cell for row in matrix for cell in row]
+        assert all(0 <= c <= 1 and round(c * 12) == pytest.approx(c * 12) for c in cells)
+        (_, b0), (a1, b1), (a2, b2) = matrix
+        assert values["average_performance"] == pytest.approx((a2 + b2) / 2)
+        assert values["average_incremental_performance"] == pytest.approx((a1 + (a2 + b2) / 2) / 2)
+        assert values["backward_transfer"] == pytest.approx(a2 - a1)
+        assert values["forward_transfer"] == pytest.approx(b1 - b0)
+        assert values["learning_accuracy"] == pytest.approx((a1 + b2) / 2)
+        assert values["forgetting"]["per_task"] == [pytest.approx(a1 - a2), None]
+        assert values["forgetting"]["mean"] == pytest.approx(a1 - a2)
+    assert list(metrics["evaluation_sets"]) == ["memorization", "generalization"]
+    assert metrics["evaluation_set"] == "memorization"
+    assert len(metrics["held_out"]["base"]) == 3
+
+
+def test_the_tiny_sequence_learns_and_forgets_something(finished):
+    # Else the tests of this module would compare nothing with nothing.
+    matrix = finished.metrics("sequential")["accuracy_matrix"]
+    assert matrix[0][0] < 0.5
+    assert matrix[1][0] > 0.7
+    assert matrix[2][1] > 0.7
+    assert 0 < matrix[2][0] < matrix[1][0]
+
+
+@pytest.mark.parametrize("label", ["sequential", "solo"])
+def test_the_final_model_answers_with_plain_transformers_as_the_metrics_say(finished, label):
+    folder = finished.folder / label / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shares = finished.metrics(label)["accuracy_matrix"][-1]
+    for task, share in zip(("harbour", "valley"), shares, strict=True):
+        rows = EncodedRows(finished.artifact(label, f"prepare/{task}") / "train.arrow")
+        verdicts = []
+        for row, answer in zip(rows, rows.table["answer"].to_pylist(), strict=True):
+            prompt = row.input_ids[: row.prompt_tokens]
+            out = model.generate(
+                torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0
+            )[0].tolist()
+            verdicts.append(out[: len(row.input_ids)] == row.input_ids)
+            if verdicts[-1]:
+                assert tokenizer.decode(out[len(prompt) :], skip_special_tokens=True) == answer
+        assert fmean(verdicts) == pytest.approx(share)
+
+
+def test_importances_are_those_of_their_task_and_method(finished):
+    gate = finished.artifact("gate0", "attribute/1-harbour")
+    assert gate == finished.artifact("gradient", "attribute/1-harbour")
+    solo, project = (
+        Importance.load(finished.artifact(label, "attribute/1-harbour") / "importance.safetensors")
+        for label in ("solo", "project0")
+    )
+    header = {k: solo.header[k] for k in ("rules", "top_k", "rows", "moments")}
+    assert header == {"rules": "attnlrp", "top_k": 4, "rows": 12, "moments": "relevance"}
+    correct = finished.metrics("sequential")["accuracy_matrix"][1][0]
+    assert solo.header["rows_attributed"] == round(12 * correct)
+    assert solo.moments.keys() == solo.entries.keys() == project.entries.keys()
+    assert not solo.is_zero()
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, label):
+    folder = finished.folder / label
+    assert configs.load(folder / "config.yaml") == finished.configs[label]
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
+    for stage, work in finished.runs[label].works.items():
+        assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()
+    assert not (folder / "model").readlink().is_absolute()
+
+
+def test_the_comparison_has_one_report_on_all_runs(finished):
+    page = (finished.folder / "report.html").read_text(encoding="utf-8")
+    assert all(label in page for label in ("sequential", "agcl", "harbour", "valley"))
+
+
+@pytest.mark.parametrize(
+    ("label", "settings"),
+    [
+        ("sequential", {"method": "sequential"}),
+        ("gradient", {"settings": ["protect.0.kind=gate", "protect.0.on=gradient"]}),
+    ],
+)
+def test_ray_gives_what_plain_functions_in_one_process_give(
+    finished, tiny_config, run_in_process, tmp_path, label, settings
+):
+    config = tiny_config(
+        tmp_path / "storage", *settings.get("settings", ()), method=settings.get("method")
+    )
+    works = run_in_process(config, finished.storage)
+    for stage in TRAINED:
+        assert same_bits(works[stage].folder, finished.artifact(label, stage))
+    metrics = json.loads((works["report"].folder / "metrics.json").read_text())
+    assert {**metrics, "name": "tiny"} == finished.metrics(label)
+
+
+def test_running_again_runs_no_stage_and_gives_the_same(finished, run_configs):
+    folders = sorted((finished.storage / "stages").iterdir())
+    manifests = [artifact.read_manifest(folder) for folder in folders]
+    before = {label: finished.metrics(label) for label in LABELS}
+    _, results, output = run_configs(finished.configs, finished.folder)
+    assert "every stage is complete already" in output
+    assert "done" not in output
+    assert sorted((finished.storage / "stages").iterdir()) == folders
+    assert [artifact.read_manifest(folder) for folder in folders] == manifests
+    assert {label: finished.metrics(label) for label in LABELS} == before
+    assert all(stage.reused for result in results.values() for stage in result.stages)
+    assert not any(s.reused for s in finished.results["sequential"].stages)
