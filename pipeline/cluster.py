@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def cluster(resources: Resources) -> Iterator[int]:
 
     Yields how many train sessions may run side by side. A local cluster ends with the context.
     """
+    on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     session_cpus = resources.num_workers * resources.cpus_per_worker
     environment = {"env_vars": {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}}
@@ -46,6 +48,7 @@ def cluster(resources: Resources) -> Iterator[int]:
             logging_level=logging.ERROR,
             runtime_env=environment,
         )
+    signal.signal(signal.SIGTERM, on_terminate)  # Ray put its own in place, which aborts.
     try:
         total = ray.cluster_resources()
         side_by_side = int(total.get("CPU", 1)) // session_cpus

@@ -51,8 +51,7 @@ def plan(config: Config) -> Plan:
         for task, source in [*zip(tasks, sources, strict=True), *held_out.items()]
     }
     base = _base_model(config, tokenizer, rows)
-    first_session = "base" if is_builtin(config) else "sequence"
-    scores = [_evaluate(config, "0-base", base, rows, first_session)]
+    scores = [_evaluate(config, "0-base", base, rows, _first_session(config))]
     models_after: list[Stage] = []
     importances: dict[str, Stage] = {}
     solos = _solos(config, tasks, base, rows)
@@ -76,6 +75,15 @@ def plan(config: Config) -> Plan:
         tasks=tuple(tasks),
         final_model=models_after[-1].name,
     )
+
+
+def _measures_solos(config: Config) -> bool:
+    return bool(config.protect) and config.importance.source == "solo"
+
+
+def _first_session(config: Config) -> str:
+    """Where the base model is made: apart from the sequence where solo models come in between."""
+    return "base" if is_builtin(config) and _measures_solos(config) else "sequence"
 
 
 def _files_of(source: Mapping[str, Any]) -> dict[str, External]:
@@ -127,7 +135,7 @@ def _base_model(
             "seed": config.seed,
         },
         inputs={"tokenizer": tokenizer, "rows": rows[BASE_TASK]},
-        session="base",
+        session=_first_session(config),
         train=True,
     )
 
@@ -165,7 +173,7 @@ def _solos(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> dict[str, Stage]:
     """Per task a model trained from the base on it alone, for `importance.source: solo`."""
-    if not config.protect or config.importance.source == "sequential":
+    if not _measures_solos(config):
         return {}
     alone = config.model_copy(update={"protect": ()})
     stages = {}

@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeline import artifact
 from pipeline import config as configs
 from pipeline.cluster import cluster
-from pipeline.config import Config
+from pipeline.config import Config, Resources
 from pipeline.dag import Session, folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.plan import Run, plan
@@ -70,7 +70,7 @@ def execute(
     recording = Recording(tracker, runs, folder, title, warn)
     try:
         if todo:
-            _run_missing(todo, first, recording, console)
+            _run_missing(todo, folder / ".ray-train", first.resources, recording, console)
         else:
             console.print("  every stage is complete already", highlight=False)
     except BaseException as error:
@@ -90,7 +90,11 @@ def execute(
 
 
 def _run_missing(
-    todo: Sequence[Session], config: Config, recording: Recording, console: Console
+    todo: Sequence[Session],
+    scratch: Path,
+    resources: Resources,
+    recording: Recording,
+    console: Console,
 ) -> None:
     shared = {owner for session in todo for owner in session.owners}
     titles = {
@@ -102,7 +106,7 @@ def _run_missing(
     }
     console.print(f"  {len(titles)} stages to run; starting Ray", highlight=False)
     with (
-        cluster(config.resources) as side_by_side,
+        cluster(resources) as side_by_side,
         StageProgress(console, titles) as progress,
     ):
 
@@ -110,7 +114,7 @@ def _run_missing(
             progress.observe(records)
             recording.observe(records)
 
-        run_sessions(todo, config.storage, config.resources, side_by_side, observe)
+        run_sessions(todo, scratch, resources, side_by_side, observe)
 
 
 def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:

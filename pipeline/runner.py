@@ -1,7 +1,6 @@
 """Run the sessions of a plan on a Ray cluster, as far side by side as it allows."""
 
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +34,14 @@ class StageFailed(Exception):
 
 def run_sessions(
     sessions: Sequence[Session],
-    storage: Path,
+    scratch: Path,
     resources: Resources,
     side_by_side: int,
     observe: Observe,
 ) -> None:
     """Run every session after those it depends on, at most `side_by_side` at once.
 
+    `scratch` is a folder, shared by all nodes, for what Ray Train writes; it is removed.
     After a failure nothing new starts, what runs is finished, and `StageFailed` is raised. An
     exception of any other kind (an interrupt, say) cancels what runs.
     """
@@ -50,7 +50,6 @@ def run_sessions(
     running: dict[Any, Session] = {}
     watch = _Watch(observe)
     failure: StageFailed | None = None
-    scratch = storage / f".ray-train-{uuid.uuid4().hex[:8]}"
     try:
         while running or (waiting and failure is None):
             unfinished = waiting.keys() | {s.name for s in running.values()}

@@ -1,18 +1,12 @@
 """Fixtures for all tests: tiny models built in code, and two worker processes."""
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
-
-# Tests import their oracles as `reference.…`; with import-mode=importlib nothing else does this.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from reference import tiny
 from reference.workers import Workers
+from transformers import LlamaForCausalLM
 
 torch.set_num_threads(1)
 

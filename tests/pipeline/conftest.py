@@ -75,17 +75,14 @@ def run_configs():
 
 @pytest.fixture(scope="session")
 def finished(tiny_config, run_configs, tmp_path_factory):
-    """Six methods over one tiny sequence, run together on Ray, tracked in sqlite."""
+    """Three methods over one tiny sequence, run together on Ray, tracked in sqlite."""
     root = tmp_path_factory.mktemp("finished")
     storage = root / "storage"
-    gate, project = ["protect.0.kind=gate"], ["protect.0.kind=project"]
+    gate = ["protect.0.kind=gate", "protect.0.on=gradient"]
     both = ["protect=[{kind: gate, strength: 0.5}, {kind: project, energy: 0.8}]"]
     named = {
         "sequential": tiny_config(storage, method="sequential"),
-        "gate0": tiny_config(storage, *gate, "protect.0.strength=0"),
-        "gradient0": tiny_config(storage, *gate, "protect.0.strength=0", "protect.0.on=gradient"),
-        "project0": tiny_config(storage, *project, "protect.0.energy=0"),
-        "gradient": tiny_config(storage, *gate, "protect.0.on=gradient"),
+        "gradient": tiny_config(storage, *gate),
         "solo": tiny_config(storage, *both, "importance.source=solo"),
     }
     runs, results, output = run_configs(named, root / "comparison")

@@ -1,6 +1,7 @@
-"""Six methods over one tiny sequence on a real Ray cluster: what a user finds afterwards."""
+"""Three methods over one tiny sequence on a real Ray cluster: what a user finds afterwards."""
 
 import json
+import shutil
 from statistics import fmean
 
 import pytest
@@ -15,8 +16,7 @@ from pipeline import config as configs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-LABELS = ["sequential", "gate0", "gradient0", "project0", "gradient", "solo"]
-WITHOUT_EFFECT = ["gate0", "gradient0", "project0"]
+LABELS = ["sequential", "gradient", "solo"]
 TRAINED = ["train/1-harbour", "train/2-valley"]
 
 
@@ -30,20 +30,29 @@ def same_bits(first, second):
     return all(torch.equal(one[k].view(torch.int32), two[k].view(torch.int32)) for k in one)
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-@pytest.mark.parametrize("label", WITHOUT_EFFECT)
-def test_strength_zero_is_sequential_bit_for_bit(finished, label, stage):
-    assert same_bits(finished.artifact(label, stage), finished.artifact("sequential", stage))
-
-
-@pytest.mark.parametrize("label", WITHOUT_EFFECT)
-def test_strength_zero_was_trained_and_not_merely_shared(finished, label):
-    own, sequential = (finished.artifact(n, "train/2-valley") for n in (label, "sequential"))
-    assert own != sequential
+@pytest.mark.parametrize(
+    "without_effect",
+    [
+        ["protect.0.kind=gate", "protect.0.strength=0"],
+        ["protect.0.kind=gate", "protect.0.strength=0", "protect.0.on=gradient"],
+        ["protect.0.kind=project", "protect.0.energy=0"],
+    ],
+)
+def test_strength_zero_is_sequential_bit_for_bit(
+    finished, tiny_config, run_in_process, tmp_path, without_effect
+):
+    works = run_in_process(tiny_config(tmp_path / "storage", *without_effect), finished.storage)
+    for stage in TRAINED:
+        assert same_bits(works[stage].folder, finished.artifact("sequential", stage))
+    # Trained by a stage of its own, not merely the same artifact.
     assert (
-        finished.metrics(label)["accuracy_matrix"]
-        == (finished.metrics("sequential")["accuracy_matrix"])
+        works[TRAINED[1]].fingerprint != finished.runs["sequential"].works[TRAINED[1]].fingerprint
     )
+    matrices = [
+        json.loads((folder / "metrics.json").read_text())["accuracy_matrix"]
+        for folder in (works["report"].folder, finished.artifact("sequential", "report"))
+    ]
+    assert matrices[0] == matrices[1]
 
 
 @pytest.mark.parametrize("label", ["gradient", "solo"])
@@ -154,17 +163,18 @@ def test_the_final_model_answers_with_plain_transformers_as_the_metrics_say(fini
 
 
 def test_importances_are_those_of_their_task_and_method(finished):
-    gate = finished.artifact("gate0", "attribute/1-harbour")
-    assert gate == finished.artifact("gradient", "attribute/1-harbour")
-    solo, project = (
+    solo, gradient = (
         Importance.load(finished.artifact(label, "attribute/1-harbour") / "importance.safetensors")
-        for label in ("solo", "project0")
+        for label in ("solo", "gradient")
     )
     header = {k: solo.header[k] for k in ("rules", "top_k", "rows", "moments")}
     assert header == {"rules": "attnlrp", "top_k": 4, "rows": 12, "moments": "relevance"}
     correct = finished.metrics("sequential")["accuracy_matrix"][1][0]
     assert solo.header["rows_attributed"] == round(12 * correct)
-    assert solo.moments.keys() == solo.entries.keys() == project.entries.keys()
+    assert solo.moments.keys() == solo.entries.keys() == gradient.entries.keys()
+    assert not gradient.moments
+    # The first task's model is the same alone and in the sequence.
+    assert all(torch.equal(solo.entries[k], gradient.entries[k]) for k in solo.entries)
     assert not solo.is_zero()
 
 
@@ -215,3 +225,29 @@ def test_running_again_runs_no_stage_and_gives_the_same(finished, run_configs):
     assert {label: finished.metrics(label) for label in LABELS} == before
     assert all(stage.reused for result in results.values() for stage in result.stages)
     assert not any(s.reused for s in finished.results["sequential"].stages)
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_nothing(
+    finished, tiny_config, run_in_process, tmp_path
+):
+    config = tiny_config(tmp_path / "storage", "training.learning_rate=1e30", method="sequential")
+    with pytest.raises(ArithmeticError, match=r"at step \d+ of 40"):
+        run_in_process(config, finished.storage)
+    assert not list(config.storage.glob("stages/train-*"))
+
+
+def test_a_damaged_artifact_is_named_and_not_built_upon(
+    finished, tiny_config, run_in_process, tmp_path
+):
+    prepared = tmp_path / "prepared"
+    shutil.copytree(finished.storage / "stages", prepared / "stages")
+    (rows,) = prepared.glob("stages/prepare-valley-*/train.arrow")
+    content = bytearray(rows.read_bytes())
+    content[-1] ^= 1
+    rows.write_bytes(content)
+    config = tiny_config(tmp_path / "storage", method="sequential")
+    with pytest.raises(
+        artifact.CorruptArtifact, match=r"prepare-valley-\w+ is corrupt: train\.arrow"
+    ):
+        run_in_process(config, prepared)
+    assert not list(config.storage.glob("stages/train-*"))

@@ -11,7 +11,7 @@ from agcl.importance import Importance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-LABELS = {"sequential", "gate0", "gradient0", "project0", "gradient", "solo"}
+LABELS = {"sequential", "gradient", "solo"}
 
 
 @pytest.fixture(scope="module")

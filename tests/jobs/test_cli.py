@@ -1,0 +1,207 @@
+"""The command line as a user meets it: what it says and how it ends when the input is bad."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from reference import tiny
+from safetensors.torch import save_file
+
+from agcl import models
+from agcl.attribution import attribute
+from agcl.batches import collate
+from agcl.tasks import facts
+from jobs import cli
+
+ROOT = Path(__file__).parent.parent.parent
+FACTS = ROOT / "jobs" / "configs" / "facts.yaml"
+
+
+@pytest.fixture
+def agcl(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; gives its exit code and its lines on stderr."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        return code, capsys.readouterr().err.splitlines()
+
+    run.place = place
+    return run
+
+
+@pytest.fixture
+def refused(agcl):
+    """Runs `agcl run` on a config that must be refused before any work; gives the one line."""
+
+    def run(config, *settings):
+        file = agcl.place.parent / "config.yaml"
+        text = config if isinstance(config, str) else yaml.safe_dump(config)
+        file.write_text(text, encoding="utf-8")
+        code, lines = agcl("run", file, *settings)
+        assert code == cli.BAD_INPUT
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("agcl: ")
+        assert not list(agcl.place.iterdir()), "bad input must leave nothing behind"
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model of the built-in kind, as a user's folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    rows = facts.base(entities=8, seed=0).splits["train"]()
+    tokenizer = models.builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
+    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    return folder
+
+
+def write_rows(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "said"),
+    [
+        ("trainng: {epochs: 2}", [], "trainng: unknown key (did you mean 'training'?)"),
+        ("training: {epoch: 2}", [], "training.epoch: unknown key (did you mean 'epochs'?)"),
+        ("training: {epochs: many}", [], "training.epochs: "),
+        ("", ["training.learning_rate=-1"], "training.learning_rate: "),
+        ("", ["protect.0.energy=1.5"], "protect.0.energy: "),
+        ("seed: -1", [], "seed: "),
+        ("name: ../elsewhere", [], "name: "),
+        ("method: magic", [], "method: "),
+        ("a: [", [], "not valid YAML"),
+        ("model: {path: no/such/folder}", [], "no/such/folder"),
+        ("tasks: {format: concept1k, path: nowhere}", [], "nowhere/dataset.txt"),
+        ("", ["resources.use_gpu=true", "resources.num_workers=99"], "resources.use_gpu: "),
+        ("", ["evaluation.set=unknown"], "evaluation.set: "),
+    ],
+)
+def test_a_bad_config_is_one_line_and_nothing_is_written(refused, config, settings, said):
+    assert said in refused(config, *settings)
+
+
+def test_a_missing_config_file_is_named(agcl):
+    assert agcl("run", "none.yaml") == (cli.BAD_INPUT, ["agcl: no config file none.yaml"])
+
+
+GOOD = {"prompt": "Who?", "answer": "Me."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "no rows"),
+        ([GOOD, {"prompt": "Who?", "answer": ""}], "line 2"),
+        ([GOOD, {"prompt": "Who?"}], "line 2"),
+        ([GOOD, {"prompt": "Who?", "answer": 3}], "line 2"),
+    ],
+)
+def test_a_bad_row_is_named(refused, tmp_path, rows, said):
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    tasks = {"format": "jsonl", "sequence": [{"name": "mine", "train": file}]}
+    line = refused({"tasks": tasks})
+    assert said in line
+    assert "mine" in line or file in line
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("one", "one"), "'one'"),
+        (("a/b", "c"), "a/b"),
+        (("..", "c"), "'..'"),
+        (("base", "c"), "base"),
+    ],
+)
+def test_a_bad_task_name_is_named(refused, tmp_path, names, said):
+    file = write_rows(tmp_path / "rows.jsonl", GOOD)
+    sequence = [{"name": name, "train": file} for name in names]
+    assert said in refused({"tasks": {"format": "jsonl", "sequence": sequence}})
+
+
+def test_a_model_folder_without_weights_is_named(refused, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "hollow")
+    (folder / "model.safetensors").unlink()
+    line = refused({"model": {"path": str(folder)}})
+    assert str(folder) in line
+    assert "safetensors" in line
+
+
+def test_an_architecture_without_a_table_is_named(refused, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "bloom" in refused({"model": {"path": str(folder)}}).lower()
+
+
+def test_an_importance_of_another_model_is_named(refused, model_folder, tmp_path):
+    file = tmp_path / "importance.safetensors"
+    other = tiny.llama()
+    attribute(other, [collate(tiny.answered_rows(other, 2))], top_k=1, rules="attnlrp").save(file)
+    line = refused({"model": {"path": str(model_folder)}, "importance": {"past": [str(file)]}})
+    assert str(file) in line
+
+
+def test_a_file_that_is_no_importance_is_named(refused, model_folder, tmp_path):
+    file = tmp_path / "importance.safetensors"
+    save_file({}, file)
+    line = refused({"model": {"path": str(model_folder)}, "importance": {"past": [str(file)]}})
+    assert str(file) in line
+
+
+def test_an_unknown_method_lists_those_that_are(agcl):
+    code, (line,) = agcl("compare", FACTS, "--methods", "sequential,magic")
+    assert code == cli.BAD_INPUT
+    assert "'magic'" in line
+    assert "sequential" in line
+
+
+def test_plan_writes_nothing_and_lists_the_stages(agcl, capsys):
+    assert cli.main(["plan", str(FACTS)]) == cli.OK
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("prepare/harbour", "pretrain", "train/4-", "report"))
+    assert not list(agcl.place.iterdir())
+
+
+def test_a_report_of_no_run_is_refused(agcl):
+    code, (line,) = agcl("report", "nowhere")
+    assert code == cli.BAD_INPUT
+    assert "nowhere" in line
+
+
+def test_help_and_bad_usage_answer_without_loading_torch_or_ray():
+    script = (
+        "import sys\n"
+        "from jobs.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert not {'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    for arguments, code, said in (
+        (["--help"], 0, "compare"),
+        (["run", "--help"], 0, "key.path=value"),
+        (["compare", "--help"], 0, "--methods"),
+        (["fly"], 2, "invalid choice"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout + done.stderr
