@@ -7,10 +7,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     """Print one line a stage; run nothing."""
     from rich.console import Console
 
-    from pipeline import config as configs
+    from pipeline import loading
     from pipeline.run import open_run
 
-    run = open_run(configs.load(arguments.config, arguments.settings))
+    run = open_run(loading.load(arguments.config, arguments.settings))
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(stage.name) for stage in run.plan.stages)
     num_done = 0

@@ -6,9 +6,9 @@ import argparse
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Run and print the matrix and the metrics."""
     from jobs.execution import execute_runs
-    from pipeline import config as configs
+    from pipeline import loading
     from pipeline.run import open_run
 
-    config = configs.load(arguments.config, arguments.settings)
+    config = loading.load(arguments.config, arguments.settings)
     run = open_run(config)
     return execute_runs({config.method: run}, run.folder, config.name, command)

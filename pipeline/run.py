@@ -13,8 +13,7 @@ import yaml
 from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline import artifact
-from pipeline import config as configs
+from pipeline import artifact, loading
 from pipeline.cluster import cluster
 from pipeline.config import Config, Resources
 from pipeline.dag import Session, folder_name, resolve, sessions
@@ -66,7 +65,7 @@ def execute(
     tracker = Tracker(first.storage, first.tracking.uri) if first.tracking.enabled else None
     for run in runs.values():
         run.folder.mkdir(parents=True, exist_ok=True)
-        artifact.write_text(run.folder / CONFIG_FILE, configs.dump(run.config))
+        artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
     recording = Recording(tracker, runs, folder, title, warn)
     try:
         if todo:
@@ -161,7 +160,7 @@ def _check_folder(config: Config, folder: Path) -> None:
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError:
         raise InputError(f"{file}: not valid YAML; delete it to write it again") from None
-    now = yaml.safe_load(configs.dump(config))
+    now = yaml.safe_load(loading.dump(config))
     for section, value in now.items():
         if section not in _RUN_AGAIN and (stored or {}).get(section) != value:
             raise InputError(
@@ -204,7 +203,7 @@ def rewrite_report(folder: Path, command: str) -> Path:
         raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")
     results = []
     for one in folders:
-        run = open_run(configs.load(one / CONFIG_FILE), one)
+        run = open_run(loading.load(one / CONFIG_FILE), one)
         unfinished = [stage for stage, work in run.works.items() if not work.is_complete()]
         if "report" in unfinished:
             raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pipeline import config as configs
+from pipeline import loading
 from pipeline.run import execute, open_run
 from pipeline.session import run_works
 from pipeline.stages.context import Context
@@ -33,7 +33,7 @@ def tiny_config(tmp_path_factory):
     def make(storage, *overrides, name="tiny", method=None):
         file = tmp_path_factory.mktemp("config") / "config.yaml"
         file.write_text(TINY.format(name=name))
-        return configs.load(file, [f"storage={storage}", *overrides], method=method)
+        return loading.load(file, [f"storage={storage}", *overrides], method=method)
 
     return make
 

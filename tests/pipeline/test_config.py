@@ -2,7 +2,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline import config as configs
+from pipeline import loading
 from pipeline.config import Gate, Project
 
 FULL = """
@@ -46,7 +46,7 @@ def write(tmp_path, text):
 
 
 def test_values_of_the_file_are_read_into_their_types(file, tmp_path):
-    config = configs.load(file)
+    config = loading.load(file)
     assert (config.name, config.seed, config.storage) == ("mine", 3, tmp_path / "storage")
     assert config.training.learning_rate == 1e-4  # YAML 1.1 reads "1e-4" as text
     assert config.protect == (Gate(kind="gate", strength=0.25), Project(kind="project", energy=0.5))
@@ -56,44 +56,44 @@ def test_values_of_the_file_are_read_into_their_types(file, tmp_path):
 
 
 def test_an_empty_file_is_the_default_method_with_its_preset(tmp_path):
-    config = configs.load(write(tmp_path, ""))
+    config = loading.load(write(tmp_path, ""))
     assert config.method == "agcl"
     assert config.protect == (Project(kind="project"),)
 
 
 def test_the_preset_of_sequential_protects_nothing(tmp_path):
-    assert configs.load(write(tmp_path, "method: sequential\n")).protect == ()
+    assert loading.load(write(tmp_path, "method: sequential\n")).protect == ()
 
 
 def test_a_relative_storage_is_made_absolute_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configs.load(write(tmp_path, "storage: here\n")).storage == tmp_path / "here"
+    assert loading.load(write(tmp_path, "storage: here\n")).storage == tmp_path / "here"
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert configs.load(write(tmp_path, "storage: ~/runs\n")).storage == tmp_path / "runs"
+    assert loading.load(write(tmp_path, "storage: ~/runs\n")).storage == tmp_path / "runs"
 
 
 def test_overrides_beat_the_file(file):
-    config = configs.load(file, ["training.epochs=9", "seed=4", "training.learning_rate=1e-2"])
+    config = loading.load(file, ["training.epochs=9", "seed=4", "training.learning_rate=1e-2"])
     assert (config.training.epochs, config.seed) == (9, 4)
     assert config.training.learning_rate == 1e-2
     assert config.importance.top_k == 7
 
 
 def test_the_last_of_two_overrides_of_a_key_wins(file):
-    assert configs.load(file, ["seed=5", "seed=6"]).seed == 6
+    assert loading.load(file, ["seed=5", "seed=6"]).seed == 6
 
 
 def test_an_override_may_open_a_section_that_the_file_lacks(file):
-    config = configs.load(file, ["tracking.enabled=false", "evaluation.set=null"])
+    config = loading.load(file, ["tracking.enabled=false", "evaluation.set=null"])
     assert config.tracking.enabled is False
     assert config.evaluation.set is None
 
 
 def test_an_override_may_be_a_whole_section_or_list(file):
-    config = configs.load(file, ["protect=[{kind: gate}]", "evaluation={batch_size: 2}"])
+    config = loading.load(file, ["protect=[{kind: gate}]", "evaluation={batch_size: 2}"])
     assert config.protect == (Gate(kind="gate"),)
     assert config.evaluation.batch_size == 2
 
@@ -106,39 +106,39 @@ def test_an_override_may_be_a_whole_section_or_list(file):
     ],
 )
 def test_items_of_a_list_are_set_in_any_order(tmp_path, overrides):
-    config = configs.load(write(tmp_path, "method: agcl\n"), overrides)
+    config = loading.load(write(tmp_path, "method: agcl\n"), overrides)
     assert config.protect == (Gate(kind="gate", strength=0.5),)
 
 
 def test_a_new_kind_drops_the_settings_of_the_old_one_and_the_same_kind_keeps_them(file):
     overrides = ["protect=[{kind: gate, strength: 0.25}]"]
-    again = configs.load(file, [*overrides, "protect.0.exponent=2"])
+    again = loading.load(file, [*overrides, "protect.0.exponent=2"])
     assert again.protect == (Gate(kind="gate", strength=0.25, exponent=2),)
-    config = configs.load(write(file.parent, "protect: [{kind: gate, strength: 0.25}]\n"))
+    config = loading.load(write(file.parent, "protect: [{kind: gate, strength: 0.25}]\n"))
     assert config.protect[0].strength == 0.25
-    replaced = configs.load(file.parent / "other.yaml", ["protect.0.kind=project"])
+    replaced = loading.load(file.parent / "other.yaml", ["protect.0.kind=project"])
     assert replaced.protect == (Project(kind="project"),)
-    kept = configs.load(file.parent / "other.yaml", ["protect.0.kind=gate"])
+    kept = loading.load(file.parent / "other.yaml", ["protect.0.kind=gate"])
     assert kept.protect[0].strength == 0.25
 
 
 def test_an_item_after_the_last_is_appended(tmp_path):
     file = write(tmp_path, "protect: [{kind: gate}]\n")
-    config = configs.load(file, ["protect.1.energy=0.5", "protect.1.kind=project"])
+    config = loading.load(file, ["protect.1.energy=0.5", "protect.1.kind=project"])
     assert config.protect == (Gate(kind="gate"), Project(kind="project", energy=0.5))
 
 
 def test_a_list_is_emptied_and_filled_again_in_the_order_given(file):
-    config = configs.load(file, ["protect=[]", "protect.0.kind=gate"])
+    config = loading.load(file, ["protect=[]", "protect.0.kind=gate"])
     assert config.protect == (Gate(kind="gate"),)
 
 
 @pytest.mark.parametrize("how", ["argument", "override"])
 def test_another_method_drops_what_was_written_for_the_files_own(file, how):
     config = (
-        configs.load(file, method="sequential")
+        loading.load(file, method="sequential")
         if how == "argument"
-        else configs.load(file, ["method=sequential"])
+        else loading.load(file, ["method=sequential"])
     )
     assert config.method == "sequential"
     assert config.protect == ()
@@ -147,28 +147,28 @@ def test_another_method_drops_what_was_written_for_the_files_own(file, how):
 
 
 def test_the_files_own_method_keeps_its_sections(file):
-    assert configs.load(file, ["method=agcl"]) == configs.load(file)
-    assert configs.load(file, method="agcl") == configs.load(file)
+    assert loading.load(file, ["method=agcl"]) == loading.load(file)
+    assert loading.load(file, method="agcl") == loading.load(file)
 
 
 def test_settings_beside_another_method_are_added_to_its_preset(tmp_path):
     file = write(tmp_path, "method: sequential\n")
-    config = configs.load(file, ["protect.0.energy=0.3", "importance.top_k=2"], method="agcl")
+    config = loading.load(file, ["protect.0.energy=0.3", "importance.top_k=2"], method="agcl")
     assert config.protect == (Project(kind="project", energy=0.3),)
     assert config.importance.top_k == 2
 
 
 @pytest.mark.parametrize("method", ["agcl", "sequential"])
 def test_a_dumped_config_loads_as_the_same_config(file, method):
-    config = configs.load(file, ["name=other-1"], method)
+    config = loading.load(file, ["name=other-1"], method)
     again = file.with_name("again.yaml")
-    again.write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load(again) == config
-    assert configs.dump(configs.load(again)) == configs.dump(config)
+    again.write_text(loading.dump(config), encoding="utf-8")
+    assert loading.load(again) == config
+    assert loading.dump(loading.load(again)) == loading.dump(config)
 
 
 def test_a_dump_holds_every_setting_as_plain_yaml(file):
-    raw = yaml.safe_load(configs.dump(configs.load(file)))
+    raw = yaml.safe_load(loading.dump(loading.load(file)))
     assert raw["training"]["weight_decay"] == 0.01
     assert raw["protect"][1] == {
         "ungated": "freeze",
@@ -180,15 +180,15 @@ def test_a_dump_holds_every_setting_as_plain_yaml(file):
 
 def test_formats_with_paths_survive_a_dump(tmp_path):
     text = "tasks: {format: jsonl, sequence: [{name: Größe, train: a.jsonl, test: b.jsonl}]}\n"
-    config = configs.load(write(tmp_path, text))
+    config = loading.load(write(tmp_path, text))
     again = tmp_path / "again.yaml"
-    again.write_text(configs.dump(config), encoding="utf-8")
-    assert configs.load(again) == config
+    again.write_text(loading.dump(config), encoding="utf-8")
+    assert loading.load(again) == config
     assert config.tasks.sequence[0].name == "Größe"
 
 
 def test_a_config_is_frozen(file):
-    config = configs.load(file)
+    config = loading.load(file)
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
@@ -197,5 +197,5 @@ def test_a_config_is_frozen(file):
 
 def test_loading_does_not_change_the_presets(tmp_path):
     file = write(tmp_path, "")
-    configs.load(file, ["protect.0.kind=gate", "protect.0.strength=0.5"])
-    assert configs.load(file).protect == (Project(kind="project"),)
+    loading.load(file, ["protect.0.kind=gate", "protect.0.strength=0.5"])
+    assert loading.load(file).protect == (Project(kind="project"),)

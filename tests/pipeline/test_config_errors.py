@@ -3,7 +3,7 @@
 import pytest
 
 from agcl.errors import InputError
-from pipeline import config as configs
+from pipeline import loading
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def problem(tmp_path):
         file = tmp_path / "config.yaml"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(InputError) as caught:
-            configs.load(file, overrides)
+            loading.load(file, overrides)
         message = str(caught.value)
         assert message.strip() == message
         assert len(message.splitlines()) == 1
@@ -163,9 +163,9 @@ def test_a_file_that_is_no_mapping_is_named(problem, text):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no config file .*nowhere\.yaml"):
-        configs.load(tmp_path / "nowhere.yaml")
+        loading.load(tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match="no config file"):
-        configs.load(tmp_path)
+        loading.load(tmp_path)
 
 
 @pytest.mark.parametrize("override", ["training.epochs", "=3", "", "--epochs"])

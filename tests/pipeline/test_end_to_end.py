@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.importance import Importance
 from agcl.tasks import EncodedRows, facts
-from pipeline import artifact
-from pipeline import config as configs
+from pipeline import artifact, loading
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -181,7 +180,7 @@ def test_importances_are_those_of_their_task_and_method(finished):
 @pytest.mark.parametrize("label", LABELS)
 def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, label):
     folder = finished.folder / label
-    assert configs.load(folder / "config.yaml") == finished.configs[label]
+    assert loading.load(folder / "config.yaml") == finished.configs[label]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     for stage, work in finished.runs[label].works.items():
         assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from agcl.importance import Importance
-from pipeline import artifact
-from pipeline import config as configs
+from pipeline import artifact, loading
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -28,7 +27,7 @@ class Driver:
     def __init__(self, config, storage, folder):
         self.storage, self.run = storage, storage / config.name
         self.config = folder / "config.yaml"
-        self.config.write_text(configs.dump(config.model_copy(update={"storage": storage})))
+        self.config.write_text(loading.dump(config.model_copy(update={"storage": storage})))
 
     def start(self, *settings):
         return subprocess.Popen(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline import config as configs
+from pipeline import loading
 from pipeline.dag import resolve, sessions
 from pipeline.plan import plan, task_sources
 
@@ -229,7 +229,7 @@ def jsonl(tmp_path):
         f"    - {{name: first, train: {tmp_path}/one.jsonl}}\n"
         f"    - {{name: second, train: {tmp_path}/two.jsonl}}\n"
     )
-    return lambda *overrides: configs.load(file, overrides)
+    return lambda *overrides: loading.load(file, overrides)
 
 
 def works_of(config):

@@ -1,0 +1,155 @@
+"""Reads configs: file, overrides and the method's preset become one validated `Config`."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from agcl.errors import InputError
+from pydantic import ValidationError
+
+from pipeline.config import METHOD_SECTIONS, PRESETS, Config, FactsTasks, Section
+
+
+def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -> Config:
+    """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
+
+    `method` (or an override of it) that differs from the file's drops the file's sections
+    `importance` and `protect`, which were written for the other method. Raises `InputError`, one
+    line naming the key.
+    """
+    raw = _read(file)
+    pairs = [_split(override) for override in overrides]
+    chosen = method or next((v for k, v in reversed(pairs) if k == "method"), None)
+    in_file = raw.get("method", Config.model_fields["method"].default)
+    if chosen is not None and chosen != in_file:
+        raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
+    raw["method"] = in_file if chosen is None else chosen
+    preset = PRESETS.get(raw["method"], {}) if isinstance(raw["method"], str) else {}
+    raw = {**yaml.safe_load(yaml.safe_dump(preset)), **raw}
+    # Whole sections come first, then kinds: the other keys of an item belong to its kind.
+    for key, value in sorted(pairs, key=lambda pair: _order(pair[0])):
+        if key != "method":
+            _set(raw, key, value)
+    if isinstance(raw.get("tasks"), dict):
+        raw["tasks"].setdefault("format", FactsTasks.model_fields["format"].default)
+    config = validate(raw)
+    return config.model_copy(update={"storage": config.storage.expanduser().absolute()})
+
+
+def validate(raw: Mapping[str, Any]) -> Config:
+    """Build a `Config`; `InputError` of one line, naming every wrong key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        errors = error.errors()
+        places = [tuple(e["loc"]) for e in errors]
+        # An error inside a value says more than the one about the value as a whole.
+        inner = [
+            e
+            for e, place in zip(errors, places, strict=True)
+            if not any(p[: len(place)] == place for p in places if p != place)
+        ]
+        raise InputError("; ".join(_explain(e) for e in inner)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_KINDS = ("kind", "format")
+_FORMATS = "'facts', 'concept1k', 'jsonl'"
+
+
+def _order(key: str) -> tuple[bool, bool]:
+    path, _, last = key.rpartition(".")
+    return bool(path), last not in _KINDS
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"no config file {file}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # Bad UTF-8, or a date like 2024-13-45.
+        problem = " ".join(str(error).split())
+        raise InputError(f"{file}: not valid YAML ({problem})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise InputError(f"{file}: a config is a mapping of sections")
+    return raw
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: expected key.path=value")
+    try:
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    node: Any = raw
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(node, list):
+            node = _item(node, part, key)
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise InputError(f"{key}: {part} is not a section")
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = value
+        return
+    if last in _KINDS and last in node and node[last] != value:
+        node.clear()
+    node[last] = value
+
+
+def _item(items: list[Any], part: str, key: str) -> Any:
+    if not part.isdecimal() or int(part) > len(items):
+        raise InputError(f"{key}: {part!r} is not an item of the list (it has {len(items)})")
+    if int(part) == len(items):
+        items.append({})
+    return items[int(part)]
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key.path: what is wrong`."""
+    # pydantic puts the chosen kind into the path: after `tasks`, and after an item of `protect`.
+    where = error["loc"]
+    tag = {"tasks": 1, "protect": 2}.get(str(where[0]) if where else "", 0)
+    parts = [str(part) for index, part in enumerate(where) if not (tag and index == tag)]
+    key = ".".join(parts)
+    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        kind = str(error["ctx"]["discriminator"]).strip("'")
+        given = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
+        choices = "one of 'gate', 'project'" if kind == "kind" else "one of " + _FORMATS
+        return f"{key}.{kind}: must be {choices}{given}"
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
+        return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        # The message of our own validators begins with the field's name.
+        return f"{key}.{message}" if key else message
+    given = "" if error["type"] == "missing" else f" (got {error['input']!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _known_keys() -> set[str]:
+    known: set[str] = set()
+    todo: list[type[Section]] = [Section]
+    while todo:
+        for section in todo.pop().__subclasses__():
+            known |= set(section.model_fields)
+            todo.append(section)
+    return known
