@@ -70,7 +70,13 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
 
 def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
     """The metrics of every run and evaluation set, a line each."""
-    table = Table(title="metrics", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title="metrics",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,  # All columns in 80 characters.
+    )
     for column in ("run", "scored on"):
         table.add_column(column, no_wrap=True)
     for column in [*METRIC_COLUMNS.values(), "forgetting"]:
