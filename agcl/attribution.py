@@ -14,6 +14,9 @@ from agcl.importance import Importance, TopK
 from agcl.lrp import RuleSet, attributed_linears, relevance_backward
 
 MomentWeighting = Literal["relevance", "uniform"]
+Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
+"""What an entry's value is: its relevance by LRP or by the ordinary gradient, its diagonal Fisher
+information, or its standardised gradient."""
 
 
 class NothingToAttribute(ValueError):
@@ -24,6 +27,7 @@ def attribute(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     *,
+    estimator: Estimator = "lrp",
     top_k: int | None = 4,
     rules: RuleSet = "attnlrp",
     moments: MomentWeighting | None = None,
@@ -38,11 +42,21 @@ def attribute(
     collect per layer Σ_t r_t x_t x_tᵀ over the samples' tokens, r_t = |Σ_j z_tj g_tj| scaled to
     mean 1 (`relevance`) or 1 (`uniform`).
 
+    Other estimators use the ordinary gradient whatever `rules` says: `grad_x_param` in the same
+    formula; `fisher` the mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the
+    empirical Fisher matrix at the given answers (EWC, Kirkpatrick 2017); `das` |tanh| of the mean
+    gradient of log p(answer), standardised over the layer's entries (after DAS, Ke 2023). The
+    last two ignore `top_k`.
+
     The result does not depend on batch size, order of rows or number of workers, up to rounding.
     Raises `NothingToAttribute` where `correct_only` leaves no sample.
     """
+    by_relevance = estimator in ("lrp", "grad_x_param")
+    rules = rules if estimator == "lrp" else "gradient"
+    top_k = top_k if by_relevance else None
+    target = _logits_of_answers if by_relevance else _log_likelihood
     linears = attributed_linears(model)
-    collectors = {n: _Collector(m, top_k, moments) for n, m in linears.items()}
+    collectors = {n: _Collector(m, estimator, top_k, moments) for n, m in linears.items()}
     seen = used = 0
     with relevance_backward(model, rules):
         handles = [m.register_forward_hook(collectors[n].hook) for n, m in linears.items()]
@@ -54,7 +68,7 @@ def attribute(
                 for collector in collectors.values():
                     collector.start(batch, correct)
                 if correct.any():
-                    _target(logits, batch, correct).backward()
+                    target(logits, batch, correct).backward()
                 seen += len(correct)
                 used += int(correct.sum())
                 log(seen)
@@ -75,6 +89,7 @@ def attribute(
         moments={n: c.second_moment() for n, c in collectors.items()} if moments else {},
         header={
             "architecture": type(model).__name__,
+            "estimator": estimator,
             "rules": rules,
             "top_k": top_k,
             "moments": moments,
@@ -89,21 +104,31 @@ def _all(batch: Batch) -> Tensor:
     return torch.ones(len(batch.lengths), dtype=torch.bool, device=batch.lengths.device)
 
 
-def _target(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+def _logits_of_answers(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
     """Sum over the chosen samples of their answer tokens' logits."""
     expected = targets(batch)
     picked = logits[:, :-1].gather(-1, expected.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return picked[(expected != IGNORED) & chosen.unsqueeze(1)].sum()
 
 
+def _log_likelihood(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+    """Sum over the chosen samples of the log-probability of their answer."""
+    return _logits_of_answers(logits.log_softmax(-1), batch, chosen)
+
+
 class _Collector:
     """Running sums of one linear layer `z = W x + b`, fed by its forward hook."""
 
     def __init__(
-        self, layer: nn.Linear, top_k: int | None, moments: MomentWeighting | None
+        self,
+        layer: nn.Linear,
+        estimator: Estimator,
+        top_k: int | None,
+        moments: MomentWeighting | None,
     ) -> None:
         weight = layer.weight.detach()
         self.weight, self.device, self.weighting = weight, weight.device, moments
+        self.estimator = estimator
         # Running values are float32, or float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.top = TopK(top_k, weight.to(dtype)) if top_k else None
@@ -149,6 +174,22 @@ class _Collector:
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
         x, z, g = (t[self.correct] for t in (x, z, g))
+        match self.estimator:
+            case "fisher":
+                for x_row, g_row in zip(x, g, strict=True):
+                    self.sum += (g_row.T @ x_row).square()
+            case "das":
+                self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
+            case _:
+                self._add_relevance(x, z, g)
+        if self.weighting == "relevance":
+            through = (z * g).sum(-1).abs().flatten()
+            tokens = x.flatten(0, 1)
+            self.moment.addmm_(tokens.T, tokens * through.unsqueeze(1))
+            self.totals[0] += through.sum()
+            self.unweighted = None
+
+    def _add_relevance(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         flow = (z * g).abs().sum((1, 2))
         # Where nothing flows, a row has no relevance here.
         g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
@@ -157,12 +198,6 @@ class _Collector:
         else:
             for x_row, g_row in zip(x, g_scaled, strict=True):
                 self.top.insert((g_row.T @ x_row).mul_(self.weight).to(self.sum.dtype))
-        if self.weighting == "relevance":
-            through = (z * g).sum(-1).abs().flatten()
-            tokens = x.flatten(0, 1)
-            self.moment.addmm_(tokens.T, tokens * through.unsqueeze(1))
-            self.totals[0] += through.sum()
-            self.unweighted = None
 
     def share(self) -> None:
         """Reduce over workers."""
@@ -180,7 +215,11 @@ class _Collector:
         distributed.sum_in_place([self.moment, self.totals])
 
     def entries(self) -> Tensor:
-        return self.sum / self.count if self.top is None else self.top.mean()
+        mean = self.sum / self.count if self.top is None else self.top.mean()
+        if self.estimator != "das":
+            return mean
+        # The spread of equal entries is 0, and none of them stands out then.
+        return ((mean - mean.mean()) / mean.std().clamp(min=1e-30)).tanh().abs()
 
     def second_moment(self) -> Tensor:
         relevance, tokens = self.totals.tolist()

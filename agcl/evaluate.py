@@ -33,7 +33,6 @@ def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
     return hit.all(dim=1)
 
 
-@torch.no_grad()
 def exact_match(
     model: PreTrainedModel,
     rows: Rows,
@@ -41,20 +40,39 @@ def exact_match(
     batch_size: int,
     precision: Precision = "float32",
 ) -> list[bool]:
-    """Exact-match verdict of every row, in row order, the same list on every worker.
+    """Exact-match verdict of every row, in row order, the same list on every worker."""
+    predicted = predict(model, rows, batch_size=batch_size, precision=precision)
+    return [ids == rows[i].input_ids[rows[i].prompt_tokens :] for i, ids in enumerate(predicted)]
 
-    Batches do not depend on the number of workers: each worker takes whole ones in turn.
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    batch_size: int,
+    precision: Precision = "float32",
+) -> list[list[int]]:
+    """Arg-max token at every answer token of every row, teacher-forced, the same on every worker.
+
+    Equal to the answer where greedy decoding would give it (see `answered_correctly`); from the
+    first wrong token on, what the model would say had it been right until there. Batches do not
+    depend on the number of workers: each worker takes whole ones in turn.
     """
     was_training = model.training
     model.eval()
     device = model.device
-    verdicts = torch.zeros(len(rows), dtype=torch.uint8, device=device)
+    encoded = (rows[i] for i in range(len(rows)))
+    lengths = [len(row.input_ids) - row.prompt_tokens for row in encoded]
+    predicted = torch.zeros(len(rows), max(lengths), dtype=torch.int32, device=device)
     batches = in_order(len(rows), batch_size)
     for indices in batches[distributed.rank() :: distributed.world_size()]:
         batch = collate([rows[i] for i in indices]).to(device)
         with autocast(device, precision):
             logits = model(batch.input_ids, use_cache=False).logits
-        verdicts[indices] = answered_correctly(logits, batch).to(torch.uint8)
-    distributed.sum_in_place([verdicts])
+        chosen = logits[:, :-1].argmax(-1).to(torch.int32)
+        for i, row, expected in zip(indices, chosen, targets(batch), strict=True):
+            predicted[i, : lengths[i]] = row[expected != IGNORED]
+    distributed.sum_in_place([predicted])
     model.train(was_training)
-    return verdicts.bool().tolist()
+    return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]

@@ -32,13 +32,15 @@ def train_task(
     seed: int,
     precision: Precision = "float32",
     max_gradient_norm: float = 1.0,
+    penalise: Callable[[], Tensor] | None = None,
     log: Log = lambda metrics, step: None,
 ) -> None:
     """Minimise the mean cross-entropy of answer tokens over every global batch of `batch_size`.
 
     A global batch is cut into micro-batches that the workers take in turn, and its loss is
     divided by its number of answer tokens over all workers; so order, batches and loss are the
-    same for any number of workers. Raises `NonFiniteLoss`.
+    same for any number of workers. `penalise` adds a penalty's gradient to `.grad`, the same on
+    every worker, and gives its value; the logged loss is without it. Raises `NonFiniteLoss`.
     """
     torch.manual_seed(seed)
     model.train()
@@ -61,16 +63,18 @@ def train_task(
                 piece_loss.backward()
                 loss += piece_loss.detach()
             _share_gradients(parameters, loss)
+            penalty = torch.zeros((), device=device) if penalise is None else penalise().detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
             step += 1
             # One read of the device a step: the norm is NaN or infinite where any gradient is.
-            if not torch.isfinite(loss + norm):
+            if not torch.isfinite(loss + penalty + norm):
                 raise NonFiniteLoss(
                     f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
                     f"{num_steps}; lower training.learning_rate or use precision float32"
                 )
             optimizer.step()
-            log({"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}, step)
+            metrics = {"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}
+            log(metrics if penalise is None else {**metrics, "penalty": penalty.item()}, step)
     model.zero_grad()
 
 

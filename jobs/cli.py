@@ -71,8 +71,19 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, "run", run.main, "one method over one sequence", config=True)
     sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
-    sub.add_argument("--methods", default="sequential,agcl", help="by comma (default: %(default)s)")
+    sub.add_argument(
+        "--methods",
+        default="sequential,agcl",
+        help="by comma, or all (default: %(default)s); pipeline/methods.py says what each sets",
+    )
     sub.add_argument("--seeds", type=_positive, default=1, help="seeds a method, from the config's")
+    sub.add_argument(
+        "--trials",
+        type=_positive,
+        default=1,
+        help="tuning budget a method: its defaults, and so many more learning rates (and values of "
+        "its own knob), chosen on validation rows with a seed of their own (default: no tuning)",
+    )
     _add(commands, "plan", plan.main, "print the stages and what is done; run nothing", config=True)
     sub = _add(commands, "report", report.main, "write report.html of a run again")
     sub.add_argument("run_dir", type=Path, help="folder of a run, such as storage/facts")

@@ -14,12 +14,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["float32", "bfloat16"]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "sequential": {"protect": []},
-    "agcl": {"protect": [{"kind": "project"}]},
-}
-"""What each method sets; a config file's own sections for the same method come on top."""
-METHOD_SECTIONS = ("importance", "protect")
+UNPROTECTED = ("sequential", "joint", "solo")
+METHOD_SECTIONS = ("importance", "protect", "replay", "freeze", "adapter")
+"""What a method is made of; all else is the same for every method."""
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
 """What a storage folder holds beside runs."""
 
@@ -131,13 +128,18 @@ class Training(Section):
 class ImportanceSection(Section):
     """How the importance of weights is measured after each task."""
 
-    estimator: Literal["lrp"] = "lrp"
+    estimator: Literal["lrp", "grad_x_param", "fisher", "das", "magnitude", "random"] = "lrp"
+    """Relevance by LRP or by the ordinary gradient, diagonal Fisher information, standardised
+    gradient, size of the weight, or (a control) random numbers."""
     source: Literal["sequential", "solo"] = "sequential"
     """Attribute the model of the sequence, or one trained from the base on the task alone."""
     rules: Literal["attnlrp", "cp"] = "attnlrp"
     """LRP rule set of the backward pass."""
     top_k: Positive | None = 4
-    """Samples whose relevance counts for an entry; null takes the mean of all."""
+    """Samples whose relevance counts for an entry; null takes the mean of all. For `lrp` and
+    `grad_x_param`; the others have means."""
+    permuted: bool = False
+    """A control: shuffle the entries of each tensor."""
     samples: Positive | None = None
     """At most this many training rows a task, drawn by the seed; null takes all."""
     correct_only: bool = True
@@ -178,6 +180,44 @@ class Project(Protection):
     """Share of the old inputs' second moment that is protected: 0 is none."""
     weighting: Literal["relevance", "uniform"] = "relevance"
     """Weigh each token's input by the relevance that passes through it, or all the same."""
+    directions: Literal["leading", "random"] = "leading"
+    """`random` is a control: as many random directions instead."""
+
+
+class Penalty(Protection):
+    """Moving important weights costs: EWC's quadratic penalty, on the unscaled importance."""
+
+    kind: Literal["penalty"]
+    strength: float = Field(1e4, ge=0)
+    """λ: 0 is no penalty."""
+
+
+class Replay(Section):
+    """Rows of earlier tasks mixed into each later one."""
+
+    fraction: Share = 0.0
+    """Share of every earlier task's training rows, drawn by the seed once a task."""
+
+
+class Freeze(Section):
+    """Weights that stay as they are from the second task on."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["bottom_half"] = ()
+    """Indices of transformer layers, from 0 at the bottom."""
+    ungated: bool = False
+    """Also what is in no attributed linear layer: embeddings, norms, head."""
+
+
+class Adapter(Section):
+    """Train LoRA factors (PEFT) instead of the weights; merged into them after every task."""
+
+    rank: Positive = 8
+    alpha: float = Field(16.0, gt=0)
+    """Scale of the product: alpha / rank."""
+    fresh: bool = False
+    """A new adapter every task, or one that is trained on and on."""
+    orthogonal: float = Field(0.0, ge=0)
+    """O-LoRA: weight of the penalty on overlap with the earlier adapters; needs `fresh`."""
 
 
 class Evaluation(Section):
@@ -187,6 +227,9 @@ class Evaluation(Section):
     precision: Precision = "float32"
     set: str | None = None
     """Evaluation set of the headline metrics; null takes the format's first."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Share of the scored rows, by a hash of the row, that settings may be chosen by. All metrics
+    are those of the other rows."""
 
 
 class Resources(Section):
@@ -214,8 +257,9 @@ class Config(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the run under `storage`."""
-    method: Literal["agcl", "sequential"] = "agcl"
-    """Preset of the sections `importance` and `protect`."""
+    method: str = "agcl"
+    """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
+    (`pipeline/methods.py`)."""
     seed: int = Field(0, ge=0)
     storage: Path = Path("storage")
     """Folder of all runs and artifacts; shared by all nodes of a cluster."""
@@ -223,17 +267,30 @@ class Config(Section):
     tasks: FactsTasks | Concept1KTasks | JsonlTasks = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
     importance: ImportanceSection = ImportanceSection()
-    protect: tuple[Annotated[Gate | Project, Field(discriminator="kind")], ...] = ()
+    protect: tuple[Annotated[Gate | Project | Penalty, Field(discriminator="kind")], ...] = ()
+    """What later tasks must not change; applied together."""
+    replay: Replay = Replay()
+    freeze: Freeze = Freeze()
+    adapter: Adapter | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.method == "sequential" and self.protect:
-            raise ValueError("protect: method sequential protects nothing; choose method agcl")
+        if self.method in UNPROTECTED and (
+            self.protect or self.replay.fraction or self.freeze != Freeze() or self.adapter
+        ):
+            raise ValueError(
+                f"method: {self.method} protects nothing; choose another method for protect, "
+                "replay, freeze or adapter"
+            )
         if self.method == "agcl" and not self.protect:
             raise ValueError("protect: method agcl needs at least one protection")
+        if self.adapter and self.adapter.orthogonal and not self.adapter.fresh:
+            raise ValueError("adapter.orthogonal: needs adapter.fresh")
+        if self.adapter and (self.protect or self.freeze != Freeze()):
+            raise ValueError("adapter: cannot be combined with protect or freeze yet")
         if self.name in RESERVED_NAMES:
             raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
         kinds = [item.kind for item in self.protect]

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import yaml
 from agcl.errors import InputError
 from pydantic import ValidationError
 
-from pipeline.config import METHOD_SECTIONS, PRESETS, Config, FactsTasks, Section
+from pipeline.config import METHOD_SECTIONS, Config, FactsTasks, Section
+from pipeline.methods import METHODS
 
 
 def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -> Config:
     """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
 
-    `method` (or an override of it) that differs from the file's drops the file's sections
-    `importance` and `protect`, which were written for the other method. Raises `InputError`, one
-    line naming the key.
+    `method` (or an override of it) that differs from the file's drops the file's method sections,
+    which were written for the other method. Raises `InputError`, one line naming the key.
     """
     raw = _read(file)
     pairs = [_split(override) for override in overrides]
@@ -26,8 +27,9 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     if chosen is not None and chosen != in_file:
         raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
     raw["method"] = in_file if chosen is None else chosen
-    preset = PRESETS.get(raw["method"], {}) if isinstance(raw["method"], str) else {}
-    raw = {**yaml.safe_load(yaml.safe_dump(preset)), **raw}
+    if raw["method"] not in list(METHODS):
+        raise InputError(f"method: no method {raw['method']!r} (there are {', '.join(METHODS)})")
+    raw = {**deepcopy(METHODS[raw["method"]].sections), **raw}
     # Whole sections come first, then kinds: the other keys of an item belong to its kind.
     for key, value in sorted(pairs, key=lambda pair: _order(pair[0])):
         if key != "method":
@@ -132,7 +134,7 @@ def _explain(error: Any) -> str:
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         kind = str(error["ctx"]["discriminator"]).strip("'")
         given = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
-        choices = "one of 'gate', 'project'" if kind == "kind" else "one of " + _FORMATS
+        choices = "one of 'gate', 'penalty', 'project'" if kind == "kind" else "one of " + _FORMATS
         return f"{key}.{kind}: must be {choices}{given}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, Project
+from pipeline.config import Config, Freeze, Project
 from pipeline.dag import External, Stage, Work
 from pipeline.inputs import BASE_TASK, held_out_sources, is_builtin, model_folder, task_sources
 from pipeline.stages.attribute import attribute
@@ -51,30 +51,77 @@ def plan(config: Config) -> Plan:
         for task, source in [*zip(tasks, sources, strict=True), *held_out.items()]
     }
     base = _base_model(config, tokenizer, rows)
-    scores = [_evaluate(config, "0-base", base, rows, _first_session(config))]
-    models_after: list[Stage] = []
-    importances: dict[str, Stage] = {}
+    at_first = _evaluate(config, "0-base", base, rows, _first_session(config))
+    builtin = [tokenizer, base] if is_builtin(config) else []
+    start = [*builtin[:1], *rows.values(), *builtin[1:], at_first]
+    match config.method:
+        case "joint":
+            chain = _joint(config, tasks, base, rows)
+        case "solo":
+            chain = _alone(config, tasks, base, rows)
+        case _:
+            chain = _sequence(config, tasks, base, rows)
+    scores = [at_first, *(stage for stage in chain if stage.fn is evaluate)]
+    if config.method == "joint":
+        # One model stands for the one after every task.
+        scores = [at_first, *scores[1:] * len(tasks)]
+    final = _report(config, tasks, list(held_out), scores, chain)
+    return Plan(
+        stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
+        tasks=tuple(tasks),
+        final_model=[stage for stage in chain if stage.fn is train][-1].name,
+    )
+
+
+def _sequence(
+    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+) -> list[Stage]:
+    """Task after task, each from the model of the last one."""
     solos = _solos(config, tasks, base, rows)
-    chain: list[Stage] = []
-    model: Stage | External = base
+    chain = list(solos.values())
+    importances: dict[str, Stage] = {}
+    models: list[Stage] = []
     for index, task in enumerate(tasks, start=1):
-        model = _train(config, index, task, model, rows[task], importances)
-        models_after.append(model)
+        model = _train(config, index, task, base, models, rows, importances)
+        models.append(model)
         chain.append(model)
         if config.protect:
             measured = solos[task] if solos else model
             importances[task] = _attribute(config, index, task, measured, rows[task])
             chain.append(importances[task])
-        scores.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence"))
-        chain.append(scores[-1])
-    final = _report(config, tasks, list(held_out), scores, importances)
-    builtin = [tokenizer, base] if is_builtin(config) else []
-    stages = [builtin[:1], rows.values(), builtin[1:], scores[:1], solos.values(), chain, [final]]
-    return Plan(
-        stages=tuple(s for group in stages for s in group if isinstance(s, Stage)),
-        tasks=tuple(tasks),
-        final_model=models_after[-1].name,
+        chain.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence"))
+    return chain
+
+
+def _joint(
+    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+) -> list[Stage]:
+    """All tasks at once."""
+    first, *others = tasks
+    model = Stage(
+        name="train/joint",
+        fn=train,
+        config={**_training(config, len(tasks)), "replay": 1.0},
+        inputs={
+            "model": base,
+            "rows": rows[first],
+            **{f"replay/{task}": rows[task] for task in others},
+        },
+        session="sequence",
+        train=True,
     )
+    return [model, _evaluate(config, f"{len(tasks)}-joint", model, rows, "sequence")]
+
+
+def _alone(
+    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+) -> list[Stage]:
+    """Every task from the base model."""
+    chain = []
+    for index, task in enumerate(tasks, start=1):
+        model = _train(config, index, task, base, [], rows, {})
+        chain += [model, _evaluate(config, f"{index}-{task}", model, rows, "sequence")]
+    return chain
 
 
 def _measures_solos(config: Config) -> bool:
@@ -140,30 +187,56 @@ def _base_model(
     )
 
 
+def _training(config: Config, index: int) -> dict[str, Any]:
+    """Settings of training task `index` with nothing to keep; the same for all methods."""
+    return {
+        **config.training.model_dump(),
+        "seed": config.seed * 1000 + index,
+        "protect": [],
+        "replay": 0.0,
+        "freeze": None,
+        "adapter": config.adapter and config.adapter.model_dump(),
+    }
+
+
 def _train(
     config: Config,
     index: int,
     task: str,
-    model: Stage | External,
-    rows: Stage,
+    base: Stage | External,
+    models: list[Stage],
+    rows: Mapping[str, Stage],
     importances: Mapping[str, Stage],
 ) -> Stage:
     """Task `index` (1 to T). With nothing to protect yet, all methods share the stage."""
-    past: dict[str, Stage | External] = {}
+    settings = _training(config, index)
+    inputs: dict[str, Stage | External] = {"model": models[-1] if models else base}
+    inputs["rows"] = rows[task]
     if config.protect:
         for i, file in enumerate(config.importance.past):
-            past[f"importance/past-{i}"] = External(file.expanduser().absolute())
-        past |= {f"importance/{name}": stage for name, stage in importances.items()}
-    protect = [item.model_dump() for item in config.protect] if past else []
+            inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
+        inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
+        if len(inputs) > 2:
+            settings["protect"] = [item.model_dump() for item in config.protect]
+    earlier = list(rows)[: len(models)]
+    if config.replay.fraction and models:
+        settings["replay"] = config.replay.fraction
+        inputs |= {f"replay/{name}": rows[name] for name in earlier}
+    if config.freeze != Freeze() and models:
+        settings["freeze"] = config.freeze.model_dump()
+    if config.adapter and models:
+        if not config.adapter.fresh:
+            # The adapter lies beside weights that it is merged into; it goes on upon the base.
+            inputs |= {"model": base, "adapter": models[-1]}
+        elif config.adapter.orthogonal:
+            inputs |= {
+                f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
+            }
     return Stage(
         name=f"train/{index}-{task}",
         fn=train,
-        config={
-            **config.training.model_dump(),
-            "seed": config.seed * 1000 + index,
-            "protect": protect,
-        },
-        inputs={"model": model, "rows": rows, **past},
+        config=settings,
+        inputs=inputs,
         session="sequence",
         train=True,
     )
@@ -178,7 +251,7 @@ def _solos(
     alone = config.model_copy(update={"protect": ()})
     stages = {}
     for index, task in enumerate(tasks, start=1):
-        stage = _train(alone, index, task, base, rows[task], {})
+        stage = _train(alone, index, task, base, [], rows, {})
         stages[task] = _renamed(stage, f"solo/{index}-{task}", f"solo-{index}")
     return stages
 
@@ -197,6 +270,7 @@ def _attribute(config: Config, index: int, task: str, model: Stage, rows: Stage)
             "estimator": settings.estimator,
             "rules": settings.rules,
             "top_k": settings.top_k,
+            "permuted": settings.permuted,
             "samples": settings.samples,
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,
@@ -230,8 +304,9 @@ def _report(
     tasks: list[str],
     held_out: list[str],
     scores: list[Stage],
-    importances: Mapping[str, Stage],
+    chain: list[Stage],
 ) -> Stage:
+    measured = {s.name.partition("-")[2]: s for s in chain if s.fn is attribute}
     return Stage(
         name="report",
         fn=report,
@@ -241,10 +316,12 @@ def _report(
             "tasks": tasks,
             "held_out": held_out,
             "evaluation_set": config.evaluation.set,
+            "validation": config.evaluation.validation,
         },
         inputs={
             **{f"scores/{i}": stage for i, stage in enumerate(scores)},
-            **{f"importance/{task}": stage for task, stage in importances.items()},
+            **{f"importance/{task}": stage for task, stage in measured.items()},
+            **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
         session="report",
     )

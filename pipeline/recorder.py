@@ -12,7 +12,6 @@ from pipeline.plan import Run
 from pipeline.stages.context import LOG_FILE, Record
 from pipeline.stages.evaluate import SCORES
 from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.report import METRICS
 from pipeline.stages.train import IMPORTANCE_FILE
 from pipeline.tracking import Content, Tracker, TrackingFailed
 
@@ -66,19 +65,18 @@ class Recording:
                 recorder.observe(records)
 
     def finish_run(
-        self, label: str, metrics: Mapping[str, Any], report: Path, pictures: Mapping[str, bytes]
+        self, label: str, metrics: Mapping[str, Any], files: Mapping[str, Content]
     ) -> None:
-        """Log a run's final metrics, report and figures, and close it."""
-        files = {METRICS: report.with_name(METRICS), **_files(report, pictures)}
+        """Log a run's final metrics, and files by artifact path, and close it."""
         with self._surviving():
             if label in self.recorders:
                 self.recorders[label].finish(metrics, files)
 
-    def finish_comparison(self, report: Path, pictures: Mapping[str, bytes]) -> None:
-        """Log the joint report and close the comparison's run."""
+    def finish_comparison(self, files: Mapping[str, Content]) -> None:
+        """Log files on the whole comparison, and close its run."""
         with self._surviving():
             if self.tracker is not None and self.comparison is not None:
-                self.tracker.artifacts(self.comparison, _files(report, pictures))
+                self.tracker.artifacts(self.comparison, files)
                 self.tracker.end(self.comparison)
 
     def abort(self, status: str, error: str) -> None:
@@ -88,10 +86,6 @@ class Recording:
                 recorder.abort(status, error)
             if self.tracker is not None and self.comparison is not None:
                 self.tracker.end(self.comparison, status, error)
-
-
-def _files(report: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
-    return {report.name: report, **{f"figures/{name}": png for name, png in pictures.items()}}
 
 
 class _Recorder:

@@ -38,6 +38,7 @@ class RunResult:
     stages: Sequence[StageRecord]
     importance: Mapping[str, Any] | None
     provenance: Mapping[str, str]
+    checks: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pipeline.report import RunResult, StageRecord, write_report
 from pipeline.runner import StageFailed, run_sessions
 from pipeline.stages.context import Record
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
-from pipeline.tracking import Tracker
+from pipeline.stages.train import CHECKS
+from pipeline.tracking import Content, Tracker
 
 CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
 _RUN_AGAIN = {"resources", "tracking"}
@@ -54,8 +55,57 @@ def execute(
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
+    done_before = _complete(runs)
+    recording, _ = _run_missing(runs, folder, title, console)
+    results = [_finish(run, command, done_before) for run in runs.values()]
+    for label, result in zip(runs, results, strict=True):
+        file = runs[label].folder / REPORT_FILE
+        pictures = write_report(file, [result], title=result.metrics["name"])
+        recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
+    if len(runs) > 1:
+        pictures = write_report(folder / REPORT_FILE, results, title=title)
+        recording.finish_comparison(_artifacts(folder, pictures))
+    return results
+
+
+def execute_trials(
+    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
+) -> dict[str, RunResult]:
+    """Run what is missing of every run and give the results of those that did not fail.
+
+    A failed run does not end the others. Writes no reports.
+    """
+    done_before = _complete(runs)
+    recording, failures = _run_missing(runs, folder, title, console, keep_going=True)
+    for failure in failures:
+        console.print(f"  [yellow]failed trial[/] {failure}", highlight=False)
+    results = {
+        label: _finish(run, command, done_before)
+        for label, run in runs.items()
+        if run.works["report"].is_complete()
+    }
+    for label, result in results.items():
+        recording.finish_run(label, result.metrics, _artifacts(runs[label].folder, {}))
+    recording.finish_comparison({})
+    return results
+
+
+def _artifacts(folder: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
+    files: dict[str, Content] = {
+        name: folder / name for name in (METRICS, REPORT_FILE) if (folder / name).exists()
+    }
+    return files | {f"figures/{name}": png for name, png in pictures.items()}
+
+
+def _complete(runs: Mapping[str, Run]) -> set[Path]:
+    return {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
+
+
+def _run_missing(
+    runs: Mapping[str, Run], folder: Path, title: str, console: Console, *, keep_going: bool = False
+) -> tuple[Recording, list[StageFailed]]:
+    """Open the runs' folders and run their unfinished stages; raises `StageFailed`."""
     first = next(iter(runs.values())).config
-    done_before = {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
 
     def warn(message: str) -> None:
@@ -68,38 +118,33 @@ def execute(
         artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
     recording = Recording(tracker, runs, folder, title, warn)
     try:
-        if todo:
-            _run_missing(todo, folder / ".ray-train", first.resources, recording, console)
-        else:
-            console.print("  every stage is complete already", highlight=False)
+        failures = _on_cluster(todo, folder, first.resources, recording, console, keep_going)
+        for failure in failures:
+            _write_log(folder, failure)
+        if failures and not keep_going:
+            raise failures[0]
     except BaseException as error:
-        if isinstance(error, StageFailed):
-            _write_failure(folder, error)
         recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise
-    results = [_finish(run, command, done_before) for run in runs.values()]
-    for label, result in zip(runs, results, strict=True):
-        file = runs[label].folder / REPORT_FILE
-        pictures = write_report(file, [result], title=result.metrics["name"])
-        recording.finish_run(label, result.metrics, file, pictures)
-    if len(runs) > 1:
-        pictures = write_report(folder / REPORT_FILE, results, title=title)
-        recording.finish_comparison(folder / REPORT_FILE, pictures)
-    return results
+    return recording, failures
 
 
-def _run_missing(
+def _on_cluster(
     todo: Sequence[Session],
-    scratch: Path,
+    folder: Path,
     resources: Resources,
     recording: Recording,
     console: Console,
-) -> None:
+    keep_going: bool,
+) -> list[StageFailed]:
+    if not todo:
+        console.print("  every stage is complete already", highlight=False)
+        return []
     shared = {owner for session in todo for owner in session.owners}
     titles = {
         work.folder.name: work.name
         if set(session.owners) == shared
-        else f"{work.name} ({', '.join(session.owners)})"
+        else f"{work.name} ({_names(session.owners)})"
         for session in todo
         for work in session.works
     }
@@ -113,7 +158,12 @@ def _run_missing(
             progress.observe(records)
             recording.observe(records)
 
-        run_sessions(todo, scratch, resources, side_by_side, observe)
+        scratch = folder / ".ray-train"
+        return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
+
+
+def _names(owners: Sequence[str], most: int = 3) -> str:
+    return ", ".join(owners) if len(owners) <= most else f"{len(owners)} runs"
 
 
 def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
@@ -124,7 +174,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     report = run.works["report"].folder
     metrics = {"name": run.config.name, **_read_json(report / METRICS)}
     artifact.write_json(run.folder / METRICS, metrics)
-    importance = report / IMPORTANCE_SUMMARY
+    importance, checks = report / IMPORTANCE_SUMMARY, report / CHECKS
     manifests = {
         stage: artifact.read_manifest(work.folder) or {} for stage, work in run.works.items()
     }
@@ -142,6 +192,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
             for stage, work in run.works.items()
         ],
         importance=_read_json(importance) if importance.exists() else None,
+        checks=_read_json(checks) if checks.exists() else None,
         provenance={
             "command": command,
             "git": provenance["git"],
@@ -180,7 +231,7 @@ def _link(link: Path, target: Path) -> None:
     aside.replace(link)
 
 
-def _write_failure(folder: Path, failure: StageFailed) -> None:
+def _write_log(folder: Path, failure: StageFailed) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     failure.log = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"

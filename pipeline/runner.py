@@ -38,22 +38,26 @@ def run_sessions(
     resources: Resources,
     side_by_side: int,
     observe: Observe,
-) -> None:
+    *,
+    keep_going: bool = False,
+) -> list[StageFailed]:
     """Run every session after those it depends on, at most `side_by_side` at once.
 
     `scratch` is a folder, shared by all nodes, for what Ray Train writes; it is removed.
-    After a failure nothing new starts, what runs is finished, and `StageFailed` is raised. An
-    exception of any other kind (an interrupt, say) cancels what runs.
+    Gives the failures. After the first one nothing new starts and what runs is finished; with
+    `keep_going` only what needs the failed session is left out. An exception (an interrupt, say)
+    cancels what runs.
     """
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     waiting = {session.name: session for session in sessions}
     running: dict[Any, Session] = {}
     watch = _Watch(observe)
-    failure: StageFailed | None = None
+    failures: list[StageFailed] = []
+    lost: set[str] = set()
     try:
-        while running or (waiting and failure is None):
-            unfinished = waiting.keys() | {s.name for s in running.values()}
-            for session in _ready(waiting, unfinished) if failure is None else ():
+        while running or waiting:
+            unfinished = waiting.keys() | {s.name for s in running.values()} | lost
+            for session in _ready(waiting, unfinished):
                 if len(running) < side_by_side:
                     del waiting[session.name]
                     running[run_session.remote(session, resources, mailbox, scratch)] = session
@@ -62,13 +66,23 @@ def run_sessions(
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
             watch.read(mailbox)
             for ref in done:
-                failure = _result(ref, running.pop(ref), watch) or failure
+                session = running.pop(ref)
+                if failure := _result(ref, session, watch):
+                    failures.append(failure)
+                    lost.add(session.name)
+                    waiting = _without(lost, waiting) if keep_going else {}
     finally:
         for ref in running:
             ray.cancel(ref)
         shutil.rmtree(scratch, ignore_errors=True)
-    if failure is not None:
-        raise failure
+    return failures
+
+
+def _without(lost: set[str], waiting: dict[str, Session]) -> dict[str, Session]:
+    """The sessions that need none of the lost ones; adds the others to the lost."""
+    while hit := {name for name, session in waiting.items() if session.after & lost} - lost:
+        lost |= hit
+    return {name: session for name, session in waiting.items() if name not in lost}
 
 
 def _ready(waiting: dict[str, Session], unfinished: set[str]) -> list[Session]:

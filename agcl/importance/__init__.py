@@ -1,6 +1,7 @@
 """Importance of weights: the artifact, and how importances of several tasks combine."""
 
 from agcl.importance.combine import by_layer_and_module, overlap, past_maximum, scaled
+from agcl.importance.controls import magnitude, permuted, random
 from agcl.importance.importance import Importance, check_file
 from agcl.importance.top_k import TopK
 
@@ -9,7 +10,10 @@ __all__ = [
     "TopK",
     "by_layer_and_module",
     "check_file",
+    "magnitude",
     "overlap",
     "past_maximum",
+    "permuted",
+    "random",
     "scaled",
 ]

@@ -36,8 +36,8 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
     scalar that `backward()` was called on. All weights have `requires_grad` off and the model is
     in eval mode inside; hooks, flags and attention are as before afterwards, exceptions included.
 
-    Rule sets: `attnlrp` (Achtibat 2024) and `cp` (Ali 2022; conserves relevance). Raises
-    `UnsupportedArchitecture` for a model family without a table.
+    Rule sets: `attnlrp` (Achtibat 2024), `cp` (Ali 2022; conserves relevance) and `gradient` (no
+    rule). Raises `UnsupportedArchitecture` for a model family without a table.
     """
     if rules not in get_args(RuleSet):
         raise ValueError(f"rules must be one of {get_args(RuleSet)}, not {rules!r}")
@@ -61,9 +61,13 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
 
     with ExitStack() as undo:
         _freeze_and_eval(model, undo)
+        undo.callback(model.get_input_embeddings().register_forward_hook(make_leaf).remove)
+        if rules == "gradient":
+            with torch.enable_grad():
+                yield trace
+            return
         _replace_attention(model, rules, undo)
-        handles = [model.get_input_embeddings().register_forward_hook(make_leaf)]
-        handles += [
+        handles = [
             m.register_forward_hook(cast(Callable[..., Any], on_norm))
             for m in modules_named(model, family.norms).values()
         ]

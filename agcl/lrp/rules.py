@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-RuleSet = Literal["attnlrp", "cp"]
+RuleSet = Literal["attnlrp", "cp", "gradient"]
+"""`gradient` installs no rule: the ordinary backward, for comparison."""
 
 
 class _ReplaceGradient(torch.autograd.Function):

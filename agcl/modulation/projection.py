@@ -4,7 +4,7 @@ Prior art: Gradient Projection Memory (Saha 2021), Adam-NSCL (Wang 2021). New he
 by the relevance that passes through them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def bases(past: Sequence[Importance], *, energy: float) -> dict[str, Tensor]:
     return {
         name: leading_directions(sum_of([i.moments[name] for i in past]), energy)
         for name in past[0].moments
+    }
+
+
+def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
+    """Random orthonormal directions, as many a weight as `like` has: the projection's control."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.linalg.qr(torch.randn(basis.shape, generator=generator))[0]
+        for name, basis in like.items()
     }
 
 

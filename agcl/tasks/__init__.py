@@ -1,6 +1,6 @@
 """Task formats and their encoding. A format is one module with a function returning `Task`s."""
 
-from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, Rows, encode
+from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, MixedRows, Rows, encode, sample
 from agcl.tasks.task import TEST, TRAIN, Row, RowSource, Task, check_names, check_rows
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "TRAIN",
     "Encoded",
     "EncodedRows",
+    "MixedRows",
     "Row",
     "RowSource",
     "Rows",
@@ -16,4 +17,5 @@ __all__ = [
     "check_names",
     "check_rows",
     "encode",
+    "sample",
 ]

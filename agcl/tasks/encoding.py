@@ -1,10 +1,11 @@
 """Prompt and answer to token ids, and token ids on disk, memory-mapped."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from agcl.tasks.task import Row
@@ -75,3 +76,24 @@ class EncodedRows:
         return Encoded(
             self.table["input_ids"][index].as_py(), self.table["prompt_tokens"][index].as_py()
         )
+
+
+class MixedRows:
+    """Some rows of several sources, as one."""
+
+    def __init__(self, parts: Sequence[tuple[Rows, Sequence[int]]]) -> None:
+        """Every part is rows with the indices of those to take."""
+        self.places = [(rows, index) for rows, indices in parts for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Encoded:
+        rows, inner = self.places[index]
+        return rows[inner]
+
+
+def sample(num_rows: int, count: int, *, seed: int) -> list[int]:
+    """`count` of that many row indices, ascending, drawn by the seed; all if there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(num_rows, generator=generator)[:count].tolist())

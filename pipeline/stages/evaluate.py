@@ -6,14 +6,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from agcl.evaluate import exact_match
+import pyarrow as pa
+import pyarrow.parquet as pq
+from agcl import models
+from agcl.evaluate import predict
 from agcl.tasks import EncodedRows
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY
 
-SCORES = "scores.json"
+SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
 
 
 def evaluate(
@@ -21,22 +24,42 @@ def evaluate(
 ) -> None:
     """Write `scores.json`: per prepared task and evaluation set, the share of exact matches.
 
-    Inputs are `model` and `rows/<task>` for every task.
+    Beside it `predictions.parquet`, from which every number can be computed again: one row a
+    scored row, with `predicted` the greedy answer as far as it is right and the model's
+    teacher-forced choice after that. Inputs are `model` and `rows/<task>`.
     """
     model = context.take_model(inputs["model"])
+    tokenizer = models.load_tokenizer(inputs["model"])
     scores: dict[str, dict[str, float]] = {}
-    tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if r != "model"}
+    tables = []
+    tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if "/" in r}
     for number, (task, folder) in enumerate(tasks.items(), start=1):
         scored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scored"]
         for name, split in scored.items():
-            verdicts = exact_match(
-                model,
-                EncodedRows(folder / f"{split}.arrow"),
-                batch_size=config["batch_size"],
-                precision=config["precision"],
+            rows = EncodedRows(folder / f"{split}.arrow")
+            predicted = predict(
+                model, rows, batch_size=config["batch_size"], precision=config["precision"]
             )
-            scores.setdefault(task, {})[name] = fmean(verdicts)
+            correct = [
+                ids == row.input_ids[row.prompt_tokens :]
+                for ids, row in zip(predicted, map(rows.__getitem__, range(len(rows))), strict=True)
+            ]
+            scores.setdefault(task, {})[name] = fmean(correct)
+            tables.append(
+                pa.table(
+                    {
+                        "task": [task] * len(rows),
+                        "evaluation_set": [name] * len(rows),
+                        "row": range(len(rows)),
+                        "prompt": rows.table["prompt"],
+                        "answer": rows.table["answer"],
+                        "predicted": tokenizer.batch_decode(predicted, skip_special_tokens=True),
+                        "correct": correct,
+                    }
+                )
+            )
         context.log({f"{name}/{task}": scores[task][name] for name in scored}, number)
     if context.is_first_worker:
+        pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
     context.hold_model(model, inputs["model"])

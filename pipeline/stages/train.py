@@ -1,19 +1,42 @@
-"""Train: one task with the model of the last one, protected by the importances so far."""
+"""Train: one task with the model of the last one, and what keeps the earlier tasks."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agcl import models
+import torch
+from agcl import adapter, models
 from agcl.importance import Importance
-from agcl.modulation import GatedAdamW, bases, gates
-from agcl.tasks import TRAIN, EncodedRows
+from agcl.lrp import attributed_linears
+from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
+from agcl.modulation.checks import check
+from agcl.tasks import TRAIN, EncodedRows, MixedRows, Rows, sample
 from agcl.train import train_task
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 
-IMPORTANCE_FILE = "importance.safetensors"
+IMPORTANCE_FILE, CHECKS, ADAPTER = "importance.safetensors", "checks.json", "adapter"
+
+
+@dataclass
+class Protection:
+    """What the items of `protect` come to: gates, bases and a penalty, by parameter name."""
+
+    gate: dict[str, Tensor] | None = None
+    on: GateOn = "update"
+    basis: dict[str, Tensor] | None = None
+    penalise: Callable[[], Tensor] | None = None
+    only: set[str] | None = None
+    """The only parameters that are trained; None for all."""
+    before: dict[str, Tensor] = field(default_factory=dict)
+    """Copies, on the CPU, of the weights that are gated or projected."""
 
 
 def pretrain(
@@ -22,7 +45,7 @@ def pretrain(
     """Train the built-in model from scratch on its generic facts."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     model = models.builtin_model(len(tokenizer), seed=config["seed"]).to(context.device)
-    _fit(model, config, inputs["rows"], context, protection={})
+    _fit(model, config, EncodedRows(inputs["rows"] / f"{TRAIN}.arrow"), context, Protection())
     if context.is_first_worker:
         models.save(model, tokenizer, out_dir)
     context.hold_model(model, context.folder)
@@ -31,65 +54,167 @@ def pretrain(
 def train(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Train on `rows` from `model`; inputs named `importance/...` are protected."""
-    past = [
-        Importance.load(path / IMPORTANCE_FILE if path.is_dir() else path)
-        for role, path in inputs.items()
-        if role.startswith("importance/")
-    ]
-    model = context.take_model(inputs["model"])
-    _freeze_ungated(model, past, config["protect"])
-    _fit(model, config, inputs["rows"], context, protection(past, config["protect"]))
+    """Train on `rows` from `model`, and write the model.
+
+    Inputs named `importance/...` are protected, those named `replay/...` mixed in. With an
+    adapter it is LoRA that is trained: `adapter` is the folder of one to go on with, on the
+    weights of `model`, and those named `adapter/...` are kept orthogonal to.
+    """
+    rows = _rows(config, inputs)
+    if config["adapter"]:
+        model = _train_adapter(config, inputs, out_dir, context, rows)
+    else:
+        past = [
+            Importance.load(path / IMPORTANCE_FILE if path.is_dir() else path)
+            for path in _named("importance/", inputs)
+        ]
+        model = context.take_model(inputs["model"])
+        protection = protect(model, past, config["protect"], config["seed"])
+        _freeze(model, protection, config["freeze"])
+        _fit(model, config, rows, context, protection)
+        if protection.before and context.is_first_worker:
+            write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
+        model.requires_grad_(True)
     if context.is_first_worker:
         models.save(model, models.load_tokenizer(inputs["model"]), out_dir)
     context.hold_model(model, context.folder)
 
 
-def protection(past: list[Importance], items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of `GatedAdamW` for the items of the config's `protect`."""
-    arguments: dict[str, Any] = {}
+def protect(
+    model: PreTrainedModel, past: list[Importance], items: list[dict[str, Any]], seed: int
+) -> Protection:
+    """Prepare the items of the config's `protect` against what `past` importances say."""
+    protection = Protection()
     for item in items if past else []:
-        if item["kind"] == "gate":
-            arguments["on"] = item["on"]
-            arguments["gate"] = gates(
-                past,
-                strength=item["strength"],
-                exponent=item["exponent"],
-                log_scale=item["log_scale"],
-            )
-        else:
-            arguments["basis"] = bases(past, energy=item["energy"])
-    return arguments
+        match item["kind"]:
+            case "gate":
+                protection.on = item["on"]
+                protection.gate = gates(
+                    past,
+                    strength=item["strength"],
+                    exponent=item["exponent"],
+                    log_scale=item["log_scale"],
+                )
+            case "project":
+                basis = bases(past, energy=item["energy"])
+                random = item["directions"] == "random"
+                protection.basis = random_bases(basis, seed=seed) if random else basis
+            case "penalty":
+                protection.penalise = quadratic_penalty(
+                    dict(model.named_parameters()), past, strength=item["strength"]
+                )
+        if item["ungated"] == "freeze" and (item.get("strength") or item.get("energy")):
+            protection.only = set(past[0].entries)
+    protected = {**(protection.gate or {}), **(protection.basis or {})}
+    protection.before = {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if name in protected
+    }
+    return protection
 
 
-def _freeze_ungated(
-    model: PreTrainedModel, past: list[Importance], items: list[dict[str, Any]]
+def _freeze(
+    model: PreTrainedModel, protection: Protection, freeze: Mapping[str, Any] | None
 ) -> None:
-    """Freeze what no importance covers, where an active protection says so."""
-    freeze = past and any(
-        item["ungated"] == "freeze" and (item.get("strength") or item.get("energy"))
-        for item in items
-    )
+    """Leave `requires_grad` on what is trained. A layer's index is the first number in a name."""
+    layers: set[int] = set()
+    attributed = set(attributed_linears(model))
+    if freeze:
+        half = range(model.config.num_hidden_layers // 2)
+        layers = set(half if freeze["layers"] == "bottom_half" else freeze["layers"])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not freeze or name in past[0].entries)
+        number = re.search(r"\.(\d+)\.", name)
+        parameter.requires_grad_(
+            (protection.only is None or name in protection.only)
+            and not (number and int(number[1]) in layers)
+            and not (freeze and freeze["ungated"] and name not in attributed)
+        )
+
+
+def _train_adapter(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    out_dir: Path,
+    context: Context,
+    rows: Rows,
+) -> PreTrainedModel:
+    settings = config["adapter"]
+    start = inputs["adapter"] / ADAPTER if "adapter" in inputs else None
+    peft_model = adapter.attach(
+        context.take_model(inputs["model"]),
+        rank=settings["rank"],
+        alpha=settings["alpha"],
+        seed=config["seed"],
+        start=start,
+    )
+    earlier = adapter.directions([path / ADAPTER for path in _named("adapter/", inputs)])
+    protection = Protection()
+    if earlier:
+        overlap = adapter.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
+        protection.penalise = partial(_backward, overlap)
+    _fit(peft_model, config, rows, context, protection)
+    return adapter.detach(peft_model, out_dir / ADAPTER if context.is_first_worker else None)
+
+
+def _backward(penalty: Callable[[], Tensor]) -> Tensor:
+    value = penalty()
+    value.backward()
+    return value
+
+
+def _named(prefix: str, inputs: Mapping[str, Path]) -> list[Path]:
+    return [path for role, path in inputs.items() if role.startswith(prefix)]
+
+
+def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
+    """The task's rows, and of each earlier task as many as `replay` says, at least one."""
+    own = EncodedRows(inputs["rows"] / f"{TRAIN}.arrow")
+    parts: list[tuple[Rows, list[int]]] = [(own, list(range(len(own))))]
+    for number, folder in enumerate(_named("replay/", inputs)):
+        earlier = EncodedRows(folder / f"{TRAIN}.arrow")
+        count = max(1, round(config["replay"] * len(earlier)))
+        parts.append((earlier, sample(len(earlier), count, seed=config["seed"] * 1000 + number)))
+    return MixedRows(parts) if len(parts) > 1 else own
+
+
+def _check(
+    model: PreTrainedModel, protection: Protection, config: Mapping[str, Any], num_rows: int
+) -> dict[str, Any]:
+    after = {n: p.detach().cpu() for n, p in model.named_parameters() if n in protection.before}
+    return check(
+        protection.before,
+        after,
+        gate=protection.gate,
+        on=protection.on,
+        basis=protection.basis,
+        steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
+    )
 
 
 def _fit(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     config: Mapping[str, Any],
-    rows: Path,
+    rows: Rows,
     context: Context,
-    protection: dict[str, Any],
+    protection: Protection,
 ) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gate, basis = (
+        None if part is None else {name: part[name] for name in part if name in trained}
+        for part in (protection.gate, protection.basis)
+    )
     optimizer = GatedAdamW(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        trained.items(),
         lr=config["learning_rate"],
         weight_decay=config["weight_decay"],
-        **protection,
+        gate=gate,
+        on=protection.on,
+        basis=basis,
     )
     train_task(
         model,
-        EncodedRows(rows / f"{TRAIN}.arrow"),
+        rows,
         optimizer,
         epochs=config["epochs"],
         batch_size=config["batch_size"],
@@ -97,5 +222,6 @@ def _fit(
         seed=config["seed"],
         precision=config["precision"],
         max_gradient_norm=config["max_gradient_norm"],
+        penalise=protection.penalise,
         log=context.log,
     )

@@ -175,6 +175,7 @@ def test_a_dump_holds_every_setting_as_plain_yaml(file):
         "kind": "project",
         "energy": 0.5,
         "weighting": "relevance",
+        "directions": "leading",
     }
 
 

@@ -46,7 +46,7 @@ def problem(tmp_path):
         ("training=", "training: "),
         ("seed=-1", "seed: "),
         ("seed=0.5", "seed: "),
-        ("method=replay", "method: "),
+        ("method=magic", "method: "),
         ("method=[agcl]", "method: "),
         ("tasks.count=0", "tasks.count: "),
         ("tasks.count=101", "tasks.count: "),

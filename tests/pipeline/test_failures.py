@@ -37,6 +37,8 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A test run that a shell put into the background ignores SIGINT, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def finish(self, *settings):

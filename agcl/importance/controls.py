@@ -1,0 +1,36 @@
+"""Importances that no sample tells anything about: what a real estimator has to beat."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from agcl.importance.importance import Importance
+
+
+def magnitude(importance: Importance, linears: Mapping[str, nn.Linear]) -> Importance:
+    """The importance with |W| as its entries; its moments stay."""
+    entries = {name: layer.weight.detach().abs() for name, layer in linears.items()}
+    return Importance(entries, importance.moments, {**importance.header, "estimator": "magnitude"})
+
+
+def random(importance: Importance, *, seed: int) -> Importance:
+    """The importance with entries uniform in [0, 1); its moments stay."""
+    generator = torch.Generator().manual_seed(seed)
+    entries = {n: torch.rand(e.shape, generator=generator) for n, e in importance.entries.items()}
+    return Importance(entries, importance.moments, {**importance.header, "estimator": "random"})
+
+
+def permuted(importance: Importance, *, seed: int) -> Importance:
+    """The importance with the entries of each tensor shuffled among themselves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffle(entries: Tensor) -> Tensor:
+        order = torch.randperm(entries.numel(), generator=generator).to(entries.device)
+        return entries.flatten()[order].view_as(entries)
+
+    return Importance(
+        {name: shuffle(entries) for name, entries in importance.entries.items()},
+        importance.moments,
+        {**importance.header, "permuted": True},
+    )

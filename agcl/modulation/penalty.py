@@ -1,0 +1,43 @@
+"""The quadratic penalty of elastic weight consolidation (EWC, Kirkpatrick 2017)."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from agcl.importance import Importance
+
+
+def quadratic_penalty(
+    parameters: Mapping[str, nn.Parameter], past: Sequence[Importance], *, strength: float
+) -> Callable[[], Tensor]:
+    """½ λ Σ_i F_i (θ_i - θ*_i)², λ the `strength`; calling it adds its gradient to `.grad`.
+
+    F is the sum over past tasks of their importance's positive entries, unscaled, and θ* the
+    parameters as they are now: the online form with one anchor (Schwarz 2018, γ = 1), so memory
+    does not grow with the tasks. It holds one copy of the penalised weights and F in float32.
+    Gives the penalty's value. Raises `ValueError` for an importance of other parameters.
+    """
+    anchors: dict[str, Tensor] = {}
+    fisher: dict[str, Tensor] = {}
+    for name, entries in past[0].entries.items():
+        parameter = parameters.get(name)
+        if parameter is None or entries.shape != parameter.shape:
+            raise ValueError(f"no parameter {name} of shape {tuple(entries.shape)} to penalise")
+        anchors[name] = parameter.detach().clone()
+        fisher[name] = torch.zeros_like(anchors[name])
+        for importance in past:
+            fisher[name] += importance.entries[name].to(parameter.device).clamp(min=0)
+
+    @torch.no_grad()
+    def penalise() -> Tensor:
+        value = torch.zeros((), device=next(iter(anchors.values())).device)
+        for name, anchor in anchors.items():
+            parameter = parameters[name]
+            moved = parameter - anchor
+            gradient = strength * fisher[name] * moved
+            value += 0.5 * (gradient * moved).sum()
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return value
+
+    return penalise

@@ -1,0 +1,80 @@
+"""The named methods: what each sets, and which of its settings a tuning budget is spent on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting to tune beside the learning rate, between two bounds."""
+
+    key: str
+    low: float
+    high: float
+    logarithmic: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset of the config's method sections; a file's own sections come on top."""
+
+    description: str
+    sections: dict[str, Any] = field(default_factory=dict)
+    knob: Knob | None = None
+
+
+_LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
+_ENERGY = Knob("protect.0.energy", 0.5, 0.98, logarithmic=False)
+
+
+def _gate(description: str, **importance: Any) -> Method:
+    sections = {"importance": importance, "protect": [{"kind": "gate"}]}
+    return Method(description, sections, _LOG_SCALE)
+
+
+def _project(description: str, **settings: Any) -> Method:
+    return Method(description, {"protect": [{"kind": "project", **settings}]}, _ENERGY)
+
+
+METHODS: dict[str, Method] = {
+    "sequential": Method("plain fine-tuning, one task after the other"),
+    "agcl": _project("projection away from the inputs that carried old answers"),
+    "gate": _gate("the paper's: weights with relevance move less"),
+    "ewc": Method(
+        "elastic weight consolidation: Fisher information as a penalty",
+        {
+            "importance": {"estimator": "fisher"},
+            "protect": [{"kind": "penalty", "ungated": "train"}],
+        },
+        Knob("protect.0.strength", 1e1, 1e7),
+    ),
+    "replay": Method("a tenth of every earlier task mixed in", {"replay": {"fraction": 0.1}}),
+    "freeze": Method("the bottom half of the layers frozen", {"freeze": {"layers": "bottom_half"}}),
+    "das": Method(
+        "gate by the standardised gradient, after DAS",
+        {
+            "importance": {"estimator": "das"},
+            # A small log_scale is linear scaling.
+            "protect": [{"kind": "gate", "log_scale": 1e-3}],
+        },
+        Knob("protect.0.strength", 0.25, 1.0, logarithmic=False),
+    ),
+    "lora": Method("one LoRA adapter, trained on and on", {"adapter": {}}),
+    "olora": Method(
+        "a LoRA adapter a task, kept orthogonal to the earlier ones (O-LoRA)",
+        {"adapter": {"fresh": True, "orthogonal": 0.5}},
+        Knob("adapter.orthogonal", 0.05, 5.0),
+    ),
+    "joint": Method("upper bound of what is kept: all tasks at once"),
+    "solo": Method("upper bound of what is learned: every task alone from the base model"),
+    "gate_fisher": _gate("gate by Fisher information", estimator="fisher"),
+    "gate_grad_x_param": _gate("gate by weight times gradient", estimator="grad_x_param"),
+    "gate_magnitude": _gate("gate by the size of the weight", estimator="magnitude"),
+    "gate_random": _gate("control: gate by random numbers", estimator="random"),
+    "gate_permuted": _gate("control: gate by shuffled relevance", permuted=True),
+    "project_uniform": _project("control: all tokens weigh the same", weighting="uniform"),
+    "project_random": _project("control: as many random directions", directions="random"),
+    "frozen_embeddings": Method(
+        "control: only embeddings, norms and head frozen", {"freeze": {"ungated": True}}
+    ),
+}

@@ -1,0 +1,65 @@
+"""The same tuning budget for every method of a comparison, spent on validation rows."""
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.methods import METHODS, Knob
+from pipeline.report import RunResult
+
+SEED_OFFSET = 10_000
+"""Trials have a seed of their own, so that no reported run was chosen by itself."""
+VALIDATION = 0.3
+"""Share of the scored rows for validation, where the config says none."""
+LEARNING_RATE = 4.0
+"""Trials go from the config's learning rate divided by this to it multiplied."""
+
+# Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly for any number.
+_STEPS = (0.7548776662466927, 0.5698402909980532)
+
+
+def candidates(config: Config, trials: int) -> list[list[str]]:
+    """Settings of each of a method's trials: its defaults first, then spread evenly.
+
+    Every trial moves the learning rate and, where the method has one, its own knob
+    (`methods.METHODS`). The same for any method with the same knob, and for any order.
+    """
+    knob = METHODS[config.method].knob
+    found: list[list[str]] = [[]]
+    for trial in range(1, trials):
+        x, y = ((0.5 + trial * step) % 1 for step in _STEPS)
+        rate = config.training.learning_rate * LEARNING_RATE ** (2 * x - 1)
+        settings = [f"training.learning_rate={_rounded(rate)}"]
+        if knob:
+            settings.append(f"{knob.key}={_rounded(_between(knob, y))}")
+        found.append(settings)
+    return found
+
+
+def _between(knob: Knob, share: float) -> float:
+    if knob.logarithmic:
+        return float(knob.low * (knob.high / knob.low) ** share)
+    return knob.low + (knob.high - knob.low) * share
+
+
+def _rounded(value: float) -> str:
+    # YAML reads 1e-3 as text and 1.0e-3 as a number.
+    return f"{value:.2e}"
+
+
+def trial(config: Config, number: int) -> Config:
+    """The config of a method's trial of that number."""
+    name = f"{config.name}-{config.method}-trial{number}"
+    return config.model_copy(update={"seed": config.seed + SEED_OFFSET, "name": name})
+
+
+def score(result: RunResult) -> float:
+    """What a trial is chosen by: average performance on validation rows, mean over the sets."""
+    sets: Mapping[str, Any] = result.metrics["validation"]
+    return fmean(values["average_performance"] for values in sets.values())
+
+
+def best(scores: Mapping[int, float]) -> int:
+    """Number of the best trial, the first of equals. Failed ones are not in `scores`."""
+    return min(scores, key=lambda number: (-scores[number], number))

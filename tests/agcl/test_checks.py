@@ -1,0 +1,105 @@
+"""The self-checks on real gated and projected steps, and on broken ones."""
+
+import pytest
+import torch
+from torch import nn
+
+from agcl.modulation import GatedAdamW
+from agcl.modulation.checks import (
+    ProtectionFailed,
+    check,
+    directions_taken,
+    movement_by_decile,
+    projection_leak,
+)
+
+
+def steps(gate=None, basis=None, lr=1e-3, count=200, size=1.0, seed=0, on="update"):
+    """A weight before and after steps on random gradients with a trend."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(24, 16, generator=generator) * size
+    weight = nn.Parameter(start.clone())
+    trend = torch.randn(24, 16, generator=generator)
+    optimizer = GatedAdamW([("w", weight)], gate=gate, basis=basis, lr=lr, on=on)
+    for _ in range(count):
+        weight.grad = trend + torch.randn(24, 16, generator=generator)
+        optimizer.step()
+    return {"w": start}, {"w": weight.detach()}
+
+
+@pytest.fixture
+def gate():
+    return {"w": torch.rand(24, 16, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.fixture
+def basis():
+    square = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+    return {"w": torch.linalg.qr(square)[0][:, :4].contiguous()}
+
+
+def test_protected_deciles_move_less(gate):
+    movement = movement_by_decile(*steps(gate), gate)
+    assert len(movement) == 10
+    assert movement[0] > 1.2
+    assert movement[-1] < 0.3
+
+
+def test_movement_is_the_median_of_each_tenth():
+    before = {"w": torch.zeros(10, 3)}
+    after = {"w": torch.arange(30.0).view(10, 3)}
+    gate = {"w": torch.linspace(1, 0, 30).view(10, 3)}
+    median = torch.arange(30.0).median().item()
+    expected = [(3 * i + 1) / median for i in range(10)]
+    assert movement_by_decile(before, after, gate) == pytest.approx(expected)
+
+
+def test_nothing_moved_is_all_zero(gate):
+    start = {"w": torch.ones(24, 16)}
+    assert movement_by_decile(start, start, gate) == [0.0] * 10
+
+
+def test_leak_is_one_for_an_isotropic_change_and_nothing_for_a_projected_one(basis):
+    generator = torch.Generator().manual_seed(3)
+    before = {"w": torch.zeros(4000, 16)}
+    after = {"w": torch.randn(4000, 16, generator=generator)}
+    assert projection_leak(before, after, basis) == pytest.approx(1, abs=0.05)
+    assert projection_leak(*steps(basis=basis), basis) < 1e-4
+    assert directions_taken(basis) == 0.25
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("lr", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("count", [1, 20, 1000])
+def test_honest_projections_never_fail(basis, size, lr, count):
+    for seed in range(3):
+        before, after = steps(basis=basis, size=size, lr=lr, count=count, seed=seed)
+        check(before, after, gate=None, on="update", basis=basis, steps=count)
+
+
+@pytest.mark.parametrize("on", ["update", "gradient"])
+@pytest.mark.parametrize("lr", [1e-2, 1e-6])
+def test_honest_gates_never_fail(gate, on, lr):
+    for seed in range(5):
+        for some in (gate, {"w": torch.ones(24, 16)}, {"w": gate["w"] * 0.05 + 0.9}):
+            before, after = steps(some, lr=lr, seed=seed, on=on)
+            check(before, after, gate=some, on=on, basis=None, steps=200)
+
+
+def test_a_projection_left_out_fails_and_names_the_layer(basis):
+    with pytest.raises(ProtectionFailed, match="w changed by"):
+        check(*steps(), gate=None, on="update", basis=basis, steps=200)
+
+
+def test_an_inverted_gate_fails(gate):
+    before, after = steps({"w": 1 - gate["w"]})
+    with pytest.raises(ProtectionFailed, match="gate does not hold"):
+        check(before, after, gate=gate, on="update", basis=None, steps=200)
+
+
+def test_what_is_not_there_is_none(gate, basis):
+    only_gate = check(*steps(gate), gate=gate, on="update", basis=None, steps=200)
+    assert only_gate["projection_leak"] is None
+    assert only_gate["directions_taken"] is None
+    both = check(*steps(gate, basis), gate=gate, on="update", basis=basis, steps=200)
+    assert all(value is not None for value in both.values())

@@ -1,0 +1,164 @@
+"""Every named method on a tiny sequence, run in this process on rows prepared by Ray."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agcl.metrics import summary
+from pipeline.methods import METHODS
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def run_method(finished, tiny_config, run_in_process, tmp_path_factory):
+    """Runs a method once; gives its works by stage name."""
+    known = {}
+
+    def run(method, *settings):
+        key = (method, *settings)
+        if key not in known:
+            storage = tmp_path_factory.mktemp("method") / "storage"
+            config = tiny_config(storage, *settings, method=method)
+            known[key] = run_in_process(config, finished.storage)
+        return known[key]
+
+    return run
+
+
+def metrics(works):
+    return json.loads((works["report"].folder / "metrics.json").read_text())
+
+
+def weights(works, stage="train/2-valley"):
+    return load_file(works[stage].folder / "model.safetensors")
+
+
+def same_bits(first, second):
+    return all(torch.equal(first[k].view(torch.int32), second[k].view(torch.int32)) for k in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_learns(run_method, method):
+    found = metrics(run_method(method))
+    assert found["method"] == method
+    assert found["learning_accuracy"] > (0.3 if "lora" in method or "random" in method else 0.6)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("sequential", "joint", "solo")])
+def test_every_method_differs_from_sequential_in_the_second_task(run_method, method):
+    plain, other = run_method("sequential"), run_method(method)
+    if "lora" not in method:
+        first = "train/1-harbour"
+        assert same_bits(weights(plain, first), weights(other, first))
+    assert not same_bits(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("agcl", ["protect.0.energy=0"]),
+        ("gate", ["protect.0.strength=0"]),
+        ("ewc", ["protect.0.strength=0"]),
+        ("das", ["protect.0.strength=0"]),
+        ("gate_permuted", ["protect.0.strength=0"]),
+        ("project_random", ["protect.0.energy=0"]),
+        ("replay", ["replay.fraction=0"]),
+        ("freeze", ["freeze.layers=[]"]),
+    ],
+)
+def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method, settings):
+    assert same_bits(weights(run_method(method, *settings)), weights(run_method("sequential")))
+
+
+@pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
+def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
+    works = run_method("freeze", f"freeze.layers={layers}")
+    before, after = weights(works, "train/1-harbour"), weights(works)
+    for name in before:
+        inside = any(name.startswith(f"model.layers.{index}.") for index in frozen)
+        assert torch.equal(before[name], after[name]) is inside, name
+
+
+def test_frozen_embeddings_leave_linear_layers_free(run_method):
+    works = run_method("frozen_embeddings")
+    before, after = weights(works, "train/1-harbour"), weights(works)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "_proj" in name}
+
+
+def test_replay_mixes_rows_of_earlier_tasks_in(run_method):
+    logs = {
+        method: (run_method(method)["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+        for method in ("sequential", "replay")
+    }
+    # 12 rows in batches of 8, and 1 of the 12 earlier ones: 13 rows are 2 batches as well.
+    assert len(logs["replay"]) == len(logs["sequential"])
+    more = run_method("replay", "replay.fraction=0.5")
+    log = (more["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+    assert len(log) == len(logs["sequential"]) * 3 / 2
+
+
+def test_joint_is_one_model_for_all_rows_of_the_matrix(run_method):
+    found = metrics(run_method("joint"))
+    _, after, again = found["accuracy_matrix"]
+    assert after == again
+    assert found["backward_transfer"] == 0
+    assert found["forward_transfer"] is None
+    assert [stage for stage in run_method("joint") if stage.startswith("train/")] == ["train/joint"]
+
+
+def test_solo_scores_every_task_by_its_own_model(run_method):
+    works = run_method("solo")
+    rows = [
+        json.loads((works[f"evaluate/{stage}"].folder / "scores.json").read_text())
+        for stage in ("0-base", "1-harbour", "2-valley")
+    ]
+    for name, values in metrics(works)["evaluation_sets"].items():
+        own = rows[1]["harbour"][name], rows[2]["valley"][name]
+        assert values["accuracy_matrix"][1] == [own[0], rows[1]["valley"][name]]
+        assert values["accuracy_matrix"][2] == list(own)
+    base, model = "pretrain", works["train/2-valley"]
+    assert model.inputs["model"] == works[base].folder
+
+
+def test_every_metric_can_be_computed_again_from_the_predictions(run_method):
+    works = run_method("agcl")
+    matrix = []
+    for stage in ("0-base", "1-harbour", "2-valley"):
+        table = pq.read_table(works[f"evaluate/{stage}"].folder / "predictions.parquet").to_pylist()
+        for row in table:
+            assert (row["predicted"] == row["answer"]) or not row["correct"]
+        verdicts = {
+            task: [
+                row["correct"]
+                for row in table
+                if row["task"] == task and row["evaluation_set"] == "memorization"
+            ]
+            for task in ("harbour", "valley")
+        }
+        matrix.append([sum(found) / len(found) for found in verdicts.values()])
+    found = metrics(works)
+    assert summary(matrix) == found["evaluation_sets"]["memorization"]
+
+
+def test_rows_to_choose_by_are_never_rows_to_report(run_method):
+    share = 0.4
+    whole, split = (
+        metrics(run_method("agcl")),
+        metrics(run_method("agcl", f"evaluation.validation={share}")),
+    )
+    assert "validation" not in whole
+    for name, values in whole["evaluation_sets"].items():
+        parts = split["evaluation_sets"][name], split["validation"][name]
+        for i, row in enumerate(values["accuracy_matrix"]):
+            for j, score in enumerate(row):
+                test, chosen_by = (part["accuracy_matrix"][i][j] for part in parts)
+                # Of 12 rows some number n is for validation; the counts of right ones must add up.
+                assert any(
+                    test * (12 - n) + chosen_by * n == pytest.approx(score * 12)
+                    for n in range(1, 12)
+                )
