@@ -64,7 +64,7 @@ def predict(
     device = model.device
     encoded = (rows[i] for i in range(len(rows)))
     lengths = [len(row.input_ids) - row.prompt_tokens for row in encoded]
-    predicted = torch.zeros(len(rows), max(lengths), dtype=torch.int32, device=device)
+    predicted = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int32, device=device)
     batches = in_order(len(rows), batch_size)
     for indices in batches[distributed.rank() :: distributed.world_size()]:
         batch = collate([rows[i] for i in indices]).to(device)
