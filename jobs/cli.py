@@ -28,7 +28,13 @@ interrupted. Any run can be interrupted and run again: finished stages are not c
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse leaves settings that stand behind an option.
+    parsed, behind = parser.parse_known_args(arguments)
+    if unknown := [a for a in behind if a.startswith("-") or "settings" not in parsed]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if behind:
+        parsed.settings += behind
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

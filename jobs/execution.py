@@ -1,6 +1,6 @@
 """What `run` and `compare` share: execute, then print results and where to look."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.comparison import BASELINE, Estimate, compare
 from pipeline.plan import Run
-from pipeline.report import RunResult
-from pipeline.run import REPORT_FILE, execute
+from pipeline.results import RunResult, evaluation_sets, groups
+from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.runner import StageFailed
 from pipeline.tracking import default_uri
 
@@ -33,9 +34,14 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
             f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
         )
         return 1
-    for label, result in zip(runs, results, strict=True):
-        print_matrices(console, label, result)
-    print_metrics(console, dict(zip(runs, results, strict=True)))
+    by_label = dict(zip(runs, results, strict=True))
+    if len(runs) <= REPORTS_EACH:
+        for label, result in by_label.items():
+            print_matrices(console, label, result)
+    if len(groups(results)) < len(results):
+        print_comparison(console, results)
+    else:
+        print_metrics(console, by_label)
     first = next(iter(runs.values())).config
     console.print(f"report      {folder / REPORT_FILE}", highlight=False, soft_wrap=True)
     console.print(
@@ -45,7 +51,7 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
         highlight=False,
         soft_wrap=True,
     )
-    for run in runs.values():
+    for run in runs.values() if len(runs) <= REPORTS_EACH else ():
         console.print(f"final model {run.folder / 'model'}", highlight=False, soft_wrap=True)
     return 0
 
@@ -87,6 +93,38 @@ def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
             numbers.append(values["forgetting"]["mean"])
             table.add_row(label, name, *(_number(number) for number in numbers))
     console.print(table)
+
+
+def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
+    """Means over seeds with their intervals, and paired differences, a table an evaluation set."""
+    sets = dict.fromkeys(name for each in results for name in evaluation_sets(each.metrics))
+    for name in sets:
+        table = Table(
+            title=f"{name}: mean ± 95 % interval; average minus {BASELINE}'s and the controls'",
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            collapse_padding=True,
+        )
+        table.add_column("method", no_wrap=True)
+        columns = dict(list(METRIC_COLUMNS.items())[:3])
+        for column in [*columns.values(), f"- {BASELINE}", "- control"]:
+            table.add_column(column, justify="right", no_wrap=True)
+        for line in compare(results, name, list(columns)):
+            controls = [each for of, each in line.differences.items() if of != BASELINE]
+            table.add_row(
+                line.group.label,
+                *(_estimate(line.metrics.get(key)) for key in columns),
+                _estimate(line.differences.get(BASELINE)),
+                "\n".join(map(_estimate, controls)) or "-",
+            )
+        console.print(table)
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None:
+        return "-"
+    return _number(value.mean) + (f" ±{value.half_width:.3f}" if value.half_width else "")
 
 
 def _number(value: float | None) -> str:

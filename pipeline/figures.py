@@ -23,7 +23,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from pipeline.report import Group, RunResult, evaluation_sets, groups
+from pipeline.comparison import Estimate, compare
+from pipeline.results import Group, RunResult, evaluation_sets, groups
 
 Array = NDArray[np.float64]
 DPI = 150
@@ -31,6 +32,8 @@ CHANCE = 0.01  # share of top entries that two unrelated tasks have in common
 MOST_CELL_NUMBERS = 12  # tasks; beyond it the cells are too small for a number
 INK, GREY = "#24292f", "#8c959f"
 MARKERS = "osD^vPX*<>"
+LEARNED, KEPT = "learning_accuracy", "average_performance"
+BOUNDS = ("joint", "solo")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ def plots(runs: Sequence[RunResult]) -> list[Plot]:
         matrices = {group.label: _matrices(group, name) for group in all_groups}
         matrices = {label: members for label, members in matrices.items() if members}
         add("forgetting", "", name, partial(_forgetting, tasks, matrices))
+        points = {
+            line.group.label: (line.metrics[LEARNED], line.metrics[KEPT])
+            for line in compare(runs, name, (LEARNED, KEPT))
+        }
+        if len(points) > 1:
+            add("stability-plasticity", "", name, partial(_stability_plasticity, points))
         for label, members in matrices.items():
             title = label + (f", mean of {len(members)} seeds" if len(members) > 1 else "")
             add("accuracy", label, name, partial(_accuracy, tasks, np.mean(members, axis=0), title))
@@ -199,6 +208,28 @@ def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -
             before = np.mean([m[: t + 2, t] for m in members], axis=0)
             axes.plot(np.arange(t + 2), before, color=_colour(i), linewidth=0.8, linestyle=":")
             _line(axes, np.arange(t + 1, len(tasks) + 1), [m[t + 1 :, t] for m in members], i)
+    return figure
+
+
+def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Figure:
+    """Learned against kept, with intervals where there are several seeds."""
+    figure = _new(7.2, 4.2)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+    for i, (label, (learned, kept)) in enumerate(points.items()):
+        axes.errorbar(
+            learned.mean, kept.mean, xerr=learned.half_width, yerr=kept.half_width,
+            color=_colour(i), marker=MARKERS[i % len(MARKERS)], markersize=6, linestyle="",
+            elinewidth=0.7, markerfacecolor="none" if label in BOUNDS else None,
+            label=_short(label, 24),
+        )  # fmt: skip
+    low = min(min(x.mean, y.mean) for x, y in points.values())
+    axes.set(xlim=(max(0, low - 0.1), 1.03), ylim=(max(0, low - 0.1), 1.03))
+    axes.set_xlabel("learned: mean score right after training", fontsize=8, color=INK)
+    axes.set_ylabel("kept: mean score at the end", fontsize=8, color=INK)
+    axes.grid(color="#d8dee4", linewidth=0.6)
+    _plain(axes)
+    figure.legend(loc="outside right upper", fontsize=7.5, frameon=False, labelcolor=INK)
     return figure
 
 

@@ -21,25 +21,32 @@ class Method:
     description: str
     sections: dict[str, Any] = field(default_factory=dict)
     knob: Knob | None = None
+    controls: tuple[str, ...] = ()
+    """Methods that lack only what this one claims to gain by; compared with beside `sequential`."""
 
 
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
 _ENERGY = Knob("protect.0.energy", 0.5, 0.98, logarithmic=False)
 
 
-def _gate(description: str, **importance: Any) -> Method:
+def _gate(description: str, *, controls: tuple[str, ...] = (), **importance: Any) -> Method:
     sections = {"importance": importance, "protect": [{"kind": "gate"}]}
-    return Method(description, sections, _LOG_SCALE)
+    return Method(description, sections, _LOG_SCALE, controls)
 
 
-def _project(description: str, **settings: Any) -> Method:
-    return Method(description, {"protect": [{"kind": "project", **settings}]}, _ENERGY)
+def _project(description: str, *, controls: tuple[str, ...] = (), **settings: Any) -> Method:
+    return Method(description, {"protect": [{"kind": "project", **settings}]}, _ENERGY, controls)
 
 
 METHODS: dict[str, Method] = {
     "sequential": Method("plain fine-tuning, one task after the other"),
-    "agcl": _project("projection away from the inputs that carried old answers"),
-    "gate": _gate("the paper's: weights with relevance move less"),
+    "agcl": _project(
+        "projection away from the inputs that carried old answers",
+        controls=("project_uniform", "project_random"),
+    ),
+    "gate": _gate(
+        "the paper's: weights with relevance move less", controls=("gate_permuted", "gate_random")
+    ),
     "ewc": Method(
         "elastic weight consolidation: Fisher information as a penalty",
         {
@@ -67,9 +74,15 @@ METHODS: dict[str, Method] = {
     ),
     "joint": Method("upper bound of what is kept: all tasks at once"),
     "solo": Method("upper bound of what is learned: every task alone from the base model"),
-    "gate_fisher": _gate("gate by Fisher information", estimator="fisher"),
-    "gate_grad_x_param": _gate("gate by weight times gradient", estimator="grad_x_param"),
-    "gate_magnitude": _gate("gate by the size of the weight", estimator="magnitude"),
+    "gate_fisher": _gate(
+        "gate by Fisher information", controls=("gate_random",), estimator="fisher"
+    ),
+    "gate_grad_x_param": _gate(
+        "gate by weight times gradient", controls=("gate_random",), estimator="grad_x_param"
+    ),
+    "gate_magnitude": _gate(
+        "gate by the size of the weight", controls=("gate_random",), estimator="magnitude"
+    ),
     "gate_random": _gate("control: gate by random numbers", estimator="random"),
     "gate_permuted": _gate("control: gate by shuffled relevance", permuted=True),
     "project_uniform": _project("control: all tokens weigh the same", weighting="uniform"),

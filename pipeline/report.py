@@ -1,53 +1,21 @@
 """`report.html`: one self-contained page on one or several runs over the same tasks.
 
-Matplotlib is loaded only when a report is written, so importing the records here is cheap.
+Matplotlib is loaded only when a report is written.
 """
 
 import base64
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import jinja2
 
-
-@dataclass(frozen=True)
-class StageRecord:
-    """One stage of a run: what it made, how long that took, or that it was there already."""
-
-    name: str
-    fingerprint: str
-    seconds: float
-    reused: bool
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves for its report.
-
-    `metrics` is the content of `metrics.json`, `importance` that of the importance summary (None
-    for methods without), `provenance` versions, git SHA and command.
-    """
-
-    metrics: Mapping[str, Any]
-    config_yaml: str
-    stages: Sequence[StageRecord]
-    importance: Mapping[str, Any] | None
-    provenance: Mapping[str, str]
-    checks: Mapping[str, Mapping[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs shown as one line or heat map: the seeds of a method."""
-
-    label: str
-    runs: Sequence[RunResult]
-
+from pipeline.comparison import BASELINE, compare
+from pipeline.methods import METHODS
+from pipeline.results import Group, RunResult, evaluation_sets, groups, labels, values
 
 METRICS = {  # column of the headline table: its title; its meaning stands in the template
     "average_performance": "Average performance",
@@ -59,44 +27,6 @@ METRICS = {  # column of the headline table: its title; its meaning stands in th
 }
 LOWER_IS_BETTER = {"forgetting"}
 HEADLINE_METHODS = 4
-
-
-def labels(runs: Sequence[RunResult]) -> list[str]:
-    """Name each run: its method, with its seed where several runs share the method.
-
-    Runs that share method and seed are told apart by a number.
-    """
-    methods = [str(run.metrics["method"]) for run in runs]
-    names = [
-        f"{method} seed {run.metrics['seed']}" if methods.count(method) > 1 else method
-        for method, run in zip(methods, runs, strict=True)
-    ]
-    return [
-        f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
-
-
-def groups(runs: Sequence[RunResult]) -> list[Group]:
-    """Gather the seeds of each method, in order of first appearance.
-
-    A method that has one seed twice ran with different settings: its runs stay apart.
-    """
-    by_method: dict[str, list[tuple[str, RunResult]]] = {}
-    for label, run in zip(labels(runs), runs, strict=True):
-        by_method.setdefault(str(run.metrics["method"]), []).append((label, run))
-    found = []
-    for method, members in by_method.items():
-        if len({run.metrics["seed"] for _, run in members}) == len(members):
-            found.append(Group(method, [run for _, run in members]))
-        else:
-            found += [Group(label, [run]) for label, run in members]
-    return found
-
-
-def evaluation_sets(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Give the metrics of every evaluation set of a run, by the set's name."""
-    return metrics.get("evaluation_sets") or {metrics.get("evaluation_set", "score"): metrics}
 
 
 def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[str, bytes]:
@@ -130,6 +60,9 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
         tasks=list(runs[0].metrics["tasks"]),
         metrics=METRICS,
         tables=_tables(runs),
+        baseline=BASELINE,
+        descriptions={name: method.description for name, method in METHODS.items()},
+        checks=_checks(runs),
         pictures=_pictures(runs, drawn),
         shared=_shared_provenance(runs),
         importances=_importances(runs),
@@ -155,20 +88,9 @@ def _score(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _value(of_set: Mapping[str, Any], key: str) -> float | None:
-    value = of_set[key]["mean"] if key == "forgetting" else of_set[key]
-    return None if value is None else float(value)
-
-
 def _mean(group: Group, evaluation_set: str, key: str) -> float | None:
-    values = _values(group, evaluation_set, key)
-    return fmean(values) if values else None
-
-
-def _values(group: Group, evaluation_set: str, key: str) -> list[float]:
-    sets = [evaluation_sets(run.metrics) for run in group.runs]
-    values = [_value(each[evaluation_set], key) for each in sets if evaluation_set in each]
-    return [value for value in values if value is not None]
+    found = values(group, evaluation_set, key)
+    return fmean(found.values()) if found else None
 
 
 def _primary(metrics: Mapping[str, Any]) -> str:
@@ -208,35 +130,53 @@ def _headline(runs: Sequence[RunResult]) -> str:
 
 
 def _tables(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Give each evaluation set its rows: every method, below it its seeds; best method marked."""
-    names = dict(zip(map(id, runs), labels(runs), strict=True))
-    all_groups = groups(runs)
+    """Give each evaluation set a row a method, the best marked, and one a seed where several."""
     tables = []
     for name in dict.fromkeys(name for run in runs for name in evaluation_sets(run.metrics)):
-        rows: list[dict[str, Any]] = []
-        for group in all_groups:
-            several = len(group.runs) > 1
-            seeds = [Group(names[id(run)], [run]) for run in group.runs] if several else []
-            for each in [group, *seeds]:
-                cells = [_cell(each, name, key) for key in METRICS]
-                if cells[0]["value"] is not None:
-                    rows.append({"label": each.label, "seeds": len(each.runs), "cells": cells})
-                    rows[-1]["is_seed"] = each is not group
-        methods = [row for row in rows if not row["is_seed"]]
+        lines = compare(runs, name, list(METRICS))
+        rows: list[dict[str, Any]] = [
+            {
+                "label": line.group.label,
+                "seeds": len(line.group.runs),
+                "cells": [{"estimate": line.metrics.get(key), "best": False} for key in METRICS],
+                "differences": line.differences,
+            }
+            for line in lines
+        ]
         for i, key in enumerate(METRICS):
-            shown = {_score(row["cells"][i]["value"]) for row in methods} - {"–"}
+            cells = [row["cells"][i] for row in rows if row["cells"][i]["estimate"]]
+            shown = {_score(cell["estimate"].mean) for cell in cells}
             best = (min if key in LOWER_IS_BETTER else max)(shown, key=float, default=None)
-            for row in methods:
-                cell = row["cells"][i]
-                cell["best"] = len(shown) > 1 and _score(cell["value"]) == best
-        tables.append({"set": name, "rows": rows})
+            for cell in cells:
+                cell["best"] = len(shown) > 1 and _score(cell["estimate"].mean) == best
+        seeds = [
+            {"label": label, "cells": [_mean(Group(label, [run]), name, key) for key in METRICS]}
+            for label, run in zip(labels(runs), runs, strict=True)
+            if len(lines) < len(runs) and name in evaluation_sets(run.metrics)
+        ]
+        tables.append({"set": name, "rows": rows, "seeds": seeds})
     return tables
 
 
-def _cell(group: Group, evaluation_set: str, key: str) -> dict[str, Any]:
-    values = _values(group, evaluation_set, key)
-    spread = f"{_score(min(values))} to {_score(max(values))}" if len(values) > 1 else ""
-    return {"value": fmean(values) if values else None, "spread": spread, "best": False}
+def _checks(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Give each method that protects the worst that its seeds and tasks measured."""
+    rows = []
+    for group in groups(runs):
+        found = [check for run in group.runs for check in (run.checks or {}).values()]
+        last = [list(run.checks.values())[-1] for run in group.runs if run.checks]
+        if found:
+            deciles = [c["movement_by_decile"] for c in found if c["movement_by_decile"]]
+            leaks = [c["projection_leak"] for c in found if c["projection_leak"] is not None]
+            taken = [c["directions_taken"] for c in last if c["directions_taken"] is not None]
+            rows.append(
+                {
+                    "label": group.label,
+                    "movement": [fmean(each) for each in zip(*deciles, strict=True)],
+                    "leak": max(leaks, default=None),
+                    "taken": fmean(taken) if taken else None,
+                }
+            )
+    return rows
 
 
 def _pictures(runs: Sequence[RunResult], drawn: Mapping[str, bytes]) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ from pipeline.inputs import check_inputs
 from pipeline.plan import Run, plan
 from pipeline.progress import StageProgress
 from pipeline.recorder import Recording
-from pipeline.report import RunResult, StageRecord, write_report
+from pipeline.report import write_report
+from pipeline.results import RunResult, StageRecord
 from pipeline.runner import StageFailed, run_sessions
 from pipeline.stages.context import Record
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
@@ -29,6 +30,8 @@ from pipeline.stages.train import CHECKS
 from pipeline.tracking import Content, Tracker
 
 CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
+REPORTS_EACH = 4
+"""With more runs than this only the report on all is written; each takes seconds."""
 _RUN_AGAIN = {"resources", "tracking"}
 """Sections that a rerun into the same folder may change: they do not change results."""
 
@@ -53,6 +56,8 @@ def execute(
 ) -> list[RunResult]:
     """Run what is missing of every run, write their results, and one report on all.
 
+    Up to `REPORTS_EACH` runs get a report of their own too.
+
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
     done_before = _complete(runs)
@@ -60,7 +65,9 @@ def execute(
     results = [_finish(run, command, done_before) for run in runs.values()]
     for label, result in zip(runs, results, strict=True):
         file = runs[label].folder / REPORT_FILE
-        pictures = write_report(file, [result], title=result.metrics["name"])
+        pictures = {}
+        if len(runs) <= REPORTS_EACH:
+            pictures = write_report(file, [result], title=result.metrics["name"])
         recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
     if len(runs) > 1:
         pictures = write_report(folder / REPORT_FILE, results, title=title)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.methods import METHODS, Knob
-from pipeline.report import RunResult
+from pipeline.results import RunResult
 
 SEED_OFFSET = 10_000
 """Trials have a seed of their own, so that no reported run was chosen by itself."""

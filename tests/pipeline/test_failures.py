@@ -83,12 +83,14 @@ def copy_stages(source, target, prefixes):
 @pytest.mark.parametrize(
     "stops",
     [
-        [("pretrain", signal.SIGKILL), ("train-2-valley", signal.SIGTERM)],
+        [("train-1-harbour", signal.SIGKILL)],
         pytest.param(
             [
+                ("pretrain", signal.SIGKILL),
                 ("evaluate-0-base", signal.SIGINT),
                 ("train-1-harbour", signal.SIGKILL),
                 ("attribute-1-harbour", signal.SIGTERM),
+                ("train-2-valley", signal.SIGTERM),
                 ("evaluate-2-valley", signal.SIGKILL),
                 ("report", signal.SIGKILL),
             ],

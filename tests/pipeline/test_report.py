@@ -7,7 +7,8 @@ import pytest
 
 from agcl.metrics import summary
 from pipeline.figures import figures
-from pipeline.report import METRICS, RunResult, StageRecord, groups, labels, write_report
+from pipeline.report import METRICS, write_report
+from pipeline.results import RunResult, StageRecord, groups, labels
 
 TASKS = ["harbour", "valley", "island"]
 FEW = {"importance": False, "held_out": False, "sets": ["memorization"]}  # few figures: fast
@@ -156,12 +157,41 @@ def test_seeds_of_a_method_are_averaged_and_listed(page):
     runs = [run("agcl", seed=s, kept=k, **FEW) for s, k in enumerate([0.6, 0.8])]
     runs.append(run("sequential", **FEW))
     assert labels(runs) == ["agcl seed 0", "agcl seed 1", "sequential"]
-    rows = {row[0]: row[1] for row in page(*runs).tables[0]}
-    assert rows["agclmean of 2 seeds"].startswith("0.800")  # (0.7333 + 0.8667) / 2
-    assert rows["agclmean of 2 seeds"].endswith("0.733 to 0.867")
-    assert rows["agcl seed 0"] == "0.733"
-    assert rows["agcl seed 1"] == "0.867"
+    means, seeds, *_ = page(*runs).tables
+    rows = {row[0]: row[1] for row in means}
+    # (0.7333 + 0.8667) / 2, and t(0.975, 1) * 0.0667
+    assert rows["agclmean of 2 seeds"].strip("*") == "0.800± 0.847"
     assert rows["sequential"].strip("*") == "0.800"
+    assert {row[0]: row[1] for row in seeds[1:]} == {
+        "agcl seed 0": "0.733",
+        "agcl seed 1": "0.867",
+        "sequential": "0.800",
+    }
+
+
+def test_differences_are_paired_by_seed(page):
+    kept = {"sequential": [0.1, 0.4], "agcl": [0.25, 0.7], "project_uniform": [0.25, 0.4]}
+    runs = [
+        run(method, seed=seed, kept=k, **FEW)
+        for method in kept
+        for seed, k in enumerate(kept[method])
+    ]
+    table = next(t for t in page(*runs).tables if t[0][1] == "sequential")
+    rows = {row[0]: row[1:3] for row in table[1:]}
+    # Two of three tasks have the score `kept`: 0.1 and 0.2 gained over sequential.
+    assert rows["agcl"] == ["0.150± 0.635", "project_uniform 0.100± 1.271"]
+    assert rows["sequential"] == ["–", "–"]
+
+
+def test_self_checks_show_the_worst(page):
+    checks = {
+        "train/2-b": {"movement_by_decile": None, "projection_leak": 1e-6, "directions_taken": 0.1},
+        "train/3-c": {"movement_by_decile": None, "projection_leak": 3e-6, "directions_taken": 0.2},
+    }
+    gate = {"train/2-b": {**dict.fromkeys(checks["train/2-b"]), "movement_by_decile": [2.0, 0.5]}}
+    table = page(run(checks=checks, **FEW), run("gate", checks=gate, **FEW)).tables
+    rows = next(t for t in table if "Leak" in t[0])
+    assert rows[1:] == [["agcl", "3.0e-06", "0.200", "–"], ["gate", "–", "–", "2.00 0.50"]]
 
 
 def test_same_method_and_seed_twice_is_not_averaged():
@@ -170,7 +200,7 @@ def test_same_method_and_seed_twice_is_not_averaged():
 
 
 def test_accuracy_matrix_stands_in_numbers(pair_text):
-    table = Page(pair_text).tables[2]
+    table = next(t for t in Page(pair_text).tables if t[0][0] == "after training")
     assert table[1:] == [
         ["base", "0.000", "0.000", "0.000"],
         ["harbour", "1.000", "0.000", "0.000"],
@@ -184,6 +214,8 @@ def test_page_embeds_the_figures_and_nothing_from_outside(pair, pair_text):
     assert set(drawn) == {
         "forgetting-memorization.png",
         "forgetting-generalization.png",
+        "stability-plasticity-memorization.png",
+        "stability-plasticity-generalization.png",
         "accuracy-agcl-memorization.png",
         "accuracy-agcl-generalization.png",
         "accuracy-sequential-memorization.png",
