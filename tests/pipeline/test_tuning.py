@@ -1,0 +1,126 @@
+"""The tuning budget: what is tried, what is chosen, and that it costs no reported run."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from agcl.errors import InputError
+from jobs import tuning as job
+from pipeline import tuning
+from pipeline.methods import METHODS
+from pipeline.run import execute_trials, open_run
+
+
+@pytest.fixture
+def load(tiny_config, tmp_path):
+    """Loads the tiny config for a method with more settings."""
+    return lambda settings, method: tiny_config(tmp_path / "storage", *settings, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
+    config = load([], method)
+    tried = tuning.candidates(config, 5)
+    assert len(tried) == 5
+    assert tried[0] == []
+    configs = [load(settings, method) for settings in tried]  # All are valid settings.
+    rates = [each.training.learning_rate for each in configs]
+    assert len(set(rates)) == 5
+    assert all(rates[0] / 4 <= rate <= rates[0] * 4 for rate in rates)
+    assert tuning.candidates(load([], "sequential"), 5)[3][0] == tried[3][0]
+    knob = METHODS[method].knob
+    if knob:
+        values = [float(settings[1].removeprefix(f"{knob.key}=")) for settings in tried[1:]]
+        assert len(set(values)) == 4
+        assert all(knob.low <= value <= knob.high for value in values)
+
+
+def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
+    config = load([], "agcl")
+    assert tuning.candidates(config, 3) == tuning.candidates(config, 9)[:3]
+
+
+def test_the_rates_of_a_large_budget_fill_the_range(load):
+    config = load([], "agcl")
+    lower = sum(float(s[0].split("=")[1]) < 1e-3 for s in tuning.candidates(config, 41)[1:])
+    assert lower in (19, 20, 21)
+
+
+def test_trials_have_a_seed_that_no_reported_run_has(load):
+    config = load(["seed=7"], "agcl")
+    trial = tuning.trial(config, 2)
+    assert trial.seed == 7 + tuning.SEED_OFFSET
+    assert trial.name != config.name
+
+
+def result(**scores):
+    """A result whose rows to choose by say this, and whose test rows the opposite."""
+    validation = {name: {"average_performance": score} for name, score in scores.items()}
+    test = {name: {"average_performance": 1 - score} for name, score in scores.items()}
+    return SimpleNamespace(metrics={"validation": validation, "evaluation_sets": test})
+
+
+def test_a_trial_is_scored_by_its_validation_rows_over_all_sets():
+    assert tuning.score(result(memorization=0.9, generalization=0.3)) == pytest.approx(0.6)
+
+
+def test_the_first_of_equal_trials_is_chosen():
+    assert tuning.best({0: 0.5, 1: 0.7, 2: 0.7}) == 1
+
+
+@pytest.fixture
+def trials(monkeypatch, load, tmp_path):
+    """Tunes two methods with made-up scores of their trials; None is a failed one."""
+
+    def tune(scores):
+        def execute_trials(runs, *_, **__):
+            assert list(runs) == list(scores)
+            return {k: result(set=v) for k, v in scores.items() if v is not None}
+
+        monkeypatch.setattr(job, "execute_trials", execute_trials)
+        (tmp_path / "compare" / "tuning").mkdir(parents=True)
+        return job.tune(load, ["sequential", "agcl"], 2, tmp_path / "compare", "agcl test")
+
+    return tune
+
+
+def test_every_method_takes_its_best_trial_and_all_are_written_down(trials, tmp_path):
+    scores = {"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": 0.2}
+    chosen = trials(scores)
+    assert chosen["sequential"] == []
+    rate, energy = chosen["agcl"]
+    assert rate.startswith("training.learning_rate=")
+    assert energy.startswith("protect.0.energy=")
+    written = json.loads((tmp_path / "compare" / "tuning" / "tuning.json").read_text())
+    assert [trial["score"] for trial in written["agcl"]["trials"]] == [None, 0.2]
+    assert written["agcl"]["chosen"] == 1
+
+
+def test_a_method_without_a_finished_trial_is_named(trials):
+    with pytest.raises(InputError, match="every trial of method agcl failed"):
+        trials({"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": None})
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_failed_trial_does_not_end_the_others(finished, tiny_config):
+    """On Ray, the base model taken from earlier runs; the run that fails comes first."""
+    folder = finished.root / "trials"
+    settings = {"diverged": ["training.learning_rate=1e30"], "fine": ["training.epochs=1"]}
+    runs = {
+        label: open_run(
+            tiny_config(finished.storage, *more, name=label, method="sequential"), folder / label
+        )
+        for label, more in settings.items()
+    }
+    out = io.StringIO()
+    results = execute_trials(
+        runs, folder, title="trials", command="agcl test", console=Console(file=out, width=200)
+    )
+    assert list(results) == ["fine"]
+    assert results["fine"].metrics["learning_accuracy"] >= 0
+    assert "failed trial stage train/1-harbour failed: " in out.getvalue()
+    assert list((folder / "logs").glob("train-1-harbour-*.log"))
