@@ -1,17 +1,21 @@
-"""Greedy exact match by one teacher-forced forward pass."""
+"""Greedy exact match by one teacher-forced forward pass, and the loss on plain text."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from agcl import distributed
 from agcl.batches import IGNORED, Batch, collate, in_order, targets
-from agcl.tasks import Rows
+from agcl.tasks import Encoded, Rows
 
 Precision = Literal["float32", "bfloat16"]
+_WINDOW, _WINDOWS = 512, 4
+"""Tokens a window of text, and windows a forward pass."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -76,3 +80,37 @@ def predict(
     distributed.sum_in_place([predicted])
     model.train(was_training)
     return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]
+
+
+@torch.no_grad()
+def text_loss(
+    model: PreTrainedModel, token_ids: Sequence[int], *, precision: Precision = "float32"
+) -> float:
+    """Mean negative log-likelihood of a text's tokens, in nats, the same on every worker.
+
+    The text is cut into windows of 512 tokens (or what the model takes), each read on its own; the
+    first token of each is not scored. Raises `ValueError` for a text of less than two tokens.
+    """
+    size = min(_WINDOW, model.config.max_position_embeddings)
+    windows = [Encoded(list(token_ids[i : i + size]), 1) for i in range(0, len(token_ids), size)]
+    windows = [window for window in windows if len(window.input_ids) > 1]
+    if not windows:
+        raise ValueError(f"a text of {len(token_ids)} tokens has nothing to predict")
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(len(windows), dtype=torch.float64, device=model.device)
+    batches = in_order(len(windows), _WINDOWS)
+    for indices in batches[distributed.rank() :: distributed.world_size()]:
+        batch = collate([windows[i] for i in indices]).to(model.device)
+        with autocast(model.device, precision):
+            logits = model(batch.input_ids, use_cache=False).logits
+        losses = cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(),
+            targets(batch),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        total[indices] = losses.double().sum(dim=1)
+    distributed.sum_in_place([total])
+    model.train(was_training)
+    return float(total.sum()) / sum(len(window.input_ids) - 1 for window in windows)

@@ -21,7 +21,7 @@ from transformers import (
 from agcl.errors import InputError
 from agcl.lrp.families import UnsupportedArchitecture, family_named
 
-BUILTIN = "builtin"
+BUILTIN, BUILTIN_LAYERS = "builtin", 4
 END, PAD = "<end>", "<pad>"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -47,7 +47,7 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=4,
+        num_hidden_layers=BUILTIN_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,

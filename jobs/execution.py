@@ -65,10 +65,15 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
         )
         table.add_column("after")
         held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
+        text = metrics.get("text_loss") if name == metrics["evaluation_set"] else None
         for column in [*metrics["tasks"], *(f"({skill})" for skill in held_out)]:
             table.add_column(column, justify="right")
+        if text:
+            table.add_column("text loss", justify="right")
         for index, row in enumerate(values["accuracy_matrix"]):
             scores = [*row, *(scores[index] for scores in held_out.values())]
+            if text:
+                scores.append(text[index])
             after = metrics["tasks"][index - 1] if index else "base model"
             table.add_row(after, *(_number(score) for score in scores))
         console.print(table)

@@ -230,6 +230,11 @@ class Evaluation(Section):
     validation: float = Field(0.0, ge=0, lt=1)
     """Share of the scored rows, by a hash of the row, that settings may be chosen by. All metrics
     are those of the other rows."""
+    text: Path | None = None
+    """Text file (UTF-8) on which the loss of the language model is measured before and after every
+    task: what training costs its other skills."""
+    text_tokens: int = Field(20_000, ge=2)
+    """At most this many tokens, from the beginning of the text."""
 
 
 class Resources(Section):

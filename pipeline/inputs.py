@@ -27,10 +27,40 @@ def check_inputs(config: Config) -> None:
     if not is_builtin(config):
         models.check_folder(model_folder(config))
     _check_tasks(config, [open_task(source) for source in task_sources(config)])
+    _check_text(config.evaluation.text)
+    _check_layers(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(model_folder(config)))
         for file in config.importance.past:
             check_file(file.expanduser().absolute(), linears)
+
+
+def _check_text(file: Path | None) -> None:
+    if file is None:
+        return
+    try:
+        with file.expanduser().open(encoding="utf-8") as text:
+            if not text.read(1000).strip():
+                raise InputError(f"evaluation.text: {file} is empty")
+    except OSError as error:
+        raise InputError(f"evaluation.text: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"evaluation.text: {file} is not UTF-8 text") from None
+
+
+def _check_layers(config: Config) -> None:
+    """The layers to freeze are layers of the model."""
+    layers = config.freeze.layers
+    if layers == "bottom_half" or not layers:
+        return
+    if is_builtin(config):
+        number = models.BUILTIN_LAYERS
+    else:
+        number = int(models.empty_model(model_folder(config)).config.num_hidden_layers)
+    if max(layers) >= number:
+        raise InputError(
+            f"freeze.layers: no layer {max(layers)}; the model has layers 0 to {number - 1}"
+        )
 
 
 def _check_devices(config: Config) -> None:

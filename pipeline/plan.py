@@ -286,14 +286,20 @@ def _attribute(config: Config, index: int, task: str, model: Stage, rows: Stage)
 def _evaluate(
     config: Config, name: str, model: Stage | External, rows: Mapping[str, Stage], session: str
 ) -> Stage:
+    text = config.evaluation.text
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
             "batch_size": config.evaluation.batch_size,
             "precision": config.evaluation.precision,
+            **({"text_tokens": config.evaluation.text_tokens} if text else {}),
         },
-        inputs={"model": model, **{f"rows/{task}": stage for task, stage in rows.items()}},
+        inputs={
+            "model": model,
+            **{f"rows/{task}": stage for task, stage in rows.items()},
+            **({"text": External(text.expanduser().absolute())} if text else {}),
+        },
         session=session,
         train=True,
     )

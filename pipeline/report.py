@@ -63,6 +63,7 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
         baseline=BASELINE,
         descriptions={name: method.description for name, method in METHODS.items()},
         checks=_checks(runs),
+        texts=_text_losses(runs),
         pictures=_pictures(runs, drawn),
         shared=_shared_provenance(runs),
         importances=_importances(runs),
@@ -156,6 +157,16 @@ def _tables(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         ]
         tables.append({"set": name, "rows": rows, "seeds": seeds})
     return tables
+
+
+def _text_losses(runs: Sequence[RunResult]) -> dict[str, list[float]]:
+    """Give each method's loss on the user's text, of the base model and after each task."""
+    found = {}
+    for group in groups(runs):
+        seeds = [run.metrics["text_loss"] for run in group.runs if "text_loss" in run.metrics]
+        if seeds:
+            found[group.label] = [fmean(losses) for losses in zip(*seeds, strict=True)]
+    return found
 
 
 def _checks(runs: Sequence[RunResult]) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from agcl import models
-from agcl.evaluate import predict
+from agcl.evaluate import predict, text_loss
 from agcl.tasks import EncodedRows
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY
 
-SCORES, PREDICTIONS = "scores.json", "predictions.parquet"
+SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 
 
 def evaluate(
@@ -26,7 +26,8 @@ def evaluate(
 
     Beside it `predictions.parquet`, from which every number can be computed again: one row a
     scored row, with `predicted` the greedy answer as far as it is right and the model's
-    teacher-forced choice after that. Inputs are `model` and `rows/<task>`.
+    teacher-forced choice after that. Inputs are `model`, `rows/<task>` and perhaps `text`, on
+    which the loss goes into `text.json`.
     """
     model = context.take_model(inputs["model"])
     tokenizer = models.load_tokenizer(inputs["model"])
@@ -59,6 +60,13 @@ def evaluate(
                 )
             )
         context.log({f"{name}/{task}": scores[task][name] for name in scored}, number)
+    if "text" in inputs:
+        text = inputs["text"].read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
+        loss = text_loss(model, ids, precision=config["precision"])
+        context.log({"text_loss": loss}, len(tasks) + 1)
+        if context.is_first_worker:
+            write_json(out_dir / TEXT, {"loss": loss, "tokens": len(ids)})
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)

@@ -13,7 +13,7 @@ from agcl.importance import Importance, by_layer_and_module, overlap
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import PREDICTIONS
+from pipeline.stages.evaluate import PREDICTIONS, TEXT
 from pipeline.stages.train import CHECKS, IMPORTANCE_FILE
 
 METRICS, IMPORTANCE_SUMMARY = "metrics.json", "importance.json"
@@ -43,6 +43,9 @@ def report(
             name: [next(iter(test[name].values())) for test, _ in verdicts] for name in held_out
         },
     }
+    texts = [inputs[f"scores/{i}"] / TEXT for i in range(len(tasks) + 1)]
+    if texts[0].exists():
+        result["text_loss"] = [json.loads(file.read_text("utf-8"))["loss"] for file in texts]
     if share:
         result["validation"] = _metrics(config, [chosen_by for _, chosen_by in verdicts])
     write_json(out_dir / METRICS, result)

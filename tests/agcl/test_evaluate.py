@@ -5,7 +5,7 @@ import torch
 from reference import tiny
 
 from agcl.batches import collate
-from agcl.evaluate import answered_correctly, exact_match
+from agcl.evaluate import answered_correctly, exact_match, text_loss
 from agcl.modulation import GatedAdamW
 from agcl.train import train_task
 
@@ -81,3 +81,21 @@ def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
 
 def test_no_rows_have_no_verdicts(half_trained):
     assert exact_match(half_trained[0], [], batch_size=4) == []
+
+
+@pytest.mark.parametrize("length", [2, 64, 65, 66, 300])
+def test_text_loss_is_the_mean_over_all_tokens_but_the_first_of_each_window(length):
+    model = tiny.llama(width=32)  # takes 64 tokens
+    ids = torch.randint(2, tiny.VOCABULARY, (length,)).tolist()
+    losses = []
+    for start in range(0, length, 64):
+        window = torch.tensor([ids[start : start + 64]])
+        with torch.no_grad():
+            chances = model(window).logits.double().log_softmax(-1)[0]
+        losses += [-float(chances[i, window[0, i + 1]]) for i in range(window.shape[1] - 1)]
+    assert text_loss(model, ids) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_a_text_of_one_token_has_no_loss():
+    with pytest.raises(ValueError, match="nothing to predict"):
+        text_loss(tiny.llama(), [3])

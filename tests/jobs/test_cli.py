@@ -64,6 +64,44 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def test_settings_may_stand_behind_options(agcl):
+    code, lines = agcl("compare", FACTS, "--methods", "agcl", "training.epochs=none")
+    assert code == cli.BAD_INPUT
+    assert lines[0].startswith("agcl: training.epochs: ")
+
+
+def test_an_unknown_option_is_no_setting(agcl):
+    with pytest.raises(SystemExit) as ended:
+        agcl("compare", FACTS, "--method", "agcl", "--trails", "3")
+    assert ended.value.code == cli.BAD_INPUT
+
+
+def test_an_unknown_method_is_named(agcl):
+    code, lines = agcl("compare", FACTS, "--methods", "sequential,agc")
+    assert code == cli.BAD_INPUT
+    assert lines[0].startswith("agcl: --methods: no method 'agc'")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), (b"", "is empty"), (b"\xff\xfe\xff", "is not UTF-8 text")],
+)
+def test_a_bad_text_is_refused(refused, tmp_path, content, said):
+    file = tmp_path / "skills.txt"
+    if content is not None:
+        file.write_bytes(content)
+    line = refused("", f"evaluation.text={file}")
+    assert line.startswith("agcl: evaluation.text: ")
+    assert said in line
+
+
+def test_layers_that_the_model_has_not_are_refused(refused, model_folder):
+    said = "agcl: freeze.layers: no layer 4; the model has layers 0 to 3"
+    settings = ["method=freeze", "freeze.layers=[1,4]"]
+    assert refused("", *settings) == said
+    assert refused("", *settings, f"model.path={model_folder}") == said
+
+
 def write_rows(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.metrics import summary
 from pipeline.methods import METHODS
@@ -162,3 +163,16 @@ def test_rows_to_choose_by_are_never_rows_to_report(run_method):
                     test * (12 - n) + chosen_by * n == pytest.approx(score * 12)
                     for n in range(1, 12)
                 )
+
+
+def test_the_loss_on_a_text_is_measured_before_and_after_every_task(run_method, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Who lives in the harbour? " * 40)
+    works = run_method("sequential", f"evaluation.text={text}", "evaluation.text_tokens=200")
+    losses = metrics(works)["text_loss"]
+    assert len(losses) == 3
+    assert len(set(losses)) == 3
+    model = AutoModelForCausalLM.from_pretrained(works["train/2-valley"].folder)
+    tokenizer = AutoTokenizer.from_pretrained(works["train/2-valley"].folder)
+    ids = torch.tensor([tokenizer(text.read_text())["input_ids"][:200]])
+    assert losses[-1] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)

@@ -183,6 +183,14 @@ def test_differences_are_paired_by_seed(page):
     assert rows["sequential"] == ["–", "–"]
 
 
+def test_losses_on_text_are_averaged_over_seeds(page):
+    runs = [run(seed=seed, **FEW) for seed in (0, 1)]
+    for number, each in enumerate(runs):
+        each.metrics["text_loss"] = [1.0, 2.0, 3.0, 4.0 + number]
+    rows = next(t for t in page(*runs).tables if t[0][1] == "base" and t[0][0] == "Method")
+    assert rows[1] == ["agcl", "1.000", "2.000", "3.000", "4.500"]
+
+
 def test_self_checks_show_the_worst(page):
     checks = {
         "train/2-b": {"movement_by_decile": None, "projection_leak": 1e-6, "directions_taken": 0.1},

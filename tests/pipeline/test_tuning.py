@@ -105,7 +105,7 @@ def test_a_method_without_a_finished_trial_is_named(trials):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_failed_trial_does_not_end_the_others(finished, tiny_config):
     """On Ray, the base model taken from earlier runs; the run that fails comes first."""
     folder = finished.root / "trials"
