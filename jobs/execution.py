@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.comparison import BASELINE, Estimate, compare
+from pipeline.comparison import BASELINE, COMPARED, Estimate, compare
 from pipeline.plan import Run
 from pipeline.results import RunResult, evaluation_sets, groups
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
@@ -105,31 +105,41 @@ def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
     sets = dict.fromkeys(name for each in results for name in evaluation_sets(each.metrics))
     for name in sets:
         table = Table(
-            title=f"{name}: mean ± 95 % interval; average minus {BASELINE}'s and the controls'",
+            title=f"{name}: mean over seeds ± 95 % interval",
+            caption=f"-{BASELINE}, -controls: difference of the averages, paired by seed",
+            caption_justify="left",
             title_justify="left",
             title_style="bold",
             box=SIMPLE_HEAD,
             collapse_padding=True,
+            pad_edge=False,  # All columns in 80 characters.
         )
         table.add_column("method", no_wrap=True)
-        columns = dict(list(METRIC_COLUMNS.items())[:3])
-        for column in [*columns.values(), f"- {BASELINE}", "- control"]:
+        others = ("backward_transfer", "learning_accuracy")
+        titles = [METRIC_COLUMNS[key] for key in (COMPARED, *others)]
+        for column in [*titles, f"-{BASELINE}", "-controls"]:
             table.add_column(column, justify="right", no_wrap=True)
-        for line in compare(results, name, list(columns)):
+        for line in compare(results, name, (COMPARED, *others)):
             controls = [each for of, each in line.differences.items() if of != BASELINE]
             table.add_row(
                 line.group.label,
-                *(_estimate(line.metrics.get(key)) for key in columns),
+                _estimate(line.metrics.get(COMPARED)),
+                *(_number(_mean(line.metrics.get(key))) for key in others),
                 _estimate(line.differences.get(BASELINE)),
                 "\n".join(map(_estimate, controls)) or "-",
             )
         console.print(table)
 
 
+def _mean(value: Estimate | None) -> float | None:
+    return value.mean if value else None
+
+
 def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "-"
-    return _number(value.mean) + (f" ±{value.half_width:.3f}" if value.half_width else "")
+    spread = "" if value.half_width is None else f" ±{value.half_width:.3f}".replace("0.", ".")
+    return _number(value.mean) + spread
 
 
 def _number(value: float | None) -> str:

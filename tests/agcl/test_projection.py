@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from agcl.importance import Importance
-from agcl.modulation import GatedAdamW, bases, leading_directions, project_out
+from agcl.modulation import GatedAdamW, bases, leading_directions, project_out, random_bases
 
 SPECTRUM = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
 
@@ -118,3 +118,13 @@ def test_an_empty_basis_is_plain_adamw_bit_for_bit():
     torch.optim.AdamW([plain]).step()
     GatedAdamW([("w", projected)], basis={"w": torch.zeros(4, 0)}).step()
     assert torch.equal(plain, projected)
+
+
+def test_random_directions_are_as_many_and_orthonormal_and_of_the_seed():
+    like = {"a": torch.zeros(12, 5), "b": torch.zeros(8, 0), "c": torch.zeros(6, 6)}
+    drawn = random_bases(like, seed=1)
+    for name, basis in drawn.items():
+        assert basis.shape == like[name].shape
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]))
+    assert torch.equal(drawn["a"], random_bases(like, seed=1)["a"])
+    assert not torch.equal(drawn["a"], random_bases(like, seed=2)["a"])

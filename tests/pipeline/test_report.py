@@ -1,11 +1,14 @@
 import base64
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from agcl.metrics import summary
+from jobs.execution import print_comparison
 from pipeline.figures import figures
 from pipeline.report import METRICS, write_report
 from pipeline.results import RunResult, StageRecord, groups, labels
@@ -337,3 +340,19 @@ def test_an_existing_report_survives_a_failure(page, tmp_path):
     with pytest.raises(KeyError):
         page(broken)
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_the_comparison_fits_a_terminal_of_80_columns():
+    methods = ("sequential", "agcl", "project_uniform", "gate_grad_x_param")
+    runs = [
+        run(method, seed=seed, kept=0.5 + 0.1 * seed, **FEW)
+        for method in methods
+        for seed in range(3)
+    ]
+    out = io.StringIO()
+    print_comparison(Console(file=out, width=80), runs)
+    lines = out.getvalue().splitlines()
+    assert "…" not in out.getvalue()
+    (agcl,) = (line.split() for line in lines if line.startswith(" agcl"))
+    # Two of three tasks keep 0.5, 0.6, 0.7: 0.733 on average, t(0.975, 2) * sd / sqrt(3) = .166
+    assert agcl == ["agcl", "0.733", "±.166", "-0.400", "1.000", "0.000", "±.000", "0.000", "±.000"]
