@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from agcl.errors import InputError
 from rich.console import Console
 
@@ -215,12 +214,11 @@ def _check_folder(config: Config, folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise InputError(f"{file}: not valid YAML; delete it to write it again") from None
-    now = yaml.safe_load(loading.dump(config))
-    for section, value in now.items():
-        if section not in _RUN_AGAIN and (stored or {}).get(section) != value:
+        stored = loading.load(file)  # Keys that came with a later version have their defaults.
+    except InputError as error:
+        raise InputError(f"{file}: {error}; delete it to write it again") from None
+    for section in Config.model_fields:
+        if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
             raise InputError(
                 f"name: {folder} holds a run with another {section!r} section; choose another "
                 f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
