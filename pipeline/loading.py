@@ -10,7 +10,7 @@ import yaml
 from agcl.errors import InputError
 from pydantic import ValidationError
 
-from pipeline.config import METHOD_SECTIONS, Config, FactsTasks, Section
+from pipeline.config import METHOD_SECTIONS, Config, FactsTasks, ImportanceSection, Section
 from pipeline.methods import METHODS
 
 
@@ -18,18 +18,22 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
 
     `method` (or an override of it) that differs from the file's drops the file's method sections,
-    which were written for the other method. Raises `InputError`, one line naming the key.
+    which were written for the other method; a variant of the file's keeps them. Raises
+    `InputError`, one line naming the key.
     """
     raw = _read(file)
     pairs = [_split(override) for override in overrides]
     chosen = method or next((v for k, v in reversed(pairs) if k == "method"), None)
     in_file = raw.get("method", Config.model_fields["method"].default)
-    if chosen is not None and chosen != in_file:
+    name = in_file if chosen is None else chosen
+    if name not in list(METHODS):
+        raise InputError(f"method: no method {name!r} (there are {', '.join(METHODS)})")
+    of = METHODS[name].variant_of
+    if in_file not in (name, of):
         raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
-    raw["method"] = in_file if chosen is None else chosen
-    if raw["method"] not in list(METHODS):
-        raise InputError(f"method: no method {raw['method']!r} (there are {', '.join(METHODS)})")
-    raw = {**deepcopy(METHODS[raw["method"]].sections), **raw}
+    raw = {**deepcopy(METHODS[of or name].sections), **raw, "method": name}
+    for key, value in METHODS[name].changes.items():
+        _change(raw, name, key, value)
     # Whole sections come first, then kinds: the other keys of an item belong to its kind.
     for key, value in sorted(pairs, key=lambda pair: _order(pair[0])):
         if key != "method":
@@ -59,6 +63,18 @@ def validate(raw: Mapping[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
+    """Set a variant's key where it belongs."""
+    if key in ImportanceSection.model_fields:
+        _set(raw, f"importance.{key}", value)
+        return
+    items = raw["protect"] if isinstance(raw["protect"], list) else []
+    of_kind = [i for i in items if isinstance(i, dict) and i.get("kind") == "project"]
+    if not of_kind:
+        raise InputError(f"method: {method} needs an item of kind project in protect")
+    of_kind[0][key] = value
 
 
 _KINDS = ("kind", "format")

@@ -23,6 +23,11 @@ class Method:
     knob: Knob | None = None
     controls: tuple[str, ...] = ()
     """Methods that lack only what this one claims to gain by; compared with beside `sequential`."""
+    variant_of: str | None = None
+    """A method that this one is, but for `changes`: a file's settings of that one count for both,
+    so that a control differs in nothing else."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings of a variant: keys of `importance`, or of the one item of `protect`."""
 
 
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
@@ -34,14 +39,16 @@ def _gate(description: str, *, controls: tuple[str, ...] = (), **importance: Any
     return Method(description, sections, _LOG_SCALE, controls)
 
 
-def _project(description: str, *, controls: tuple[str, ...] = (), **settings: Any) -> Method:
-    return Method(description, {"protect": [{"kind": "project", **settings}]}, _ENERGY, controls)
+def _variant(description: str, of: str, knob: Knob, **changes: Any) -> Method:
+    return Method(description, knob=knob, variant_of=of, changes=changes)
 
 
 METHODS: dict[str, Method] = {
     "sequential": Method("plain fine-tuning, one task after the other"),
-    "agcl": _project(
+    "agcl": Method(
         "projection away from the inputs that carried old answers",
+        {"protect": [{"kind": "project"}]},
+        _ENERGY,
         controls=("project_uniform", "project_random"),
     ),
     "gate": _gate(
@@ -83,10 +90,18 @@ METHODS: dict[str, Method] = {
     "gate_magnitude": _gate(
         "gate by the size of the weight", controls=("gate_random",), estimator="magnitude"
     ),
-    "gate_random": _gate("control: gate by random numbers", estimator="random"),
-    "gate_permuted": _gate("control: gate by shuffled relevance", permuted=True),
-    "project_uniform": _project("control: all tokens weigh the same", weighting="uniform"),
-    "project_random": _project("control: as many random directions", directions="random"),
+    "gate_random": _variant(
+        "control: gate by random numbers", "gate", _LOG_SCALE, estimator="random"
+    ),
+    "gate_permuted": _variant(
+        "control: gate by shuffled relevance", "gate", _LOG_SCALE, permuted=True
+    ),
+    "project_uniform": _variant(
+        "control: all tokens weigh the same", "agcl", _ENERGY, weighting="uniform"
+    ),
+    "project_random": _variant(
+        "control: as many random directions", "agcl", _ENERGY, directions="random"
+    ),
     "frozen_embeddings": Method(
         "control: only embeddings, norms and head frozen", {"freeze": {"ungated": True}}
     ),

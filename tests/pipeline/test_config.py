@@ -2,8 +2,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from agcl.errors import InputError
 from pipeline import loading
 from pipeline.config import Gate, Project
+from pipeline.methods import METHODS
 
 FULL = """
 name: mine
@@ -158,7 +160,31 @@ def test_settings_beside_another_method_are_added_to_its_preset(tmp_path):
     assert config.importance.top_k == 2
 
 
-@pytest.mark.parametrize("method", ["agcl", "sequential"])
+@pytest.mark.parametrize("method", [m for m, of in METHODS.items() if of.variant_of == "agcl"])
+def test_a_control_keeps_the_files_settings_of_what_it_controls(file, method):
+    ours, control = loading.load(file), loading.load(file, method=method)
+    assert control.protect != ours.protect
+    assert control.protect[0] == ours.protect[0]
+    changed = ours.protect[1].model_copy(update=METHODS[method].changes)
+    assert control.protect[1] == changed
+    assert control.importance == ours.importance
+
+
+@pytest.mark.parametrize("method", ["gate_permuted", "gate_random"])
+def test_a_control_of_another_method_is_that_ones_preset_but_for_its_change(file, method):
+    gate, control = loading.load(file, method="gate"), loading.load(file, method=method)
+    assert control.protect == gate.protect
+    assert control.importance == gate.importance.model_copy(update=METHODS[method].changes)
+    assert control.importance != gate.importance
+
+
+def test_a_control_of_what_is_not_there_is_refused(tmp_path):
+    file = write(tmp_path, "protect: [{kind: gate}]\n")
+    with pytest.raises(InputError, match="method: project_random needs an item of kind project"):
+        loading.load(file, method="project_random")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_dumped_config_loads_as_the_same_config(file, method):
     config = loading.load(file, ["name=other-1"], method)
     again = file.with_name("again.yaml")
