@@ -13,7 +13,7 @@ from agcl.evaluate import answered_correctly
 from agcl.importance import Importance, TopK
 from agcl.lrp import RuleSet, attributed_linears, relevance_backward
 
-MomentWeighting = Literal["relevance", "uniform"]
+MomentWeighting = Literal["relevance", "uniform", "answer"]
 Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
 """What an entry's value is: its relevance by LRP or by the ordinary gradient, its diagonal Fisher
 information, or its standardised gradient."""
@@ -40,7 +40,8 @@ def attribute(
     weight, W ⊙ (gᵀx) divided by the relevance that flows through the layer, Σ|z ⊙ g|, enters the
     entry's `top_k` largest values (None: the plain mean over samples). With `moments`, also
     collect per layer Σ_t r_t x_t x_tᵀ over the samples' tokens, r_t = |Σ_j z_tj g_tj| scaled to
-    mean 1 (`relevance`) or 1 (`uniform`).
+    mean 1 (`relevance`), 1 (`uniform`), or 1 on tokens that predict an answer token and 0 on others
+    (`answer`).
 
     Other estimators use the ordinary gradient whatever `rules` says: `grad_x_param` in the same
     formula; `fisher` the mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the
@@ -158,6 +159,8 @@ class _Collector:
             # The last token predicts nothing, and padding is no token.
             places = torch.arange(inputs.shape[1], device=inputs.device)
             real = (places < batch.lengths.unsqueeze(1) - 1) & correct.unsqueeze(1)
+            if self.weighting == "answer":
+                real[:, :-1] &= targets(batch) != IGNORED
             self.unweighted = inputs[real]
             self.totals[1] += len(self.unweighted)
 

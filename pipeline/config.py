@@ -178,8 +178,9 @@ class Project(Protection):
     kind: Literal["project"]
     energy: Share = 0.8
     """Share of the old inputs' second moment that is protected: 0 is none."""
-    weighting: Literal["relevance", "uniform"] = "relevance"
-    """Weigh each token's input by the relevance that passes through it, or all the same."""
+    weighting: Literal["relevance", "uniform", "answer"] = "relevance"
+    """Weigh each token's input by the relevance that passes through it, all the same, or only those
+    that predict the answer's tokens."""
     directions: Literal["leading", "random"] = "leading"
     """`random` is a control: as many random directions instead."""
 

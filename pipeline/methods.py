@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
         "projection away from the inputs that carried old answers",
         {"protect": [{"kind": "project"}]},
         _ENERGY,
-        controls=("project_uniform", "project_random"),
+        controls=("project_uniform", "project_answer", "project_random"),
     ),
     "gate": _gate(
         "the paper's: weights with relevance move less", controls=("gate_permuted", "gate_random")
@@ -98,6 +98,9 @@ METHODS: dict[str, Method] = {
     ),
     "project_uniform": _variant(
         "control: all tokens weigh the same", "agcl", _ENERGY, weighting="uniform"
+    ),
+    "project_answer": _variant(
+        "control: only the tokens that predict the answer", "agcl", _ENERGY, weighting="answer"
     ),
     "project_random": _variant(
         "control: as many random directions", "agcl", _ENERGY, directions="random"

@@ -28,7 +28,7 @@ def right(rows):
 
 @pytest.mark.parametrize("top_k", [2, None])
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
     llama, rows, right, weighting, rules, top_k, batch_size
@@ -66,7 +66,7 @@ def test_moments_of_two_sets_of_rows_add_up(llama, right):
         )
 
 
-@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 def test_rows_seen_twice_count_twice(llama, right, weighting):
     once = moments(llama, right, moments=weighting)
     twice = moments(llama, [*right, *right], moments=weighting)
@@ -89,7 +89,7 @@ def test_moments_are_symmetric_and_absent_unless_asked_for(llama, rows):
     assert not moments(llama, rows)
 
 
-@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 def test_moments_of_a_float64_model(exact_llama, weighting):
     rows = tiny.answered_rows(exact_llama, 3)
     expected = slow_importance.second_moments(exact_llama, rows, weighting=weighting)

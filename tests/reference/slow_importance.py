@@ -28,18 +28,19 @@ def importance(
 def second_moments(
     model: Any, rows: Sequence[Any], *, weighting: str, rules: str = "attnlrp"
 ) -> dict[str, Tensor]:
-    """Sum over all tokens but each row's last of r x xᵀ, with r of mean 1."""
+    """Sum over tokens, but for each row's last, of r x xᵀ, with r of mean 1."""
     explanations = [explain(model, row, rules) for row in rows]
     result = {}
     for name, inputs in explanations[0].inputs.items():
         if name == "lm_head.weight":
             continue
         vectors, shares = [], []
-        for explanation in explanations:
+        for row, explanation in zip(rows, explanations, strict=True):
+            first = row.prompt_tokens - 1 if weighting == "answer" else 0
             arriving = explanation.outputs[name].sum(1).abs()
-            vectors += list(explanation.inputs[name][:-1])
-            shares += arriving[:-1].tolist()
-        if weighting == "uniform" or not any(shares):
+            vectors += list(explanation.inputs[name][first:-1])
+            shares += arriving[first:-1].tolist()
+        if weighting != "relevance" or not any(shares):
             shares = [1.0] * len(vectors)
         mean = sum(shares) / len(shares)
         result[name] = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
