@@ -9,6 +9,8 @@ from pipeline.results import Group, RunResult, groups, values
 
 CONFIDENCE = 0.95
 BASELINE = "sequential"
+BOUNDS = ("joint", "solo")
+"""Methods that no sequence allows: what could be kept and what could be learned at best."""
 COMPARED = "average_performance"
 """The metric that differences are taken of."""
 

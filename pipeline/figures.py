@@ -23,7 +23,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from pipeline.comparison import Estimate, compare
+from pipeline.comparison import BOUNDS, Estimate, compare
 from pipeline.results import Group, RunResult, evaluation_sets, groups
 
 Array = NDArray[np.float64]
@@ -33,7 +33,6 @@ MOST_CELL_NUMBERS = 12  # tasks; beyond it the cells are too small for a number
 INK, GREY = "#24292f", "#8c959f"
 MARKERS = "osD^vPX*<>"
 LEARNED, KEPT = "learning_accuracy", "average_performance"
-BOUNDS = ("joint", "solo")
 
 
 @dataclass(frozen=True)

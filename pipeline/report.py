@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.comparison import BASELINE, compare
+from pipeline.comparison import BASELINE, BOUNDS, compare
 from pipeline.methods import METHODS
 from pipeline.results import Group, RunResult, evaluation_sets, groups, labels, values
 
@@ -105,7 +105,8 @@ def _headline(runs: Sequence[RunResult]) -> str:
     """Say in one sentence what each method keeps of what it learned, best first."""
     name, num_tasks = _primary(runs[0].metrics), len(runs[0].metrics["tasks"])
     found = []
-    for group in groups(runs):
+    shown = groups(runs)
+    for group in [each for each in shown if each.label not in BOUNDS] or shown:
         kept = _mean(group, name, "average_performance")
         if kept is not None:
             learned = _score(_mean(group, name, "learning_accuracy"), 2)
@@ -145,7 +146,11 @@ def _tables(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             for line in lines
         ]
         for i, key in enumerate(METRICS):
-            cells = [row["cells"][i] for row in rows if row["cells"][i]["estimate"]]
+            cells = [
+                row["cells"][i]
+                for row in rows
+                if row["cells"][i]["estimate"] and row["label"] not in BOUNDS
+            ]
             shown = {_score(cell["estimate"].mean) for cell in cells}
             best = (min if key in LOWER_IS_BETTER else max)(shown, key=float, default=None)
             for cell in cells:
