@@ -26,7 +26,8 @@ METRIC_COLUMNS = {
 def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str) -> int:
     """Execute, print matrices, metrics and places; exit code 1 where a stage failed."""
     console = Console()
-    console.print(f"[bold]{title}[/]: {', '.join(runs)}", highlight=False)
+    named = ", ".join(runs) if len(runs) <= REPORTS_EACH else f"{len(runs)} runs"
+    console.print(f"[bold]{title}[/]: {named}", highlight=False)
     try:
         results = execute(runs, folder, title=title, command=command, console=console)
     except StageFailed as failure:
