@@ -103,10 +103,11 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
     for stage, number in stops:
         code = -number if number == signal.SIGKILL else 130
         assert driver.stop_at(stage, number) == code
+        # After SIGKILL the workers go on until they notice, and may finish a stage or two.
+        wait_until_no_process_is_left(driver.storage)
         after = driver.finished()
         assert before.items() <= after.items()
         before = after
-        wait_until_no_process_is_left(driver.storage)
     code, out, err = driver.finish()
     assert code == 0, err
     assert before.items() <= driver.finished().items()
