@@ -1,7 +1,11 @@
-"""LoRA through PEFT, for the baselines that train factors of an update instead of the weights.
+"""LoRA through PEFT: factors of an update are trained instead of the weights.
 
-`lora` trains one adapter on through all tasks. `olora` is O-LoRA (Wang 2023, arXiv 2310.14152): a
-fresh adapter a task, whose A is kept orthogonal to those of the earlier tasks.
+One adapter is trained on through all tasks, its A and B protected like weights; or a fresh one a
+task, whose A is kept orthogonal to those of the earlier tasks (O-LoRA, Wang 2023, arXiv 2310.14152)
+or to the inputs that they used (as in InfLoRA, Liang and Li 2024, arXiv 2404.00228).
+
+Inside PEFT's wrapper, `peft_model.get_base_model()` is the model with its layers replaced: it is
+called, attributed and trained like any other, with names that do not begin with the wrapper's.
 """
 
 import json
@@ -16,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agcl.errors import InputError
-from agcl.lrp import attributed_linears
+from agcl.lrp import attributed_linears, stored_transposed
+from agcl.modulation.projection import project_out
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BEFORE, _FACTOR_A = "base_model.model.", ".lora_A.weight"
@@ -32,13 +37,14 @@ def attach(
     """
     if start is not None:
         _check(start, rank)
-        return PeftModel.from_pretrained(model, start, is_trainable=True)
+        return load(model, start)
     config = LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),
         lora_dropout=0.0,
         bias="none",
         target_modules=[name.removesuffix(".weight") for name in attributed_linears(model)],
+        fan_in_fan_out=bool(stored_transposed(model)),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -46,12 +52,43 @@ def attach(
         return cast(PeftModel, get_peft_model(model, config))
 
 
-def detach(peft_model: PeftModel, folder: Path | None = None) -> PreTrainedModel:
-    """Merge the factors into the weights, and first save them as a PEFT adapter in `folder`."""
-    if folder is not None:
-        peft_model.save_pretrained(str(folder), safe_serialization=True)
-    model = cast(PreTrainedModel, peft_model.merge_and_unload())
-    return model.requires_grad_(True)
+def load(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on its model, to be trained on."""
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def save(peft_model: PeftModel, folder: Path, base: Path) -> None:
+    """Write an ordinary PEFT adapter, which says that it belongs to the model in `base`."""
+    peft_model.peft_config["default"].base_model_name_or_path = str(base)
+    peft_model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def merged(peft_model: PeftModel) -> PreTrainedModel:
+    """The model with the factors' products added to its weights."""
+    return cast(PreTrainedModel, peft_model.merge_and_unload()).requires_grad_(True)
+
+
+def removed(peft_model: PeftModel) -> PreTrainedModel:
+    """The model as it was before the factors were put on."""
+    return cast(PreTrainedModel, peft_model.unload()).requires_grad_(True)
+
+
+def factor_a(name: str) -> str:
+    """The name of the factor A on the weight of that name."""
+    return name.removesuffix(".weight") + ".lora_A.default.weight"
+
+
+@torch.no_grad()
+def keep_away(peft_model: PeftModel, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove input directions, keyed by weight, from every factor A; the basis by A's names.
+
+    With them removed from A and from all its updates, B A x is zero for any x among them.
+    """
+    factors = dict(peft_model.get_base_model().named_parameters())
+    by_factor = {factor_a(name): tensor for name, tensor in basis.items()}
+    for name, tensor in by_factor.items():
+        factors[name].copy_(project_out(factors[name], tensor.to(factors[name])))
+    return by_factor
 
 
 def directions(folders: Sequence[Path]) -> dict[str, Tensor]:

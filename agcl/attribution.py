@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from agcl import distributed
 from agcl.batches import IGNORED, Batch, targets
 from agcl.evaluate import answered_correctly
 from agcl.importance import Importance, TopK
-from agcl.lrp import RuleSet, attributed_linears, relevance_backward
+from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
 Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
@@ -118,16 +119,17 @@ def _log_likelihood(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
 
 
 class _Collector:
-    """Running sums of one linear layer `z = W x + b`, fed by its forward hook."""
+    """Running sums of one linear layer `z = W x + b`, W (out, in), fed by its forward hook."""
 
     def __init__(
         self,
-        layer: nn.Linear,
+        layer: nn.Module,
         estimator: Estimator,
         top_k: int | None,
         moments: MomentWeighting | None,
     ) -> None:
-        weight = layer.weight.detach()
+        weight = weight_of(layer).detach()
+        self.transposed = isinstance(layer, Conv1D)
         self.weight, self.device, self.weighting = weight, weight.device, moments
         self.estimator = estimator
         # Running values are float32, or float64 for a float64 model.
@@ -218,6 +220,11 @@ class _Collector:
         distributed.sum_in_place([self.moment, self.totals])
 
     def entries(self) -> Tensor:
+        """The importance of every entry, in the parameter's own shape."""
+        found = self._entries()
+        return found.T.contiguous() if self.transposed else found
+
+    def _entries(self) -> Tensor:
         mean = self.sum / self.count if self.top is None else self.top.mean()
         if self.estimator != "das":
             return mean

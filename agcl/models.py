@@ -63,7 +63,10 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Load a causal language model in float32. No remote code, safetensors only."""
+    """Load a causal language model in float32. No remote code, safetensors only.
+
+    Dropout is switched off: what it draws would depend on the number of workers.
+    """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -71,6 +74,11 @@ def load_model(folder: Path) -> PreTrainedModel:
         trust_remote_code=False,
         local_files_only=True,
     )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
     return model
 
 

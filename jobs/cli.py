@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    from jobs import compare, plan, report, run, ui
+    from jobs import compare, plan, report, run, tasks, ui
 
     _add(commands, "run", run.main, "one method over one sequence", config=True)
     sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
@@ -89,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="tuning budget a method: its defaults, and so many more learning rates (and values of "
         "its own knob), chosen on validation rows with a seed of their own (default: no tuning)",
+    )
+    _add(
+        commands,
+        "tasks",
+        tasks.main,
+        "show what every task is made of: rows, tokens, rows left out, rendered examples",
+        config=True,
     )
     _add(commands, "plan", plan.main, "print the stages and what is done; run nothing", config=True)
     sub = _add(commands, "report", report.main, "write report.html of a run again")

@@ -67,8 +67,12 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
         table.add_column("after")
         held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
         text = metrics.get("text_loss") if name == metrics["evaluation_set"] else None
-        for column in [*metrics["tasks"], *(f"({skill})" for skill in held_out)]:
-            table.add_column(column, justify="right")
+        names = [*metrics["tasks"], *(f"({skill})" for skill in held_out)]
+        # Where names do not fit, columns are numbered as rows are.
+        numbered = sum(map(len, names)) + 3 * len(names) + 20 > console.width
+        for column, task in enumerate(names, start=1):
+            short = str(column) if numbered and column <= len(metrics["tasks"]) else task
+            table.add_column(short, justify="right")
         if text:
             table.add_column("text loss", justify="right")
         for index, row in enumerate(values["accuracy_matrix"]):
@@ -76,6 +80,7 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
             if text:
                 scores.append(text[index])
             after = metrics["tasks"][index - 1] if index else "base model"
+            after = f"{index} {after}" if numbered and index else after
             table.add_row(after, *(_number(score) for score in scores))
         console.print(table)
 

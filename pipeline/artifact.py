@@ -46,7 +46,7 @@ def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
     if path.is_file():
         return file_hash(path)
     files = sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
-    return fingerprint({f.name: file_hash(f) for f in files})
+    return fingerprint({f.relative_to(path).as_posix(): file_hash(f) for f in files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

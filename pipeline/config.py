@@ -1,17 +1,13 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+from pipeline.section import Positive, Section, Share
+from pipeline.task_config import FactsTasks, TaskFormat
+
 Precision = Literal["float32", "bfloat16"]
 
 UNPROTECTED = ("sequential", "joint", "solo")
@@ -19,23 +15,6 @@ METHOD_SECTIONS = ("importance", "protect", "replay", "freeze", "adapter")
 """What a method is made of; all else is the same for every method."""
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
 """What a storage folder holds beside runs."""
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, values: Any) -> Any:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation is not bool:
-                raise ValueError(f"{key}: cannot be true or false")
-        return values
 
 
 class Pretraining(Section):
@@ -55,56 +34,6 @@ class Model(Section):
     """`builtin`, or a folder with a Hugging Face causal language model in safetensors."""
     pretraining: Pretraining = Pretraining()
     """Used for `builtin` only."""
-
-
-class TaskSection(Section):
-    """What all task formats have in common."""
-
-    max_length: Positive = 512
-    """Tokens a row, prompt and answer; longer rows are left out, counted and reported."""
-
-
-class FactsTasks(TaskSection):
-    """Built-in synthetic tasks on invented people."""
-
-    format: Literal["facts"] = "facts"
-    count: int = Field(4, ge=1, le=100)
-    """Number of tasks."""
-    entities: int = Field(12, ge=1, le=1000)
-    """New people a task; each has four facts."""
-    seed: int = Field(0, ge=0)
-    """Chooses names and answers, whatever the run's seed is."""
-
-
-class Concept1KTasks(TaskSection):
-    """The Concept-1K benchmark: ten tasks of about 1,670 facts."""
-
-    format: Literal["concept1k"]
-    path: Path
-    """Folder that holds `dataset.txt`."""
-    count: int = Field(10, ge=1, le=10)
-    """Number of tasks, from the first."""
-    concepts_per_task: Positive | None = None
-    """Cut every task to its first concepts (about 16 facts each); null keeps all."""
-
-
-class JsonlTask(Section):
-    """One task from JSON-lines files."""
-
-    name: str
-    train: Path
-    test: Path | None = None
-    """Rows to score; without it the training rows are."""
-
-
-class JsonlTasks(TaskSection):
-    """Your own tasks: one JSON object a line, with a prompt and an answer."""
-
-    format: Literal["jsonl"]
-    sequence: tuple[JsonlTask, ...] = Field(min_length=1)
-    """Tasks in training order."""
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
 
 
 class Training(Section):
@@ -143,7 +72,8 @@ class ImportanceSection(Section):
     samples: Positive | None = None
     """At most this many training rows a task, drawn by the seed; null takes all."""
     correct_only: bool = True
-    """Attribute only rows that the model answers correctly."""
+    """Attribute only rows that the model answers correctly. Tasks whose scorer is not exact match
+    (raw or normalised) are attributed on all rows."""
     batch_size: Positive = 8
     """Rows a relevance backward pass; does not change the result."""
     past: tuple[Path, ...] = ()
@@ -210,7 +140,8 @@ class Freeze(Section):
 
 
 class Adapter(Section):
-    """Train LoRA factors (PEFT) instead of the weights; merged into them after every task."""
+    """Train LoRA factors (PEFT) instead of the weights. Importance and protection are those of the
+    factors, or with `fresh` of the inputs that earlier tasks used."""
 
     rank: Positive = 8
     alpha: float = Field(16.0, gt=0)
@@ -219,18 +150,28 @@ class Adapter(Section):
     """A new adapter every task, or one that is trained on and on."""
     orthogonal: float = Field(0.0, ge=0)
     """O-LoRA: weight of the penalty on overlap with the earlier adapters; needs `fresh`."""
+    merge: bool = True
+    """Write after every task a model with the factors merged in, beside the adapter; false writes
+    the adapter alone, which is thousands of times smaller."""
 
 
 class Evaluation(Section):
-    """How tasks are scored: greedy exact match."""
+    """How tasks are scored: greedy decoding, by each task's own scorer."""
 
     batch_size: Positive = 64
     precision: Precision = "float32"
     set: str | None = None
     """Evaluation set of the headline metrics; null takes the format's first."""
+    scorers: tuple[str, ...] = ()
+    """More scorers for all tasks, by a name in `agcl/scorers.py` or `package.module:function`; each
+    makes an evaluation set of its own, `test-rouge_l`."""
+    max_new_tokens: Positive | None = None
+    """Longest text that is decoded, for scorers that need text; null takes the longest answer of
+    the scored rows."""
     validation: float = Field(0.0, ge=0, lt=1)
-    """Share of the scored rows, by a hash of the row, that settings may be chosen by. All metrics
-    are those of the other rows."""
+    """Share of the rows that settings may be chosen by: of the training rows, which are then not
+    trained on (or all rows of the task's own validation split), or, where the trained rows are what
+    is scored, of those. No other metric counts them."""
     text: Path | None = None
     """Text file (UTF-8) on which the loss of the language model is measured before and after every
     task: what training costs its other skills."""
@@ -270,7 +211,7 @@ class Config(Section):
     storage: Path = Path("storage")
     """Folder of all runs and artifacts; shared by all nodes of a cluster."""
     model: Model = Model()
-    tasks: FactsTasks | Concept1KTasks | JsonlTasks = Field(FactsTasks(), discriminator="format")
+    tasks: TaskFormat = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
     importance: ImportanceSection = ImportanceSection()
     protect: tuple[Annotated[Gate | Project | Penalty, Field(discriminator="kind")], ...] = ()
@@ -293,10 +234,8 @@ class Config(Section):
             )
         if self.method == "agcl" and not self.protect:
             raise ValueError("protect: method agcl needs at least one protection")
-        if self.adapter and self.adapter.orthogonal and not self.adapter.fresh:
-            raise ValueError("adapter.orthogonal: needs adapter.fresh")
-        if self.adapter and (self.protect or self.freeze != Freeze()):
-            raise ValueError("adapter: cannot be combined with protect or freeze yet")
+        if self.adapter:
+            self._check_adapter(self.adapter)
         if self.name in RESERVED_NAMES:
             raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
         kinds = [item.kind for item in self.protect]
@@ -305,3 +244,22 @@ class Config(Section):
         if self.model.path == "builtin" and self.importance.past:
             raise ValueError("importance.past: needs a model folder, not the builtin model")
         return self
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        if adapter.orthogonal and not adapter.fresh:
+            raise ValueError("adapter.orthogonal: needs adapter.fresh")
+        if adapter.fresh and not adapter.merge:
+            raise ValueError(
+                "adapter.merge: must be true with adapter.fresh, whose later adapters stand on the "
+                "earlier ones"
+            )
+        if adapter.fresh and any(item.kind != "project" for item in self.protect):
+            raise ValueError(
+                "protect: with adapter.fresh only project can be used: what entries of earlier "
+                "factors were worth says nothing of fresh ones"
+            )
+        if self.protect and (self.importance.past or self.importance.source == "solo"):
+            raise ValueError(
+                "importance: with an adapter neither past nor source solo can be used: they are of "
+                "other factors"
+            )

@@ -2,20 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from agcl import models
 from agcl.errors import InputError
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
-from agcl.tasks import Task, check_names, check_rows
+from agcl.scorers import scorer_named
+from agcl.tasks import VALIDATION, check_names, check_rows
 
-from pipeline.config import Concept1KTasks, Config, FactsTasks
-from pipeline.stages.prepare import open_task
-
-BASE_TASK = "base"
-"""Name of the built-in model's generic facts, scored beside the tasks."""
+from pipeline.config import Config
+from pipeline.tasks import held_out_sources, open_task, selection, sources
 
 
 def check_inputs(config: Config) -> None:
@@ -26,7 +23,8 @@ def check_inputs(config: Config) -> None:
     _check_devices(config)
     if not is_builtin(config):
         models.check_folder(model_folder(config))
-    _check_tasks(config, [open_task(source) for source in task_sources(config)])
+    _check_tasks(config)
+    _check_chat_template(config)
     _check_text(config.evaluation.text)
     _check_layers(config)
     if config.importance.past:
@@ -72,15 +70,23 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _check_tasks(config: Config, tasks: list[Task]) -> None:
-    check_names([task.name for task in tasks])
+def _check_tasks(config: Config) -> None:
+    found = sources(config)
+    check_names([source.name for source in found])
+    tasks = [
+        open_task(source.settings, source.files, selection(config, source)) for source in found
+    ]
+    for scorer in config.evaluation.scorers:
+        scorer_named(scorer, "evaluation.scorers")
+    taken = {source.name for source in held_out_sources(config)}
     for task in tasks:
-        if task.name in held_out_sources(config):
+        scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
+        if task.name in taken:
             raise InputError(f"task name {task.name!r} is taken by a held-out set")
         for split in task.splits:
             check_rows(task, split)
     common = set.intersection(*(set(task.scored) for task in tasks))
-    if not common:
+    if not common - {VALIDATION}:
         raise InputError("tasks.sequence: give every task a test file, or none of them")
     wanted = config.evaluation.set
     if wanted is not None and wanted not in common:
@@ -90,52 +96,14 @@ def _check_tasks(config: Config, tasks: list[Task]) -> None:
         )
 
 
-def task_sources(config: Config) -> list[dict[str, Any]]:
-    """Per task the JSON from which `open_task` makes it; what its prepared rows depend on."""
-    tasks = config.tasks
-    if isinstance(tasks, FactsTasks):
-        return [_facts_source(config, tasks, index) for index in range(tasks.count)]
-    if isinstance(tasks, Concept1KTasks):
-        file = tasks.path.expanduser().absolute() / "dataset.txt"
-        return [
-            {
-                "format": "concept1k",
-                "file": str(file),
-                "index": index,
-                "concepts_per_task": tasks.concepts_per_task,
-            }
-            for index in range(tasks.count)
-        ]
-    return [
-        {
-            "format": "jsonl",
-            "name": task.name,
-            "train": str(task.train.expanduser().absolute()),
-            "test": str(task.test.expanduser().absolute()) if task.test else None,
-            "prompt_key": tasks.prompt_key,
-            "answer_key": tasks.answer_key,
-        }
-        for task in tasks.sequence
-    ]
-
-
-def _facts_source(config: Config, tasks: FactsTasks, index: int) -> dict[str, Any]:
-    return {
-        "format": "facts",
-        "index": index,
-        "entities": tasks.entities,
-        "base_entities": config.model.pretraining.entities,
-        "seed": tasks.seed,
-    }
-
-
-def held_out_sources(config: Config) -> dict[str, dict[str, Any]]:
-    """Skills of the base model that are scored beside the tasks: the built-in generic facts."""
-    if not is_builtin(config):
-        return {}
-    seed = config.tasks.seed if isinstance(config.tasks, FactsTasks) else 0
-    entities = config.model.pretraining.entities
-    return {BASE_TASK: {"format": "facts-base", "entities": entities, "seed": seed}}
+def _check_chat_template(config: Config) -> None:
+    if not config.tasks.chat_template:
+        return
+    if is_builtin(config):
+        raise InputError("tasks.chat_template: the builtin model's tokenizer has none")
+    folder = model_folder(config)
+    if not models.load_tokenizer(folder).chat_template:
+        raise InputError(f"tasks.chat_template: the tokenizer in {folder} has none")
 
 
 def is_builtin(config: Config) -> bool:

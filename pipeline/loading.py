@@ -10,8 +10,10 @@ import yaml
 from agcl.errors import InputError
 from pydantic import ValidationError
 
-from pipeline.config import METHOD_SECTIONS, Config, FactsTasks, ImportanceSection, Section
+from pipeline.config import METHOD_SECTIONS, Config, ImportanceSection
 from pipeline.methods import METHODS
+from pipeline.section import Section
+from pipeline.task_config import FactsTasks
 
 
 def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -> Config:
@@ -78,7 +80,7 @@ def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
 
 
 _KINDS = ("kind", "format")
-_FORMATS = "'facts', 'concept1k', 'jsonl'"
+_FORMATS = "'facts', 'concept1k', 'trace', 'cl_benchmark', 'jsonl', 'parquet', 'huggingface'"
 
 
 def _order(key: str) -> tuple[bool, bool]:

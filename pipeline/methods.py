@@ -79,6 +79,18 @@ METHODS: dict[str, Method] = {
         {"adapter": {"fresh": True, "orthogonal": 0.5}},
         Knob("adapter.orthogonal", 0.05, 5.0),
     ),
+    "lora_agcl": Method(
+        "one LoRA adapter whose factors keep what they give for old inputs",
+        {"adapter": {}, "protect": [{"kind": "project"}]},
+        _ENERGY,
+        controls=("lora",),
+    ),
+    "inflora": Method(
+        "a LoRA adapter a task, kept off the inputs of the earlier ones (after InfLoRA)",
+        {"adapter": {"fresh": True}, "protect": [{"kind": "project", "weighting": "uniform"}]},
+        _ENERGY,
+        controls=("lora", "olora"),
+    ),
     "joint": Method("upper bound of what is kept: all tasks at once"),
     "solo": Method("upper bound of what is learned: every task alone from the base model"),
     "gate_fisher": _gate(

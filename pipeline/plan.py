@@ -7,12 +7,13 @@ from typing import Any
 
 from pipeline.config import Config, Freeze, Project
 from pipeline.dag import External, Stage, Work
-from pipeline.inputs import BASE_TASK, held_out_sources, is_builtin, model_folder, task_sources
+from pipeline.inputs import is_builtin, model_folder
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.prepare import FILE_KEYS, make_tokenizer, open_task, prepare
+from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.report import report
 from pipeline.stages.train import pretrain, train
+from pipeline.tasks import BASE_TASK, Source, held_out_sources, selection, sources
 
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
@@ -42,14 +43,10 @@ class Run:
 
 def plan(config: Config) -> Plan:
     """The stages of one method over one sequence. Reads no data and runs nothing."""
-    sources = task_sources(config)
-    held_out = held_out_sources(config)
-    tasks = [open_task(source).name for source in sources]
+    of_tasks, held_out = sources(config), held_out_sources(config)
+    tasks = [source.name for source in of_tasks]
     tokenizer = _tokenizer(config)
-    rows = {
-        task: _prepare(config, task, source, tokenizer)
-        for task, source in [*zip(tasks, sources, strict=True), *held_out.items()]
-    }
+    rows = {source.name: _prepare(config, source, tokenizer) for source in [*of_tasks, *held_out]}
     base = _base_model(config, tokenizer, rows)
     at_first = _evaluate(config, "0-base", base, rows, _first_session(config))
     builtin = [tokenizer, base] if is_builtin(config) else []
@@ -65,7 +62,7 @@ def plan(config: Config) -> Plan:
     if config.method == "joint":
         # One model stands for the one after every task.
         scores = [at_first, *scores[1:] * len(tasks)]
-    final = _report(config, tasks, list(held_out), scores, chain)
+    final = _report(config, tasks, [each.name for each in held_out], scores, chain)
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
@@ -87,10 +84,18 @@ def _sequence(
         chain.append(model)
         if config.protect:
             measured = solos[task] if solos else model
-            importances[task] = _attribute(config, index, task, measured, rows[task])
+            on_factors = config.adapter is not None and not config.adapter.fresh
+            looked_at = _on(base, model) if on_factors else {"model": measured}
+            inputs = {**looked_at, "rows": rows[task]}
+            importances[task] = _attribute(config, index, task, measured.session, inputs)
             chain.append(importances[task])
-        chain.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence"))
+        chain.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence", base))
     return chain
+
+
+def _on(base: Stage | External, adapter: Stage) -> dict[str, Stage | External]:
+    """Inputs of a stage that looks at an adapter on its base model."""
+    return {"model": base, "adapter": adapter}
 
 
 def _joint(
@@ -133,33 +138,29 @@ def _first_session(config: Config) -> str:
     return "base" if is_builtin(config) and _measures_solos(config) else "sequence"
 
 
-def _files_of(source: Mapping[str, Any]) -> dict[str, External]:
-    """The keys of a task's source that are files: inputs, so that contents count, not paths."""
-    return {k: External(Path(source[k])) for k in FILE_KEYS if source.get(k)}
-
-
 def _tokenizer(config: Config) -> Stage | External:
     if not is_builtin(config):
         return External(model_folder(config), _TOKENIZER_FILES)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
-        config={"task": held_out_sources(config)[BASE_TASK]},
+        config={"task": held_out_sources(config)[0].settings},
         session="prepare",
     )
 
 
-def _prepare(
-    config: Config, task: str, source: dict[str, Any], tokenizer: Stage | External
-) -> Stage:
+def _prepare(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
+    files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
     return Stage(
-        name=f"prepare/{task}",
+        name=f"prepare/{source.name}",
         fn=prepare,
         config={
-            "task": {k: v for k, v in source.items() if k not in FILE_KEYS},
+            "task": source.settings,
+            "selection": selection(config, source),
             "max_length": config.tasks.max_length,
+            "chat_template": config.tasks.chat_template,
         },
-        inputs={"tokenizer": tokenizer, **_files_of(source)},
+        inputs={"tokenizer": tokenizer, **files},
         session="prepare",
     )
 
@@ -260,7 +261,13 @@ def _renamed(stage: Stage, name: str, session: str) -> Stage:
     return Stage(name, stage.fn, stage.config, stage.inputs, session, stage.train)
 
 
-def _attribute(config: Config, index: int, task: str, model: Stage, rows: Stage) -> Stage:
+def _attribute(
+    config: Config,
+    index: int,
+    task: str,
+    session: str,
+    inputs: Mapping[str, Stage | External],
+) -> Stage:
     settings = config.importance
     weighting = next((p.weighting for p in config.protect if isinstance(p, Project)), None)
     return Stage(
@@ -277,26 +284,38 @@ def _attribute(config: Config, index: int, task: str, model: Stage, rows: Stage)
             "moments": weighting,
             "seed": config.seed * 1000 + index,
         },
-        inputs={"model": model, "rows": rows},
-        session=model.session,
+        inputs=inputs,
+        session=session,
         train=True,
     )
 
 
 def _evaluate(
-    config: Config, name: str, model: Stage | External, rows: Mapping[str, Stage], session: str
+    config: Config,
+    name: str,
+    model: Stage | External,
+    rows: Mapping[str, Stage],
+    session: str,
+    base: Stage | External | None = None,
 ) -> Stage:
+    """Score `model`, which may be an adapter that is not merged into its `base`."""
     text = config.evaluation.text
+    apart = config.adapter is not None and not config.adapter.merge
+    looked_at = (
+        _on(base, model) if apart and base and isinstance(model, Stage) else {"model": model}
+    )
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
             "batch_size": config.evaluation.batch_size,
             "precision": config.evaluation.precision,
+            "scorers": list(config.evaluation.scorers),
+            "max_new_tokens": config.evaluation.max_new_tokens,
             **({"text_tokens": config.evaluation.text_tokens} if text else {}),
         },
         inputs={
-            "model": model,
+            **looked_at,
             **{f"rows/{task}": stage for task, stage in rows.items()},
             **({"text": External(text.expanduser().absolute())} if text else {}),
         },

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.dag import Work
+from pipeline.model_card import MODEL
 from pipeline.plan import Run
 from pipeline.stages.context import LOG_FILE, Record
 from pipeline.stages.evaluate import SCORES
@@ -64,6 +65,10 @@ class Recording:
             for recorder in self.recorders.values():
                 recorder.observe(records)
 
+    def run_of(self, label: str) -> str | None:
+        """The id of a run's MLflow run; None where it is not recorded."""
+        return self.recorders[label].parent if label in self.recorders else None
+
     def finish_run(
         self, label: str, metrics: Mapping[str, Any], files: Mapping[str, Content]
     ) -> None:
@@ -94,6 +99,7 @@ class _Recorder:
     def __init__(self, tracker: Tracker, name: str, run: Run, group: str | None) -> None:
         """Continue the run's MLflow run if its folder knows one, else start it."""
         self.tracker, self.plan, self.works = tracker, run.plan, run.works
+        self.folder = run.folder
         self.register_as = run.config.tracking.register_model
         tags = {"kind": "sequence", "method": run.config.method, "seed": str(run.config.seed)}
         self.parent = tracker.resume(run.folder) or tracker.start(name, tags, group)
@@ -144,8 +150,7 @@ class _Recorder:
         self.tracker.metrics(self.parent, [{"step": last, **numbers}])
         self.tracker.artifacts(self.parent, files)
         if self.register_as:
-            final = self.works[self.plan.final_model].folder
-            self.tracker.register(self.parent, self.register_as, final)
+            self.tracker.register(self.parent, self.register_as, self.folder / MODEL)
         self.tracker.end(self.parent)
 
     def abort(self, status: str, error: str) -> None:
@@ -198,7 +203,9 @@ class _Recorder:
         row: dict[str, float] = {
             f"{name}/{task}": score for task, sets in scores.items() for name, score in sets.items()
         }
-        for name in next(iter(scores.values())):
+        for name in scores[self.plan.tasks[0]]:
+            if any(name not in scores[task] for task in self.plan.tasks):
+                continue
             seen = [scores[task][name] for task in self.plan.tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
         self.tracker.metrics(self.parent, [{"step": index, **row}])

@@ -15,7 +15,15 @@ import jinja2
 
 from pipeline.comparison import BASELINE, BOUNDS, compare
 from pipeline.methods import METHODS
-from pipeline.results import Group, RunResult, evaluation_sets, groups, labels, values
+from pipeline.results import (
+    LEFT_OUT,
+    Group,
+    RunResult,
+    evaluation_sets,
+    groups,
+    labels,
+    values,
+)
 
 METRICS = {  # column of the headline table: its title; its meaning stands in the template
     "average_performance": "Average performance",
@@ -64,6 +72,7 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
         descriptions={name: method.description for name, method in METHODS.items()},
         checks=_checks(runs),
         texts=_text_losses(runs),
+        rows=_rows(runs[0]),
         pictures=_pictures(runs, drawn),
         shared=_shared_provenance(runs),
         importances=_importances(runs),
@@ -82,6 +91,22 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
     aside.write_text(page, encoding="utf-8")
     aside.replace(file)
     return drawn
+
+
+def _rows(run: RunResult) -> list[dict[str, Any]]:
+    """Describe every split of every task: the same for all runs of a report."""
+    scorers = run.metrics.get("scorers", {})
+    keys = ("rows", "tokens", "answer_tokens", *LEFT_OUT)
+    return [
+        {
+            "task": task,
+            "scorer": scorers.get(task, ""),
+            "split": split,
+            "counts": [counts[key] for key in keys],
+        }
+        for task, splits in run.rows.items()
+        for split, counts in splits.items()
+    ]
 
 
 def _score(value: float | None, digits: int = 3) -> str:

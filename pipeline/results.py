@@ -1,7 +1,7 @@
 """What finished runs leave for the terminal and the report, and how several are put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -29,6 +29,24 @@ class RunResult:
     importance: Mapping[str, Any] | None
     provenance: Mapping[str, str]
     checks: Mapping[str, Mapping[str, Any]] | None = None
+    rows: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    """By task and split: how many rows and tokens were used, and rows left out by reason."""
+
+
+LEFT_OUT = {"too_long": "longer than tasks.max_length", "empty": "without prompt or answer"}
+"""Why rows are left out, by the name of the count."""
+
+
+def left_out(result: RunResult) -> list[str]:
+    """A line for every split of which rows were left out."""
+    lines = []
+    for task, splits in result.rows.items():
+        for split, counts in splits.items():
+            reasons = [f"{counts[key]} {why}" for key, why in LEFT_OUT.items() if counts[key]]
+            if reasons:
+                total = counts["rows"] + sum(counts[key] for key in LEFT_OUT)
+                lines.append(f"{task}: of {total} {split} rows left out: {', '.join(reasons)}")
+    return lines
 
 
 @dataclass(frozen=True)

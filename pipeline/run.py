@@ -11,24 +11,27 @@ from typing import Any
 
 from agcl.errors import InputError
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline import artifact, loading
 from pipeline.cluster import cluster
 from pipeline.config import Config, Resources
 from pipeline.dag import Session, folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
+from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
 from pipeline.progress import StageProgress
 from pipeline.recorder import Recording
 from pipeline.report import write_report
-from pipeline.results import RunResult, StageRecord
-from pipeline.runner import StageFailed, run_sessions
+from pipeline.results import RunResult, StageRecord, left_out
+from pipeline.runner import Observe, StageFailed, run_sessions
 from pipeline.stages.context import Record
+from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
 from pipeline.stages.train import CHECKS
 from pipeline.tracking import Content, Tracker
 
-CONFIG_FILE, REPORT_FILE, MODEL_LINK = "config.yaml", "report.html", "model"
+CONFIG_FILE, REPORT_FILE = "config.yaml", "report.html"
 REPORTS_EACH = 4
 """With more runs than this only the report on all is written; each takes seconds."""
 _RUN_AGAIN = {"resources", "tracking"}
@@ -62,11 +65,17 @@ def execute(
     done_before = _complete(runs)
     recording, _ = _run_missing(runs, folder, title, console)
     results = [_finish(run, command, done_before) for run in runs.values()]
+    for line in dict.fromkeys(line for result in results for line in left_out(result)):
+        console.print(f"  [yellow]warning[/] {escape(line)}", highlight=False, soft_wrap=True)
     for label, result in zip(runs, results, strict=True):
         file = runs[label].folder / REPORT_FILE
         pictures = {}
         if len(runs) <= REPORTS_EACH:
             pictures = write_report(file, [result], title=result.metrics["name"])
+        run = runs[label]
+        final = run.works[run.plan.final_model].folder
+        mlflow_run = recording.run_of(label)
+        write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
         recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
     if len(runs) > 1:
         pictures = write_report(folder / REPORT_FILE, results, title=title)
@@ -124,7 +133,9 @@ def _run_missing(
         artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
     recording = Recording(tracker, runs, folder, title, warn)
     try:
-        failures = _on_cluster(todo, folder, first.resources, recording, console, keep_going)
+        failures = _on_cluster(
+            todo, folder, first.resources, recording.observe, console, keep_going=keep_going
+        )
         for failure in failures:
             _write_log(folder, failure)
         if failures and not keep_going:
@@ -139,9 +150,10 @@ def _on_cluster(
     todo: Sequence[Session],
     folder: Path,
     resources: Resources,
-    recording: Recording,
+    record: Observe,
     console: Console,
-    keep_going: bool,
+    *,
+    keep_going: bool = False,
 ) -> list[StageFailed]:
     if not todo:
         console.print("  every stage is complete already", highlight=False)
@@ -162,7 +174,7 @@ def _on_cluster(
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)
-            recording.observe(records)
+            record(records)
 
         scratch = folder / ".ray-train"
         return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
@@ -176,9 +188,13 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
     for stage, work in run.works.items():
         _link(run.folder / folder_name(stage), work.folder)
-    _link(run.folder / MODEL_LINK, run.works[run.plan.final_model].folder)
     report = run.works["report"].folder
-    metrics = {"name": run.config.name, **_read_json(report / METRICS)}
+    prepared = summaries(run)
+    metrics = {
+        "name": run.config.name,
+        **_read_json(report / METRICS),
+        "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
+    }
     artifact.write_json(run.folder / METRICS, metrics)
     importance, checks = report / IMPORTANCE_SUMMARY, report / CHECKS
     manifests = {
@@ -199,6 +215,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
         ],
         importance=_read_json(importance) if importance.exists() else None,
         checks=_read_json(checks) if checks.exists() else None,
+        rows={task: summary["splits"] for task, summary in prepared.items()},
         provenance={
             "command": command,
             "git": provenance["git"],
@@ -206,6 +223,26 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
             "seed": str(run.config.seed),
         },
     )
+
+
+def summaries(run: Run) -> dict[str, dict[str, Any]]:
+    """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
+    return {
+        task: _read_json(run.works[f"prepare/{task}"].folder / SUMMARY) for task in run.plan.tasks
+    }
+
+
+def prepare_tasks(run: Run, console: Console) -> None:
+    """Prepare the run's tasks, as far as they are not; its other stages are left alone.
+
+    Raises `StageFailed`.
+    """
+    stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
+    todo = sessions({run.config.name: stages}, run.config.storage)
+    failures = _on_cluster(todo, run.folder, run.config.resources, lambda records: None, console)
+    for failure in failures:
+        _write_log(run.folder, failure)
+        raise failure
 
 
 def _check_folder(config: Config, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Importances that no sample tells anything about: what a real estimator has to beat."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from agcl.importance.importance import Importance
 
 
-def magnitude(importance: Importance, linears: Mapping[str, nn.Linear]) -> Importance:
+def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Importance:
     """The importance with |W| as its entries; its moments stay."""
-    entries = {name: layer.weight.detach().abs() for name, layer in linears.items()}
+    entries = {name: cast(Tensor, layer.weight).detach().abs() for name, layer in linears.items()}
     return Importance(entries, importance.moments, {**importance.header, "estimator": "magnitude"})
 
 

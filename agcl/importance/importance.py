@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ class Importance:
     """What one task's right answers used. Keys are parameter names of the unwrapped model."""
 
     entries: Mapping[str, Tensor]
-    """(out, in) a weight: unscaled mean of the top-K relevances over samples; signed."""
+    """In the weight's own shape: unscaled mean of the top-K relevances over samples; signed."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     """(in, in) a weight: second moment of the layer's inputs, summed over tokens with weights of
     mean 1. Empty where it was not collected."""
@@ -60,7 +60,7 @@ class Importance:
                 raise ValueError(f"importance of {name} is not finite")
 
 
-def check_file(file: Path, linears: Mapping[str, nn.Linear]) -> None:
+def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
     """Check from a file's header alone that it belongs to a model with these linear layers.
 
     Raises `InputError` naming the file and the first weight that is missing or differs in shape.
@@ -73,7 +73,7 @@ def check_file(file: Path, linears: Mapping[str, nn.Linear]) -> None:
             if key.startswith(_ENTRIES)
         }
     for name in [*linears, *shapes]:
-        expected = tuple(linears[name].weight.shape) if name in linears else None
+        expected = tuple(cast(Tensor, linears[name].weight).shape) if name in linears else None
         if shapes.get(name) != expected:
             raise InputError(
                 f"{file}: importance of another model ({name} is {shapes.get(name) or 'absent'} "

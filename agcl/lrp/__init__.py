@@ -1,7 +1,14 @@
 """Layer-wise relevance propagation as an ordinary backward pass with changed rules."""
 
 from agcl.lrp.composite import Trace, relevance_backward
-from agcl.lrp.families import FAMILIES, Family, UnsupportedArchitecture, attributed_linears
+from agcl.lrp.families import (
+    FAMILIES,
+    Family,
+    UnsupportedArchitecture,
+    attributed_linears,
+    stored_transposed,
+    weight_of,
+)
 from agcl.lrp.rules import RuleSet
 
 __all__ = [
@@ -12,4 +19,6 @@ __all__ = [
     "UnsupportedArchitecture",
     "attributed_linears",
     "relevance_backward",
+    "stored_transposed",
+    "weight_of",
 ]

@@ -22,7 +22,10 @@ class Trace:
     embeddings: Tensor | None = field(default=None)
 
     def input_relevance(self) -> Tensor:
-        """Relevance of every input token after `target.backward()`, shape (batch, tokens)."""
+        """Relevance of every input token after `target.backward()`, shape (batch, tokens).
+
+        That of its embedding: learned positions (GPT-2) take a share of their own.
+        """
         if self.embeddings is None or self.embeddings.grad is None:
             raise RuntimeError("no backward has reached the embeddings inside relevance_backward")
         return (self.embeddings * self.embeddings.grad).sum(-1)
@@ -49,10 +52,13 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
         return trace.embeddings
 
     def on_norm(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return lrp_rules.constant_scale(args[0], output, family.norm_scale(module, args[0]))
+        return family.norm(module, args[0], output)
 
     def on_activation(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.detach() if rules == "cp" else lrp_rules.identity(args[0], output)
+        # Under cp a gate is a constant; what is no gate passes relevance on under any rules.
+        if rules == "cp" and family.products:
+            return output.detach()
+        return lrp_rules.identity(args[0], output)
 
     def on_product(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         # Halving the product's gradient halves it in both branches (uniform rule). Under cp the
@@ -103,7 +109,7 @@ def _freeze_and_eval(model: nn.Module, undo: ExitStack) -> None:
 def _replace_attention(model: PreTrainedModel, rules: RuleSet, undo: ExitStack) -> None:
     """Wrap the model's attention through transformers' registry (new keys only, none changed)."""
     before = model.config._attn_implementation
-    base = before if before in ("eager", "sdpa") else "sdpa"
+    base = before if before in ("eager", "sdpa") else "sdpa" if model._supports_sdpa else "eager"
     key = f"agcl_{rules}_{base}"
     AttentionInterface.register(key, lrp_rules.attention(_attention_named(base), rules))
     AttentionMaskInterface.register(key, AttentionMaskInterface()[base])

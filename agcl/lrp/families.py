@@ -5,19 +5,42 @@ A new family is one more entry of `FAMILIES`; see CONTRIBUTING.md.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from agcl.lrp.rules import constant_scale
+
+NormRule = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, input, output) -> the output, with the norm's scale held constant in the backward."""
 
 
-def rms_norm_scale(module: nn.Module, x: Tensor) -> Tensor:
-    """`weight / rms(x)`, the factor of Llama's RMSNorm, shape of `x`."""
-    wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+def rms_norm(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Llama's RMSNorm, `weight * x / rms(x)`."""
     weight, epsilon = cast(Tensor, module.weight), cast(float, module.variance_epsilon)
-    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return (weight * inverse_rms).to(x.dtype)
+    return constant_scale(x, y, (weight * _inverse_rms(x, epsilon)).to(x.dtype))
+
+
+def gemma_norm(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Gemma's RMSNorm, `(1 + weight) * x / rms(x)`."""
+    weight, epsilon = cast(Tensor, module.weight), cast(float, module.eps)
+    scale = (1 + weight.float()) * _inverse_rms(x, epsilon)
+    return constant_scale(x, y, scale.to(x.dtype))
+
+
+def layer_norm(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """LayerNorm, `weight * (x - mean(x)) / std(x) + bias`: centring is linear, and stays."""
+    norm = cast(nn.LayerNorm, module)
+    scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
+    return constant_scale(x, y, scale * norm.weight, centred=True)
+
+
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
 @dataclass(frozen=True)
@@ -27,11 +50,12 @@ class Family:
     linears: tuple[str, ...]
     """Linear layers whose weights are attributed and protected."""
     norms: tuple[str, ...]
-    norm_scale: Callable[[nn.Module, Tensor], Tensor]
+    norm: NormRule
     activations: tuple[str, ...]
     """Element-wise activations; in a gated MLP, of the gate branch."""
-    products: tuple[str, ...]
-    """Linear layers whose input is a product of two branches (gate · up)."""
+    products: tuple[str, ...] = ()
+    """Linear layers whose input is a product of two branches (gate · up); none where the MLP has
+    no gate."""
 
 
 _LLAMA = Family(
@@ -49,12 +73,71 @@ _LLAMA = Family(
         "model.layers.#.post_attention_layernorm",
         "model.norm",
     ),
-    norm_scale=rms_norm_scale,
+    norm=rms_norm,
     activations=("model.layers.#.mlp.act_fn",),
     products=("model.layers.#.mlp.down_proj",),
 )
+_HEAD_NORMS = ("model.layers.#.self_attn.q_norm", "model.layers.#.self_attn.k_norm")
+_QWEN3 = replace(_LLAMA, norms=(*_LLAMA.norms, *_HEAD_NORMS))
+_GEMMA2 = replace(
+    _LLAMA,
+    norms=(
+        *_LLAMA.norms,
+        "model.layers.#.pre_feedforward_layernorm",
+        "model.layers.#.post_feedforward_layernorm",
+    ),
+    norm=gemma_norm,
+)
+_GEMMA3 = replace(_GEMMA2, norms=(*_GEMMA2.norms, *_HEAD_NORMS))
+_PHI3 = replace(
+    _LLAMA,
+    linears=(
+        "model.layers.#.self_attn.qkv_proj",
+        "model.layers.#.self_attn.o_proj",
+        "model.layers.#.mlp.gate_up_proj",
+        "model.layers.#.mlp.down_proj",
+    ),
+    activations=("model.layers.#.mlp.activation_fn",),
+)
+_GPT2 = Family(
+    linears=(
+        "transformer.h.#.attn.c_attn",
+        "transformer.h.#.attn.c_proj",
+        "transformer.h.#.mlp.c_fc",
+        "transformer.h.#.mlp.c_proj",
+    ),
+    norms=("transformer.h.#.ln_1", "transformer.h.#.ln_2", "transformer.ln_f"),
+    norm=layer_norm,
+    activations=("transformer.h.#.mlp.act",),
+)
+_GPT_NEOX = Family(
+    linears=(
+        "gpt_neox.layers.#.attention.query_key_value",
+        "gpt_neox.layers.#.attention.dense",
+        "gpt_neox.layers.#.mlp.dense_h_to_4h",
+        "gpt_neox.layers.#.mlp.dense_4h_to_h",
+    ),
+    norms=(
+        "gpt_neox.layers.#.input_layernorm",
+        "gpt_neox.layers.#.post_attention_layernorm",
+        "gpt_neox.final_layer_norm",
+    ),
+    norm=layer_norm,
+    activations=("gpt_neox.layers.#.mlp.act",),
+)
 
-FAMILIES: dict[str, Family] = {"LlamaForCausalLM": _LLAMA}
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _QWEN3,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Phi3ForCausalLM": _PHI3,
+    "GPT2LMHeadModel": _GPT2,
+    "GPTNeoXForCausalLM": _GPT_NEOX,
+}
+"""By the class name in the model's `config.json`."""
 
 
 class UnsupportedArchitecture(ValueError):
@@ -80,11 +163,30 @@ def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
     return {name: module for name, module in model.named_modules() if fits.fullmatch(name)}
 
 
-def attributed_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that are attributed and protected, keyed by their weight's name.
 
-    Keys are those of `model.named_parameters()`, e.g. `model.layers.0.mlp.up_proj.weight`.
+    `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored (in, out). Of a layer with LoRA factors
+    put in by PEFT, the factors A and B. Keys are those of `model.named_parameters()`, e.g.
+    `model.layers.0.mlp.up_proj.weight` or `model.layers.0.mlp.up_proj.lora_A.default.weight`.
     """
     family = family_named(type(model).__name__)
-    found = modules_named(model, family.linears)
-    return {f"{name}.weight": m for name, m in found.items() if isinstance(m, nn.Linear)}
+    linears: dict[str, nn.Module] = {}
+    for name, module in modules_named(model, family.linears).items():
+        if isinstance(module, nn.Linear | Conv1D):
+            linears[f"{name}.weight"] = module
+        for factors in ("lora_A", "lora_B"):
+            by_adapter = getattr(module, factors, {})
+            linears |= {f"{name}.{factors}.{a}.weight": by_adapter[a] for a in by_adapter}
+    return linears
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of an attributed layer as (out, in), a view of the parameter."""
+    weight = cast(Tensor, linear.weight)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def stored_transposed(model: nn.Module) -> frozenset[str]:
+    """Names of the attributed weights that are stored (in, out)."""
+    return frozenset(n for n, m in attributed_linears(model).items() if isinstance(m, Conv1D))

@@ -16,17 +16,21 @@ RuleSet = Literal["attnlrp", "cp", "gradient"]
 
 
 class _ReplaceGradient(torch.autograd.Function):
-    """Pass `output` on as it is; send `factor * gradient` to `source`."""
+    """Pass `output` on as it is; send `factor * gradient`, centred if asked for, to `source`."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, source: Tensor, output: Tensor, factor: Tensor, centred: bool) -> Tensor:
         ctx.save_for_backward(factor)
+        ctx.centred = centred
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (factor,) = ctx.saved_tensors
-        return gradients[0] * factor, None, None
+        gradient = gradients[0] * factor
+        if ctx.centred:
+            gradient = gradient - gradient.mean(-1, keepdim=True)
+        return gradient, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -51,12 +55,15 @@ def identity(x: Tensor, y: Tensor) -> Tensor:
     The gradient factor is y/x. At x = 0 the relevance x·g is 0 whatever the factor, so 0 is safe.
     """
     factor = torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
-    return _ReplaceGradient.apply(x, y.detach(), factor.detach())  # type: ignore[no-any-return, no-untyped-call]
+    return _ReplaceGradient.apply(x, y.detach(), factor.detach(), False)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def constant_scale(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Normalisation `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17)."""
-    return _ReplaceGradient.apply(x, y.detach(), scale.detach())  # type: ignore[no-any-return, no-untyped-call]
+def constant_scale(x: Tensor, y: Tensor, scale: Tensor, *, centred: bool = False) -> Tensor:
+    """Normalisation `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17).
+
+    `centred` is for `y = scale(x) * (x - mean(x)) + bias`; a bias takes relevance with it.
+    """
+    return _ReplaceGradient.apply(x, y.detach(), scale.detach(), centred)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attention_inputs(

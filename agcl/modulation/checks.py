@@ -1,6 +1,6 @@
 """Whether a protection did what it promises, from the weights before and after a task."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ def check(
     on: GateOn,
     basis: Mapping[str, Tensor] | None,
     steps: int,
+    transposed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure gate and projection over a task of that many steps; None for what there is not.
 
     `movement_by_decile`, `projection_leak` and `directions_taken` are those of the functions
-    below. Raises `ProtectionFailed` where a projected layer leaks more than rounding explains, or
-    the most protected tenth of the weights moved more than the least protected one.
+    below; `transposed` names weights stored (in, out). Raises `ProtectionFailed` where a projected
+    layer leaks more than rounding explains, or the most protected tenth of the weights moved more
+    than the least protected one.
     """
     measured: dict[str, Any] = {
         "movement_by_decile": None,
@@ -47,7 +49,10 @@ def check(
                 f"times the median, the least protected {movement[0]:.3g} times"
             )
     if basis:
-        leaks = {name: _leak(before[name], after[name], u) for name, u in basis.items()}
+        leaks = {
+            name: _leak(before[name], after[name], u, name in transposed)
+            for name, u in basis.items()
+        }
         measured["projection_leak"] = max(leak for leak, _ in leaks.values())
         measured["directions_taken"] = directions_taken(basis)
         for name, (leak, rounding) in leaks.items():
@@ -84,9 +89,12 @@ def directions_taken(basis: Mapping[str, Tensor]) -> float:
     return sum(u.shape[1] / u.shape[0] for u in basis.values()) / len(basis)
 
 
-def _leak(before: Tensor, after: Tensor, basis: Tensor) -> tuple[float, float]:
+def _leak(
+    before: Tensor, after: Tensor, basis: Tensor, transposed: bool = False
+) -> tuple[float, float]:
     """The leak of one layer, and what rounding the weights once explains of it."""
     change = after.double() - before.double()
+    change = change.T if transposed else change
     size = change.norm()
     if basis.shape[1] == 0 or size == 0:
         return 0.0, 0.0

@@ -1,6 +1,6 @@
 """AdamW whose whole step is gated and projected, weight decay included."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ class GatedAdamW(torch.optim.AdamW):
         *,
         gate: Mapping[str, Tensor] | None = None,
         basis: Mapping[str, Tensor] | None = None,
+        transposed: Collection[str] = (),
         on: GateOn = "update",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -38,6 +39,8 @@ class GatedAdamW(torch.optim.AdamW):
     ) -> None:
         """`params` are named; `gate` (out, in) and `basis` (in, k) are keyed by those names.
 
+        `transposed` names weights stored (in, out), as GPT-2's are; their gates are (in, out) too.
+
         Raises `ValueError` for a name that is not among the parameters or a shape that differs.
         """
         named = list(params)
@@ -45,6 +48,7 @@ class GatedAdamW(torch.optim.AdamW):
         self.on = on
         self.gate: dict[nn.Parameter, Tensor] = {}
         self.basis: dict[nn.Parameter, Tensor] = {}
+        self.transposed: set[nn.Parameter] = set()
         by_name = dict(named)
         for name, tensor in (gate or {}).items():
             parameter = by_name.get(name)
@@ -53,10 +57,12 @@ class GatedAdamW(torch.optim.AdamW):
             self.gate[parameter] = tensor.to(parameter.device, parameter.dtype)
         for name, tensor in (basis or {}).items():
             parameter = by_name.get(name)
-            if parameter is None or tensor.shape[0] != parameter.shape[1]:
+            if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
                 raise ValueError(f"no parameter {name} with {tensor.shape[0]} inputs to project")
             if tensor.shape[1]:
                 self.basis[parameter] = tensor.to(parameter.device, parameter.dtype)
+                if name in transposed:
+                    self.transposed.add(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -89,7 +95,8 @@ class GatedAdamW(torch.optim.AdamW):
         if basis is None:
             parameter.copy_(target)
         else:
-            parameter.add_(project_out(target.sub_(parameter), basis))
+            transposed = parameter in self.transposed
+            parameter.add_(project_out(target.sub_(parameter), basis, transposed=transposed))
 
     def _adamw(
         self,

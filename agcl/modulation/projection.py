@@ -57,6 +57,8 @@ def leading_directions(moment: Tensor, energy: float) -> Tensor:
     return vectors[:, :rank].float().contiguous()
 
 
-def project_out(update: Tensor, basis: Tensor) -> Tensor:
-    """ΔW (I - U Uᵀ) for `update` (out, in) and `basis` U (in, k)."""
+def project_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
+    """ΔW (I - U Uᵀ) for `update` ΔW (out, in), or (in, out) `transposed`, and `basis` U (in, k)."""
+    if transposed:
+        return update - basis @ (basis.T @ update)
     return update - (update @ basis) @ basis.T

@@ -1,12 +1,23 @@
 """Task formats and their encoding. A format is one module with a function returning `Task`s."""
 
 from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, MixedRows, Rows, encode, sample
-from agcl.tasks.task import TEST, TRAIN, Row, RowSource, Task, check_names, check_rows
+from agcl.tasks.task import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Row,
+    RowSource,
+    Task,
+    check_names,
+    check_rows,
+    is_empty,
+)
 
 __all__ = [
     "SCHEMA",
     "TEST",
     "TRAIN",
+    "VALIDATION",
     "Encoded",
     "EncodedRows",
     "MixedRows",
@@ -17,5 +28,6 @@ __all__ = [
     "check_names",
     "check_rows",
     "encode",
+    "is_empty",
     "sample",
 ]

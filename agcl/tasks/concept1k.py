@@ -38,6 +38,7 @@ def task(index: int, file: Path, *, concepts_per_task: int | None = None) -> Tas
         name=f"concepts-{index}",
         splits={split: partial(_rows, file, concepts, split) for split in (TRAIN, TEST)},
         scored={"memorization": TRAIN, "generalization": TEST},
+        memorized=True,
     )
 
 

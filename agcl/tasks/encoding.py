@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import pyarrow as pa
 import torch
@@ -27,15 +27,25 @@ class Encoded(NamedTuple):
     prompt_tokens: int
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> pa.Table:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], *, chat: bool = False
+) -> pa.Table:
     """Tokenize rows into a table of `SCHEMA`.
 
     Prompt and answer are tokenized apart, so that the prompt's tokens at training are those at
     generation; special tokens (a leading BOS, say) stand where the tokenizer puts them before the
-    prompt, and the end-of-sequence token closes the answer. Loss counts on answer and end.
+    prompt, and the end-of-sequence token closes the answer. Loss counts on answer and end. With
+    `chat` the prompt is a user's message in the tokenizer's chat template, which brings the special
+    tokens and the separation with it, so that the answer begins without white space.
     """
     rows = list(rows)
-    prompts = tokenizer([row.prompt for row in rows])["input_ids"] if rows else []
+    if chat:
+        rows = [Row(_as_message(tokenizer, row.prompt), row.answer.lstrip()) for row in rows]
+    prompts = (
+        tokenizer([row.prompt for row in rows], add_special_tokens=not chat)["input_ids"]
+        if rows
+        else []
+    )
     answers = (
         tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
         if rows
@@ -52,6 +62,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> pa.Table:
             "answer": [row.answer for row in rows],
         },
         schema=SCHEMA,
+    )
+
+
+def _as_message(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    return cast(
+        str,
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        ),
     )
 
 

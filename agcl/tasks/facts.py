@@ -75,6 +75,7 @@ def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
             for split in (TRAIN, TEST)
         },
         scored={"memorization": TRAIN, "generalization": TEST},
+        memorized=True,
     )
 
 
@@ -84,6 +85,7 @@ def base(*, entities: int, seed: int) -> Task:
         name="base",
         splits={TRAIN: partial(_base_rows, entities, seed)},
         scored={"memorization": TRAIN},
+        memorized=True,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from agcl.errors import InputError
 
-TRAIN, TEST = "train", "test"
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
 
 _LONGEST_NAME = 100
 
@@ -31,6 +31,10 @@ class Task:
     """Row streams by split; `train` is always there."""
     scored: Mapping[str, str] = field(default_factory=lambda: {TEST: TEST})
     """Evaluation set -> split that it scores; the first one is the main one."""
+    scorer: str = "exact_match"
+    """How predictions are scored, by the name in `agcl/scorers.py` or by import path."""
+    memorized: bool = False
+    """What is scored are the trained rows (or paraphrases), which nobody could answer untrained."""
 
 
 def check_names(names: list[str]) -> None:
@@ -43,17 +47,17 @@ def check_names(names: list[str]) -> None:
             raise InputError(f"task {index + 1}: name {name!r} is already used by another task")
 
 
-def check_rows(task: Task, split: str) -> int:
-    """Read one split once and return its number of rows.
+def is_empty(row: Row) -> bool:
+    """Whether a row is left out because it asks or answers nothing."""
+    return not row.prompt.strip() or not row.answer.strip()
 
-    Raises `InputError` naming the task, split and row for a row without a prompt or an answer,
-    and for a split without rows.
+
+def check_rows(task: Task, split: str) -> int:
+    """Read one split once and return its number of rows, without those that are empty.
+
+    Raises `InputError` for a row that cannot be read, and for a split without rows.
     """
-    count = 0
-    for count, row in enumerate(task.splits[split](), start=1):
-        for what, text in (("prompt", row.prompt), ("answer", row.answer)):
-            if not text.strip():
-                raise InputError(f"task {task.name}, {split} row {count}: the {what} is empty")
-    if count == 0:
-        raise InputError(f"task {task.name}: the {split} split has no rows")
-    return count
+    num_rows = sum(not is_empty(row) for row in task.splits[split]())
+    if num_rows == 0:
+        raise InputError(f"task {task.name}: the {split} split has no rows that ask and answer")
+    return num_rows

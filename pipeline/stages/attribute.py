@@ -1,27 +1,37 @@
 """Attribute: which weights carried the right answers of a task."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agcl import distributed
+from agcl import adapter, distributed
 from agcl.attribution import attribute as attribute_batches
 from agcl.batches import collate, in_order
 from agcl.importance import magnitude, permuted, random
 from agcl.lrp import attributed_linears
+from agcl.scorers import RIGHT_OR_WRONG
 from agcl.tasks import TRAIN, EncodedRows, sample
 
 from pipeline.stages.context import Context
-from pipeline.stages.train import IMPORTANCE_FILE
+from pipeline.stages.prepare import SUMMARY
+from pipeline.stages.train import ADAPTER, IMPORTANCE_FILE
 
 
 def attribute(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `importance.safetensors` for `model` on the training rows of `rows`."""
+    """Write `importance.safetensors` for `model` on the training rows of `rows`.
+
+    With an `adapter` on the model it is that of the adapter's factors.
+    """
     model = context.take_model(inputs["model"])
+    peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
+    if peft_model is not None:
+        model = peft_model.get_base_model()
     rows = EncodedRows(inputs["rows"] / f"{TRAIN}.arrow")
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
+    summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
     batches = in_order(len(chosen), config["batch_size"])
     mine = batches[distributed.rank() :: distributed.world_size()]
     estimator = config["estimator"]
@@ -33,7 +43,8 @@ def attribute(
         top_k=config["top_k"],
         rules=config["rules"],
         moments=config["moments"],
-        correct_only=config["correct_only"],
+        # Of a long answer that is scored in part, hardly any is right to the letter.
+        correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
     )
     if estimator == "magnitude":
@@ -47,4 +58,4 @@ def attribute(
         raise ValueError("every importance is zero: no relevance reached any weight")
     if context.is_first_worker:
         importance.save(out_dir / IMPORTANCE_FILE)
-    context.hold_model(model, inputs["model"])
+    context.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])

@@ -1,20 +1,25 @@
 """Evaluate: one row of the accuracy matrix, every evaluation set of every task."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from agcl import models
+from agcl import adapter, models
 from agcl.evaluate import predict, text_loss
+from agcl.generate import generate
+from agcl.scorers import TEACHER_FORCED, score, scorer_named
 from agcl.tasks import EncodedRows
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY
+from pipeline.stages.train import ADAPTER
 
 SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 
@@ -22,44 +27,36 @@ SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 def evaluate(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `scores.json`: per prepared task and evaluation set, the share of exact matches.
+    """Write `scores.json`: per prepared task and evaluation set, the mean score of its rows.
 
-    Beside it `predictions.parquet`, from which every number can be computed again: one row a
-    scored row, with `predicted` the greedy answer as far as it is right and the model's
-    teacher-forced choice after that. Inputs are `model`, `rows/<task>` and perhaps `text`, on
-    which the loss goes into `text.json`.
+    A set is scored by its task's scorer, and by each of the config's `scorers` as a set named
+    `<set>-<scorer>`. Beside it `predictions.parquet`, from which every number can be computed
+    again: one row a scored row and scorer, with `predicted` the model's greedy answer (where only
+    exact match was asked for: as far as it is right, then the teacher-forced choice). Inputs are
+    `model`, `rows/<task>`, perhaps the stage with the `adapter` to put on the model, and perhaps
+    `text`, on which the loss goes into `text.json`.
     """
     model = context.take_model(inputs["model"])
+    peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
+    if peft_model is not None:
+        model = peft_model.get_base_model()
     tokenizer = models.load_tokenizer(inputs["model"])
     scores: dict[str, dict[str, float]] = {}
     tables = []
-    tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if "/" in r}
+    tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if r.startswith("rows/")}
     for number, (task, folder) in enumerate(tasks.items(), start=1):
-        scored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scored"]
-        for name, split in scored.items():
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        scores[task] = {}
+        for name, split in summary["scored"].items():
             rows = EncodedRows(folder / f"{split}.arrow")
-            predicted = predict(
-                model, rows, batch_size=config["batch_size"], precision=config["precision"]
-            )
-            correct = [
-                ids == row.input_ids[row.prompt_tokens :]
-                for ids, row in zip(predicted, map(rows.__getitem__, range(len(rows))), strict=True)
-            ]
-            scores.setdefault(task, {})[name] = fmean(correct)
-            tables.append(
-                pa.table(
-                    {
-                        "task": [task] * len(rows),
-                        "evaluation_set": [name] * len(rows),
-                        "row": range(len(rows)),
-                        "prompt": rows.table["prompt"],
-                        "answer": rows.table["answer"],
-                        "predicted": tokenizer.batch_decode(predicted, skip_special_tokens=True),
-                        "correct": correct,
-                    }
-                )
-            )
-        context.log({f"{name}/{task}": scores[task][name] for name in scored}, number)
+            sets = {name: summary["scorer"]}
+            sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
+            texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+            for set_name, scorer in sets.items():
+                scored = _scored(scorer, texts, rows.table, exact)
+                scores[task][set_name] = fmean(scored)
+                tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
+        context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
     if "text" in inputs:
         text = inputs["text"].read_text(encoding="utf-8")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
@@ -70,4 +67,67 @@ def evaluate(
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
-    context.hold_model(model, inputs["model"])
+    context.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: EncodedRows,
+    config: Mapping[str, Any],
+    scorers: set[str],
+) -> tuple[list[str], list[bool]]:
+    """The model's answer to every row, and whether it is exactly the given one.
+
+    Only rows that are not are decoded token by token, and those only for scorers that need it.
+    """
+    options = {"batch_size": config["batch_size"], "precision": config["precision"]}
+    predicted = predict(model, rows, **options)
+    encoded = [rows[i] for i in range(len(rows))]
+    exact = [
+        ids == row.input_ids[row.prompt_tokens :]
+        for ids, row in zip(predicted, encoded, strict=True)
+    ]
+    wrong = [i for i, right in enumerate(exact) if not right]
+    if scorers != {TEACHER_FORCED} and wrong:
+        longest = max(len(row.input_ids) - row.prompt_tokens for row in encoded)
+        decoded = generate(
+            model,
+            [encoded[i].input_ids[: encoded[i].prompt_tokens] for i in wrong],
+            end=tokenizer.eos_token_id,
+            max_new_tokens=config["max_new_tokens"] or longest,
+            **options,
+        )
+        for i, ids in zip(wrong, decoded, strict=True):
+            predicted[i] = ids
+    return tokenizer.batch_decode(predicted, skip_special_tokens=True), exact
+
+
+def _scored(name: str, texts: Sequence[str], rows: pa.Table, exact: Sequence[bool]) -> list[float]:
+    """The score of every row. Raises `ValueError` for one that is no number in [0, 1]."""
+    if name == TEACHER_FORCED:
+        return [float(right) for right in exact]
+    scorer = scorer_named(name)
+    answers, prompts = rows["answer"].to_pylist(), rows["prompt"].to_pylist()
+    scored = [score(scorer, *row) for row in zip(texts, answers, prompts, strict=True)]
+    for row, value in enumerate(scored):
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            raise ValueError(f"scorer {name} gives {value} for row {row}, not a number in [0, 1]")
+    return scored
+
+
+def _predictions(
+    task: str, name: str, scorer: str, texts: list[str], rows: pa.Table, scored: list[float]
+) -> pa.Table:
+    return pa.table(
+        {
+            "task": [task] * len(texts),
+            "evaluation_set": [name] * len(texts),
+            "row": range(len(texts)),
+            "prompt": rows["prompt"],
+            "answer": rows["answer"],
+            "predicted": texts,
+            "scorer": [scorer] * len(texts),
+            "score": scored,
+        }
+    )

@@ -7,53 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from agcl import models
-from agcl.tasks import SCHEMA, Row, RowSource, Task, concept1k, encode, facts, jsonl
+from agcl.tasks import SCHEMA, Row, RowSource, encode, is_empty
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
+from pipeline.tasks import open_task
 
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
+"""Rows that are read, and text that is tokenized, at a time: what bounds memory."""
 SUMMARY = "summary.json"
-FILE_KEYS = ("file", "train", "test")
-"""Keys of a task's source that name files; in a stage they are inputs."""
-
-
-def open_task(source: Mapping[str, Any]) -> Task:
-    """The task that a stage's config describes; `format` says which other keys there are."""
-    match source["format"]:
-        case "facts":
-            return facts.task(
-                source["index"],
-                entities=source["entities"],
-                base_entities=source["base_entities"],
-                seed=source["seed"],
-            )
-        case "facts-base":
-            return facts.base(entities=source["entities"], seed=source["seed"])
-        case "concept1k":
-            return concept1k.task(
-                source["index"],
-                Path(source["file"]),
-                concepts_per_task=source["concepts_per_task"],
-            )
-        case "jsonl":
-            return jsonl.task(
-                source["name"],
-                Path(source["train"]),
-                Path(source["test"]) if source.get("test") else None,
-                prompt_key=source["prompt_key"],
-                answer_key=source["answer_key"],
-            )
-    raise ValueError(f"no task format {source['format']!r}")
+COUNTS = ("rows", "tokens", "answer_tokens", "too_long", "empty")
+"""Counts of a split: what is kept, and the rows left out by reason."""
+FILES = "file/"
+"""Prefix of the inputs that are a task's files."""
 
 
 def make_tokenizer(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
     """The built-in model's tokenizer, trained on its generic facts."""
-    rows = open_task(config["task"]).splits["train"]()
+    rows = open_task(config["task"], {}).splits["train"]()
     models.builtin_tokenizer(row.prompt + row.answer for row in rows).save_pretrained(out_dir)
 
 
@@ -62,21 +38,21 @@ def prepare(
 ) -> None:
     """Write `<split>.arrow` for every split and `summary.json` with counts.
 
-    Rows stream through Ray Data in order and are never whole in memory. Rows longer than
-    `max_length` tokens are left out and counted.
+    Rows stream through Ray Data in order and are never whole in memory. Rows without a prompt or
+    an answer, and those longer than `max_length` tokens, are left out and counted.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
-    files = {role: str(path) for role, path in inputs.items() if role in FILE_KEYS}
-    task = open_task({**config["task"], **files})
+    files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
+    task = open_task(config["task"], files, config["selection"])
     summary: dict[str, dict[str, int]] = {}
     for split, source in task.splits.items():
-        counts = {"rows": 0, "tokens": 0, "answer_tokens": 0, "left_out": 0}
+        counts = dict.fromkeys(COUNTS, 0)
         with (
             pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
-            for table in _encoded(source, tokenizer):
-                writer.write_table(_drop_long(table, config["max_length"], counts))
+            for table in _encoded(source, tokenizer, chat=config["chat_template"]):
+                writer.write_table(_usable(table, config["max_length"], counts))
                 context.log({"rows": counts["rows"]}, counts["rows"])
         if not counts["rows"]:
             raise ValueError(
@@ -84,24 +60,30 @@ def prepare(
                 "(tasks.max_length)"
             )
         summary[split] = counts
-    write_json(out_dir / SUMMARY, {"splits": summary, "scored": dict(task.scored)})
+    write_json(
+        out_dir / SUMMARY,
+        {"splits": summary, "scored": dict(task.scored), "scorer": task.scorer},
+    )
 
 
-def _encoded(source: RowSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[pa.Table]:
+def _encoded(
+    source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> Iterator[pa.Table]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.target_max_block_size = _BLOCK_BYTES
     dataset = ray.data.read_datasource(
         _source_of(partial(_blocks, source)), override_num_blocks=1
     ).map_batches(
-        partial(_encode_block, tokenizer=tokenizer),
+        partial(_encode_block, tokenizer=tokenizer, chat=chat),
         batch_format="pyarrow",
-        batch_size=_BLOCK_ROWS,
+        batch_size=None,
         num_cpus=0.5,
     )
-    for table in dataset.iter_batches(batch_format="pyarrow", batch_size=_BLOCK_ROWS):
+    for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
         yield table.cast(SCHEMA)
 
 
@@ -134,19 +116,21 @@ def _blocks(source: RowSource) -> Iterator[pa.Table]:
         )
 
 
-def _encode_block(table: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def _encode_block(table: pa.Table, tokenizer: PreTrainedTokenizerBase, chat: bool) -> pa.Table:
     texts = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
-    return encode(tokenizer, [Row(prompt, answer) for prompt, answer in texts])
+    return encode(tokenizer, [Row(prompt, answer) for prompt, answer in texts], chat=chat)
 
 
-def _drop_long(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
-    import pyarrow.compute as pc
-
-    lengths = pc.list_value_length(table["input_ids"])
-    kept = table.filter(pc.less_equal(lengths, max_length))
+def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
+    """The rows that are kept; adds to the counts."""
+    rows = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
+    filled = pa.array([not is_empty(Row(*row)) for row in rows])
+    there = table.filter(filled)
+    kept = there.filter(pc.less_equal(pc.list_value_length(there["input_ids"]), max_length))
     tokens = pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
     counts["rows"] += kept.num_rows
     counts["tokens"] += tokens
     counts["answer_tokens"] += tokens - (pc.sum(kept["prompt_tokens"]).as_py() or 0)
-    counts["left_out"] += table.num_rows - kept.num_rows
+    counts["too_long"] += there.num_rows - kept.num_rows
+    counts["empty"] += table.num_rows - there.num_rows
     return kept

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from agcl import metrics
 from agcl.importance import Importance, by_layer_and_module, overlap
+from agcl.tasks import VALIDATION
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
@@ -29,8 +30,8 @@ def report(
     are for validation.
     """
     tasks, held_out, share = config["tasks"], config["held_out"], config["validation"]
-    verdicts = [_verdicts(inputs[f"scores/{i}"], share) for i in range(len(tasks) + 1)]
-    sets = _metrics(config, [test for test, _ in verdicts])
+    scores = [_scores(inputs[f"scores/{i}"], share) for i in range(len(tasks) + 1)]
+    sets = _metrics(config, [test for test, _ in scores])
     main = config["evaluation_set"] or next(iter(sets))
     result = {
         "method": config["method"],
@@ -40,14 +41,14 @@ def report(
         **sets[main],
         "evaluation_sets": sets,
         "held_out": {
-            name: [next(iter(test[name].values())) for test, _ in verdicts] for name in held_out
+            name: [next(iter(test[name].values())) for test, _ in scores] for name in held_out
         },
     }
     texts = [inputs[f"scores/{i}"] / TEXT for i in range(len(tasks) + 1)]
     if texts[0].exists():
         result["text_loss"] = [json.loads(file.read_text("utf-8"))["loss"] for file in texts]
     if share:
-        result["validation"] = _metrics(config, [chosen_by for _, chosen_by in verdicts])
+        result["validation"] = _metrics(config, [chosen_by for _, chosen_by in scores])
     write_json(out_dir / METRICS, result)
     files = {r.removeprefix("importance/"): p for r, p in inputs.items() if "importance/" in r}
     if files:
@@ -74,28 +75,42 @@ Scores = dict[str, dict[str, float]]
 """By task, then evaluation set."""
 
 
-def _verdicts(folder: Path, share: float) -> tuple[Scores, Scores]:
-    """Exact match over the test rows, and over the rows for validation.
+def _scores(folder: Path, share: float) -> tuple[Scores, Scores]:
+    """Mean score of the test rows, and of the rows for validation.
 
-    Which is which depends on the row alone, so that it stays when others come or go.
+    A task's own validation set is for that. Of a task that has none (what it was trained on is
+    what is scored), it is a share of the rows: which ones depends on the row alone, so that it
+    stays when others come or go.
     """
-    found: dict[tuple[str, str], tuple[list[bool], list[bool]]] = {}
-    for row in pq.read_table(folder / PREDICTIONS).to_pylist():
-        digest = hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest()
-        for_validation = int.from_bytes(digest[:8], "big") < share * 2**64
-        verdicts = found.setdefault((row["task"], row["evaluation_set"]), ([], []))
-        verdicts[for_validation].append(row["correct"])
+    rows = pq.read_table(folder / PREDICTIONS).to_pylist()
+    apart = {row["task"] for row in rows if _is_validation(row["evaluation_set"])}
+    found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row["task"] in apart:
+            for_validation = _is_validation(row["evaluation_set"])
+        else:
+            digest = hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest()
+            for_validation = int.from_bytes(digest[:8], "big") < share * 2**64
+        values = found.setdefault((row["task"], row["evaluation_set"]), ([], []))
+        values[for_validation].append(row["score"])
     test: Scores = {}
     validation: Scores = {}
     for (task, name), (for_test, to_choose_by) in found.items():
-        if not for_test or (share and not to_choose_by):
+        if task not in apart and (not for_test or (share and not to_choose_by)):
             raise ValueError(
                 f"evaluation.validation: {share} leaves {name} of task {task} no row on one side; "
                 "choose another share"
             )
-        test.setdefault(task, {})[name] = fmean(for_test)
-        validation.setdefault(task, {})[name] = fmean(to_choose_by) if to_choose_by else 0.0
+        if for_test:
+            test.setdefault(task, {})[name] = fmean(for_test)
+        if to_choose_by:
+            validation.setdefault(task, {})[name] = fmean(to_choose_by)
     return test, validation
+
+
+def _is_validation(evaluation_set: str) -> bool:
+    """Also with another scorer, `validation-rouge_l`."""
+    return evaluation_set.partition("-")[0] == VALIDATION
 
 
 def _metrics(config: Mapping[str, Any], rows: list[Scores]) -> dict[str, dict[str, Any]]:

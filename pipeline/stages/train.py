@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from agcl import adapter, models
 from agcl.importance import Importance
-from agcl.lrp import attributed_linears
+from agcl.lrp import attributed_linears, stored_transposed
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
 from agcl.tasks import TRAIN, EncodedRows, MixedRows, Rows, sample
 from agcl.train import train_task
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,6 +39,15 @@ class Protection:
     before: dict[str, Tensor] = field(default_factory=dict)
     """Copies, on the CPU, of the weights that are gated or projected."""
 
+    def remember(self, model: torch.nn.Module) -> None:
+        """Keep copies of what is protected, to see later how it moved."""
+        protected = {**(self.gate or {}), **(self.basis or {})}
+        self.before = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if name in protected
+        }
+
 
 def pretrain(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
@@ -58,26 +68,30 @@ def train(
 
     Inputs named `importance/...` are protected, those named `replay/...` mixed in. With an
     adapter it is LoRA that is trained: `adapter` is the folder of one to go on with, on the
-    weights of `model`, and those named `adapter/...` are kept orthogonal to.
+    weights of `model`, and those named `adapter/...` are kept orthogonal to. Without `merge` only
+    the adapter is written.
     """
     rows = _rows(config, inputs)
     if config["adapter"]:
-        model = _train_adapter(config, inputs, out_dir, context, rows)
-    else:
-        past = [
-            Importance.load(path / IMPORTANCE_FILE if path.is_dir() else path)
-            for path in _named("importance/", inputs)
-        ]
-        model = context.take_model(inputs["model"])
-        protection = protect(model, past, config["protect"], config["seed"])
-        _freeze(model, protection, config["freeze"])
-        _fit(model, config, rows, context, protection)
-        if protection.before and context.is_first_worker:
-            write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
-        model.requires_grad_(True)
+        _train_adapter(config, inputs, out_dir, context, rows)
+        return
+    model = context.take_model(inputs["model"])
+    protection = protect(model, _past(inputs), config["protect"], config["seed"])
+    _freeze(model, protection, config["freeze"])
+    _fit(model, config, rows, context, protection)
+    if protection.before and context.is_first_worker:
+        write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
+    model.requires_grad_(True)
     if context.is_first_worker:
         models.save(model, models.load_tokenizer(inputs["model"]), out_dir)
     context.hold_model(model, context.folder)
+
+
+def _past(inputs: Mapping[str, Path]) -> list[Importance]:
+    return [
+        Importance.load(path / IMPORTANCE_FILE if path.is_dir() else path)
+        for path in _named("importance/", inputs)
+    ]
 
 
 def protect(
@@ -96,30 +110,33 @@ def protect(
                     log_scale=item["log_scale"],
                 )
             case "project":
-                basis = bases(past, energy=item["energy"])
-                random = item["directions"] == "random"
-                protection.basis = random_bases(basis, seed=seed) if random else basis
+                protection.basis = basis_of(item, past, seed)
             case "penalty":
                 protection.penalise = quadratic_penalty(
                     dict(model.named_parameters()), past, strength=item["strength"]
                 )
         if item["ungated"] == "freeze" and (item.get("strength") or item.get("energy")):
             protection.only = set(past[0].entries)
-    protected = {**(protection.gate or {}), **(protection.basis or {})}
-    protection.before = {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if name in protected
-    }
+    protection.remember(model)
     return protection
+
+
+def basis_of(item: Mapping[str, Any], past: list[Importance], seed: int) -> dict[str, Tensor]:
+    """Input directions that a projection keeps, by weight."""
+    basis = bases(past, energy=item["energy"])
+    return random_bases(basis, seed=seed) if item["directions"] == "random" else basis
 
 
 def _freeze(
     model: PreTrainedModel, protection: Protection, freeze: Mapping[str, Any] | None
 ) -> None:
-    """Leave `requires_grad` on what is trained. A layer's index is the first number in a name."""
+    """Leave `requires_grad` on what is trained. A layer's index is the first number in a name.
+
+    Where LoRA factors are attributed, only they are trained.
+    """
     layers: set[int] = set()
     attributed = set(attributed_linears(model))
+    has_factors = any(".lora_" in name for name in attributed)
     if freeze:
         half = range(model.config.num_hidden_layers // 2)
         layers = set(half if freeze["layers"] == "bottom_half" else freeze["layers"])
@@ -129,6 +146,7 @@ def _freeze(
             (protection.only is None or name in protection.only)
             and not (number and int(number[1]) in layers)
             and not (freeze and freeze["ungated"] and name not in attributed)
+            and (name in attributed or not has_factors)
         )
 
 
@@ -138,7 +156,7 @@ def _train_adapter(
     out_dir: Path,
     context: Context,
     rows: Rows,
-) -> PreTrainedModel:
+) -> None:
     settings = config["adapter"]
     start = inputs["adapter"] / ADAPTER if "adapter" in inputs else None
     peft_model = adapter.attach(
@@ -148,13 +166,39 @@ def _train_adapter(
         seed=config["seed"],
         start=start,
     )
+    model = peft_model.get_base_model()
+    past, protection = _past(inputs), Protection()
+    if settings["fresh"] and past:
+        (item,) = config["protect"]  # A projection: nothing else can be said of fresh factors.
+        protection.basis = adapter.keep_away(peft_model, basis_of(item, past, config["seed"]))
+        protection.remember(model)
+    else:
+        protection = protect(model, past, config["protect"], config["seed"])
     earlier = adapter.directions([path / ADAPTER for path in _named("adapter/", inputs)])
-    protection = Protection()
     if earlier:
         overlap = adapter.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
         protection.penalise = partial(_backward, overlap)
-    _fit(peft_model, config, rows, context, protection)
-    return adapter.detach(peft_model, out_dir / ADAPTER if context.is_first_worker else None)
+    _freeze(model, protection, config["freeze"])
+    _fit(model, config, rows, context, protection)
+    if context.is_first_worker:
+        if protection.before:
+            write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
+        adapter.save(peft_model, out_dir / ADAPTER, inputs["model"])
+    _leave(peft_model, settings["merge"], inputs["model"], out_dir, context)
+
+
+def _leave(peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context) -> None:
+    """Write the merged model, or only its tokenizer, and keep in memory what comes next."""
+    tokenizer = models.load_tokenizer(base)
+    if not merge:
+        if context.is_first_worker:
+            tokenizer.save_pretrained(out_dir)
+        context.hold_model(adapter.removed(peft_model), base)
+        return
+    model = adapter.merged(peft_model)
+    if context.is_first_worker:
+        models.save(model, tokenizer, out_dir)
+    context.hold_model(model, context.folder)
 
 
 def _backward(penalty: Callable[[], Tensor]) -> Tensor:
@@ -189,6 +233,7 @@ def _check(
         on=protection.on,
         basis=protection.basis,
         steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
+        transposed=stored_transposed(model),
     )
 
 
@@ -211,6 +256,7 @@ def _fit(
         gate=gate,
         on=protection.on,
         basis=basis,
+        transposed=stored_transposed(model) if basis else (),
     )
     train_task(
         model,

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from peft import PeftModel
-from reference import tiny
+from reference import families, tiny
 
 from agcl import adapter
+from agcl.attribution import attribute
+from agcl.batches import IGNORED, Batch
 from agcl.errors import InputError
-from agcl.lrp import attributed_linears
+from agcl.lrp import attributed_linears, relevance_backward
+from agcl.modulation import GatedAdamW, bases
 from agcl.train import train_task
 
 IDS = torch.arange(2, 10).unsqueeze(0)
@@ -64,7 +67,8 @@ def test_merged_weights_answer_as_the_adapter_did_under_the_old_names(tmp_path):
     peft_model = fitted(attached())
     adapted = logits(peft_model)
     before = [(n, p.shape) for n, p in tiny.llama().named_parameters()]
-    model = adapter.detach(peft_model, tmp_path / "adapter")
+    adapter.save(peft_model, tmp_path / "adapter", tmp_path / "base")
+    model = adapter.merged(peft_model)
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(adapted, logits(tiny.llama()), atol=1e-2)
     assert [(n, p.shape) for n, p in model.named_parameters()] == before
@@ -73,10 +77,128 @@ def test_merged_weights_answer_as_the_adapter_did_under_the_old_names(tmp_path):
     assert torch.equal(logits(plain), adapted)
 
 
+def test_removed_the_model_is_as_it_was():
+    peft_model = fitted(attached())
+    model = adapter.removed(peft_model)
+    assert torch.equal(logits(model), logits(tiny.llama()))
+    assert all(p.requires_grad for p in model.parameters())
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in tiny.llama().named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_relevance_of_the_factors_is_that_of_their_outputs(architecture, rules):
+    model = families.without_biases(families.model(architecture))
+    peft_model = adapter.attach(model, rank=3, alpha=6.0, seed=0)
+    inner = peft_model.get_base_model()
+    linears = attributed_linears(inner)
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(inner.named_parameters())
+    for name in linears:  # B begins as zero, and A would have no relevance then.
+        parameters[name].data = torch.randn(parameters[name].shape, generator=generator).double()
+    with torch.no_grad():
+        outside = logits(inner)
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda g: seen.update({name: (args[0], output, g)}))
+
+        return hook
+
+    with relevance_backward(inner, rules):
+        handles = [m.register_forward_hook(keep(n)) for n, m in linears.items()]
+        inside = inner(IDS, use_cache=False).logits
+        inside[0, -1, 7].backward()
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(inside, outside)
+    assert {n for n, p in inner.named_parameters() if p.requires_grad} == set(linears)
+    assert all(".lora_A." in name or ".lora_B." in name for name in linears)
+    if rules == "attnlrp":
+        assert seen.keys() == linears.keys()
+    for name, (x, z, g) in seen.items():
+        relevance = parameters[name] * (g.flatten(0, 1).T @ x.flatten(0, 1))
+        torch.testing.assert_close(relevance.sum(), (z * g).sum(), msg=name)
+
+
+def old_and_new_outputs(peft_model, change):
+    """The adapter's part of every layer's output for one batch, before and after a change."""
+    layers = {n: m for n, m in peft_model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    inputs = {}
+    handles = [
+        m.register_forward_pre_hook(lambda module, args, n=n: inputs.update({n: args[0]}))
+        for n, m in layers.items()
+    ]
+    logits(peft_model)
+    for handle in handles:
+        handle.remove()
+
+    def outputs():
+        with torch.no_grad():
+            return {
+                n: m.lora_B["default"](m.lora_A["default"](inputs[n])) for n, m in layers.items()
+            }
+
+    before = outputs()
+    change()
+    return before, outputs()
+
+
+def test_projection_keeps_what_the_factors_give_for_old_inputs():
+    peft_model = fitted(attached())
+    inner = peft_model.get_base_model()
+    batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
+    batch.labels[:, 4:] = IDS[:, 4:]
+    importance = attribute(inner, [batch], moments="uniform", correct_only=False)
+    basis = bases([importance], energy=1 - 1e-9)
+    free = [p for p in inner.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in free]
+
+    def train(**options):
+        named = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+        optimizer = GatedAdamW(named.items(), lr=1e-2, **options)
+        options = {"epochs": 5, "batch_size": 4, "micro_batch_size": 4, "seed": 1}
+        train_task(inner, tiny.random_rows(8, seed=3), optimizer, **options)
+        inner.eval()
+
+    kept, now = old_and_new_outputs(peft_model, lambda: train(basis=basis))
+    assert all(not torch.equal(a, b) for a, b in zip(before, free, strict=True))
+    for name in kept:
+        torch.testing.assert_close(now[name], kept[name], rtol=1e-3, atol=1e-4, msg=name)
+    was, unprotected = old_and_new_outputs(peft_model, train)
+    assert any(not torch.allclose(unprotected[n], was[n], atol=1e-2) for n in was)
+
+
+def test_a_fresh_adapter_kept_away_gives_nothing_for_old_inputs():
+    model = tiny.llama()
+    batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
+    batch.labels[:, 4:] = IDS[:, 4:]
+    importance = attribute(model, [batch], moments="uniform", correct_only=False)
+    peft_model = adapter.attach(model, rank=3, alpha=6.0, seed=0)
+    inner = peft_model.get_base_model()
+    basis = adapter.keep_away(peft_model, bases([importance], energy=1 - 1e-9))
+    named = {n: p for n, p in inner.named_parameters() if p.requires_grad}
+    assert basis.keys() < named.keys()
+    optimizer = GatedAdamW(named.items(), lr=1e-2, basis=basis)
+    options = {"epochs": 5, "batch_size": 4, "micro_batch_size": 4, "seed": 1}
+    old = logits(tiny.llama())
+    train_task(inner, tiny.random_rows(8), optimizer, **options)
+    inner.eval()
+    torch.testing.assert_close(logits(inner), old, rtol=1e-3, atol=1e-3)
+    new = torch.arange(20, 28).unsqueeze(0)
+    with torch.no_grad():
+        changed = inner(new).logits - tiny.llama()(new).logits
+    assert changed.abs().max() > 1e-2
+
+
 def test_one_goes_on_where_a_saved_adapter_ended(tmp_path):
     peft_model = fitted(attached())
     kept, adapted = factors(peft_model), logits(peft_model)
-    adapter.detach(peft_model, tmp_path)
+    adapter.save(peft_model, tmp_path, tmp_path)
     again = attached(start=tmp_path)
     assert torch.equal(logits(again), adapted)
     assert all(torch.equal(kept[n], tensor) for n, tensor in factors(again).items())
@@ -87,7 +209,7 @@ def test_one_goes_on_where_a_saved_adapter_ended(tmp_path):
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         attached(start=tmp_path)
-    adapter.detach(attached(), tmp_path)
+    adapter.save(attached(), tmp_path, tmp_path)
     with pytest.raises(InputError, match="rank 3, not 2"):
         adapter.attach(tiny.llama(), rank=2, alpha=6.0, seed=0, start=tmp_path)
 
@@ -95,7 +217,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
 @pytest.fixture
 def earlier(tmp_path):
     for seed in (0, 1):
-        adapter.detach(attached(seed), tmp_path / str(seed))
+        adapter.save(attached(seed), tmp_path / str(seed), tmp_path)
     return adapter.directions([tmp_path / "0", tmp_path / "1"])
 
 

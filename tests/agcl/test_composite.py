@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM
 
 from agcl.lrp import UnsupportedArchitecture, attributed_linears, relevance_backward
 
@@ -119,13 +119,13 @@ def test_reading_relevance_before_a_backward_is_an_error(llama):
 
 
 def test_an_unsupported_architecture_is_named():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    model = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=2))
     with (
-        pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel"),
+        pytest.raises(UnsupportedArchitecture, match="BloomForCausalLM"),
         relevance_backward(model),
     ):
         pass
-    with pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel"):
+    with pytest.raises(UnsupportedArchitecture, match="BloomForCausalLM"):
         attributed_linears(model)
 
 

@@ -120,7 +120,7 @@ def test_a_config_that_is_no_json_object_is_refused(folder, content):
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported"),
         ({"architectures": []}, "not supported"),
         ({"architectures": None}, "not supported"),
         ({"quantization_config": {"bits": 4}}, "quantised"),

@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,7 +185,22 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     for stage, work in finished.runs[label].works.items():
         assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()
-    assert not (folder / "model").readlink().is_absolute()
+    files = [file for file in (folder / "model").iterdir() if file.name != "README.md"]
+    assert files
+    assert not any(file.readlink().is_absolute() for file in files)
+
+
+def test_the_final_models_card_tells_tasks_scores_and_where_it_comes_from(finished):
+    card = (finished.folder / "gradient" / "model" / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    metrics = finished.metrics("gradient")
+    (before, first, last) = (row[0] for row in metrics["accuracy_matrix"])
+    assert f"| `harbour` | `exact_match` | 12 | {before:.3f} | {first:.3f} | {last:.3f} |" in card
+    assert f"{metrics['average_performance']:.3f}" in card
+    run_id = (finished.folder / "gradient" / "mlflow.json").read_text(encoding="utf-8")
+    assert card.split("MLflow run: `")[1].split("`")[0] in run_id
+    assert "method: agcl" in card
 
 
 def test_the_comparison_has_one_report_on_all_runs(finished):

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,6 +76,46 @@ def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method,
     assert same_bits(weights(run_method(method, *settings)), weights(run_method("sequential")))
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "same_as"),
+    [
+        ("lora_agcl", ["protect.0.energy=0"], ("lora",)),
+        ("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
+        ("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
+        ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
+    ],
+)
+def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
+    run_method, method, settings, same_as
+):
+    assert same_bits(weights(run_method(method, *settings)), weights(run_method(*same_as)))
+
+
+def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_same(run_method):
+    merged, apart = run_method("lora_agcl"), run_method("lora_agcl", "adapter.merge=false")
+    folder = apart["train/2-valley"].folder
+    assert not list(folder.glob("*.safetensors"))
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    beside = load_file(merged["train/2-valley"].folder / "adapter" / "adapter_model.safetensors")
+    assert same_bits(adapter, beside)
+    assert metrics(apart)["evaluation_sets"] == metrics(merged)["evaluation_sets"]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").merge_and_unload()
+    theirs, ours = loaded.state_dict(), weights(merged)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor)
+
+
+def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
+    works = run_method("lora", "freeze.layers=[1,3]")
+    before, after = (
+        load_file(works[stage].folder / "adapter" / "adapter_model.safetensors")
+        for stage in ("train/1-harbour", "train/2-valley")
+    )
+    for name in before:
+        inside = ".layers.1." in name or ".layers.3." in name
+        assert torch.equal(before[name], after[name]) is inside, name
+
+
 @pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
 def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
     works = run_method("freeze", f"freeze.layers={layers}")
@@ -132,10 +173,10 @@ def test_every_metric_can_be_computed_again_from_the_predictions(run_method):
     for stage in ("0-base", "1-harbour", "2-valley"):
         table = pq.read_table(works[f"evaluate/{stage}"].folder / "predictions.parquet").to_pylist()
         for row in table:
-            assert (row["predicted"] == row["answer"]) or not row["correct"]
+            assert row["predicted"] == row["answer"] or not row["score"]
         verdicts = {
             task: [
-                row["correct"]
+                row["score"]
                 for row in table
                 if row["task"] == task and row["evaluation_set"] == "memorization"
             ]

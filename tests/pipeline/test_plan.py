@@ -4,7 +4,8 @@ import pytest
 
 from pipeline import loading
 from pipeline.dag import resolve, sessions
-from pipeline.plan import plan, task_sources
+from pipeline.plan import plan
+from pipeline.tasks import sources
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
@@ -253,7 +254,7 @@ def test_a_moved_data_file_changes_nothing(jsonl, tmp_path):
 
 
 def test_the_stages_of_a_plan_name_their_task_sources(jsonl):
-    assert [source["name"] for source in task_sources(jsonl())] == ["first", "second"]
+    assert [source.name for source in sources(jsonl())] == ["first", "second"]
 
 
 def done_by(found):

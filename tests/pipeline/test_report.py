@@ -11,7 +11,7 @@ from agcl.metrics import summary
 from jobs.execution import print_comparison
 from pipeline.figures import figures
 from pipeline.report import METRICS, write_report
-from pipeline.results import RunResult, StageRecord, groups, labels
+from pipeline.results import RunResult, StageRecord, groups, labels, left_out
 
 TASKS = ["harbour", "valley", "island"]
 FEW = {"importance": False, "held_out": False, "sets": ["memorization"]}  # few figures: fast
@@ -203,6 +203,18 @@ def test_self_checks_show_the_worst(page):
     table = page(run(checks=checks, **FEW), run("gate", checks=gate, **FEW)).tables
     rows = next(t for t in table if "Leak" in t[0])
     assert rows[1:] == [["agcl", "3.0e-06", "0.200", "–"], ["gate", "–", "–", "2.00 0.50"]]
+
+
+def test_rows_that_were_used_and_left_out_are_listed(page):
+    counts = {"rows": 1200, "tokens": 36000, "answer_tokens": 2400, "too_long": 3, "empty": 2}
+    used = run(rows={"harbour": {"train": counts}}, **FEW)
+    used.metrics["scorers"] = {"harbour": "rouge_l"}
+    table = next(t for t in page(used).tables if "Loss tokens" in t[0])
+    assert table[1] == ["harbour", "rouge_l", "train", "1,200", "36,000", "2,400", "3", "2"]
+    assert left_out(used) == [
+        "harbour: of 1205 train rows left out: 3 longer than tasks.max_length, "
+        "2 without prompt or answer"
+    ]
 
 
 def test_same_method_and_seed_twice_is_not_averaged():

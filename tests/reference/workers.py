@@ -122,3 +122,11 @@ def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     ]
     distributed.sum_in_place(tensors)
     return tensors, distributed.gather(torch.tensor([mine, -mine]))
+
+
+def generated(prompts: Any, model: dict[str, Any], **options: Any) -> list[list[int]]:
+    from reference import tiny
+
+    from agcl.generate import generate
+
+    return generate(tiny.llama(**model), prompts, **options)

@@ -1,0 +1,66 @@
+"""The classification sets of the O-LoRA benchmark (Wang 2023, arXiv 2310.14152).
+
+Layout: `<root>/instruction_config.json` (an instruction a type of task) and
+`<root>/<type>/<set>/{train,test,labels}.json`, rows `{"label", "sentence"}`.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+from agcl.tasks import records
+from agcl.tasks.task import TEST, TRAIN, Row, Task
+
+INSTRUCTIONS, LABELS = "instruction_config.json", "labels.json"
+NO_LABEL = "-"
+"""What MNLI and SNLI write where the annotators did not agree; such a row has no answer."""
+
+
+def folders(root: Path) -> dict[str, Path]:
+    """The folder of every set, by its name. Raises `InputError` where there is none."""
+    if not (root / INSTRUCTIONS).is_file():
+        raise InputError(f"tasks.path: no {INSTRUCTIONS} in {root}")
+    found = {file.parent.name: file.parent for file in sorted(root.glob(f"*/*/{LABELS}"))}
+    if not found:
+        raise InputError(f"tasks.path: no <type>/<set>/{LABELS} in {root}")
+    return found
+
+
+def task(name: str, type: str, files: Mapping[str, Path]) -> Task:
+    """One set; files are `train`, `test`, `labels` and `instructions`."""
+    sources = {split: partial(_rows, type, dict(files), split) for split in (TRAIN, TEST)}
+    return Task(name, sources, scorer="normalised_exact_match")
+
+
+def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
+    labels = _labels(files["labels"])
+    instruction = _instruction(files["instructions"], type)
+    head = f"{instruction}Option: {', '.join(labels)} \n"
+    for place, record in records.read(files[split], "json"):
+        label, sentence = (records.text(record, key, place) for key in ("label", "sentence"))
+        if label == NO_LABEL:
+            label = ""
+        elif label not in labels:
+            raise InputError(f"{place}: label {label!r} is not in {files['labels']}")
+        yield Row(f"{head}{sentence}\nAnswer:", f" {label}".rstrip())
+
+
+def _labels(file: Path) -> list[str]:
+    labels = records.read_json(file)
+    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
+        raise InputError(f"{file}: not a JSON list of labels")
+    return labels
+
+
+def _instruction(file: Path, type: str) -> str:
+    """The type's first instruction; the file has one each."""
+    by_type: Any = records.read_json(file)
+    try:
+        instruction = by_type[type][0]["instruction"]
+    except (KeyError, IndexError, TypeError):
+        raise InputError(f"{file}: no instruction for tasks of type {type!r}") from None
+    if not isinstance(instruction, str):
+        raise InputError(f"{file}: the instruction of type {type!r} is not text")
+    return instruction

@@ -1,0 +1,103 @@
+"""Tasks from Hugging Face `datasets`: a local folder, or a name on the hub."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+from agcl.tasks.task import TEST, TRAIN, Row, Task
+from agcl.tasks.template import render
+
+
+def task(
+    name: str,
+    path: str,
+    splits: Mapping[str, str],
+    *,
+    subset: str | None,
+    revision: str | None,
+    prompt: str,
+    answer: str,
+    scorer: str = "exact_match",
+) -> Task:
+    """A task of a data set's splits, given for `train` and perhaps `test` and `validation`.
+
+    `path` is a folder (of data files, or written by `save_to_disk`) or a name on the hub, `subset`
+    its configuration. `prompt` and `answer` are templates over its columns; a class label stands
+    for its name. Without test rows the training rows are scored.
+    """
+    sources = {
+        ours: partial(_rows, path, subset, revision, theirs, prompt, answer)
+        for ours, theirs in splits.items()
+    }
+    return Task(
+        name=name,
+        splits=sources,
+        scored={TEST: TEST} if TEST in splits else {"memorization": TRAIN},
+        scorer=scorer,
+        memorized=TEST not in splits,
+    )
+
+
+def _rows(
+    path: str, subset: str | None, revision: str | None, split: str, prompt: str, answer: str
+) -> Iterator[Row]:
+    from datasets import ClassLabel
+
+    dataset = _load(path, subset, revision, split)
+    names: dict[str, Callable[[int], str]] = {
+        column: feature.int2str
+        for column, feature in dataset.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+    try:
+        for number, record in enumerate(dataset, start=1):
+            place = f"{path}, {split} row {number}"
+            yield _row(dict(record), names, prompt, answer, place)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}, {split}: {_reason(error)}") from None
+
+
+def _row(
+    record: dict[str, Any],
+    names: Mapping[str, Callable[[int], str]],
+    prompt: str,
+    answer: str,
+    place: str,
+) -> Row:
+    for column, name in names.items():
+        try:
+            record[column] = name(record[column])
+        except (ValueError, TypeError):  # -1 and None stand for no label.
+            record[column] = None
+    return Row(render(prompt, record, place), render(answer, record, place))
+
+
+def _load(path: str, subset: str | None, revision: str | None, split: str) -> Any:
+    """The split, memory-mapped by `datasets`; no script of a data set is ever run."""
+    import datasets
+    from huggingface_hub.errors import HFValidationError
+
+    datasets.disable_progress_bars()
+    try:
+        if (Path(path) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(path)[split]
+        if (Path(path) / "state.json").is_file():
+            return datasets.load_from_disk(path)
+        return datasets.load_dataset(path, subset, split=split, revision=revision)
+    except KeyError:
+        raise InputError(f"{path}: no split {split!r}") from None
+    except (ConnectionError, FileNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"{path}: no such folder, and not to be had from the hub ({_reason(error)}); "
+            "HF_HUB_OFFLINE=0 lets agcl download"
+        ) from None
+    except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path}, {split}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,36 @@
+"""Templates of prompts and answers: text with columns in braces, `{question}\\nAnswer:`."""
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from agcl.errors import InputError
+from agcl.tasks.records import text
+
+
+def columns(template: str) -> list[str]:
+    """The columns that a template names. Raises `InputError` for one that cannot be read."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r}: {error}; write {{{{ for a brace") from None
+    found = []
+    for _, column, format_spec, conversion in parts:
+        if column == "" or format_spec or conversion:
+            raise InputError(f"template {template!r}: only {{column}} can stand in braces")
+        if column is not None:
+            found.append(column)
+    return found
+
+
+def render(template: str, record: Mapping[str, Any], place: str) -> str:
+    """Fill in a record's columns; `InputError` naming place and column where one is missing.
+
+    What stands in braces is a column's whole name: no attribute of a value can be reached.
+    """
+    filled = []
+    for literal, column, _, _ in Formatter().parse(template):
+        filled.append(literal)
+        if column is not None:
+            filled.append(text(record, column, place))
+    return "".join(filled)

@@ -1,0 +1,65 @@
+"""`agcl tasks`: what every task is made of, as it will be trained on and scored."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_LONGEST = 600
+"""Characters of a prompt that are shown."""
+
+
+def main(arguments: argparse.Namespace, command: str) -> int:
+    """Prepare the tasks where they are not (a run then finds them done) and print them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from agcl import models
+    from agcl.tasks import TRAIN, EncodedRows
+    from pipeline import loading
+    from pipeline.run import open_run, prepare_tasks, summaries
+    from pipeline.runner import StageFailed
+
+    console = Console(highlight=False)
+    run = open_run(loading.load(arguments.config, arguments.settings))
+    try:
+        prepare_tasks(run, console)
+    except StageFailed as failure:
+        Console(stderr=True, soft_wrap=True).print(f"agcl: {failure} (log: {failure.log})")
+        return 1
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("task")
+    table.add_column("rows")
+    for column in ("number", "tokens", "loss tokens", "too long", "empty"):
+        table.add_column(column, justify="right")
+    prepared = summaries(run)
+    for task, summary in prepared.items():
+        for split, counts in summary["splits"].items():
+            keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
+            table.add_row(task, split, *(f"{counts[key]:,}" for key in keys))
+    console.print(table)
+    for task in run.plan.tasks:
+        work = run.works[f"prepare/{task}"]
+        tokenizer = models.load_tokenizer(work.inputs["tokenizer"])
+        rows = EncodedRows(work.folder / f"{TRAIN}.arrow")
+        scorer = prepared[task]["scorer"]
+        console.print(f"[bold]{task}[/]: scored by {scorer}; the loss counts between » and «")
+        for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+            ids, prompt_tokens = rows[index]
+            prompt = tokenizer.decode(ids[:prompt_tokens])
+            example = _example(prompt, tokenizer.decode(ids[prompt_tokens:]))
+            console.print(f"[dim]row {index + 1}[/]")
+            console.print(example, soft_wrap=True)
+    return 0
+
+
+def _example(prompt: str, answer: str) -> "Text":
+    from rich.text import Text
+
+    if len(prompt) > _LONGEST:
+        half = _LONGEST // 2
+        left_out = len(prompt) - 2 * half
+        prompt = f"{prompt[:half]} … {left_out} characters … {prompt[-half:]}"
+    return Text.assemble(prompt, ("»", "dim"), (answer, "green"), ("«", "dim"))

@@ -1,0 +1,81 @@
+"""Which rows are trained on, scored, or kept for validation."""
+
+import pytest
+
+from agcl.tasks import TEST, TRAIN, VALIDATION, Row, Task
+from agcl.tasks.choice import select
+
+
+def row(i):
+    return Row(f"prompt {i}", f"answer {i % 3}")
+
+
+def task(numbers=range(1000), **options):
+    train, test = [row(i) for i in numbers], [row(i) for i in range(5000, 5400)]
+    return Task("t", {TRAIN: lambda: iter(train), TEST: lambda: iter(test)}, **options)
+
+
+def chosen(task, split=TRAIN, **options):
+    settings = {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0, **options}
+    found = select(task, **settings)
+    return list(found.splits[split]())
+
+
+def test_nothing_asked_for_changes_nothing():
+    assert chosen(task()) == [row(i) for i in range(1000)]
+
+
+def test_validation_rows_are_not_trained_on_and_none_is_lost():
+    train, held = (chosen(task(), split, validation=0.3) for split in (TRAIN, VALIDATION))
+    assert not set(train) & set(held)
+    assert sorted([*train, *held], key=str) == sorted(map(row, range(1000)), key=str)
+    assert 240 < len(held) < 360
+
+
+def test_added_rows_move_none_to_the_other_side():
+    few = set(chosen(task(range(0, 1000, 2)), VALIDATION, validation=0.3))
+    more = set(chosen(task(), VALIDATION, validation=0.3))
+    assert few == {each for each in more if each in {row(i) for i in range(0, 1000, 2)}}
+
+
+def test_another_seed_chooses_other_rows():
+    first, second = (chosen(task(), VALIDATION, validation=0.3, seed=seed) for seed in (0, 1))
+    assert first != second
+
+
+def test_validation_is_a_scored_set_and_the_tasks_own_split_comes_first():
+    own = task()
+    own.splits[VALIDATION] = lambda: iter([row(7000)])
+    found = select(own, train_rows=None, test_rows=None, validation=0.1, seed=0)
+    assert dict(found.scored) == {TEST: TEST, VALIDATION: VALIDATION}
+    assert list(found.splits[VALIDATION]()) == [row(7000)]
+    assert len(list(found.splits[TRAIN]())) == 1000
+    assert (
+        VALIDATION not in select(own, train_rows=None, test_rows=None, validation=0, seed=0).splits
+    )
+
+
+@pytest.mark.parametrize("limit", [1, 10, 999, 5000])
+def test_a_cut_keeps_that_many_rows_in_their_order(limit):
+    found = chosen(task(), train_rows=limit)
+    assert len(found) == min(limit, 1000)
+    numbers = [int(each.prompt.split()[1]) for each in found]
+    assert numbers == sorted(numbers)
+    if 10 <= limit < 1000:
+        assert numbers != list(range(limit))
+
+
+def test_a_larger_cut_holds_the_smaller_one():
+    assert set(chosen(task(), train_rows=50)) < set(chosen(task(), train_rows=100))
+
+
+def test_a_cut_of_what_validation_left_is_unbiased():
+    # With one seed for both, the rows left over would all have high positions.
+    train = chosen(task(), train_rows=100, validation=0.5)
+    assert len(train) == 100
+    assert len(chosen(task(), VALIDATION, validation=0.5, test_rows=20)) == 20
+    assert len(chosen(task(), TEST, test_rows=20)) == 20
+
+
+def test_equal_rows_do_not_make_a_cut_larger():
+    assert len(chosen(task([1] * 10 + [2] * 10), train_rows=5)) == 5

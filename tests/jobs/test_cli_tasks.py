@@ -1,0 +1,133 @@
+"""Task files as a user brings them: what is refused, and what `agcl tasks` shows."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from reference import trace_files
+
+from jobs import cli
+from pipeline import loading
+from pipeline.inputs import check_inputs
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    """Good files in the layouts of TRACE, the O-LoRA benchmark, and a table of two columns."""
+    trace_files.write(tmp_path / "trace", rows=3)
+    folder = tmp_path / "cl" / "SC" / "films"
+    folder.mkdir(parents=True)
+    (tmp_path / "cl" / "instruction_config.json").write_text('{"SC": [{"instruction": "Which?"}]}')
+    (folder / "labels.json").write_text('["Good", "Bad"]')
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text('[{"label": "Good", "sentence": "fine"}]')
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("q,a\nWho?,Me\n")
+    pq.write_table(pa.table({"q": ["Who?"], "a": ["Me"]}), tmp_path / "table.parquet")
+    (tmp_path / "lines.jsonl").write_text('{"q": "Who?", "a": "Me"}\n')
+    return tmp_path
+
+
+def formats(folder):
+    """A good `tasks` section of every format that reads files of the user's."""
+    rendered = {"prompt": "{q}", "answer": "{a}"}
+    one = {"name": "one", **rendered}
+    return {
+        "trace": {"path": folder / "trace"},
+        "cl_benchmark": {"path": folder / "cl", "sequence": ["films"]},
+        "parquet": {"sequence": [{**one, "train": folder / "table.parquet"}]},
+        "jsonl": {"sequence": [{**one, "train": folder / "lines.jsonl"}]},
+        "huggingface": {"sequence": [{"path": folder / "table", "test": None, **rendered}]},
+    }
+
+
+def section(folder, format, **changes):
+    found = {"format": format, **formats(folder)[format], **changes}
+    return json.loads(json.dumps(found, default=str))
+
+
+def test_the_good_files_of_every_format_pass(benchmarks):
+    for format in formats(benchmarks):
+        check_inputs(loading.validate({"tasks": section(benchmarks, format), "method": "solo"}))
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "content", "said"),
+    [
+        ("trace", "trace/FOMC/train.json", b"[{", "FOMC/train.json, line 1: not JSON"),
+        ("trace", "trace/FOMC/test.json", b"", "FOMC/test.json, line 1: not JSON"),
+        ("trace", "trace/Py150/test.json", b"{}", "Py150/test.json: not a JSON list"),
+        ("trace", "trace/Py150/test.json", b"[]", "Py150: the test split has no rows"),
+        ("trace", "trace/Py150/test.json", b'["\xff"]', "test.json: not UTF-8"),
+        ("trace", "trace/FOMC/train.json", b'[{"prompt": "a"}]', "row 1: no column 'answer'"),
+        ("cl_benchmark", "cl/SC/films/train.json", b"[[]]", "train.json, row 1: a list"),
+        ("cl_benchmark", "cl/SC/films/train.json", b"", "train.json, line 1: not JSON"),
+        (
+            "cl_benchmark",
+            "cl/SC/films/test.json",
+            b'[{"label": "Fair", "sentence": "so so"}]',
+            "films/test.json, row 1: label 'Fair' is not in",
+        ),
+        ("cl_benchmark", "cl/SC/films/labels.json", b"{", "labels.json, line 1: not JSON"),
+        ("cl_benchmark", "cl/instruction_config.json", b"{}", "no instruction"),
+        ("parquet", "table.parquet", b"PAR1", "table.parquet: not readable as Parquet"),
+        ("parquet", "table.parquet", b"", "table.parquet: not readable as Parquet"),
+        ("jsonl", "lines.jsonl", b"", "one: the train split has no rows"),
+        ("jsonl", "lines.jsonl", b'{"q": "a", "a": "\xff"}', "lines.jsonl, line 1: not UTF-8"),
+        ("jsonl", "lines.jsonl", b'{"q": "a", "a": null}', "line 1: 'a' is null, not text"),
+        ("huggingface", "table/train.csv", b"", "table"),
+        ("huggingface", "table/train.csv", b"q,a\n\xff,\xfe\n", "table"),
+        ("huggingface", "table/train.csv", b"q,b\nWho?,Me\n", "row 1: no column 'a'"),
+    ],
+)
+def test_a_malformed_file_is_named_and_nothing_is_written(
+    refused, benchmarks, format, file, content, said
+):
+    (benchmarks / file).write_bytes(content)
+    assert said in refused({"tasks": section(benchmarks, format), "method": "sequential"})
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "said"),
+    [
+        ("trace", {"sequence": ["FOMC", "Fomc"]}, "tasks.sequence.1: "),
+        ("trace", {"order": 3}, "tasks.order: "),
+        ("trace", {"path": "nowhere"}, "nowhere/C-STANCE/train.json"),
+        ("cl_benchmark", {"sequence": ["films", "IMDB"]}, "no set 'IMDB' (there are films)"),
+        ("cl_benchmark", {"path": "nowhere"}, "tasks.path: no instruction_config.json"),
+        ("parquet", {"sequence": [{"name": "a", "train": "none.parquet"}]}, "none.parquet"),
+        ("jsonl", {"sequence": [{"path": "nowhere"}]}, "tasks.sequence: no folder"),
+        ("jsonl", {"sequence": [{"path": "a", "train": "b"}]}, "either path or train"),
+        ("jsonl", {"sequence": [{"train": "b"}]}, "tasks.sequence.0.name"),
+        ("jsonl", {"prompt": "{q"}, "tasks.prompt: "),
+        ("huggingface", {"sequence": [{"path": "no body/at all"}]}, "no body/at all"),
+        ("huggingface", {"chat_template": True}, "tasks.chat_template: "),
+    ],
+)
+def test_a_bad_task_section_is_one_line_and_nothing_is_written(
+    refused, benchmarks, format, changes, said
+):
+    tasks = section(benchmarks, format, **changes)
+    assert said in refused({"tasks": tasks, "method": "sequential"})
+
+
+@pytest.mark.ray
+def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmarks, capsys):
+    rows = [{"q": f"Who is {i}?", "a": f" Me, [{i}]"} for i in range(9)]
+    long = {"q": "Who? " * 300, "a": "Me"}
+    (benchmarks / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, long]))
+    file = benchmarks / "config.yaml"
+    tasks = section(benchmarks, "jsonl", max_length=100)
+    storage = benchmarks / "storage"
+    file.write_text(json.dumps({"method": "sequential", "tasks": tasks, "storage": str(storage)}))
+    assert cli.main(["tasks", str(file)]) == cli.OK
+    shown = capsys.readouterr().out
+    counts = next(line.split() for line in shown.splitlines() if line.startswith(" one"))
+    assert [counts[i] for i in (0, 1, 2, 5, 6)] == ["one", "train", "9", "1", "0"]
+    for i in (0, 4, 8):
+        assert f"Who is {i}?» Me, [{i}]<end>«" in shown
+    assert [path.name for path in storage.iterdir()] == ["stages"]
+    assert cli.main(["plan", str(file)]) == cli.OK
+    planned = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in planned if "prepare/one" in line] == ["done"]
