@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    from jobs import compare, plan, report, run, tasks, ui
+    from jobs import compare, plan, report, run, search, tasks, ui
 
     _add(commands, "run", run.main, "one method over one sequence", config=True)
     sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
@@ -89,6 +89,20 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="tuning budget a method: its defaults, and so many more learning rates (and values of "
         "its own knob), chosen on validation rows with a seed of their own (default: no tuning)",
+    )
+    sub = _add(commands, "search", search.main, "find the best scaling of importances", config=True)
+    sub.add_argument(
+        "--trials",
+        type=_positive,
+        default=12,
+        help="points to try, the config as it is among them (default: %(default)s); the config's "
+        "section search says what is varied, and by default the scaling and the learning rate are",
+    )
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a search that was interrupted (the same command without it does too, but "
+        "starts one where there is none)",
     )
     _add(
         commands,

@@ -4,6 +4,7 @@ A stage writes into `<folder>.part`, which is renamed to `<folder>` once `manife
 The manifest records what the folder was made from and the hash of every file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +96,28 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file() or file_hash(file) != entry["sha256"]:
             raise CorruptArtifact(_corrupt(folder, f"{name} is not what was written"))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the right to make an artifact, after waiting for whoever is at it.
+
+    A lock on `<folder>.lock`, which the end of the process frees however it comes.
+    """
+    file = folder.with_name(folder.name + ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                break
+        os.close(descriptor)  # Whoever held it has removed the file: take a new one.
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextmanager

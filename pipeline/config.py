@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.search_config import Search
 from pipeline.section import Positive, Section, Share
 from pipeline.task_config import FactsTasks, TaskFormat
 
@@ -160,6 +161,8 @@ class Evaluation(Section):
 
     batch_size: Positive = 64
     precision: Precision = "float32"
+    rows: Literal["all", "validation"] = "all"
+    """Score all rows, or (a search's trials do) only those that `validation` sets apart."""
     set: str | None = None
     """Evaluation set of the headline metrics; null takes the format's first."""
     scorers: tuple[str, ...] = ()
@@ -222,6 +225,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
+    search: Search = Search()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -236,6 +240,10 @@ class Config(Section):
             raise ValueError("protect: method agcl needs at least one protection")
         if self.adapter:
             self._check_adapter(self.adapter)
+        if self.evaluation.rows == "validation" and not self.evaluation.validation:
+            raise ValueError(
+                "evaluation.validation: must be set where evaluation.rows is validation"
+            )
         if self.name in RESERVED_NAMES:
             raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
         kinds = [item.kind for item in self.protect]

@@ -48,7 +48,7 @@ class Plot:
 
 def figures(runs: Sequence[RunResult]) -> dict[str, bytes]:
     """Draw every figure of these runs: file name -> PNG bytes."""
-    return {plot.file: _png(plot.draw()) for plot in plots(runs)}
+    return {plot.file: png(plot.draw()) for plot in plots(runs)}
 
 
 def plots(runs: Sequence[RunResult]) -> list[Plot]:
@@ -139,7 +139,7 @@ def _heat_map(
     numbers = len(tasks) <= MOST_CELL_NUMBERS
     cell = min(0.56, max(0.12, 3.6 / len(tasks)))  # inches; two heat maps fit side by side
     height = max(0.62 * cell, 0.16)
-    figure = _new(1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values))
+    figure = new_figure(1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values))
     axes = figure.subplots()
     image = axes.imshow(np.maximum(values, 1e-9), cmap=colours, norm=norm, aspect="auto")
     axes.set_yticks(range(len(values)), [*top, *names])
@@ -148,7 +148,7 @@ def _heat_map(
     axes.set_xticks(range(len(names)), columns, rotation=40 if steep else 0)
     for tick in axes.get_xticklabels() if steep else []:
         tick.set(ha="right", rotation_mode="anchor")
-    _plain(axes)
+    plain(axes)
     _title(axes, title)
     for (row, column), value in np.ndenumerate(values) if numbers else ():
         colour = "white" if norm(max(value, 1e-9)) > 0.6 else INK
@@ -212,7 +212,7 @@ def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -
 
 def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Figure:
     """Learned against kept, with intervals where there are several seeds."""
-    figure = _new(7.2, 4.2)
+    figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     for i, (label, (learned, kept)) in enumerate(points.items()):
@@ -227,7 +227,7 @@ def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Fi
     axes.set_xlabel("learned: mean score right after training", fontsize=8, color=INK)
     axes.set_ylabel("kept: mean score at the end", fontsize=8, color=INK)
     axes.grid(color="#d8dee4", linewidth=0.6)
-    _plain(axes)
+    plain(axes)
     figure.legend(loc="outside right upper", fontsize=7.5, frameon=False, labelcolor=INK)
     return figure
 
@@ -268,13 +268,13 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figu
     """Lay out panels of that size, in inches, which share their axes; the page bounds the width."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = _new(min(10.6, 0.7 + width * columns), 0.8 + height * rows)
+    figure = new_figure(min(10.6, 0.7 + width * columns), 0.8 + height * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for i, axes in enumerate(panels):
         axes.set_visible(i < count)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelbottom=i >= count - columns)
-        _plain(axes)
+        plain(axes)
     return figure, list(panels[:count])
 
 
@@ -295,7 +295,8 @@ def _colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str
     return bar.ax
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Leave out frame and ticks."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=7.5, labelcolor=INK)
 
@@ -315,13 +316,15 @@ def _colour(index: int) -> tuple[float, float, float, float]:
     return matplotlib.colormaps["tab20"]((2 * index) % 20 + (index // 10) % 2)
 
 
-def _new(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches wide and high."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
     buffer = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name beyond the font: boxes

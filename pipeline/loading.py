@@ -62,6 +62,14 @@ def validate(raw: Mapping[str, Any]) -> Config:
         raise InputError("; ".join(_explain(e) for e in inner)) from None
 
 
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values under some dotted keys. Raises `InputError` naming the key."""
+    raw = config.model_dump(mode="json")
+    for key, value in settings.items():
+        _set(raw, key, value)
+    return validate(raw)
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -80,7 +88,11 @@ def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
 
 
 _KINDS = ("kind", "format")
-_FORMATS = "'facts', 'concept1k', 'trace', 'cl_benchmark', 'jsonl', 'parquet', 'huggingface'"
+_CHOICES = {
+    "kind": "'gate', 'penalty', 'project'",
+    "format": "'facts', 'concept1k', 'trace', 'cl_benchmark', 'jsonl', 'parquet', 'huggingface'",
+    "type": "'uniform', 'loguniform', 'int', 'choice'",
+}
 
 
 def _order(key: str) -> tuple[bool, bool]:
@@ -144,16 +156,16 @@ def _item(items: list[Any], part: str, key: str) -> Any:
 
 def _explain(error: Any) -> str:
     """One pydantic error as `key.path: what is wrong`."""
-    # pydantic puts the chosen kind into the path: after `tasks`, and after an item of `protect`.
+    # pydantic puts the chosen kind into the path: after `tasks`, an item of `protect` or a key of
+    # `search.space`.
     where = error["loc"]
-    tag = {"tasks": 1, "protect": 2}.get(str(where[0]) if where else "", 0)
+    tag = {"tasks": 1, "protect": 2, "search": 3}.get(str(where[0]) if where else "", 0)
     parts = [str(part) for index, part in enumerate(where) if not (tag and index == tag)]
     key = ".".join(parts)
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         kind = str(error["ctx"]["discriminator"]).strip("'")
         given = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
-        choices = "one of 'gate', 'penalty', 'project'" if kind == "kind" else "one of " + _FORMATS
-        return f"{key}.{kind}: must be {choices}{given}"
+        return f"{key}.{kind}: must be one of {_CHOICES[kind]}{given}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
         return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")

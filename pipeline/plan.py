@@ -313,6 +313,7 @@ def _evaluate(
             "scorers": list(config.evaluation.scorers),
             "max_new_tokens": config.evaluation.max_new_tokens,
             **({"text_tokens": config.evaluation.text_tokens} if text else {}),
+            **_only_validation(config, validation=config.evaluation.validation),
         },
         inputs={
             **looked_at,
@@ -322,6 +323,11 @@ def _evaluate(
         session=session,
         train=True,
     )
+
+
+def _only_validation(config: Config, **settings: Any) -> dict[str, Any]:
+    """Settings of a run whose test rows are left alone."""
+    return settings if config.evaluation.rows == "validation" else {}
 
 
 def _report(
@@ -342,6 +348,7 @@ def _report(
             "held_out": held_out,
             "evaluation_set": config.evaluation.set,
             "validation": config.evaluation.validation,
+            **_only_validation(config, only_validation=True),
         },
         inputs={
             **{f"scores/{i}": stage for i, stage in enumerate(scores)},

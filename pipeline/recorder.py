@@ -1,7 +1,7 @@
 """Passes what happens in a run on to MLflow while it happens."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +20,7 @@ _LARGEST_COPY = 256 * 2**20
 
 
 class Recording:
-    """The MLflow side of one execution: its runs and, for several, the comparison above them.
+    """The MLflow side of one execution: its runs and, for several, the one above them.
 
     Does nothing without a tracker. When MLflow fails it says so through `warn` and the run goes
     on without: running it again records what is missing.
@@ -29,27 +29,60 @@ class Recording:
     def __init__(
         self,
         tracker: Tracker | None,
-        runs: Mapping[str, Run],
         folder: Path,
         title: str,
         warn: Callable[[str], None],
+        *,
+        kind: str | None,
+        parent: str | None = None,
     ) -> None:
-        self.tracker, self.warn = tracker, warn
+        """`kind` is that of a run above all others (`comparison`, `search`), remembered in `folder`
+        and continued; None goes without, or below the run `parent`."""
+        self.tracker, self.warn, self.title = tracker, warn, title
         self.recorders: dict[str, _Recorder] = {}
-        self.comparison: str | None = None
-        if tracker is not None:
+        self.own: str | None = None
+        self.parent = parent
+        if tracker is not None and kind is not None:
             with self._surviving():
-                self._start(tracker, runs, folder, title)
+                self.own = tracker.resume(folder) or tracker.start(title, {"kind": kind}, parent)
+                self.parent = self.own
+                tracker.remember(folder, self.own)
 
-    def _start(self, tracker: Tracker, runs: Mapping[str, Run], folder: Path, title: str) -> None:
-        if len(runs) > 1:
-            known = tracker.resume(folder)
-            self.comparison = known or tracker.start(title, {"kind": "comparison"})
-            tracker.remember(folder, self.comparison)
-        for label, run in runs.items():
-            name = label if len(runs) > 1 else title
-            self.recorders[label] = _Recorder(tracker, name, run, self.comparison)
-            self.recorders[label].reuse()
+    def add(
+        self,
+        label: str,
+        run: Run,
+        *,
+        name: str | None = None,
+        kind: str = "sequence",
+        without: Collection[str] = (),
+    ) -> None:
+        """Open the MLflow run of a run, with what is complete of it.
+
+        It is called as its label or by `name`; `without` names stages that are left out of it.
+        """
+        with self._surviving():
+            if self.tracker is not None:
+                recorder = _Recorder(self.tracker, name or label, run, self.parent, kind, without)
+                self.recorders[label] = recorder
+                recorder.catch_up(reused=True)
+
+    def catch_up(self, label: str) -> None:
+        """Record the stages of a run that were finished since, by a process not observed here."""
+        with self._surviving():
+            if label in self.recorders:
+                self.recorders[label].catch_up(reused=False)
+
+    def end(
+        self, label: str, metrics: Mapping[str, float], *, status: str = "FINISHED", error: str = ""
+    ) -> None:
+        """Log some last metrics of a run and close it."""
+        with self._surviving():
+            if label in self.recorders:
+                recorder = self.recorders.pop(label)
+                if metrics:
+                    recorder.tracker.metrics(recorder.parent, [{"step": 0, **metrics}])
+                recorder.tracker.end(recorder.parent, status, error)
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -77,44 +110,57 @@ class Recording:
             if label in self.recorders:
                 self.recorders[label].finish(metrics, files)
 
-    def finish_comparison(self, files: Mapping[str, Content]) -> None:
-        """Log files on the whole comparison, and close its run."""
+    def finish(
+        self, files: Mapping[str, Content], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Log files and metrics on the run above all others, and close it."""
         with self._surviving():
-            if self.tracker is not None and self.comparison is not None:
-                self.tracker.artifacts(self.comparison, files)
-                self.tracker.end(self.comparison)
+            if self.tracker is not None and self.own is not None:
+                if metrics:
+                    self.tracker.metrics(self.own, [{"step": 0, **metrics}])
+                self.tracker.artifacts(self.own, files)
+                self.tracker.end(self.own)
 
     def abort(self, status: str, error: str) -> None:
         """Close what is open as FAILED or KILLED."""
         with self._surviving():
             for recorder in self.recorders.values():
                 recorder.abort(status, error)
-            if self.tracker is not None and self.comparison is not None:
-                self.tracker.end(self.comparison, status, error)
+            if self.tracker is not None and self.own is not None:
+                self.tracker.end(self.own, status, error)
 
 
 class _Recorder:
     """The MLflow side of one run: its parent run and one child a stage."""
 
-    def __init__(self, tracker: Tracker, name: str, run: Run, group: str | None) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        run: Run,
+        above: str | None,
+        kind: str,
+        without: Collection[str],
+    ) -> None:
         """Continue the run's MLflow run if its folder knows one, else start it."""
-        self.tracker, self.plan, self.works = tracker, run.plan, run.works
+        self.tracker, self.plan = tracker, run.plan
+        self.works = {stage: work for stage, work in run.works.items() if stage not in without}
         self.folder = run.folder
         self.register_as = run.config.tracking.register_model
-        tags = {"kind": "sequence", "method": run.config.method, "seed": str(run.config.seed)}
-        self.parent = tracker.resume(run.folder) or tracker.start(name, tags, group)
+        tags = {"kind": kind, "method": run.config.method, "seed": str(run.config.seed)}
+        self.parent = tracker.resume(run.folder) or tracker.start(name, tags, above)
         tracker.remember(run.folder, self.parent)
         tracker.params(self.parent, run.config.model_dump(mode="json"))
         tracker.artifacts(self.parent, {"config.yaml": run.folder / "config.yaml"})
         self.known = tracker.children(self.parent)
         self.open: dict[str, str] = {}
 
-    def reuse(self) -> None:
+    def catch_up(self, *, reused: bool) -> None:
         """Record every stage that is complete and that MLflow does not know as finished."""
         for stage, work in self.works.items():
             recorded = self.known.get(work.fingerprint, ("", False))[1]
             if not recorded and work.is_complete():
-                child = self._start(stage, {"reused": "true"})
+                child = self._start(stage, {"reused": "true"} if reused else {})
                 lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
                 self.tracker.metrics(child, [json.loads(line) for line in lines])
                 self._finish(stage)

@@ -34,7 +34,7 @@ from pipeline.tracking import Content, Tracker
 CONFIG_FILE, REPORT_FILE = "config.yaml", "report.html"
 REPORTS_EACH = 4
 """With more runs than this only the report on all is written; each takes seconds."""
-_RUN_AGAIN = {"resources", "tracking"}
+_RUN_AGAIN = {"resources", "tracking", "search"}
 """Sections that a rerun into the same folder may change: they do not change results."""
 
 
@@ -54,16 +54,23 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
 
 
 def execute(
-    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
+    runs: Mapping[str, Run],
+    folder: Path,
+    *,
+    title: str,
+    command: str,
+    console: Console,
+    above: str | None = None,
 ) -> list[RunResult]:
     """Run what is missing of every run, write their results, and one report on all.
 
-    Up to `REPORTS_EACH` runs get a report of their own too.
+    Up to `REPORTS_EACH` runs get a report of their own too. `above` is the MLflow run that they
+    belong to, if any.
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
     done_before = _complete(runs)
-    recording, _ = _run_missing(runs, folder, title, console)
+    recording, _ = _run_missing(runs, folder, title, console, above=above)
     results = [_finish(run, command, done_before) for run in runs.values()]
     for line in dict.fromkeys(line for result in results for line in left_out(result)):
         console.print(f"  [yellow]warning[/] {escape(line)}", highlight=False, soft_wrap=True)
@@ -79,7 +86,7 @@ def execute(
         recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
     if len(runs) > 1:
         pictures = write_report(folder / REPORT_FILE, results, title=title)
-        recording.finish_comparison(_artifacts(folder, pictures))
+        recording.finish(_artifacts(folder, pictures))
     return results
 
 
@@ -101,7 +108,7 @@ def execute_trials(
     }
     for label, result in results.items():
         recording.finish_run(label, result.metrics, _artifacts(runs[label].folder, {}))
-    recording.finish_comparison({})
+    recording.finish({})
     return results
 
 
@@ -117,21 +124,22 @@ def _complete(runs: Mapping[str, Run]) -> set[Path]:
 
 
 def _run_missing(
-    runs: Mapping[str, Run], folder: Path, title: str, console: Console, *, keep_going: bool = False
+    runs: Mapping[str, Run],
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    keep_going: bool = False,
+    above: str | None = None,
 ) -> tuple[Recording, list[StageFailed]]:
     """Open the runs' folders and run their unfinished stages; raises `StageFailed`."""
     first = next(iter(runs.values())).config
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
-
-    def warn(message: str) -> None:
-        console.print(f"  [yellow]warning[/] {message}", highlight=False)
-
-    # The tracker first: it fails on a bad URI, and then nothing must be written.
-    tracker = Tracker(first.storage, first.tracking.uri) if first.tracking.enabled else None
-    for run in runs.values():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
-    recording = Recording(tracker, runs, folder, title, warn)
+    kind = "comparison" if len(runs) > 1 else None
+    recording = open_recording(first, folder, title, console, kind=kind, above=above)
+    for label, run in runs.items():
+        open_folder(run)
+        recording.add(label, run, name=label if len(runs) > 1 else title)
     try:
         failures = _on_cluster(
             todo, folder, first.resources, recording.observe, console, keep_going=keep_going
@@ -146,6 +154,35 @@ def _run_missing(
     return recording, failures
 
 
+def open_recording(
+    config: Config,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    above: str | None = None,
+) -> Recording:
+    """Connect to MLflow, as far as the config wants it, and make the folder.
+
+    Writes nothing where the URI is bad.
+    """
+
+    def warn(message: str) -> None:
+        console.print(f"  [yellow]warning[/] {message}", highlight=False)
+
+    tracking = config.tracking
+    tracker = Tracker(config.storage, tracking.uri) if tracking.enabled else None
+    folder.mkdir(parents=True, exist_ok=True)
+    return Recording(tracker, folder, title, warn, kind=kind, parent=above)
+
+
+def open_folder(run: Run) -> None:
+    """Make the run's folder, with its config in it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
+
+
 def _on_cluster(
     todo: Sequence[Session],
     folder: Path,
@@ -158,6 +195,25 @@ def _on_cluster(
     if not todo:
         console.print("  every stage is complete already", highlight=False)
         return []
+    number = sum(len(session.works) for session in todo)
+    console.print(f"  {number} stages to run; starting Ray", highlight=False)
+    with cluster(resources) as side_by_side:
+        return run_with_progress(
+            todo, folder, resources, side_by_side, record, console, keep_going=keep_going
+        )
+
+
+def run_with_progress(
+    todo: Sequence[Session],
+    folder: Path,
+    resources: Resources,
+    side_by_side: int,
+    record: Observe,
+    console: Console,
+    *,
+    keep_going: bool = False,
+) -> list[StageFailed]:
+    """Run sessions on the cluster that Ray is on, and show how far they are."""
     shared = {owner for session in todo for owner in session.owners}
     titles = {
         work.folder.name: work.name
@@ -166,11 +222,7 @@ def _on_cluster(
         for session in todo
         for work in session.works
     }
-    console.print(f"  {len(titles)} stages to run; starting Ray", highlight=False)
-    with (
-        cluster(resources) as side_by_side,
-        StageProgress(console, titles) as progress,
-    ):
+    with StageProgress(console, titles) as progress:
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)

@@ -4,6 +4,7 @@ import os
 import traceback
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,34 @@ from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
     """Run stages one after the other, each into its artifact; skip the complete ones.
 
-    Called by every worker of a session; the first one writes. Emits `{"artifact", "state"}`
-    records: started, finished, or failed with `error` and `traceback`.
+    Called by every worker of a session; the first one writes, and waits where another run makes
+    the same artifact. Emits `{"artifact", "state"}` records: started, finished, or failed with
+    `error` and `traceback`.
     """
     checked: set[Path] = set()
     for work in works:
-        distributed.barrier()
-        if work.is_complete():
-            continue
-        if context.is_first_worker:
-            emit([{"artifact": work.folder.name, "state": "started"}])
-        try:
-            _verify_inputs(work, checked)
-            _run_one(work, context, emit)
-        except BaseException as error:
-            failed = {"state": "failed", "error": explain(error, work)}
-            emit([{"artifact": work.folder.name, **failed, "traceback": traceback.format_exc()}])
-            raise
-        checked.add(work.folder)
-        distributed.barrier()
-        if context.is_first_worker:
-            emit([{"artifact": work.folder.name, "state": "finished"}])
+        with artifact.claimed(work.folder) if context.is_first_worker else nullcontext():
+            distributed.barrier()
+            is_complete = work.is_complete()
+            distributed.barrier()  # Before the first worker can complete it.
+            if not is_complete:
+                _make(work, context, emit, checked)
+
+
+def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
+    if context.is_first_worker:
+        emit([{"artifact": work.folder.name, "state": "started"}])
+    try:
+        _verify_inputs(work, checked)
+        _run_one(work, context, emit)
+    except BaseException as error:
+        failed = {"state": "failed", "error": explain(error, work)}
+        emit([{"artifact": work.folder.name, **failed, "traceback": traceback.format_exc()}])
+        raise
+    checked.add(work.folder)
+    distributed.barrier()
+    if context.is_first_worker:
+        emit([{"artifact": work.folder.name, "state": "finished"}])
 
 
 def explain(error: BaseException, work: Work) -> str:

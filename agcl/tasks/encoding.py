@@ -1,6 +1,7 @@
 """Prompt and answer to token ids, and token ids on disk, memory-mapped."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -87,6 +88,12 @@ class EncodedRows:
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
+
+    def where(self, keep: Sequence[bool]) -> "EncodedRows":
+        """The rows that are kept, in their order."""
+        kept = copy(self)
+        kept.table = self.table.filter(pa.array(keep, pa.bool_()))
+        return kept
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -1,5 +1,6 @@
 """Evaluate: one row of the accuracy matrix, every evaluation set of every task."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from agcl import adapter, models
 from agcl.evaluate import predict, text_loss
 from agcl.generate import generate
 from agcl.scorers import TEACHER_FORCED, score, scorer_named
-from agcl.tasks import EncodedRows
+from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifact import write_json
@@ -32,9 +33,10 @@ def evaluate(
     A set is scored by its task's scorer, and by each of the config's `scorers` as a set named
     `<set>-<scorer>`. Beside it `predictions.parquet`, from which every number can be computed
     again: one row a scored row and scorer, with `predicted` the model's greedy answer (where only
-    exact match was asked for: as far as it is right, then the teacher-forced choice). Inputs are
-    `model`, `rows/<task>`, perhaps the stage with the `adapter` to put on the model, and perhaps
-    `text`, on which the loss goes into `text.json`.
+    exact match was asked for: as far as it is right, then the teacher-forced choice). With
+    `validation`, the share of the rows that settings may be chosen by, only those are scored.
+    Inputs are `model`, `rows/<task>`, perhaps the stage with the `adapter` to put on the model, and
+    perhaps `text`, on which the loss goes into `text.json`.
     """
     model = context.take_model(inputs["model"])
     peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
@@ -47,8 +49,12 @@ def evaluate(
     for number, (task, folder) in enumerate(tasks.items(), start=1):
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         scores[task] = {}
-        for name, split in summary["scored"].items():
-            rows = EncodedRows(folder / f"{split}.arrow")
+        for name, rows in _rows_to_score(folder, summary, config.get("validation")).items():
+            if not len(rows):
+                raise ValueError(
+                    f"evaluation.validation: {config['validation']} leaves {name} of task {task} "
+                    "no row to choose settings by; choose another share"
+                )
             sets = {name: summary["scorer"]}
             sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
             texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
@@ -68,6 +74,31 @@ def evaluate(
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
     context.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
+
+
+def _rows_to_score(
+    folder: Path, summary: Mapping[str, Any], validation: float | None
+) -> dict[str, EncodedRows]:
+    """The rows of every evaluation set; only those that settings may be chosen by, if asked for."""
+    sets = {name: EncodedRows(folder / f"{s}.arrow") for name, s in summary["scored"].items()}
+    if validation is None:
+        return sets
+    if VALIDATION in sets:
+        return {VALIDATION: sets[VALIDATION]}
+    chosen = {}
+    for name, rows in sets.items():
+        texts = zip(rows.table["prompt"].to_pylist(), rows.table["answer"].to_pylist(), strict=True)
+        chosen[name] = rows.where([is_for_validation(*text, share=validation) for text in texts])
+    return chosen
+
+
+def is_for_validation(prompt: str, answer: str, *, share: float) -> bool:
+    """Whether settings may be chosen by a scored row of a task without a split for that.
+
+    Depends on the row alone, so that it stays when others come or go.
+    """
+    digest = hashlib.sha256(f"{prompt}\0{answer}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _answers(

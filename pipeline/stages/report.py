@@ -1,6 +1,5 @@
 """Report: `metrics.json` from the rows of the accuracy matrix, and what the importances say."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from agcl.tasks import VALIDATION
 
 from pipeline.artifact import write_json
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import PREDICTIONS, TEXT
+from pipeline.stages.evaluate import PREDICTIONS, TEXT, is_for_validation
 from pipeline.stages.train import CHECKS, IMPORTANCE_FILE
 
 METRICS, IMPORTANCE_SUMMARY = "metrics.json", "importance.json"
@@ -26,13 +25,14 @@ def report(
     """Write `metrics.json`, and `importance.json` and `checks.json` if there is any.
 
     Inputs are `scores/0` ... `scores/T`, `importance/<task>` and `model/<stage>`; config holds
-    method, seed, task names, held-out names, the main evaluation set and the share of rows that
-    are for validation.
+    method, seed, task names, held-out names, the main evaluation set, the share of rows that are
+    for validation and whether `only` they were scored; then they stand for the others too.
     """
     tasks, held_out, share = config["tasks"], config["held_out"], config["validation"]
-    scores = [_scores(inputs[f"scores/{i}"], share) for i in range(len(tasks) + 1)]
+    only = config.get("only_validation", False)
+    scores = [_scores(inputs[f"scores/{i}"], share, only=only) for i in range(len(tasks) + 1)]
     sets = _metrics(config, [test for test, _ in scores])
-    main = config["evaluation_set"] or next(iter(sets))
+    main = config["evaluation_set"] if config["evaluation_set"] in sets else next(iter(sets))
     result = {
         "method": config["method"],
         "seed": config["seed"],
@@ -75,12 +75,12 @@ Scores = dict[str, dict[str, float]]
 """By task, then evaluation set."""
 
 
-def _scores(folder: Path, share: float) -> tuple[Scores, Scores]:
-    """Mean score of the test rows, and of the rows for validation.
+def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:
+    """Mean score of the test rows, and of the rows for validation; twice those, if they are `only`.
 
     A task's own validation set is for that. Of a task that has none (what it was trained on is
-    what is scored), it is a share of the rows: which ones depends on the row alone, so that it
-    stays when others come or go.
+    what is scored), it is a share of the rows. Raises `ValueError` where test rows were scored and
+    the share leaves no row on one side.
     """
     rows = pq.read_table(folder / PREDICTIONS).to_pylist()
     apart = {row["task"] for row in rows if _is_validation(row["evaluation_set"])}
@@ -89,14 +89,13 @@ def _scores(folder: Path, share: float) -> tuple[Scores, Scores]:
         if row["task"] in apart:
             for_validation = _is_validation(row["evaluation_set"])
         else:
-            digest = hashlib.sha256(f"{row['prompt']}\0{row['answer']}".encode()).digest()
-            for_validation = int.from_bytes(digest[:8], "big") < share * 2**64
+            for_validation = is_for_validation(row["prompt"], row["answer"], share=share)
         values = found.setdefault((row["task"], row["evaluation_set"]), ([], []))
         values[for_validation].append(row["score"])
     test: Scores = {}
     validation: Scores = {}
     for (task, name), (for_test, to_choose_by) in found.items():
-        if task not in apart and (not for_test or (share and not to_choose_by)):
+        if task not in apart and not only and (not for_test or (share and not to_choose_by)):
             raise ValueError(
                 f"evaluation.validation: {share} leaves {name} of task {task} no row on one side; "
                 "choose another share"
@@ -105,7 +104,7 @@ def _scores(folder: Path, share: float) -> tuple[Scores, Scores]:
             test.setdefault(task, {})[name] = fmean(for_test)
         if to_choose_by:
             validation.setdefault(task, {})[name] = fmean(to_choose_by)
-    return test, validation
+    return (validation if only else test), validation
 
 
 def _is_validation(evaluation_set: str) -> bool:

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 from torch.nn.functional import scaled_dot_product_attention
 
 from agcl.lrp import rules
-from agcl.lrp.families import rms_norm_scale
+from agcl.lrp.families import gemma_norm, layer_norm, rms_norm
 
 ACTIVATIONS = [nn.functional.silu, nn.functional.gelu, torch.tanh, torch.relu]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -50,19 +50,52 @@ def test_identity_rule_is_finite_at_zero_and_beside_it(activation, dtype):
     assert torch.equal((x * gradient)[:2], torch.zeros(2, dtype=dtype))
 
 
-def test_constant_scale_rule_is_the_jacobian_with_the_norm_frozen():
-    x, weight = random(5).requires_grad_(), random(5, seed=1)
-    norm = SimpleNamespace(weight=weight, variance_epsilon=0.1)
-    frozen = rms_norm_scale(norm, x).detach()
-    y = weight * x / (x.pow(2).mean() + 0.1).sqrt()
+def rms(x, epsilon):
+    return (x.pow(2).mean() + epsilon).sqrt()
 
-    result = rules.constant_scale(x, y, rms_norm_scale(norm, x))
+
+def deviation(x, epsilon):
+    return (x.var(unbiased=False) + epsilon).sqrt()
+
+
+W, B = random(5, seed=1), random(5, seed=3)
+NORMS = {
+    "rms": (
+        rms_norm,
+        SimpleNamespace(weight=W, variance_epsilon=0.1),
+        lambda x, of: W * x / rms(of, 0.1),
+    ),
+    "gemma": (
+        gemma_norm,
+        # Gemma's norms compute in float32.
+        SimpleNamespace(weight=W, eps=0.1),
+        lambda x, of: (1 + W.float()) * x / rms(of, 0.1),
+    ),
+    "layer": (
+        layer_norm,
+        SimpleNamespace(weight=W, bias=B, eps=0.1),
+        lambda x, of: W * (x - x.mean()) / deviation(of, 0.1) + B,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norms_rule_is_the_jacobian_with_its_scale_frozen(name):
+    rule, module, function = NORMS[name]
+    x = random(5).requires_grad_()
+    fixed = x.detach()
+    y = function(x, x)
+
+    result = rule(module, x, y)
     (gradient,) = gradient_of(result, x, towards=(towards := random(5, seed=2)))
 
     assert torch.equal(result, y)
-    expected = jacobian(lambda v: v * frozen, x.detach()).T @ towards
+    expected = jacobian(lambda v: function(v, fixed), fixed).T @ towards
     torch.testing.assert_close(gradient, expected, **CLOSE)
-    torch.testing.assert_close(x * gradient, y * towards, **CLOSE)
+    ordinary = jacobian(lambda v: function(v, v), fixed).T @ towards
+    assert (expected - ordinary).abs().max() > 0.01, "the scale must matter here"
+    if name != "layer":  # Without a bias and centring all relevance passes.
+        torch.testing.assert_close(x * gradient, y * towards, **CLOSE)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.25])

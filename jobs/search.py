@@ -1,0 +1,190 @@
+"""`agcl search`: Ray Tune over the scaling of the importances, or any other settings."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.search import Observe
+    from pipeline.trials import Trial
+
+_COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
+_ROWS = 24
+"""Trials that the live table shows; of more, the last ones."""
+
+
+def main(arguments: argparse.Namespace, command: str) -> int:
+    """Search, and print the trials, the winner and how it does on the test rows."""
+    from rich.console import Console
+
+    from jobs.execution import print_matrices, print_metrics
+    from pipeline import loading
+    from pipeline.runner import StageFailed
+    from pipeline.search_run import BEST_CONFIG, execute_search, open_search
+    from pipeline.tracking import default_uri
+
+    console = Console(highlight=False)
+    config = loading.load(arguments.config, arguments.settings)
+    search = open_search(config, arguments.trials, resume=arguments.resume)
+    console.print(f"[bold]{search.folder.name}[/]: {search.num_trials} trials of {config.method}")
+    for key, dimension in search.space.items():
+        shown = {k: v for k, v in dimension.model_dump().items() if k != "type"}
+        console.print(f"  {key}  [dim]{dimension.type} {shown}[/]")
+    try:
+        watch = TrialTable(console, search.num_trials)
+        found = execute_search(search, command=command, console=console, watch=watch)
+    except StageFailed as failure:
+        Console(stderr=True, soft_wrap=True).print(
+            f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
+        )
+        return 1
+    console.print(trial_table(found.trials, len(search.space)))
+    if found.best is None or found.result is None:
+        reasons = {trial.reason for trial in found.trials if trial.reason}
+        Console(stderr=True, soft_wrap=True).print(
+            f"agcl: no trial reached the last task ({'; '.join(sorted(reasons)) or 'all stopped'})",
+            markup=False,
+            highlight=False,
+        )
+        return 1
+    settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
+    console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True)
+    console.print("scored once on the rows that nothing was chosen by:")
+    print_matrices(console, "best", found.result)
+    print_metrics(console, {"best": found.result})
+    for name, place in (
+        ("config", search.folder / BEST_CONFIG),
+        ("report", search.folder / "best" / "report.html"),
+        ("trials", search.folder / "trials.parquet"),
+    ):
+        console.print(f"{name:11} {place}", soft_wrap=True)
+    console.print(
+        f"MLflow UI   agcl ui --storage {config.storage}"
+        if config.tracking.uri is None
+        else f"MLflow      {config.tracking.uri or default_uri(config.storage)}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+class TrialTable:
+    """The trials as they go: a live table, or a line a change where it is no terminal."""
+
+    def __init__(self, console: "Console", num_trials: int) -> None:
+        from rich.live import Live
+
+        self.console, self.num_trials = console, num_trials
+        self.trials: dict[int, Trial] = {}
+        self.since: dict[int, float] = {}
+        """When each trial that runs began."""
+        self.took: list[float] = []
+        """Of the trials that ended meanwhile."""
+        self.first = 0.0
+        self.live = Live(
+            console=console, get_renderable=self._render, transient=True, refresh_per_second=2
+        )
+
+    def __enter__(self) -> "Observe":
+        if self.console.is_terminal:
+            self.live.start()
+        return self._observe
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def _observe(self, trial: "Trial") -> None:
+        before = self.trials.get(trial.number)
+        self.trials[trial.number] = trial
+        if before is None and trial.state == "running":
+            self.since[trial.number] = time.monotonic()
+            self.first = self.first or time.monotonic()
+        if trial.state != "running" and trial.number in self.since:
+            self.took.append(time.monotonic() - self.since.pop(trial.number))
+        if not self.console.is_terminal and trial != before:
+            self._say(trial)
+
+    def _say(self, trial: "Trial") -> None:
+        last = trial.last
+        scores = (
+            f"average {last.average:.3f} retained {_number(last.retained)} learned "
+            f"{last.learned:.3f}"
+            if last
+            else ""
+        )
+        reason = f" ({trial.reason})" if trial.reason else ""
+        self.console.print(
+            f"  trial {trial.number} {trial.state} task {len(trial.progress)} {scores}{reason}"
+            f" [dim]{self._outlook()}[/]",
+            soft_wrap=True,
+        )
+
+    def _render(self) -> Any:
+        from rich.console import Group
+
+        shown = sorted(self.trials.values(), key=lambda trial: trial.number)[-_ROWS:]
+        return Group(trial_table(shown, 0), self._outlook())
+
+    def _outlook(self) -> str:
+        """How many are done, the best so far, and the time left."""
+        from pipeline.trials import best
+
+        done = sum(trial.state != "running" for trial in self.trials.values())
+        parts = [f"{done}/{self.num_trials} done"]
+        so_far = best(list(self.trials.values()))
+        if so_far and so_far.last:
+            parts.append(f"best {so_far.last.average:.3f} (trial {so_far.number})")
+        if self.took:
+            pace = (time.monotonic() - self.first) / len(self.took)
+            minutes, seconds = divmod(round(pace * (self.num_trials - done)), 60)
+            parts.append(f"about {minutes}:{seconds:02} left")
+        return ", ".join(parts)
+
+
+def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
+    """One line a trial, with its settings if there are to be so many columns of them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from pipeline.trials import best
+
+    winner = best(trials)
+    keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("trial", "state"):
+        table.add_column(column)
+    for column in ("task", "retained", "learned", "average", *(_short(key) for key in keys)):
+        table.add_column(column, justify="right")
+    for trial in trials:
+        last = trial.last
+        numbers = (last.retained, last.learned, last.average) if last else (None, None, None)
+        table.add_row(
+            f"{trial.number}{' *' if trial is winner else ''}",
+            f"[{_COLOURS[trial.state]}]{trial.state}[/]",
+            str(len(trial.progress)),
+            *map(_number, numbers),
+            *(_value(trial.settings.get(key)) for key in keys),
+            style="bold" if trial is winner else None,
+        )
+    return table
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,359 @@
+"""Ray Tune over a config's settings: every trial is a run of the same DAG.
+
+What no setting changes is computed once, before. Optuna chooses the points a round at a time, from
+the results of the rounds before, so that neither the cluster's size nor an interruption changes
+what is tried. Only validation rows are scored.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from agcl.errors import InputError
+from ray import tune
+from ray.tune.search import Searcher
+
+from pipeline import artifact, trials
+from pipeline.config import Config, Resources
+from pipeline.dag import Session, Stage, resolve, sessions
+from pipeline.loading import changed
+from pipeline.plan import Plan, Run, plan
+from pipeline.runner import run_sessions
+from pipeline.search_config import Dimension
+from pipeline.search_config import Search as SearchSection
+from pipeline.search_space import corners, distributions, own_point, settings_of
+from pipeline.session import run_works
+from pipeline.stages.context import Context
+from pipeline.stages.evaluate import SCORES
+from pipeline.trials import Trial
+
+Observe = Callable[[Trial], None]
+"""Takes a trial whenever its record changes."""
+_LOST_WORKERS = 2
+"""Times that a trial is started again because its process or its workers died."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search to run: what is tried, how often, and where it is recorded."""
+
+    config: Config
+    """Of the trials, that is with only validation rows scored."""
+    space: Mapping[str, Dimension]
+    num_trials: int
+    folder: Path
+
+    def folder_of(self, number: int) -> Path:
+        """Where a trial is recorded."""
+        return self.folder / "trials" / str(number)
+
+    def run_of(self, trial: Trial) -> Run:
+        """The trial as a run of the DAG. Raises `InputError` where its settings do not agree."""
+        config = changed(self.config, trial.settings).model_copy(
+            update={"name": f"{self.config.name}-trial{trial.number}", "search": SearchSection()}
+        )
+        planned = plan(config)
+        stages = planned.stages[:-1]  # Without the report: nobody reads a trial's.
+        planned = Plan(stages, planned.tasks, planned.final_model)
+        works = resolve(stages, config.storage)
+        return Run(config, self.folder_of(trial.number), planned, works)
+
+
+def shared_stages(search: Search) -> list[Stage]:
+    """The stages that are the same for every point of the space, in dependency order."""
+    one, other = (search.run_of(Trial(0, settings)) for settings in corners(search.space))
+    folders = {work.folder for work in other.works.values()}
+    return [stage for stage in one.plan.stages if one.works[stage.name].folder in folders]
+
+
+def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Trial]:
+    """Run what is missing of the trials, at most so many at once, on the cluster that Ray is on.
+
+    Gives all of them in order. A trial that failed before is tried again.
+    """
+    rounds = Rounds(search, side_by_side, observe)
+    if rounds.waits():
+        scratch = search.folder / ".ray-tune"
+        # Tune would end quietly on an interrupt; the command's own handling is for all commands.
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        try:
+            tune.Tuner(
+                tune.with_resources(_trainable(search), _resources(search.config.resources)),
+                tune_config=tune.TuneConfig(
+                    search_alg=rounds,
+                    num_samples=search.num_trials,
+                    scheduler=_scheduler(search),
+                    reuse_actors=False,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(scratch),
+                    failure_config=tune.FailureConfig(max_failures=_LOST_WORKERS),
+                    verbose=0,
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return rounds.all()
+
+
+class Rounds(Searcher):
+    """Chooses points a round at a time and remembers what came of them."""
+
+    def __init__(self, search: Search, side_by_side: int, observe: Observe) -> None:
+        """Points of earlier runs of the search come again, and are not computed again."""
+        super().__init__()
+        self.search, self.side_by_side, self.observe = search, side_by_side, observe
+        self.study = _study(search)
+        self.asked: list[optuna.trial.Trial] = []
+        self.known: list[Trial] = []
+        """All trials so far, by number."""
+        self.numbers: dict[str, int] = {}
+        """Of the trials that Tune runs, by its id."""
+        self.told = 0
+
+    def waits(self) -> bool:
+        """Whether there is a trial to run."""
+        return self._next() is not None
+
+    def all(self) -> list[Trial]:
+        """The trials in order."""
+        return list(self.known)
+
+    def suggest(self, trial_id: str) -> Any:
+        """The number of the next trial to run; None while a round has to be waited for."""
+        if len(self.numbers) >= self.side_by_side:
+            return None
+        trial = self._next()
+        if trial is None:
+            return Searcher.FINISHED if len(self.known) == self.search.num_trials else None
+        self.numbers[trial_id] = trial.number
+        self._record(trial)
+        return {"number": trial.number}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The trial has finished one more task."""
+        self._read(self.numbers[trial_id])
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """The trial is at its end, was stopped, or its process died too often."""
+        number = self.numbers.pop(trial_id)
+        trial = self._read(number)
+        if trial.state != "running":
+            return
+        num_tasks = len(self.search.run_of(trial).plan.tasks)
+        if error:
+            why = f"its workers were lost {_LOST_WORKERS + 1} times"
+            trial = replace(trial, state="failed", reason=why)
+        else:
+            finished = len(trial.progress) == num_tasks
+            trial = replace(trial, state="finished" if finished else "stopped")
+        self._record(trial)
+
+    def _next(self) -> Trial | None:
+        """The next trial to start, if there is one before the end of the round."""
+        while True:
+            started = set(self.numbers.values())
+            for trial in self.known[self.told :]:
+                if trial.state == "running" and trial.number not in started:
+                    return trial
+            if any(trial.state == "running" for trial in self.known[self.told :]):
+                return None
+            self._tell()
+            if len(self.known) == self.search.num_trials:
+                return None
+            self._ask()
+
+    def _ask(self) -> None:
+        """Choose the points of the next round."""
+        first = len(self.known)
+        last = min(first + self.search.config.search.round, self.search.num_trials)
+        for number in range(first, last):
+            asked = self.study.ask(distributions(self.search.space))
+            self.asked.append(asked)
+            settings = settings_of(self.search.space, asked.params)
+            before = trials.load(self.search.folder_of(number))
+            if before and before.settings == settings and before.state in ("finished", "stopped"):
+                self.known.append(before)
+                self.observe(before)
+                continue
+            trial = Trial(number, settings)
+            self.known.append(trial)
+            try:
+                self.search.run_of(trial)
+            except InputError as error:
+                self._record(replace(trial, state="failed", reason=str(error)))
+
+    def _tell(self) -> None:
+        """Tell Optuna, in order, what came of a round."""
+        for trial in self.known[self.told :]:
+            asked, last = self.asked[trial.number], trial.last
+            if trial.state == "finished" and last is not None:
+                by_sides = self.search.config.search.objective == "retained_and_learned"
+                values = [last.retained or 0.0, last.learned] if by_sides else [last.average]
+                self.study.tell(asked, values)
+            elif trial.state == "stopped":
+                if len(self.study.directions) == 1:
+                    for step, progress in enumerate(trial.progress, start=1):
+                        asked.report(progress.average, step)
+                self.study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+            else:
+                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        self.told = len(self.known)
+
+    def _read(self, number: int) -> Trial:
+        """What the trial's process recorded last."""
+        self.known[number] = trials.load(self.search.folder_of(number)) or self.known[number]
+        self.observe(self.known[number])
+        return self.known[number]
+
+    def _record(self, trial: Trial) -> None:
+        trial.save(self.search.folder_of(trial.number))
+        self.known[trial.number] = trial
+        self.observe(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' own records are what a search goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy for `Tuner.restore`, which is not used.
+
+
+def _study(search: Search) -> optuna.Study:
+    section, seed = search.config.search, search.config.seed
+    sampler: optuna.samplers.BaseSampler = (
+        optuna.samplers.RandomSampler(seed=seed)
+        if section.searcher == "random"
+        else optuna.samplers.TPESampler(seed=seed, n_startup_trials=section.round)
+    )
+    sides = 2 if section.objective == "retained_and_learned" else 1
+    study = optuna.create_study(sampler=sampler, directions=["maximize"] * sides)
+    own = own_point(search.config, search.space)
+    if own is not None:
+        study.enqueue_trial(own)
+    return study
+
+
+def _scheduler(search: Search) -> tune.schedulers.TrialScheduler | None:
+    by: dict[str, Any] = {"time_attr": "task", "metric": "average", "mode": "max"}
+    num_tasks = len(plan(search.config).tasks)
+    match search.config.search.stopping:
+        case "asha":
+            # One more than there are: a trial at its last task ends by itself.
+            return tune.schedulers.ASHAScheduler(
+                **by, grace_period=1, max_t=num_tasks + 1, reduction_factor=2
+            )
+        case "median":
+            return tune.schedulers.MedianStoppingRule(**by, grace_period=1, min_samples_required=3)
+    return None
+
+
+def _resources(resources: Resources) -> Any:
+    """What a trial holds: with one worker it computes itself, else its workers do."""
+    if resources.num_workers > 1:
+        # On the head, which no spot market takes away, and nothing that its workers need.
+        return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+    gpu = {"GPU": 1} if resources.use_gpu else {}
+    return tune.PlacementGroupFactory([{"CPU": resources.cpus_per_worker, **gpu}])
+
+
+def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
+    def trial(config: dict[str, Any]) -> None:
+        run_trial(search, config["number"])
+
+    return trial
+
+
+def run_trial(search: Search, number: int) -> None:
+    """Run a trial's unfinished stages, in a process of Tune's; report and record every task.
+
+    A stage that fails ends the trial as failed; lost workers raise, and Tune starts it again.
+    """
+    folder = search.folder_of(number)
+    recorded = trials.load(folder)
+    assert recorded is not None, folder
+    trial = Trial(number, recorded.settings)
+    run = search.run_of(trial)
+    shared = {stage.name for stage in shared_stages(search)}
+
+    def catch_up() -> None:
+        """Report every task that is finished by now."""
+        nonlocal trial
+        while (progress := _progress(run, len(trial.progress) + 1)) is not None:
+            seconds = _seconds(run, without=shared)
+            trial = replace(trial, progress=(*trial.progress, progress), seconds=seconds)
+            trial.save(folder)
+            tune.report({"task": len(trial.progress), "average": progress.average})
+
+    catch_up()
+    failed = _run_stages(run, folder / ".ray-train", catch_up)
+    if failed:
+        trial = replace(trial, state="failed", reason=f"stage {failed[0]}: {failed[1]}")
+        artifact.write_text(folder / "error.log", failed[2])
+    else:
+        trial = replace(trial, state="finished")
+    trial.save(folder)
+
+
+def _run_stages(
+    run: Run, scratch: Path, catch_up: Callable[[], None]
+) -> tuple[str, str, str] | None:
+    """Run what is missing; stage, reason and traceback of a failure."""
+    failed: dict[str, tuple[str, str, str]] = {}
+    names = {work.folder.name: stage for stage, work in run.works.items()}
+
+    def observe(records: Sequence[Mapping[str, Any]]) -> None:
+        for record in records:
+            stage = names[str(record["artifact"])]
+            if record.get("state") == "failed":
+                failed.setdefault("first", (stage, str(record["error"]), str(record["traceback"])))
+            elif record.get("state") == "finished" and stage.startswith("evaluate/"):
+                catch_up()
+
+    resources = run.config.resources
+    if resources.num_workers > 1:
+        todo: list[Session] = sessions({run.config.name: run.plan.stages}, run.config.storage)
+        lost = run_sessions(todo, scratch, resources, 1, observe)
+        if lost and not failed:
+            raise lost[0]
+        return failed.get("first")
+    torch.set_num_threads(resources.cpus_per_worker)
+    device = torch.device("cuda" if resources.use_gpu else "cpu")
+    try:
+        run_works(list(run.works.values()), Context(device), observe)
+    except Exception:
+        if not failed:
+            raise
+    return failed.get("first")
+
+
+def _progress(run: Run, number: int) -> trials.Progress | None:
+    """How the run stands after that task; None where it is not there yet."""
+    tasks = run.plan.tasks
+    if number > len(tasks):
+        return None
+    names = ["evaluate/0-base", *(f"evaluate/{i}-{t}" for i, t in enumerate(tasks, start=1))]
+    works = [run.works[name] for name in names[: number + 1]]
+    if not works[-1].is_complete():
+        return None
+    scores = [json.loads((work.folder / SCORES).read_text(encoding="utf-8")) for work in works]
+    return trials.progress_after(scores, tasks)
+
+
+def _seconds(run: Run, without: set[str]) -> float:
+    """Time that the run's own finished stages took."""
+    own = [work for name, work in run.works.items() if name not in without]
+    found = [artifact.read_manifest(work.folder) for work in own if work.is_complete()]
+    return round(sum(float(manifest["seconds"]) for manifest in found if manifest), 3)
