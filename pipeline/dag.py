@@ -182,6 +182,18 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Sessio
     return found
 
 
+def needed_for(goals: Sequence[Stage], stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages that some of them depend on, these included, in the given order."""
+    names: set[str] = set()
+    todo = list(goals)
+    while todo:
+        stage = todo.pop()
+        if stage.name not in names:
+            names.add(stage.name)
+            todo += [source for source in stage.inputs.values() if isinstance(source, Stage)]
+    return tuple(stage for stage in stages if stage.name in names)
+
+
 def _needed(stages: Sequence[Stage], works: Mapping[str, Work]) -> list[Stage]:
     """Unfinished stages that a final stage needs, in dependency order."""
     inner = {

@@ -17,20 +17,21 @@ import optuna
 import torch
 from agcl.errors import InputError
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 
 from pipeline import artifact, trials
 from pipeline.config import Config, Resources
-from pipeline.dag import Session, Stage, resolve, sessions
+from pipeline.dag import Session, Stage, needed_for, resolve, sessions
 from pipeline.loading import changed
-from pipeline.plan import Plan, Run, plan
+from pipeline.plan import Run, plan
 from pipeline.runner import run_sessions
 from pipeline.search_config import Dimension
 from pipeline.search_config import Search as SearchSection
 from pipeline.search_space import corners, distributions, own_point, settings_of
 from pipeline.session import run_works
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import SCORES
+from pipeline.stages.evaluate import SCORES, evaluate
 from pipeline.trials import Trial
 
 Observe = Callable[[Trial], None]
@@ -59,8 +60,9 @@ class Search:
             update={"name": f"{self.config.name}-trial{trial.number}", "search": SearchSection()}
         )
         planned = plan(config)
-        stages = planned.stages[:-1]  # Without the report: nobody reads a trial's.
-        planned = Plan(stages, planned.tasks, planned.final_model)
+        # Neither the report nor the last task's importance is looked at.
+        stages = needed_for([s for s in planned.stages if s.fn is evaluate], planned.stages)
+        planned = replace(planned, stages=stages)
         works = resolve(stages, config.storage)
         return Run(config, self.folder_of(trial.number), planned, works)
 
@@ -83,6 +85,7 @@ def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Tria
         # Tune would end quietly on an interrupt; the command's own handling is for all commands.
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
         try:
             tune.Tuner(
                 tune.with_resources(_trainable(search), _resources(search.config.resources)),
@@ -97,11 +100,22 @@ def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Tria
                     storage_path=str(scratch),
                     failure_config=tune.FailureConfig(max_failures=_LOST_WORKERS),
                     verbose=0,
+                    callbacks=[_Silence()],
                 ),
             ).fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return rounds.all()
+
+
+class _Silence(TrialProgressCallback):
+    """In place of Tune's own report on every trial that ends, which even `verbose=0` leaves."""
+
+    def log_result(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
+
+    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
 
 
 class Rounds(Searcher):

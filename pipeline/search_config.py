@@ -1,8 +1,9 @@
 """The config's `search`: what `agcl search` varies, and how it chooses."""
 
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.section import Positive, Section
 
@@ -31,11 +32,22 @@ class Int(Section):
     high: int
 
 
+def _number_if_it_is(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+Value = Annotated[bool | int | float | str | None, BeforeValidator(_number_if_it_is)]
+
+
 class Choice(Section):
     """One of several values."""
 
     type: Literal["choice"]
-    values: tuple[bool | int | float | str | None, ...] = Field(min_length=1)
+    values: tuple[Value, ...] = Field(min_length=1)
 
 
 Dimension = Annotated[Uniform | LogUniform | Int | Choice, Field(discriminator="type")]
