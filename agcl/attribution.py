@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from agcl import distributed
-from agcl.batches import IGNORED, Batch, targets
+from agcl.batches import Batch, answer_places, answer_tokens
 from agcl.evaluate import answered_correctly
+from agcl.forward import answer_logits
 from agcl.importance import Importance, TopK
 from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
 
@@ -65,7 +66,7 @@ def attribute(
         try:
             for batch in batches:
                 batch = batch.to(model.device)
-                logits = model(batch.input_ids, use_cache=False).logits
+                logits = answer_logits(model, batch)
                 correct = answered_correctly(logits, batch) if correct_only else _all(batch)
                 for collector in collectors.values():
                     collector.start(batch, correct)
@@ -108,9 +109,9 @@ def _all(batch: Batch) -> Tensor:
 
 def _logits_of_answers(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
     """Sum over the chosen samples of their answer tokens' logits."""
-    expected = targets(batch)
-    picked = logits[:, :-1].gather(-1, expected.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return picked[(expected != IGNORED) & chosen.unsqueeze(1)].sum()
+    picked = logits.gather(-1, answer_tokens(batch).unsqueeze(-1)).squeeze(-1)
+    rows = answer_places(batch).nonzero()[:, 0]
+    return picked[chosen[rows]].sum()
 
 
 def _log_likelihood(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class _Collector:
             places = torch.arange(inputs.shape[1], device=inputs.device)
             real = (places < batch.lengths.unsqueeze(1) - 1) & correct.unsqueeze(1)
             if self.weighting == "answer":
-                real[:, :-1] &= targets(batch) != IGNORED
+                real[:, :-1] &= answer_places(batch)
             self.unweighted = inputs[real]
             self.totals[1] += len(self.unweighted)
 

@@ -44,12 +44,28 @@ def targets(batch: Batch) -> Tensor:
     return batch.labels[:, 1:]
 
 
+def answer_places(batch: Batch) -> Tensor:
+    """Positions whose logits predict an answer's token, (rows, tokens - 1) bool."""
+    return targets(batch) != IGNORED
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """The answers' tokens, row after row, (answer tokens,)."""
+    return targets(batch)[answer_places(batch)]
+
+
 def in_order(num_rows: int, batch_size: int) -> list[list[int]]:
     """Row indices of consecutive batches."""
     return [
         list(range(start, min(start + batch_size, num_rows)))
         for start in range(0, num_rows, batch_size)
     ]
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row indices of batches of rows of like length, so that little of a batch is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [[order[place] for place in batch] for batch in in_order(len(lengths), batch_size)]
 
 
 def shuffled(num_rows: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:

@@ -1,8 +1,6 @@
 """Greedy exact match by one teacher-forced forward pass, and the loss on plain text."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,30 +8,25 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from agcl import distributed
-from agcl.batches import IGNORED, Batch, collate, in_order, targets
+from agcl.batches import Batch, answer_places, answer_tokens, by_length, collate, in_order
+from agcl.forward import Precision, answer_logits, autocast
 from agcl.tasks import Encoded, Rows
 
-Precision = Literal["float32", "bfloat16"]
 _WINDOW, _WINDOWS = 512, 4
 """Tokens a window of text, and windows a forward pass."""
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The context of a forward pass in a precision; weights stay as they are."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
     """Whether greedy decoding would produce exactly the answer and its end, (rows,) bool.
 
-    Greedy decoding emits the arg-max token by token. If every arg-max of a teacher-forced pass
-    equals the answer's token, decoding sees the same prefixes and emits the same tokens; if one
-    differs, decoding departs from the answer there. So the verdicts agree.
+    `logits` are those of `answer_logits`. Greedy decoding emits the arg-max token by token. If
+    every arg-max of a teacher-forced pass equals the answer's token, decoding sees the same
+    prefixes and emits the same tokens; if one differs, decoding departs from the answer there. So
+    the verdicts agree.
     """
-    expected = targets(batch)
-    hit = (logits[:, :-1].argmax(-1) == expected) | (expected == IGNORED)
+    places = answer_places(batch)
+    hit = torch.ones_like(places)
+    hit[places] = logits.argmax(-1) == answer_tokens(batch)
     return hit.all(dim=1)
 
 
@@ -60,23 +53,24 @@ def predict(
     """Arg-max token at every answer token of every row, teacher-forced, the same on every worker.
 
     Equal to the answer where greedy decoding would give it (see `answered_correctly`); from the
-    first wrong token on, what the model would say had it been right until there. Batches do not
-    depend on the number of workers: each worker takes whole ones in turn.
+    first wrong token on, what the model would say had it been right until there. Rows of like
+    length share a batch; batches do not depend on the number of workers: each takes whole ones in
+    turn.
     """
     was_training = model.training
     model.eval()
     device = model.device
-    encoded = (rows[i] for i in range(len(rows)))
-    lengths = [len(row.input_ids) - row.prompt_tokens for row in encoded]
+    sizes = [(len(row.input_ids), row.prompt_tokens) for row in (rows[i] for i in range(len(rows)))]
+    lengths = [length - prompt_tokens for length, prompt_tokens in sizes]
     predicted = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int32, device=device)
-    batches = in_order(len(rows), batch_size)
+    batches = by_length([length for length, _ in sizes], batch_size)
     for indices in batches[distributed.rank() :: distributed.world_size()]:
         batch = collate([rows[i] for i in indices]).to(device)
         with autocast(device, precision):
-            logits = model(batch.input_ids, use_cache=False).logits
-        chosen = logits[:, :-1].argmax(-1).to(torch.int32)
-        for i, row, expected in zip(indices, chosen, targets(batch), strict=True):
-            predicted[i, : lengths[i]] = row[expected != IGNORED]
+            logits = answer_logits(model, batch)
+        chosen = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
+        for i, tokens in zip(indices, chosen, strict=True):
+            predicted[i, : lengths[i]] = tokens
     distributed.sum_in_place([predicted])
     model.train(was_training)
     return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]
@@ -103,14 +97,12 @@ def text_loss(
     for indices in batches[distributed.rank() :: distributed.world_size()]:
         batch = collate([windows[i] for i in indices]).to(model.device)
         with autocast(model.device, precision):
-            logits = model(batch.input_ids, use_cache=False).logits
-        losses = cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(),
-            targets(batch),
-            ignore_index=IGNORED,
-            reduction="none",
+            logits = answer_logits(model, batch)
+        losses = cross_entropy(logits.float(), answer_tokens(batch), reduction="none").double()
+        rows = answer_places(batch).nonzero()[:, 0]
+        total[indices] = (
+            torch.zeros(len(indices), device=losses.device).double().index_add(0, rows, losses)
         )
-        total[indices] = losses.double().sum(dim=1)
     distributed.sum_in_place([total])
     model.train(was_training)
     return float(total.sum()) / sum(len(window.input_ids) - 1 for window in windows)

@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from agcl import distributed
-from agcl.batches import in_order
-from agcl.evaluate import Precision, autocast
+from agcl.batches import by_length
+from agcl.forward import Precision, autocast
 
 
 @torch.no_grad()
@@ -40,11 +40,9 @@ def generate(
     )
     # Shared by summing: rows of other workers stay zero.
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int32, device=model.device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = in_order(len(prompts), batch_size)
+    batches = by_length([len(prompt) for prompt in prompts], batch_size)
     try:
-        for places in batches[distributed.rank() :: distributed.world_size()]:
-            indices = [order[place] for place in places]
+        for indices in batches[distributed.rank() :: distributed.world_size()]:
             new = _continue(model, [prompts[i] for i in indices], end, precision)
             found[indices] = end
             found[indices, : new.shape[1]] = new.to(torch.int32)

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from agcl import distributed
-from agcl.batches import IGNORED, Batch, collate, shuffled, targets
-from agcl.evaluate import Precision, autocast
+from agcl.batches import Batch, answer_tokens, collate, shuffled
+from agcl.forward import Precision, answer_logits, autocast
 from agcl.tasks import Rows
 
 Log = Callable[[dict[str, float], int], None]
@@ -50,8 +50,9 @@ def train_task(
     step = 0
     for epoch in range(epochs):
         for indices in shuffled(len(rows), batch_size, seed=seed, epoch=epoch):
-            batch = [rows[i] for i in indices]
-            answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
+            # Rows of like length share a micro-batch, so that little of it is padding.
+            batch = sorted((rows[i] for i in indices), key=lambda row: len(row.input_ids))
+            num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
             pieces = [
                 batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)
             ]
@@ -59,7 +60,7 @@ def train_task(
             optimizer.zero_grad()
             for piece in pieces[distributed.rank() :: distributed.world_size()]:
                 with autocast(device, precision):
-                    piece_loss = summed_loss(model, collate(piece).to(device)) / answer_tokens
+                    piece_loss = summed_loss(model, collate(piece).to(device)) / num_answer_tokens
                 piece_loss.backward()
                 loss += piece_loss.detach()
             _share_gradients(parameters, loss)
@@ -80,13 +81,7 @@ def train_task(
 
 def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the batch's answer tokens, in float32."""
-    logits = model(batch.input_ids, use_cache=False).logits[:, :-1]
-    return cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets(batch).flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
+    return cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch), reduction="sum")
 
 
 def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:

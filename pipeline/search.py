@@ -93,7 +93,7 @@ def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Tria
                     search_alg=rounds,
                     num_samples=search.num_trials,
                     scheduler=_scheduler(search),
-                    reuse_actors=False,
+                    reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     name="tune",

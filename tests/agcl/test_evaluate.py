@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import tiny
 
-from agcl.batches import collate
+from agcl.batches import answer_places, collate
 from agcl.evaluate import answered_correctly, exact_match, text_loss
 from agcl.modulation import GatedAdamW
 from agcl.train import train_task
@@ -69,14 +69,18 @@ def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
     rows = [tiny.Encoded([5, 6, 7, 8, 9], 2), tiny.Encoded([5, 6, 7], 2)]
     batch = collate(rows)
     right = torch.nn.functional.one_hot(batch.input_ids, tiny.VOCABULARY).float().roll(-1, 1)
-    assert answered_correctly(right, batch).tolist() == [True, True]
+
+    def verdict(logits):
+        return answered_correctly(logits[:, :-1][answer_places(batch)], batch).tolist()
+
+    assert verdict(right) == [True, True]
     # Positions 1, 2 and 3 predict row 0's answer; only position 1 predicts row 1's.
     for place, verdicts in enumerate(
         ([True, True], [False, False], [False, True], [False, True], [True, True])
     ):
         wrong = right.clone()
         wrong[:, place] = torch.nn.functional.one_hot(torch.tensor(2), tiny.VOCABULARY).float()
-        assert answered_correctly(wrong, batch).tolist() == verdicts, place
+        assert verdict(wrong) == verdicts, place
 
 
 def test_no_rows_have_no_verdicts(half_trained):

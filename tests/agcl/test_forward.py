@@ -1,0 +1,51 @@
+"""Logits only where answers are predicted: those of the whole pass, for every family."""
+
+import pytest
+import torch
+from reference import families
+
+from agcl.batches import IGNORED, answer_places, answer_tokens, by_length, collate
+from agcl.forward import answer_logits
+from agcl.lrp import FAMILIES
+from agcl.tasks import Encoded
+
+ROWS = [Encoded([3, 4, 5, 6, 7, 8], 4), Encoded([9, 10, 11], 1), Encoded([12, 13, 14, 15], 3)]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_they_and_their_gradients_are_those_of_the_whole_pass(architecture):
+    model, batch = families.model(architecture), collate(ROWS)
+    found = answer_logits(model, batch)
+    whole = model(batch.input_ids, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != IGNORED]
+    assert found.shape == (5, families.VOCABULARY)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+    weights = list(model.parameters())
+    of_found, of_whole = (
+        torch.autograd.grad(logits.pow(2).sum(), weights) for logits in (found, whole)
+    )
+    for one, other in zip(of_found, of_whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_places_and_tokens_go_together_row_after_row():
+    batch = collate(ROWS)
+    assert answer_places(batch).nonzero().tolist() == [[0, 3], [0, 4], [1, 0], [1, 1], [2, 2]]
+    assert answer_tokens(batch).tolist() == [7, 8, 10, 11, 15]
+
+
+def test_the_head_is_as_before_even_after_an_error():
+    model, batch = families.model("LlamaForCausalLM"), collate(ROWS)
+    before = model(batch.input_ids).logits
+    answer_logits(model, batch)
+    batch.input_ids[0, 0] = 10_000
+    with pytest.raises(IndexError):
+        answer_logits(model, batch)
+    batch.input_ids[0, 0] = 3
+    assert torch.equal(model(batch.input_ids).logits, before)
+
+
+def test_batches_by_length_hold_every_row_once_the_shortest_first():
+    lengths = [5, 2, 9, 2, 7, 1, 3]
+    batches = by_length(lengths, 3)
+    assert batches == [[5, 1, 3], [6, 0, 4], [2]]
