@@ -17,6 +17,8 @@ from pipeline.trials import Trial, pareto_front
 
 _FEWEST = 4
 """Finished trials below which nothing can be said of a setting's importance."""
+_NAMED = 4
+"""Trials at one point of the front whose numbers are written out."""
 
 
 def search_figures(
@@ -63,15 +65,17 @@ def _front(finished: Sequence[Trial], best: Trial) -> Figure:
     axes = figure.subplots()
     front = sorted(pareto_front(finished), key=_sides)
     axes.plot(*zip(*map(_sides, front), strict=True), color=GREY, linewidth=0.9, linestyle=":")
+    points: dict[tuple[float, float], list[Trial]] = {}
     for trial in finished:
-        x, y = _sides(trial)
-        on_front = trial in front
-        axes.plot(
-            x, y, marker="o", markersize=6, linestyle="", color=INK if on_front else GREY,
-            markerfacecolor="#2f81f7" if trial is best else INK if on_front else "none",
-        )  # fmt: skip
+        points.setdefault(_sides(trial), []).append(trial)
+    for (x, y), there in points.items():
+        edge = INK if there[0] in front else GREY
+        fill = "#2f81f7" if best in there else INK if there[0] in front else "none"
+        axes.plot(x, y, marker="o", markersize=6, linestyle="", color=edge, markerfacecolor=fill)
+        numbers = ", ".join(str(trial.number) for trial in there[:_NAMED])
+        numbers += ", …" if len(there) > _NAMED else ""
         axes.annotate(
-            str(trial.number), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7
+            numbers, (x, y), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=7
         )
     axes.set_xlabel("learned: mean score right after training", fontsize=8, color=INK)
     axes.set_ylabel("retained: mean final score of the earlier tasks", fontsize=8, color=INK)
@@ -113,9 +117,13 @@ def _importance(importance: Mapping[str, float]) -> Figure:
     figure = new_figure(6.4, 0.9 + 0.4 * len(importance))
     axes = figure.subplots()
     shares = dict(sorted(importance.items(), key=lambda item: item[1]))
-    axes.barh([_label(key).replace("\n", " ") for key in shares], list(shares.values()), color=GREY)
+    axes.barh(list(shares), list(shares.values()), color=GREY)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of what the better trials have in common", fontsize=8, color=INK)
+    axes.set_xlabel(
+        "share of the average's variation among the better trials (PED-ANOVA)",
+        fontsize=8,
+        color=INK,
+    )
     plain(axes)
     return figure
 

@@ -1,27 +1,31 @@
 """Trials as runs of the DAG: what they score, what they share, and what a search leaves behind."""
 
-import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from ray import tune
-from rich.console import Console
 
 from agcl.errors import InputError
 from agcl.tasks import encode
 from pipeline import artifact, loading, trials
 from pipeline.run import open_run
 from pipeline.search import Rounds, run_trial, shared_stages
-from pipeline.search_run import best_run, execute_search, open_search
+from pipeline.search_run import best_run, open_search
 from pipeline.session import run_works
 from pipeline.stages import prepare
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import PREDICTIONS, is_for_validation
 from pipeline.tracking import default_uri
 
+ROOT = Path(__file__).parent.parent.parent
 SPACE = (
     "search.space={protect.0.energy: {type: uniform, low: 0.5, high: 0.95}, "
     "protect.0.weighting: {type: choice, values: [relevance, uniform]}}"
@@ -221,37 +225,75 @@ def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.ray
-def test_a_search_on_ray_leaves_a_winner_a_table_and_runs_in_mlflow(search, tmp_path, run_configs):
-    of = search(4, "search.stopping=median", "search.round=2")
-    seen, out = [], io.StringIO()
+@pytest.mark.timeout(600)
+def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_one(
+    search, tmp_path, in_process
+):
+    settings = ("search.round=3",)
+    of = search(4, *settings)
+    undisturbed = in_process.run(search(4, f"storage={tmp_path / 'other'}", *settings))
+    file = tmp_path / "config.yaml"
+    file.write_text(loading.dump(tuned(of.config)))
+    command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "4"]
+    # Output goes to a file: what Ray leaves behind would hold a pipe open.
+    with (tmp_path / "out").open("w") as out:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+        wait_for(lambda: any((trials.load(of.folder_of(n)) or NONE).progress for n in (0, 1)))
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        stages = [f.parent for f in (of.config.storage / "stages").glob("*/manifest.json")]
+        before = {
+            path: artifact.read_manifest(path)["started"]
+            for path in stages
+            if path.suffix != ".part"
+        }
+        second = subprocess.run(
+            [*command, "--resume"], cwd=ROOT, stdout=out, stderr=out, timeout=300, check=False
+        )
+    said = (tmp_path / "out").read_text()
+    assert second.returncode == 0, said
+    after = [trials.load(of.folder_of(n)) for n in range(4)]
+    assert [(t.settings, t.state, t.progress) for t in after] == [
+        (t.settings, t.state, t.progress) for t in undisturbed
+    ]
+    best = trials.best(undisturbed)
+    assert f"best is trial {best.number}:" in said
 
-    class Watch:
-        def __enter__(self):
-            return seen.append
-
-        def __exit__(self, *error):
-            pass
-
-    found = execute_search(of, command="agcl", console=Console(file=out, width=200), watch=Watch())
-    assert {trial.number for trial in seen} == {0, 1, 2, 3}
-    assert [trial.state for trial in found.trials].count("finished") >= 2
+    # Finished stages were not computed again, and the winner's config finds everything there.
+    assert before
+    for stage, started in before.items():
+        assert artifact.read_manifest(stage)["started"] == started
+    run = open_run(loading.load(of.folder / "best.yaml"))
+    assert all(work.is_complete() for work in run.works.values())
+    assert run.config.protect[0].energy == best.settings["protect.0.energy"]
     rows = pq.read_table(of.folder / "trials.parquet").to_pylist()
-    assert [row["average"] for row in rows] == [trial.last.average for trial in found.trials]
+    assert [row["average"] for row in rows] == [trial.last.average for trial in undisturbed]
     for name in ("parallel-coordinates.png", "pareto-front.png"):
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
+    check_mlflow(tmp_path / "storage", best)
 
-    # The winner was trained already: its config, run as it is, finds everything there.
-    assert "evaluate/2-valley" in out.getvalue()
-    assert "train/2-valley" not in out.getvalue().split("trials share")[1].split("starting Ray")[2]
-    config = loading.load(of.folder / "best.yaml")
-    run = open_run(config)
-    assert all(work.is_complete() for work in run.works.values())
-    assert config.protect[0].energy == found.best.settings["protect.0.energy"]
-    held = found.result.metrics
-    assert held["validation"]["memorization"]["average_performance"] >= 0
-    assert held["name"] == "tiny-best"
+    with pytest.raises(InputError, match=r"another 'search' section"):
+        search(4, "search.round=2", resume=True)
 
-    client = MlflowClient(default_uri(tmp_path / "storage"))
+
+NONE = trials.Trial(0, {})
+
+
+def tuned(config):
+    """The config that a search's trials were made from."""
+    return loading.changed(config, {"evaluation.rows": "all", "evaluation.validation": 0})
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def check_mlflow(storage, best):
+    """One run for the search, below it the trials with their own stages, and the winner's."""
+    client = MlflowClient(default_uri(storage))
     (experiment,) = [e for e in client.search_experiments() if e.name == "agcl"]
     by_id = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id])}
     kinds = {}
@@ -260,17 +302,15 @@ def test_a_search_on_ray_leaves_a_winner_a_table_and_runs_in_mlflow(search, tmp_
         key = (each.data.tags["kind"], above and above.data.tags["kind"])
         kinds.setdefault(key, []).append(each)
     (parent,) = kinds[("search", None)]
-    assert len(kinds[("trial", "search")]) == 4
     assert [r.info.run_name for r in kinds[("sequence", "search")]] == ["best"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"trials.parquet", "best.yaml", "search.yaml", "figures"} <= files
-    assert parent.data.metrics["best_average"] == found.best.last.average
+    assert parent.data.metrics["best_average"] == best.last.average
+    of_trials = {r.info.run_name: r for r in kinds[("trial", "search")]}
+    assert sorted(of_trials) == [f"trial-{number}" for number in range(4)]
+    assert of_trials[f"trial-{best.number}"].data.metrics["average"] == best.last.average
     stages = {r.data.tags["stage"] for r in kinds[("stage", "trial")]}
-    assert stages <= {"train", "attribute", "evaluate"}
     assert "train" in stages
-    statuses = {r.info.run_name: r.info.status for r in kinds[("trial", "search")]}
-    assert statuses[f"trial-{found.best.number}"] == "FINISHED"
-    assert all(r.info.status == "FINISHED" for r in [parent, *kinds[("stage", "trial")]])
-
-    with pytest.raises(InputError, match=r"another 'search' section"):
-        search(4, resume=True)
+    assert stages <= {"train", "attribute", "evaluate"}
+    open_runs = [r for r in by_id.values() if r.info.status != "FINISHED"]
+    assert not open_runs, [(r.info.run_name, r.info.status) for r in open_runs]
