@@ -43,7 +43,8 @@ def space_of(config: Config) -> dict[str, Dimension]:
             try:
                 changed(config, {key: value})
             except InputError as error:
-                raise InputError(f"search.space.{key}: {value!r} is not valid ({error})") from None
+                why = str(error).removeprefix(f"{key}: ")
+                raise InputError(f"search.space.{key}: {why}") from None
     return space
 
 

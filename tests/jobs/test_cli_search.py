@@ -1,0 +1,77 @@
+"""`agcl search`: what it refuses, and what it shows while trials run."""
+
+import io
+
+from rich.console import Console
+
+from jobs import cli
+from jobs.search import TrialTable, trial_table
+from pipeline.trials import Progress, Trial
+
+HALF = Progress(average=0.5, learned=0.75, retained=None)
+DONE = Progress(average=0.625, learned=0.75, retained=0.5)
+SETTINGS = {"protect.0.energy": 0.8123, "importance.top_k": None}
+
+
+def test_a_bad_space_or_nothing_to_resume_ends_before_any_work(agcl):
+    file = agcl.place.parent / "config.yaml"
+    file.write_text("search: {space: {training.epoch: {type: int, low: 1, high: 2}}}")
+    code, lines = agcl("search", file, "--trials", 3)
+    assert code == cli.BAD_INPUT
+    assert lines == ["agcl: search.space.training.epoch: unknown key (did you mean 'epochs'?)"]
+    file.write_text("name: mine")
+    code, lines = agcl("search", file, "--resume")
+    assert code == cli.BAD_INPUT
+    assert "mine-search holds no search to go on with" in lines[0]
+    assert not list(agcl.place.iterdir())
+
+
+def shown(*changes, width=100, terminal=False):
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+    with TrialTable(console, 3) as observe:
+        for trial in changes:
+            observe(trial)
+    return out.getvalue()
+
+
+def test_without_a_terminal_every_change_is_a_line():
+    running = Trial(0, SETTINGS)
+    half = Trial(0, SETTINGS, progress=(HALF,))
+    lines = shown(
+        running,
+        running,
+        half,
+        Trial(0, SETTINGS, "finished", (HALF, DONE)),
+        Trial(1, SETTINGS, "failed", reason="stage train/1-a: loss nan"),
+    ).splitlines()
+    assert len(lines) == 4, lines
+    assert "trial 0 running task 1 average 0.500 retained - learned 0.750" in lines[1]
+    assert "trial 0 finished task 2 average 0.625 retained 0.500 learned 0.750" in lines[2]
+    assert "1/3 done, best 0.625 (trial 0), about " in lines[2]
+    assert "trial 1 failed task 0" in lines[3]
+    assert "(stage train/1-a: loss nan)" in lines[3]
+
+
+def test_on_a_terminal_there_is_a_table_that_goes_on():
+    text = shown(Trial(0, SETTINGS), Trial(0, SETTINGS, "finished", (HALF, DONE)), terminal=True)
+    assert "retained" in text
+    assert "1/3 done, best 0.625 (trial 0)" in text
+
+
+def test_the_final_table_has_the_settings_and_marks_the_best_in_80_columns():
+    out = io.StringIO()
+    trials = [
+        Trial(0, SETTINGS, "finished", (HALF, DONE)),
+        Trial(1, SETTINGS, "stopped", (HALF,)),
+        Trial(2, SETTINGS, "failed"),
+    ]
+    Console(file=out, width=80).print(trial_table(trials, 2))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == [
+        "trial", "state", "task", "retained", "learned", "average", "energy", "top_k",
+    ]  # fmt: skip
+    assert lines[3].split() == [
+        "0", "*", "finished", "2", "0.500", "0.750", "0.625", "0.8123", "null",
+    ]  # fmt: skip
