@@ -202,8 +202,9 @@ class _Collector:
         if self.top is None:
             self.sum += self.weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
         else:
-            for x_row, g_row in zip(x, g_scaled, strict=True):
-                self.top.insert((g_row.T @ x_row).mul_(self.weight).to(self.sum.dtype))
+            if not torch.isfinite(flow).all():
+                self.top.values.fill_(torch.nan)  # Comparisons would lose it.
+            self.top.insert_products(self.weight, x, g_scaled)
 
     def share(self) -> None:
         """Reduce over workers."""

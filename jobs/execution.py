@@ -62,9 +62,14 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
     metrics = result.metrics
     for name, values in metrics["evaluation_sets"].items():
         table = Table(
-            title=f"{label}: {name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+            title=f"{label}: {name}",
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
-        table.add_column("after")
+        table.add_column("after", no_wrap=True)
         held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
         text = metrics.get("text_loss") if name == metrics["evaluation_set"] else None
         names = [*metrics["tasks"], *(f"({skill})" for skill in held_out)]

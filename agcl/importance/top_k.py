@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+_TILE_ENTRIES = 2**18
+"""Entries of all samples together that are made at a time: a megabyte, to stay in the cache."""
+
 
 class TopK:
     """Running K largest values of every entry, in descending order.
@@ -21,6 +24,25 @@ class TopK:
         self._sink(value)
         self.count += 1
 
+    def insert_products(self, weight: Tensor, x: Tensor, g: Tensor) -> None:
+        """Insert W ⊙ (gᵀx) of every sample, without holding more than some rows of them.
+
+        weight (out, in), x (samples, tokens, in), g (samples, tokens, out); all finite.
+        """
+        samples, _, width = x.shape
+        x, outputs = x.to(self.values.dtype), g.to(self.values.dtype).transpose(1, 2)
+        rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
+        compiled = _is_compiled(self.values, weight)
+        for first in range(0, len(weight), rows):
+            products = torch.bmm(outputs[:, first : first + rows], x)
+            if compiled:
+                _sink_compiled(self.values, weight, products, first)
+            else:
+                tile = slice(first, first + rows)
+                for value in products.mul_(weight[tile]):
+                    self._sink(value, tile)
+        self.count += samples
+
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
         for value in values[: min(count, len(values))].clone():
@@ -32,9 +54,26 @@ class TopK:
         filled = self.values[: min(self.count, len(self.values))]
         return filled.mean(0) if len(filled) else torch.zeros_like(self.values[0])
 
-    def _sink(self, value: Tensor) -> None:
+    def _sink(self, value: Tensor, rows: slice = slice(None)) -> None:
         spare = torch.empty_like(value)
-        for slot in self.values:
+        for slot in self.values[:, rows]:
             torch.minimum(slot, value, out=spare)
             torch.maximum(slot, value, out=slot)
             value, spare = spare, value
+
+
+def _is_compiled(values: Tensor, weight: Tensor) -> bool:
+    return (
+        values.device.type == "cpu"
+        and values.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()
+    )
+
+
+def _sink_compiled(values: Tensor, weight: Tensor, products: Tensor, first: int) -> None:
+    import numba
+
+    from agcl.importance.sink import sink_products
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    sink_products(values.numpy(), weight.numpy(), products.numpy(), first)

@@ -67,3 +67,47 @@ def test_all_negative_values_are_kept_as_they_are():
 
 def test_nothing_inserted_means_zeros():
     assert torch.equal(running([], 3).mean(), torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("tile", [1, 100, 2**18])
+def test_products_are_those_of_every_sample_alone(monkeypatch, dtype, k, tile):
+    """In float32 by compiled code, else by plain operations; tiles of one row, some and all."""
+    monkeypatch.setattr("agcl.importance.top_k._TILE_ENTRIES", tile)
+    generator = torch.Generator().manual_seed(0)
+    x, g, weight = (
+        torch.randn(shape, generator=generator, dtype=dtype)
+        for shape in [(6, 5, 17), (6, 5, 11), (11, 17)]
+    )
+    slow = [weight.double() * (g[b].double().T @ x[b].double()) for b in range(6)]
+    expected = torch.stack(slow).topk(k, dim=0).values
+
+    top = TopK(k, weight)
+    top.insert_products(weight, x[:4], g[:4])
+    top.insert_products(weight, x[4:], g[4:])
+    alone = TopK(k, weight)
+    for b in (3, 5, 0, 2, 1, 4):
+        alone.insert_products(weight, x[b : b + 1], g[b : b + 1])
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(top.values.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(alone.values, top.values, rtol=tolerance, atol=tolerance)
+    assert top.count == alone.count == 6
+
+
+def test_a_transposed_weight_and_no_samples_are_no_special_case():
+    weight = torch.randn(5, 3).T
+    top = TopK(2, torch.zeros(3, 5))
+    top.insert_products(weight, torch.randn(0, 4, 5), torch.randn(0, 4, 3))
+    assert torch.equal(top.mean(), torch.zeros(3, 5))
+    x, g = torch.randn(1, 4, 5), torch.randn(1, 4, 3)
+    top.insert_products(weight, x, g)
+    torch.testing.assert_close(top.values[0], weight * (g[0].T @ x[0]))
+
+
+def test_a_value_that_is_no_number_stays_in_sight():
+    top = TopK(2, torch.zeros(2, 2))
+    top.values.fill_(torch.nan)
+    top.insert_products(torch.ones(2, 2), torch.randn(3, 1, 2), torch.randn(3, 1, 2))
+    assert top.mean().isnan().all()
