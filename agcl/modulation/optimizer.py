@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 from agcl.modulation.projection import project_out
 
 GateOn = Literal["update", "gradient"]
+_GATE_STEPS = 255
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -20,8 +21,8 @@ class GatedAdamW(torch.optim.AdamW):
     `on="gradient"` the gradient before Adam and the weight decay, the paper's literal form.
     `basis` then removes input directions from it, ΔW (I - U Uᵀ).
 
-    Where the gate is 1 the step equals `torch.optim.AdamW`'s bit for bit; where it is 0 the
-    weight keeps its bits.
+    Where the gate is 1 the step equals `torch.optim.AdamW(fused=True)`'s bit for bit; where it is 0
+    the weight keeps its bits. Gates are kept in a byte, in steps of 1/255.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class GatedAdamW(torch.optim.AdamW):
             parameter = by_name.get(name)
             if parameter is None or tensor.shape != parameter.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
-            self.gate[parameter] = tensor.to(parameter.device, parameter.dtype)
+            steps = tensor.to(parameter.device).mul(_GATE_STEPS).round_()
+            self.gate[parameter] = steps.to(torch.uint8)
         for name, tensor in (basis or {}).items():
             parameter = by_name.get(name)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
@@ -78,48 +80,47 @@ class GatedAdamW(torch.optim.AdamW):
         return loss
 
     def _step_one(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        gate, basis = self.gate.get(parameter), self.basis.get(parameter)
-        if gate is None and basis is None:
-            self._adamw(parameter, parameter, gradient, group, group["weight_decay"])
+        stored, basis = self.gate.get(parameter), self.basis.get(parameter)
+        if stored is None and basis is None:
+            self._adamw(parameter, gradient, group, group["weight_decay"])
             return
-        target = parameter.clone()
+        gate = None if stored is None else stored.to(parameter.dtype).div_(_GATE_STEPS)
+        before = parameter.clone()
+        # lerp returns its ends exactly for weights 0 and 1.
         if gate is not None and self.on == "gradient":
-            decayed = parameter * (1 - group["lr"] * group["weight_decay"])
-            # lerp returns its ends exactly for weights 0 and 1.
-            torch.lerp(parameter, decayed, gate, out=target)
-            self._adamw(parameter, target, gradient * gate, group, weight_decay=0.0)
+            decayed = before * (1 - group["lr"] * group["weight_decay"])
+            torch.lerp(before, decayed, gate, out=parameter)
+            self._adamw(parameter, gradient * gate, group, weight_decay=0.0)
         else:
-            self._adamw(parameter, target, gradient, group, group["weight_decay"])
+            self._adamw(parameter, gradient, group, group["weight_decay"])
             if gate is not None:
-                torch.lerp(parameter, target, gate, out=target)
-        if basis is None:
-            parameter.copy_(target)
-        else:
-            transposed = parameter in self.transposed
-            parameter.add_(project_out(target.sub_(parameter), basis, transposed=transposed))
+                torch.lerp(before, parameter, gate, out=parameter)
+        if basis is not None:
+            change = parameter.sub_(before)
+            kept = project_out(change, basis, transposed=parameter in self.transposed)
+            parameter.copy_(before.add_(kept))
 
     def _adamw(
         self,
         parameter: nn.Parameter,
-        target: Tensor,
         gradient: Tensor,
         group: dict[str, Any],
         weight_decay: float,
     ) -> None:
-        """Torch's own AdamW arithmetic with `parameter`'s state, written into `target`."""
+        """Torch's own fused AdamW: one pass over weight, gradient and state."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         adamw(
-            [target],
+            [parameter],
             [gradient],
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
             [state["step"]],
-            foreach=False,
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
