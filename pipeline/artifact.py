@@ -43,11 +43,25 @@ def file_hash(file: Path) -> str:
 
 
 def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
-    """SHA-256 over names and contents of a file, or of a folder's files that fit a pattern."""
+    """SHA-256 over names and contents of a file, or of a folder's files that fit a pattern.
+
+    A file that is as large and as old as before in this process is not read again: a search asks
+    for the hash of its base model with every trial.
+    """
     if path.is_file():
-        return file_hash(path)
+        return _hash_of(path)
     files = sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
-    return fingerprint({f.relative_to(path).as_posix(): file_hash(f) for f in files})
+    return fingerprint({f.relative_to(path).as_posix(): _hash_of(f) for f in files})
+
+
+def _hash_of(file: Path) -> str:
+    status = file.stat()
+    return _hash_as_of(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash_as_of(file: Path, size: int, changed: int) -> str:
+    return file_hash(file)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

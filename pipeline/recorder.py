@@ -11,7 +11,7 @@ from pipeline.dag import Work
 from pipeline.model_card import MODEL
 from pipeline.plan import Run
 from pipeline.stages.context import LOG_FILE, Record
-from pipeline.stages.evaluate import SCORES
+from pipeline.stages.evaluate import SCORES, TEXT
 from pipeline.stages.prepare import SUMMARY
 from pipeline.stages.train import IMPORTANCE_FILE
 from pipeline.tracking import Content, Tracker, TrackingFailed
@@ -254,6 +254,8 @@ class _Recorder:
                 continue
             seen = [scores[task][name] for task in self.plan.tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
+        if (work.folder / TEXT).exists():
+            row["text_loss"] = json.loads((work.folder / TEXT).read_text(encoding="utf-8"))["loss"]
         self.tracker.metrics(self.parent, [{"step": index, **row}])
 
     def _log_importance(self, stage: str, file: Path) -> None:

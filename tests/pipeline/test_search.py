@@ -229,7 +229,8 @@ def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(
 def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_one(
     search, tmp_path, in_process
 ):
-    settings = ("search.round=3",)
+    (tmp_path / "text").write_text("Rivers run to the sea. " * 20)
+    settings = ("search.round=3", f"evaluation.text={tmp_path / 'text'}")
     of = search(4, *settings)
     undisturbed = in_process.run(search(4, f"storage={tmp_path / 'other'}", *settings))
     file = tmp_path / "config.yaml"
@@ -273,7 +274,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     check_mlflow(tmp_path / "storage", best)
 
     with pytest.raises(InputError, match=r"another 'search' section"):
-        search(4, "search.round=2", resume=True)
+        search(4, *settings, "search.round=2", resume=True)
 
 
 NONE = trials.Trial(0, {})
@@ -309,6 +310,7 @@ def check_mlflow(storage, best):
     of_trials = {r.info.run_name: r for r in kinds[("trial", "search")]}
     assert sorted(of_trials) == [f"trial-{number}" for number in range(4)]
     assert of_trials[f"trial-{best.number}"].data.metrics["average"] == best.last.average
+    assert all(run.data.metrics["text_loss"] > 0 for run in of_trials.values())
     stages = {r.data.tags["stage"] for r in kinds[("stage", "trial")]}
     assert "train" in stages
     assert stages <= {"train", "attribute", "evaluate"}
