@@ -1,7 +1,7 @@
 """Relevance of every weight for a task's right answers, streamed over samples and workers."""
 
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from agcl.importance import Importance, TopK
 from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
+Split = Literal["samples", "layers"]
+"""What the workers share among them."""
 Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
 """What an entry's value is: its relevance by LRP or by the ordinary gradient, its diagonal Fisher
 information, or its standardised gradient."""
@@ -34,9 +36,15 @@ def attribute(
     rules: RuleSet = "attnlrp",
     moments: MomentWeighting | None = None,
     correct_only: bool = True,
+    split: Split = "samples",
     log: Callable[[int], None] = lambda rows_done: None,
 ) -> Importance:
     """Attribute the answers of all workers' batches to the weights of the linear layers.
+
+    With `split` by `samples` every worker gives batches of its own and keeps running values of all
+    layers, which are merged at the end; by `layers` all workers give the same batches and each
+    keeps the running values of its share of the layers: K times the weights divided by the number
+    of workers, and nothing to merge.
 
     A sample's target is the sum of its answer tokens' logits, teacher-forced. Its relevance of a
     weight, W ⊙ (gᵀx) divided by the relevance that flows through the layer, Σ|z ⊙ g|, enters the
@@ -59,10 +67,12 @@ def attribute(
     top_k = top_k if by_relevance else None
     target = _logits_of_answers if by_relevance else _log_likelihood
     linears = attributed_linears(model)
-    collectors = {n: _Collector(m, estimator, top_k, moments) for n, m in linears.items()}
+    owners = {name: number % distributed.world_size() for number, name in enumerate(linears)}
+    own = [n for n in linears if split == "samples" or owners[n] == distributed.rank()]
+    collectors = {n: _Collector(linears[n], estimator, top_k, moments) for n in own}
     seen = used = 0
     with relevance_backward(model, rules):
-        handles = [m.register_forward_hook(collectors[n].hook) for n, m in linears.items()]
+        handles = [linears[n].register_forward_hook(collectors[n].hook) for n in own]
         try:
             for batch in batches:
                 batch = batch.to(model.device)
@@ -79,17 +89,25 @@ def attribute(
             for handle in handles:
                 handle.remove()
     counts = torch.tensor([seen, used], device=model.device)
-    distributed.sum_in_place([counts])
+    if split == "samples":
+        distributed.sum_in_place([counts])
     if counts[1] == 0:
         raise NothingToAttribute(
             f"the model answers none of the {int(counts[0])} rows correctly: train longer, or set "
             "importance.correct_only to false"
         )
     for collector in collectors.values():
-        collector.share()
+        collector.finish(merge=split == "samples")
+    found = {n: c.entries() for n, c in collectors.items()}
+    second = {n: c.second_moment() for n, c in collectors.items()} if moments else {}
+    if split == "layers":
+        shapes = {n: cast(Tensor, m.weight).shape for n, m in linears.items()}
+        widths = {n: weight_of(m).shape[1] for n, m in linears.items()} if moments else {}
+        found = _from_owners(found, shapes, owners, model)
+        second = _from_owners(second, {n: (w, w) for n, w in widths.items()}, owners, model)
     return Importance(
-        entries={n: c.entries() for n, c in collectors.items()},
-        moments={n: c.second_moment() for n, c in collectors.items()} if moments else {},
+        entries=found,
+        moments=second,
         header={
             "architecture": type(model).__name__,
             "estimator": estimator,
@@ -101,6 +119,23 @@ def attribute(
             "rows_attributed": int(counts[1]),
         },
     )
+
+
+def _from_owners(
+    own: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    owners: Mapping[str, int],
+    model: PreTrainedModel,
+) -> dict[str, Tensor]:
+    """The tensor of every layer, on every worker."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return {
+        name: distributed.broadcast(
+            own[name] if name in own else torch.empty(*shape, dtype=dtype, device=model.device),
+            owners[name],
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _all(batch: Batch) -> Tensor:
@@ -206,9 +241,11 @@ class _Collector:
                 self.top.values.fill_(torch.nan)  # Comparisons would lose it.
             self.top.insert_products(self.weight, x, g_scaled)
 
-    def share(self) -> None:
-        """Reduce over workers."""
+    def finish(self, *, merge: bool) -> None:
+        """Take in the last batch; reduce over workers, if each had batches of its own."""
         self._add_unweighted()
+        if not merge:
+            return
         count = torch.tensor([self.top.count if self.top else self.count], device=self.device)
         counts = [int(part) for part in distributed.gather(count)]
         if self.top is None:

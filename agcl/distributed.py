@@ -42,3 +42,10 @@ def gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return parts
+
+
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """The same-shaped tensor of one worker, on every worker, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor

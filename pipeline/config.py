@@ -77,6 +77,9 @@ class ImportanceSection(Section):
     (raw or normalised) are attributed on all rows."""
     batch_size: Positive = 8
     """Rows a relevance backward pass; does not change the result."""
+    split: Literal["samples", "layers"] = "samples"
+    """What the workers share: rows, each with running values of all weights; or layers, each worker
+    reading all rows for its own (memory: `top_k` times the weights, divided by the workers)."""
     past: tuple[Path, ...] = ()
     """Importance files of earlier runs of the same base model, protected from the first task on."""
 

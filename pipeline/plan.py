@@ -281,6 +281,7 @@ def _attribute(
             "samples": settings.samples,
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,
+            "split": settings.split,
             "moments": weighting,
             "seed": config.seed * 1000 + index,
         },

@@ -33,7 +33,8 @@ def attribute(
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
     summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
     batches = in_order(len(chosen), config["batch_size"])
-    mine = batches[distributed.rank() :: distributed.world_size()]
+    by_layers = config["split"] == "layers"
+    mine = batches if by_layers else batches[distributed.rank() :: distributed.world_size()]
     estimator = config["estimator"]
     importance = attribute_batches(
         model,
@@ -45,6 +46,7 @@ def attribute(
         moments=config["moments"],
         # Of a long answer that is scored in part, hardly any is right to the letter.
         correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
+        split=config["split"],
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
     )
     if estimator == "magnitude":

@@ -24,6 +24,22 @@ def test_top_k_importance_is_bit_equal_for_two_workers(workers, llama, top_k, ru
             torch.testing.assert_close(other[1][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("top_k", [2, None])
+@pytest.mark.parametrize("moments", ["relevance", None])
+def test_importance_is_bit_equal_when_two_workers_share_the_layers(workers, llama, top_k, moments):
+    rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
+    options = {"top_k": top_k, "moments": moments, "split": "layers"}
+    entries, alone, header = remote.attribute_batches(rows, 3, MODEL, **options)
+    for other in workers.run(remote.attribute_batches, rows, 3, MODEL, **options):
+        assert other[2] == header
+        assert other[0].keys() == entries.keys()
+        assert other[1].keys() == alone.keys()
+        for name, tensor in entries.items():
+            assert torch.equal(other[0][name], tensor), name
+        for name, tensor in alone.items():
+            assert torch.equal(other[1][name], tensor), name
+
+
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_mean_importance_is_the_same_for_two_workers(workers, llama, rules):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))

@@ -69,14 +69,16 @@ def _serve(rank: int, folder: Path, end: Any) -> None:
 
 
 def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **options: Any) -> Any:
-    """Attribute this worker's share of whole batches, taken in turn."""
+    """Attribute this worker's share of whole batches, taken in turn, or of the layers."""
     from reference import tiny
 
     from agcl import distributed
     from agcl.attribution import attribute
     from agcl.batches import collate, in_order
 
-    batches = in_order(len(rows), batch_size)[distributed.rank() :: distributed.world_size()]
+    batches = in_order(len(rows), batch_size)
+    if options.get("split") != "layers":
+        batches = batches[distributed.rank() :: distributed.world_size()]
     importance = attribute(
         tiny.llama(**model), (collate([rows[i] for i in b]) for b in batches), **options
     )
