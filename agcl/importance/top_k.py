@@ -32,11 +32,13 @@ class TopK:
         samples, _, width = x.shape
         x, outputs = x.to(self.values.dtype), g.to(self.values.dtype).transpose(1, 2)
         rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
-        compiled = _is_compiled(self.values, weight)
+        compiled = _can_be_compiled(self.values, weight)
+        if compiled:
+            from agcl.importance.sink import sink_products  # Numba takes a second to load.
         for first in range(0, len(weight), rows):
             products = torch.bmm(outputs[:, first : first + rows], x)
             if compiled:
-                _sink_compiled(self.values, weight, products, first)
+                sink_products(self.values, weight, products, first)
             else:
                 tile = slice(first, first + rows)
                 for value in products.mul_(weight[tile]):
@@ -62,18 +64,9 @@ class TopK:
             value, spare = spare, value
 
 
-def _is_compiled(values: Tensor, weight: Tensor) -> bool:
+def _can_be_compiled(values: Tensor, weight: Tensor) -> bool:
     return (
         values.device.type == "cpu"
         and values.dtype == weight.dtype == torch.float32
         and weight.is_contiguous()
     )
-
-
-def _sink_compiled(values: Tensor, weight: Tensor, products: Tensor, first: int) -> None:
-    import numba
-
-    from agcl.importance.sink import sink_products
-
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    sink_products(values.numpy(), weight.numpy(), products.numpy(), first)

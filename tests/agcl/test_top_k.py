@@ -96,6 +96,21 @@ def test_products_are_those_of_every_sample_alone(monkeypatch, dtype, k, tile):
     assert top.count == alone.count == 6
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_rows_and_are_left_as_they_were(threads):
+    x, g, weight = torch.randn(2, 5, 17), torch.randn(2, 5, 11), torch.randn(11, 17)
+    alone, top = TopK(2, weight), TopK(2, weight)
+    alone.insert_products(weight, x, g)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        top.insert_products(weight, x, g)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(top.values, alone.values)
+
+
 def test_a_transposed_weight_and_no_samples_are_no_special_case():
     weight = torch.randn(5, 3).T
     top = TopK(2, torch.zeros(3, 5))
