@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pipeline.trials import Trial
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
+_WIDTH, _WIDTH_OF_SETTING = 54, 13
+"""Columns of the table without settings, and with each; those that do not fit are in the file."""
 _ROWS = 24
 """Trials that the live table shows; of more, the last ones."""
 
@@ -43,7 +45,8 @@ def main(arguments: argparse.Namespace, command: str) -> int:
             f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
         )
         return 1
-    console.print(trial_table(found.trials, len(search.space)))
+    fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
+    console.print(trial_table(found.trials, fitting))
     if found.best is None or found.result is None:
         reasons = {trial.reason for trial in found.trials if trial.reason}
         Console(stderr=True, soft_wrap=True).print(
