@@ -147,6 +147,7 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
         "rules": "attnlrp",
         "top_k": 1,
         "permuted": False,
+        "split": "samples",
         "samples": None,
         "correct_only": True,
         "batch_size": 2,
