@@ -11,14 +11,6 @@ from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests of a file, and those that look at the finished runs, in one of the processes."""
-    for item in items:
-        shared = "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 @pytest.fixture
 def exact_llama() -> LlamaForCausalLM:
     """A float64 Llama with grouped-query attention, exact to float64 throughout."""

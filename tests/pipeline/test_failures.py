@@ -62,7 +62,7 @@ class Driver:
     def finished(self):
         """Manifests of the finished artifacts by folder."""
         folders = (self.storage / "stages").glob("*")
-        manifests = {f.name: artifact.read_manifest(f) for f in folders if f.suffix != ".part"}
+        manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}
 
 
