@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,13 +127,13 @@ def projected_step(setting: Setting) -> Figure:
         parameter.requires_grad_(True)
     basis = random_bases(like, seed=0)
     size = len(setting.rows)
-    options = {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
+    options: dict[str, Any] = {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
     projected = GatedAdamW(named, basis=basis, lr=1e-7)
     plain = GatedAdamW(named, lr=1e-7)
     figure = _pairs(
         "projected_step",
-        lambda: train_task(model, setting.rows, projected, **options),  # type: ignore[arg-type]
-        lambda: train_task(model, setting.rows, plain, **options),  # type: ignore[arg-type]
+        lambda: train_task(model, setting.rows, projected, **options),
+        lambda: train_task(model, setting.rows, plain, **options),
         setting,
         1.25,
         "plain step, same weights trained",

@@ -348,7 +348,7 @@ def _run_stages(
     try:
         run_works(list(run.works.values()), Context(device), observe)
     except Exception:
-        if not failed:
+        if not failed:  # Else the stage's failure was recorded before it was raised.
             raise
     return failed.get("first")
 
