@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.search import Observe
+    from pipeline.rounds import Observe
     from pipeline.trials import Trial
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}

@@ -16,8 +16,9 @@ from pipeline.dag import sessions
 from pipeline.plan import Run
 from pipeline.recorder import Recording
 from pipeline.results import RunResult
+from pipeline.rounds import Observe
 from pipeline.run import execute, open_folder, open_recording, open_run, run_with_progress
-from pipeline.search import Observe, Search, run_trials, shared_stages
+from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
 from pipeline.trials import Trial
 from pipeline.tuning import VALIDATION

@@ -16,8 +16,9 @@ from ray import tune
 from agcl.errors import InputError
 from agcl.tasks import encode
 from pipeline import artifact, loading, trials
+from pipeline.rounds import Rounds
 from pipeline.run import open_run
-from pipeline.search import Rounds, run_trial, shared_stages
+from pipeline.search import run_trial, shared_stages
 from pipeline.search_run import best_run, open_search
 from pipeline.session import run_works
 from pipeline.stages import prepare

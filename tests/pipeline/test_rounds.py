@@ -7,7 +7,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from pipeline import trials
-from pipeline.search import Rounds, Search
+from pipeline.rounds import Rounds
+from pipeline.search import Search
 from pipeline.search_space import space_of
 from pipeline.trials import Progress, Trial
 
