@@ -100,21 +100,9 @@ def test_relevance_of_the_factors_is_that_of_their_outputs(architecture, rules):
         parameters[name].data = torch.randn(parameters[name].shape, generator=generator).double()
     with torch.no_grad():
         outside = logits(inner)
-    seen = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            if output.requires_grad:
-                output.register_hook(lambda g: seen.update({name: (args[0], output, g)}))
-
-        return hook
-
-    with relevance_backward(inner, rules):
-        handles = [m.register_forward_hook(keep(n)) for n, m in linears.items()]
+    with relevance_backward(inner, rules), families.flow(linears) as seen:
         inside = inner(IDS, use_cache=False).logits
         inside[0, -1, 7].backward()
-        for handle in handles:
-            handle.remove()
     assert torch.equal(inside, outside)
     assert {n for n, p in inner.named_parameters() if p.requires_grad} == set(linears)
     assert all(".lora_A." in name or ".lora_B." in name for name in linears)

@@ -94,20 +94,8 @@ def test_cp_conserves_relevance_from_the_logit_to_the_first_block(architecture):
 def test_the_relevance_of_a_weight_is_that_of_its_layers_output(architecture, rules):
     model = families.without_biases(families.model(architecture))
     linears = attributed_linears(model)
-    seen = {}
-
-    def keep(name):
-        def hook(module, args, output):
-            if output.requires_grad:
-                output.register_hook(lambda g: seen.update({name: (args[0], output, g)}))
-
-        return hook
-
-    with relevance_backward(model, rules):
-        handles = [m.register_forward_hook(keep(n)) for n, m in linears.items()]
+    with relevance_backward(model, rules), families.flow(linears) as seen:
         logits_of(model)[:, -1, 7].sum().backward()
-        for handle in handles:
-            handle.remove()
     if rules == "attnlrp":
         assert seen.keys() == linears.keys()
     for name, (x, z, g) in seen.items():

@@ -1,5 +1,9 @@
 """A tiny model of every supported family, built in code."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -65,3 +69,23 @@ def without_biases(built: PreTrainedModel) -> PreTrainedModel:
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     return built
+
+
+@contextmanager
+def flow(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
+    """Input, output and the output's gradient of every layer that a backward inside reaches."""
+    seen: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda g: seen.update({name: (args[0], output, g)}))
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in linears.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
