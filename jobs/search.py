@@ -27,6 +27,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from pipeline import loading
     from pipeline.runner import StageFailed
     from pipeline.search_run import BEST_CONFIG, execute_search, open_search
+    from pipeline.search_space import own_point
     from pipeline.tracking import default_uri
 
     console = Console(highlight=False)
@@ -36,6 +37,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     for key, dimension in search.space.items():
         shown = {k: v for k, v in dimension.model_dump().items() if k != "type"}
         console.print(f"  {key}  [dim]{dimension.type} {shown}[/]")
+    share = search.config.evaluation.validation
+    console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
+    if own_point(search.config, search.space) is None:
+        console.print("  the config itself is outside of this space, so it is not among the trials")
     try:
         watch = TrialTable(console, search.num_trials)
         found = execute_search(search, command=command, console=console, watch=watch)

@@ -38,7 +38,7 @@ class Recording:
     ) -> None:
         """`kind` is that of a run above all others (`comparison`, `search`), remembered in `folder`
         and continued; None goes without, or below the run `parent`."""
-        self.tracker, self.warn, self.title = tracker, warn, title
+        self.tracker, self.warn = tracker, warn
         self.recorders: dict[str, _Recorder] = {}
         self.own: str | None = None
         self.parent = parent

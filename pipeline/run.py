@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline import artifact, loading
-from pipeline.cluster import cluster
-from pipeline.config import Config, Resources
-from pipeline.dag import Session, folder_name, resolve, sessions
+from pipeline.config import Config
+from pipeline.dag import folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
-from pipeline.progress import StageProgress
 from pipeline.recorder import Recording
 from pipeline.report import write_report
 from pipeline.results import RunResult, StageRecord, left_out
-from pipeline.runner import Observe, StageFailed, run_sessions
-from pipeline.stages.context import Record
+from pipeline.runner import StageFailed, on_cluster
 from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
 from pipeline.stages.train import CHECKS
@@ -141,7 +138,7 @@ def _run_missing(
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
     try:
-        failures = _on_cluster(
+        failures = on_cluster(
             todo, folder, first.resources, recording.observe, console, keep_going=keep_going
         )
         for failure in failures:
@@ -181,59 +178,6 @@ def open_folder(run: Run) -> None:
     """Make the run's folder, with its config in it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
-
-
-def _on_cluster(
-    todo: Sequence[Session],
-    folder: Path,
-    resources: Resources,
-    record: Observe,
-    console: Console,
-    *,
-    keep_going: bool = False,
-) -> list[StageFailed]:
-    if not todo:
-        console.print("  every stage is complete already", highlight=False)
-        return []
-    number = sum(len(session.works) for session in todo)
-    console.print(f"  {number} stages to run; starting Ray", highlight=False)
-    with cluster(resources) as side_by_side:
-        return run_with_progress(
-            todo, folder, resources, side_by_side, record, console, keep_going=keep_going
-        )
-
-
-def run_with_progress(
-    todo: Sequence[Session],
-    folder: Path,
-    resources: Resources,
-    side_by_side: int,
-    record: Observe,
-    console: Console,
-    *,
-    keep_going: bool = False,
-) -> list[StageFailed]:
-    """Run sessions on the cluster that Ray is on, and show how far they are."""
-    shared = {owner for session in todo for owner in session.owners}
-    titles = {
-        work.folder.name: work.name
-        if set(session.owners) == shared
-        else f"{work.name} ({_names(session.owners)})"
-        for session in todo
-        for work in session.works
-    }
-    with StageProgress(console, titles) as progress:
-
-        def observe(records: list[Record]) -> None:
-            progress.observe(records)
-            record(records)
-
-        scratch = folder / ".ray-train"
-        return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
-
-
-def _names(owners: Sequence[str], most: int = 3) -> str:
-    return ", ".join(owners) if len(owners) <= most else f"{len(owners)} runs"
 
 
 def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
@@ -291,7 +235,7 @@ def prepare_tasks(run: Run, console: Console) -> None:
     """
     stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
     todo = sessions({run.config.name: stages}, run.config.storage)
-    failures = _on_cluster(todo, run.folder, run.config.resources, lambda records: None, console)
+    failures = on_cluster(todo, run.folder, run.config.resources, lambda records: None, console)
     for failure in failures:
         _write_log(run.folder, failure)
         raise failure

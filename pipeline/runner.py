@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from rich.console import Console
 
+from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session
+from pipeline.progress import StageProgress
 from pipeline.session import Mailbox, run_session
 from pipeline.stages.context import Record
 
@@ -30,6 +33,60 @@ class StageFailed(Exception):
 
     def __str__(self) -> str:
         return f"stage {self.stage} failed: {self.error}"
+
+
+def on_cluster(
+    todo: Sequence[Session],
+    folder: Path,
+    resources: Resources,
+    record: Observe,
+    console: Console,
+    *,
+    keep_going: bool = False,
+) -> list[StageFailed]:
+    """Run sessions, if there are any, on the cluster to join or one of this machine's own."""
+    if not todo:
+        console.print("  every stage is complete already", highlight=False)
+        return []
+    number = sum(len(session.works) for session in todo)
+    console.print(f"  {number} stages to run; starting Ray", highlight=False)
+    with cluster(resources) as side_by_side:
+        return run_with_progress(
+            todo, folder, resources, side_by_side, record, console, keep_going=keep_going
+        )
+
+
+def run_with_progress(
+    todo: Sequence[Session],
+    folder: Path,
+    resources: Resources,
+    side_by_side: int,
+    record: Observe,
+    console: Console,
+    *,
+    keep_going: bool = False,
+) -> list[StageFailed]:
+    """Run sessions on the cluster that Ray is on, and show how far they are."""
+    shared = {owner for session in todo for owner in session.owners}
+    titles = {
+        work.folder.name: work.name
+        if set(session.owners) == shared
+        else f"{work.name} ({_names(session.owners)})"
+        for session in todo
+        for work in session.works
+    }
+    with StageProgress(console, titles) as progress:
+
+        def observe(records: list[Record]) -> None:
+            progress.observe(records)
+            record(records)
+
+        scratch = folder / ".ray-train"
+        return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
+
+
+def _names(owners: Sequence[str], most: int = 3) -> str:
+    return ", ".join(owners) if len(owners) <= most else f"{len(owners)} runs"
 
 
 def run_sessions(

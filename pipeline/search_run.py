@@ -17,7 +17,8 @@ from pipeline.plan import Run
 from pipeline.recorder import Recording
 from pipeline.results import RunResult
 from pipeline.rounds import Observe
-from pipeline.run import execute, open_folder, open_recording, open_run, run_with_progress
+from pipeline.run import execute, open_folder, open_recording, open_run
+from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
 from pipeline.trials import Trial
