@@ -38,6 +38,18 @@ def tiny_config(tmp_path_factory):
     return make
 
 
+def _copy_stages(source, target, prefixes):
+    for folder in (source / "stages").iterdir():
+        if folder.name.startswith(prefixes) and folder.is_dir():
+            shutil.copytree(folder, target / "stages" / folder.name)
+
+
+@pytest.fixture(scope="session")
+def copy_stages():
+    """Copies the artifacts of stages, by how their folders begin, from one storage to another."""
+    return _copy_stages
+
+
 @pytest.fixture(scope="session")
 def run_in_process():
     """Runs a config's missing stages without Ray, its prepared rows taken from another storage.
@@ -47,9 +59,7 @@ def run_in_process():
 
     def run(config, prepared):
         config.storage.mkdir(parents=True)
-        for folder in (prepared / "stages").glob("*"):
-            if folder.name.startswith(("tokenizer-", "prepare-")):
-                shutil.copytree(folder, config.storage / "stages" / folder.name)
+        _copy_stages(prepared, config.storage, ("tokenizer-", "prepare-"))
         works = open_run(config).works
         run_works(list(works.values()), Context(), lambda records: None)
         return works
@@ -94,6 +104,7 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         runs=runs,
         results=results,
         output=output,
+        left=sorted(storage.iterdir()) + sorted((storage / "stages").iterdir()),
         artifact=lambda label, stage: runs[label].works[stage].folder,
         metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),
     )

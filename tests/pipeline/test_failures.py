@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,17 +66,11 @@ class Driver:
 
 
 @pytest.fixture
-def driver(finished, tmp_path):
+def driver(finished, copy_stages, tmp_path):
     """Drives the run `gradient`, from nothing but its prepared rows."""
     driver = Driver(finished.configs["gradient"], tmp_path / "storage", tmp_path)
     copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
     return driver
-
-
-def copy_stages(source, target, prefixes):
-    for folder in (source / "stages").iterdir():
-        if folder.name.startswith(prefixes):
-            shutil.copytree(folder, target / "stages" / folder.name)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +159,7 @@ def test_two_workers_give_what_one_gives(driver, finished):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(driver, finished):
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(driver, finished, copy_stages):
     copy_stages(finished.storage, driver.storage, ("pretrain", "evaluate-0"))
     code, _, err = driver.finish("training.learning_rate=1e30")
     assert code == 1
@@ -179,7 +172,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(driver, finished):
 
 
 @pytest.mark.slow
-def test_a_damaged_artifact_is_named_and_not_built_upon(driver, finished):
+def test_a_damaged_artifact_is_named_and_not_built_upon(driver, finished, copy_stages):
     copy_stages(finished.storage, driver.storage, ("pretrain",))
     (model,) = (driver.storage / "stages").glob("pretrain-*/model.safetensors")
     content = bytearray(model.read_bytes())

@@ -106,13 +106,14 @@ def test_a_method_without_a_finished_trial_is_named(trials):
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_failed_trial_does_not_end_the_others(finished, tiny_config):
+def test_a_failed_trial_does_not_end_the_others(finished, tiny_config, copy_stages, tmp_path):
     """On Ray, the base model taken from earlier runs; the run that fails comes first."""
-    folder = finished.root / "trials"
+    folder, storage = tmp_path / "trials", tmp_path / "storage"
+    copy_stages(finished.storage, storage, ("tokenizer", "prepare", "pretrain", "evaluate-0"))
     settings = {"diverged": ["training.learning_rate=1e30"], "fine": ["training.epochs=1"]}
     runs = {
         label: open_run(
-            tiny_config(finished.storage, *more, name=label, method="sequential"), folder / label
+            tiny_config(storage, *more, name=label, method="sequential"), folder / label
         )
         for label, more in settings.items()
     }
