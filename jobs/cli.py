@@ -111,7 +111,19 @@ def _parser() -> argparse.ArgumentParser:
         "show what every task is made of: rows, tokens, rows left out, rendered examples",
         config=True,
     )
-    _add(commands, "plan", plan.main, "print the stages and what is done; run nothing", config=True)
+    sub = _add(
+        commands,
+        "plan",
+        plan.main,
+        "print the stages, what is done, and memory, disk and time for the rest; run nothing",
+        config=True,
+    )
+    sub.add_argument(
+        "--no-probe",
+        dest="probe",
+        action="store_false",
+        help="leave out memory, disk and time, found by trying the first stages on a few rows",
+    )
     sub = _add(commands, "report", report.main, "write report.html of a run again")
     sub.add_argument("run_dir", type=Path, help="folder of a run, such as storage/facts")
     sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from agcl import models
 from jobs.bench import figures, sweeps, whole
@@ -30,6 +31,7 @@ NAMES = [*SINGLE, "pipeline", "task_30"]
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 0 also where a bar is missed."""
     given = _parsed(arguments)
+    logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
     setting = Setting(
         _model(given.model, given.device), random_rows(given.rows, given.tokens), given.pairs
