@@ -40,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
+    from pipeline.secrets import masked
 
     try:
-        return int(parsed.job(parsed, "agcl " + " ".join(arguments)) or OK)
+        return int(parsed.job(parsed, masked("agcl " + " ".join(arguments))) or OK)
     except InputError as error:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
@@ -56,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(code: int, message: str) -> int:
-    print(f"agcl: {' '.join(message.split())}", file=sys.stderr)
+    from pipeline.secrets import masked
+
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
+    print(f"agcl: {masked(line)}", file=sys.stderr)
     return code
 
 
