@@ -17,6 +17,27 @@ from pipeline.secrets import masked
 from pipeline.section import Section
 from pipeline.task_config import FactsTasks
 
+_MOST_ERRORS = 10
+
+
+class _Short(reprlib.Repr):
+    """One line at most of a value that YAML's aliases can blow up without end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 2, 100, 100, 40
+
+    def repr_int(self, number: int, level: int) -> str:
+        """Python refuses to write out a number of thousands of digits."""
+        return super().repr_int(number, level) if abs(number) < 10**40 else "a huge number"
+
+    def repr_str(self, text: str, level: int) -> str:
+        """Mask before anything is cut out of the middle."""
+        return super().repr_str(masked(text), level)
+
+
+_shown = _Short().repr
+
 
 def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -> Config:
     """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
@@ -31,7 +52,7 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     in_file = raw.get("method", Config.model_fields["method"].default)
     name = in_file if chosen is None else chosen
     if name not in list(METHODS):
-        raise InputError(f"method: no method {name!r} (there are {', '.join(METHODS)})")
+        raise InputError(f"method: no method {_shown(name)} (there are {', '.join(METHODS)})")
     of = METHODS[name].variant_of
     if in_file not in (name, of):
         raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
@@ -61,7 +82,10 @@ def validate(raw: Mapping[str, Any]) -> Config:
             for e, place in zip(errors, places, strict=True)
             if not any(p[: len(place)] == place for p in places if p != place)
         ]
-        raise InputError(masked("; ".join(_explain(e) for e in inner))) from None
+        said = [_explain(e) for e in inner[:_MOST_ERRORS]]
+        more = len(inner) - len(said)
+        said += [f"and {more} more"] if more else []
+        raise InputError(masked("; ".join(said))) from None
 
 
 def changed(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -140,7 +164,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    shown = masked(repr(override))
+    shown = _shown(override)
     if not equals or not key:
         raise InputError(f"override {shown}: expected key.path=value")
     try:
@@ -181,22 +205,17 @@ def _item(items: list[Any], part: str, key: str) -> None:
         items.append({})
 
 
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 100, 100, 40
-"""What YAML's aliases blow up, or a number of thousands of digits, has no line of its own."""
-
-
 def _explain(error: Any) -> str:
     """One pydantic error as `key.path: what is wrong`."""
     # pydantic puts the chosen kind into the path: after `tasks`, an item of `protect` or a key of
     # `search.space`.
     where = error["loc"]
     tag = {"tasks": 1, "protect": 2, "search": 3}.get(str(where[0]) if where else "", 0)
-    parts = [str(part) for index, part in enumerate(where) if not (tag and index == tag)]
+    parts = [str(part)[:100] for index, part in enumerate(where) if not (tag and index == tag)]
     key = ".".join(parts)
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         kind = str(error["ctx"]["discriminator"]).strip("'")
-        given = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
+        given = f" (got {_shown(error['ctx']['tag'])})" if "tag" in error["ctx"] else ""
         return f"{key}.{kind}: must be one of {_CHOICES[kind]}{given}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
@@ -205,7 +224,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         # The message of our own validators begins with the field's name.
         return f"{key}.{message}" if key else message
-    given = "" if error["type"] == "missing" else f" (got {_short.repr(error['input'])})"
+    given = "" if error["type"] == "missing" else f" (got {_shown(error['input'])})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
 
