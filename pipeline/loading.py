@@ -144,6 +144,10 @@ def _parse(text: str) -> Any:
     """The data of a YAML text. Raises `ValueError` of one line."""
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:  # Its own text quotes lines, which may hold credentials.
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(masked(f"{where}{error.problem or error.context}")) from None
     except Exception as error:  # PyYAML lets through whatever a malformed scalar raises.
         raise ValueError(masked(" ".join(str(error).split()) or type(error).__name__)) from None
 
