@@ -124,10 +124,10 @@ def scorer_named(name: str, key: str = "scorer") -> Scorer:
         )
     try:
         found: Any = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise InputError(f"{key}: {module!r} cannot be imported ({error})") from None
-    except (AttributeError, ValueError):
+    except AttributeError:
         raise InputError(f"{key}: module {module!r} has no function {function!r}") from None
+    except Exception as error:  # Of the user's module, or of a name that is none.
+        raise InputError(f"{key}: {module!r} cannot be imported ({error})") from None
     try:
         inspect.signature(found).bind("", "", *([""] if _takes_prompt(found) else []))
     except (TypeError, ValueError):
