@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Known vulnerabilities of the pinned versions; asks PyPI, and is no part of the tests.
 audit: $(VENV)/installed
 	$(PIP) pip-audit
-	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
 	rm -rf $(VENV) storage

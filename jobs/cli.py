@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(BAD_INPUT, f"{os.strerror(error.errno)}: {error.filename[:200]}")
         if error.errno not in _FULL_OR_FORBIDDEN:
             raise
         return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")

@@ -18,18 +18,16 @@ from pipeline.section import Section
 from pipeline.task_config import FactsTasks
 
 _MOST_ERRORS = 10
+_LARGEST = 100_000
+"""Values in a config."""
 
 
 class _Short(reprlib.Repr):
-    """One line at most of a value that YAML's aliases can blow up without end."""
+    """A line at most of any value."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother, self.maxlong = 2, 100, 100, 40
-
-    def repr_int(self, number: int, level: int) -> str:
-        """Python refuses to write out a number of thousands of digits."""
-        return super().repr_int(number, level) if abs(number) < 10**40 else "a huge number"
 
     def repr_str(self, text: str, level: int) -> str:
         """Mask before anything is cut out of the middle."""
@@ -139,17 +137,40 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        if abs(number) >= 10**40:  # Python refuses to write out those of thousands of digits.
+            raise yaml.constructor.ConstructorError(None, None, "a huge number", node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def _parse(text: str) -> Any:
     """The data of a YAML text. Raises `ValueError` of one line."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:  # Its own text quotes lines, which may hold credentials.
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(masked(f"{where}{error.problem or error.context}")) from None
     except Exception as error:  # PyYAML lets through whatever a malformed scalar raises.
         raise ValueError(masked(" ".join(str(error).split()) or type(error).__name__)) from None
+    if _size(value, {}) > _LARGEST:
+        raise ValueError("its aliases stand for more values than any config has")
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values it is with YAML's aliases written out; one that holds itself is endless."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _LARGEST
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference.mutations import JUNK, config_texts, damaged, overrides
 
@@ -89,7 +89,8 @@ def is_small(config):
 def test_a_config_is_valid_or_refused_in_one_line(place, content, settings):
     config = load(content, settings)
     assert {path.name for path in place.iterdir()} <= {"config.yaml", ROWS.name}
-    assume(config is not None)
+    if config is None:
+        return
     assert load(loading.dump(config).encode(), []) == config
     assert config.storage.is_absolute()
     assert config.storage / config.name == Path(f"{config.storage}/{config.name}")
