@@ -1,5 +1,6 @@
 """Any config, override and manifest: a valid one, or one line of `InputError`; never more."""
 
+import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -123,13 +124,9 @@ def write(folder, manifest):
 
 WHOLE = {
     "fingerprint": "f00d",
-    "files": {"a.txt": {"bytes": 3, "sha256": artifact.hashlib.sha256(b"one").hexdigest()}},
+    "files": {"a.txt": {"bytes": 3, "sha256": hashlib.sha256(b"one").hexdigest()}},
 }
 VALUES = JUNK.map(lambda value: json.loads(json.dumps(value, default=str)))
-
-
-def of_two(changed):
-    return {**WHOLE, **changed}
 
 
 @fuzz
@@ -139,7 +136,7 @@ def of_two(changed):
         st.binary(max_size=50),
         VALUES.map(lambda value: json.dumps(value).encode()),
         st.fixed_dictionaries({}, optional={"fingerprint": VALUES, "files": VALUES}).map(
-            lambda changed: json.dumps(of_two(changed)).encode()
+            lambda changed: json.dumps({**WHOLE, **changed}).encode()
         ),
         st.dictionaries(st.text(max_size=5), VALUES, max_size=2).map(
             lambda files: json.dumps({**WHOLE, "files": files}).encode()
