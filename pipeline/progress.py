@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.stages.context import Record
@@ -17,7 +18,8 @@ class StageProgress:
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         """`titles` says how each artifact that is to be made is called."""
-        self.console, self.titles, self.num_done = console, titles, 0
+        self.console, self.num_done = console, 0
+        self.titles = {artifact: escape(title) for artifact, title in titles.items()}
         self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

@@ -97,7 +97,7 @@ def execute_trials(
     done_before = _complete(runs)
     recording, failures = _run_missing(runs, folder, title, console, keep_going=True)
     for failure in failures:
-        console.print(f"  [yellow]failed trial[/] {failure}", highlight=False)
+        console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
     results = {
         label: _finish(run, command, done_before)
         for label, run in runs.items()
@@ -166,7 +166,7 @@ def open_recording(
     """
 
     def warn(message: str) -> None:
-        console.print(f"  [yellow]warning[/] {message}", highlight=False)
+        console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False)
 
     tracking = config.tracking
     tracker = Tracker(config.storage, tracking.uri) if tracking.enabled else None

@@ -13,6 +13,7 @@ from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.progress import StageProgress
+from pipeline.secrets import masked
 from pipeline.session import Mailbox, run_session
 from pipeline.stages.context import Record
 
@@ -179,6 +180,7 @@ def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
         if record.get("state") == "failed":
             return StageFailed(stage, str(record["error"]), str(record["traceback"]))
     started = [stage for stage, record in states.items() if record.get("state") == "started"]
-    reason = " ".join(str(error).split())[-300:]
+    text = masked(str(error))
+    reason = " ".join(text.split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    return StageFailed(stage, f"its workers were lost ({reason})", str(error))
+    return StageFailed(stage, f"its workers were lost ({reason})", text)

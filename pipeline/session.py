@@ -15,6 +15,7 @@ from agcl import distributed
 from pipeline import artifact
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
+from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 
 
@@ -42,8 +43,9 @@ def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
     except BaseException as error:
-        failed = {"state": "failed", "error": explain(error, work)}
-        emit([{"artifact": work.folder.name, **failed, "traceback": traceback.format_exc()}])
+        said = {"error": explain(error, work), "traceback": traceback.format_exc()}
+        failed = {key: masked(text) for key, text in said.items()}
+        emit([{"artifact": work.folder.name, "state": "failed", **failed}])
         raise
     checked.add(work.folder)
     distributed.barrier()

@@ -14,6 +14,7 @@ from typing import Any
 from agcl.errors import InputError
 
 from pipeline.artifact import write_json
+from pipeline.secrets import MASK, masked
 
 EXPERIMENT = "agcl"
 _RUN_FILE = "mlflow.json"
@@ -49,8 +50,10 @@ class _Client:
             try:
                 return call(*args, **kwargs)
             except Exception as error:  # A store raises what its database or transport raises.
-                reason = " ".join(str(error).split())[:200]
-                raise TrackingFailed(f"cannot use MLflow at {self._uri} ({reason})") from error
+                reason = masked(" ".join(str(error).split()))[:200]
+                raise TrackingFailed(
+                    f"cannot use MLflow at {masked(self._uri)} ({reason})"
+                ) from error
 
         return guarded
 
@@ -65,6 +68,8 @@ class Tracker:
         if uri is None:
             storage.mkdir(parents=True, exist_ok=True)
         self.uri = uri or default_uri(storage)
+        if MASK in self.uri:
+            raise InputError("tracking.uri: its credentials were never written; give them again")
         try:
             self.client: Any = _Client(self.uri)
             found = self.client.get_experiment_by_name(EXPERIMENT)
@@ -98,7 +103,7 @@ class Tracker:
 
     def remember(self, folder: Path, run_id: str) -> None:
         """Keep a run's id in its folder, so that running it again continues it."""
-        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": self.uri})
+        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": masked(self.uri)})
 
     def reopen(self, run_id: str) -> None:
         """Set a run to RUNNING again."""
@@ -187,7 +192,7 @@ class Tracker:
     def end(self, run_id: str, status: str = "FINISHED", error: str = "") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         if error:
-            self.client.set_tag(run_id, "error", error)
+            self.client.set_tag(run_id, "error", masked(error))
         self.client.set_terminated(run_id, status)
 
 
