@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Print one line a stage and an estimate; run nothing of it."""
     from rich.console import Console
+    from rich.markup import escape
 
     from pipeline import loading
     from pipeline.run import open_run
@@ -23,7 +24,8 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         done = work.is_complete()
         num_done += done
         state = "[green]done  [/]" if done else "to run"
-        console.print(f"  {state}  {stage.name:{width}}  [dim]{work.folder}[/]")
+        place = f"[dim]{escape(str(work.folder))}[/]"
+        console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     if num_done == len(run.plan.stages) or not arguments.probe:
         return 0
