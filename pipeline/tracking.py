@@ -75,7 +75,7 @@ class Tracker:
     def __init__(self, storage: Path, uri: str | None) -> None:
         """Connect. Raises `InputError` for a bad URI, `TrackingFailed` for a silent server."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # We say what failed, in a line.
         for key, value in _PATIENCE.items():
             os.environ.setdefault(key, value)
         logging.getLogger("alembic").setLevel(logging.ERROR)
