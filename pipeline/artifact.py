@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -117,16 +117,21 @@ def verify(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the right to make an artifact, after waiting for whoever is at it.
+def claimed(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the right to make an artifact or another file or folder, after waiting for its holder.
 
-    A lock on `<folder>.lock`, which the end of the process frees however it comes.
+    A lock on `<path>.lock`, which the end of the process frees however it comes. `on_wait` is
+    called before waiting.
     """
-    file = folder.with_name(folder.name + ".lock")
+    file = _lock_of(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 break
@@ -138,6 +143,17 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def remove_stale_lock(path: Path) -> None:
+    """Remove the lock file that a killed process left beside what is finished."""
+    if _lock_of(path).exists():
+        with claimed(path):
+            pass
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
 @contextmanager
 def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     """Yield `<folder>.part`, empty; on leaving normally seal it with a manifest and rename it.
@@ -147,7 +163,7 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    started = time.time()
+    started, clock = time.time(), time.monotonic()
     try:
         yield part
         files = sorted(f for f in part.rglob("*") if f.is_file())
@@ -155,7 +171,7 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
             **record,
             **provenance(),
             "started": started,
-            "seconds": round(time.time() - started, 3),
+            "seconds": round(time.monotonic() - clock, 3),  # The clock may be set.
             "files": {
                 str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": file_hash(f)}
                 for f in files

@@ -34,21 +34,25 @@ def cluster(resources: Resources) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     session_cpus = resources.num_workers * resources.cpus_per_worker
     environment = {"env_vars": {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}}
-    if os.environ.get("RAY_ADDRESS"):
-        del environment["env_vars"]["PYTHONPATH"]
-        ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, session_cpus),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=0,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=environment,
-        )
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray put its own in place, which aborts.
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            del environment["env_vars"]["PYTHONPATH"]
+            ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, session_cpus),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=0,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=environment,
+            )
+        signal.signal(signal.SIGTERM, on_terminate)
+    except SystemExit:  # From Ray's own handler of SIGTERM, which it puts in place as it begins.
+        ray.shutdown()
+        raise KeyboardInterrupt from None
     try:
         total = ray.cluster_resources()
         side_by_side = int(total.get("CPU", 1)) // session_cpus

@@ -1,29 +1,33 @@
 """Passes what happens in a run on to MLflow while it happens."""
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from pipeline.dag import Work
-from pipeline.model_card import MODEL
+from agcl.errors import InputError
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.config import Config
 from pipeline.plan import Run
-from pipeline.stages.context import LOG_FILE, Record
-from pipeline.stages.evaluate import SCORES, TEXT
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import IMPORTANCE_FILE
+from pipeline.run_recorder import RunRecorder
+from pipeline.stages.context import Record
 from pipeline.tracking import Content, Tracker, TrackingFailed
 
-_LARGEST_COPY = 256 * 2**20
+_SECONDS_BETWEEN_TRIES = 60.0
+_LATER = "the run goes on unrecorded, run it again later to record it"
 
 
 class Recording:
     """The MLflow side of one execution: its runs and, for several, the one above them.
 
     Does nothing without a tracker. When MLflow fails it says so through `warn` and the run goes
-    on without: running it again records what is missing.
+    on without. It is tried again now and then and at the end, and what is still missing then is
+    recorded by running it again.
     """
 
     def __init__(
@@ -39,14 +43,25 @@ class Recording:
         """`kind` is that of a run above all others (`comparison`, `search`), remembered in `folder`
         and continued; None goes without, or below the run `parent`."""
         self.tracker, self.warn = tracker, warn
-        self.recorders: dict[str, _Recorder] = {}
+        self.recorders: dict[str, RunRecorder] = {}
         self.own: str | None = None
         self.parent = parent
-        if tracker is not None and kind is not None:
-            with self._surviving():
-                self.own = tracker.resume(folder) or tracker.start(title, {"kind": kind}, parent)
-                self.parent = self.own
-                tracker.remember(folder, self.own)
+        self.added: dict[str, Callable[[Tracker, str | None], RunRecorder]] = {}
+        """How to open the MLflow run of each label."""
+        self.silent: Tracker | None = None
+        """The tracker, while MLflow fails."""
+        self.try_again_at = 0.0
+        self.folder, self.title, self.kind = folder, title, kind
+        with self._surviving():
+            self._open_own()
+
+    def _open_own(self) -> None:
+        if self.tracker is not None and self.kind is not None:
+            self.own = self.tracker.resume(self.folder) or self.tracker.start(
+                self.title, {"kind": self.kind}, self.parent
+            )
+            self.parent = self.own
+            self.tracker.remember(self.folder, self.own)
 
     def add(
         self,
@@ -61,11 +76,15 @@ class Recording:
 
         It is called as its label or by `name`; `without` names stages that are left out of it.
         """
+
+        def open_recorder(tracker: Tracker, above: str | None) -> RunRecorder:
+            return RunRecorder(tracker, name or label, run, above, kind, without)
+
+        self.added[label] = open_recorder
         with self._surviving():
             if self.tracker is not None:
-                recorder = _Recorder(self.tracker, name or label, run, self.parent, kind, without)
-                self.recorders[label] = recorder
-                recorder.catch_up(reused=True)
+                self.recorders[label] = open_recorder(self.tracker, self.parent)
+                self.recorders[label].catch_up(reused=True)
 
     def catch_up(self, label: str) -> None:
         """Record the stages of a run that were finished since, by a process not observed here."""
@@ -78,6 +97,7 @@ class Recording:
     ) -> None:
         """Log some last metrics of a run and close it."""
         with self._surviving():
+            self.added.pop(label, None)
             if label in self.recorders:
                 recorder = self.recorders.pop(label)
                 if metrics:
@@ -89,11 +109,29 @@ class Recording:
         try:
             yield
         except TrackingFailed as error:
-            self.tracker, self.recorders = None, {}
-            self.warn(f"{error}; the run goes on unrecorded, run it again later to record it")
+            if self.silent is None:
+                self.warn(f"{error}; {_LATER}")
+            self.silent, self.tracker, self.recorders = self.silent or self.tracker, None, {}
+            self.try_again_at = time.monotonic() + _SECONDS_BETWEEN_TRIES
+
+    def try_again(self) -> None:
+        """Where MLflow failed and is back, record what it missed."""
+        with self._surviving():
+            if self.silent is not None:
+                self.tracker = self.silent
+                if self.own is None:
+                    self._open_own()
+                for label, open_recorder in self.added.items():
+                    recorder = open_recorder(self.tracker, self.parent)
+                    recorder.catch_up(reused=False)
+                    self.recorders[label] = recorder
+                self.silent = None
+                self.warn("MLflow is back; what it missed is recorded")
 
     def observe(self, records: Sequence[Record]) -> None:
         """Take records of artifacts as they come."""
+        if time.monotonic() >= self.try_again_at:
+            self.try_again()
         with self._surviving():
             for recorder in self.recorders.values():
                 recorder.observe(records)
@@ -108,6 +146,7 @@ class Recording:
         """Log a run's final metrics, and files by artifact path, and close it."""
         with self._surviving():
             if label in self.recorders:
+                self.recorders[label].catch_up(reused=False)
                 self.recorders[label].finish(metrics, files)
 
     def finish(
@@ -130,139 +169,40 @@ class Recording:
                 self.tracker.end(self.own, status, error)
 
 
-class _Recorder:
-    """The MLflow side of one run: its parent run and one child a stage."""
+def connect(config: Config, console: Console) -> Tracker | None:
+    """Connect to MLflow, as far as the config wants it; None, with a warning, where it is silent.
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        name: str,
-        run: Run,
-        above: str | None,
-        kind: str,
-        without: Collection[str],
-    ) -> None:
-        """Continue the run's MLflow run if its folder knows one, else start it."""
-        self.tracker, self.plan = tracker, run.plan
-        self.works = {stage: work for stage, work in run.works.items() if stage not in without}
-        self.folder = run.folder
-        self.register_as = run.config.tracking.register_model
-        tags = {"kind": kind, "method": run.config.method, "seed": str(run.config.seed)}
-        self.parent = tracker.resume(run.folder) or tracker.start(name, tags, above)
-        tracker.remember(run.folder, self.parent)
-        tracker.params(self.parent, run.config.model_dump(mode="json"))
-        tracker.artifacts(self.parent, {"config.yaml": run.folder / "config.yaml"})
-        self.known = tracker.children(self.parent)
-        self.open: dict[str, str] = {}
+    Raises `InputError` for a bad URI, and for a storage folder that cannot be written to.
+    """
+    _check_writable(config.storage)
+    try:
+        return Tracker(config.storage, config.tracking.uri) if config.tracking.enabled else None
+    except TrackingFailed as error:
+        warn(console, f"{error}; {_LATER}")
+        return None
 
-    def catch_up(self, *, reused: bool) -> None:
-        """Record every stage that is complete and that MLflow does not know as finished."""
-        for stage, work in self.works.items():
-            recorded = self.known.get(work.fingerprint, ("", False))[1]
-            if not recorded and work.is_complete():
-                child = self._start(stage, {"reused": "true"} if reused else {})
-                lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
-                self.tracker.metrics(child, [json.loads(line) for line in lines])
-                self._finish(stage)
 
-    def observe(self, records: Iterable[Record]) -> None:
-        """Take records of artifacts; those of other runs are left alone."""
-        metrics: dict[str, list[Record]] = {}
-        names = {work.folder.name: stage for stage, work in self.works.items()}
-        for record in records:
-            stage = names.get(str(record["artifact"]))
-            if stage is None:
-                continue
-            match record.get("state"):
-                case "started":
-                    self._start(stage, {})
-                case None:
-                    metrics.setdefault(stage, []).append(record)
-                case state:
-                    self._log(metrics)
-                    metrics = {}
-                    if state == "finished":
-                        self._finish(stage)
-                    elif stage in self.open:
-                        self.tracker.end(self.open.pop(stage), "FAILED", str(record["error"]))
-        self._log(metrics)
+def warn(console: Console, message: str) -> None:
+    """Print a warning of one line."""
+    console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)
 
-    def finish(self, results: Mapping[str, Any], files: Mapping[str, Content]) -> None:
-        """Log final metrics and artifacts and close the parent run."""
-        numbers = {k: v for k, v in results.items() if isinstance(v, float)}
-        if results["forgetting"]["mean"] is not None:
-            numbers["forgetting"] = results["forgetting"]["mean"]
-        last = len(results["tasks"])
-        self.tracker.metrics(self.parent, [{"step": last, **numbers}])
-        self.tracker.artifacts(self.parent, files)
-        if self.register_as:
-            self.tracker.register(self.parent, self.register_as, self.folder / MODEL)
-        self.tracker.end(self.parent)
 
-    def abort(self, status: str, error: str) -> None:
-        """Close what is open as FAILED or KILLED."""
-        for child in self.open.values():
-            self.tracker.end(child, status)
-        self.tracker.end(self.parent, status, error)
+def _check_writable(storage: Path) -> None:
+    there = next(path for path in (storage, *storage.parents) if path.exists())
+    for folder in (there, there / "stages"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"storage: {folder} cannot be written to")
 
-    def _start(self, stage: str, tags: Mapping[str, str]) -> str:
-        work = self.works[stage]
-        kind, _, task = stage.partition("/")
-        tags = {"kind": "stage", "stage": kind, "task": task, **tags}
-        if work.fingerprint in self.known:
-            child = self.known[work.fingerprint][0]
-            self.tracker.reopen(child)
-        else:
-            child = self.tracker.start(
-                stage, {**tags, "fingerprint": work.fingerprint}, self.parent
-            )
-        self.known[work.fingerprint] = (child, False)
-        self.open[stage] = child
-        self.tracker.params(child, work.config)
-        return child
 
-    def _log(self, metrics: Mapping[str, Sequence[Record]]) -> None:
-        for stage, records in metrics.items():
-            if stage in self.open:
-                self.tracker.metrics(self.open[stage], records)
-
-    def _finish(self, stage: str) -> None:
-        work = self.works[stage]
-        kind = stage.partition("/")[0]
-        if kind == "evaluate":
-            self._log_scores(stage, work)
-        elif kind == "attribute":
-            self._log_importance(stage, work.folder / IMPORTANCE_FILE)
-        elif kind == "prepare":
-            self.tracker.dataset(
-                self.parent, stage, work.fingerprint[:32], str(work.folder / SUMMARY)
-            )
-        child = self.open.pop(stage, None)
-        if child is not None:
-            self.tracker.end(child)
-            self.known[work.fingerprint] = (child, True)
-
-    def _log_scores(self, stage: str, work: Work) -> None:
-        """The row of the accuracy matrix, on the parent with the task index as step."""
-        index = int(stage.partition("/")[2].partition("-")[0])
-        scores = json.loads((work.folder / SCORES).read_text(encoding="utf-8"))
-        row: dict[str, float] = {
-            f"{name}/{task}": score for task, sets in scores.items() for name, score in sets.items()
-        }
-        for name in scores[self.plan.tasks[0]]:
-            if any(name not in scores[task] for task in self.plan.tasks):
-                continue
-            seen = [scores[task][name] for task in self.plan.tasks[: max(index, 1)]]
-            row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-        if (work.folder / TEXT).exists():
-            row["text_loss"] = json.loads((work.folder / TEXT).read_text(encoding="utf-8"))["loss"]
-        self.tracker.metrics(self.parent, [{"step": index, **row}])
-
-    def _log_importance(self, stage: str, file: Path) -> None:
-        """A copy of the importance file, or where it lies if it is large."""
-        place = f"importance/{stage.partition('/')[2]}"
-        small = file.stat().st_size <= _LARGEST_COPY
-        self.tracker.artifacts(
-            self.parent,
-            {f"{place}/{IMPORTANCE_FILE}": file} if small else {f"{place}/location.txt": str(file)},
-        )
+def open_recording(
+    tracker: Tracker | None,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    above: str | None = None,
+) -> Recording:
+    """Make the folder, and open its MLflow run if there is one above its runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Recording(tracker, folder, title, partial(warn, console), kind=kind, parent=above)

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.dag import folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
-from pipeline.recorder import Recording
+from pipeline.recorder import Recording, connect, open_recording, warn
 from pipeline.report import write_report
 from pipeline.results import RunResult, StageRecord, left_out
 from pipeline.runner import StageFailed, on_cluster
@@ -66,11 +66,25 @@ def execute(
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
+    tracker = connect(_any_config(runs), console)
+    with _alone(folder, console):
+        return _execute(runs, folder, tracker, title, command, console, above)
+
+
+def _execute(
+    runs: Mapping[str, Run],
+    folder: Path,
+    tracker: Tracker | None,
+    title: str,
+    command: str,
+    console: Console,
+    above: str | None,
+) -> list[RunResult]:
     done_before = _complete(runs)
-    recording, _ = _run_missing(runs, folder, title, console, above=above)
+    recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
     results = [_finish(run, command, done_before) for run in runs.values()]
     for line in dict.fromkeys(line for result in results for line in left_out(result)):
-        console.print(f"  [yellow]warning[/] {escape(line)}", highlight=False, soft_wrap=True)
+        warn(console, line)
     for label, result in zip(runs, results, strict=True):
         file = runs[label].folder / REPORT_FILE
         pictures = {}
@@ -94,19 +108,32 @@ def execute_trials(
 
     A failed run does not end the others. Writes no reports.
     """
-    done_before = _complete(runs)
-    recording, failures = _run_missing(runs, folder, title, console, keep_going=True)
-    for failure in failures:
-        console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
-    results = {
-        label: _finish(run, command, done_before)
-        for label, run in runs.items()
-        if run.works["report"].is_complete()
-    }
-    for label, result in results.items():
-        recording.finish_run(label, result.metrics, _artifacts(runs[label].folder, {}))
-    recording.finish({})
-    return results
+    tracker = connect(_any_config(runs), console)
+    with _alone(folder, console):
+        done_before = _complete(runs)
+        recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
+        for failure in failures:
+            console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
+        results = {
+            label: _finish(run, command, done_before)
+            for label, run in runs.items()
+            if run.works["report"].is_complete()
+        }
+        for label, result in results.items():
+            recording.finish_run(label, result.metrics, _artifacts(runs[label].folder, {}))
+        recording.finish({})
+        return results
+
+
+def _any_config(runs: Mapping[str, Run]) -> Config:
+    """Storage, resources and tracking are the same for all."""
+    return next(iter(runs.values())).config
+
+
+def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
+    """Keep other commands out of a folder; wait for the one that is at work on it."""
+    said = f"  waiting for another command that is at work on {escape(str(folder))}"
+    return artifact.claimed(folder, lambda: console.print(said, highlight=False, soft_wrap=True))
 
 
 def _artifacts(folder: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
@@ -123,6 +150,7 @@ def _complete(runs: Mapping[str, Run]) -> set[Path]:
 def _run_missing(
     runs: Mapping[str, Run],
     folder: Path,
+    tracker: Tracker | None,
     title: str,
     console: Console,
     *,
@@ -130,11 +158,12 @@ def _run_missing(
     above: str | None = None,
 ) -> tuple[Recording, list[StageFailed]]:
     """Open the runs' folders and run their unfinished stages; raises `StageFailed`."""
-    first = next(iter(runs.values())).config
+    first = _any_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
     kind = "comparison" if len(runs) > 1 else None
-    recording = open_recording(first, folder, title, console, kind=kind, above=above)
+    recording = open_recording(tracker, folder, title, console, kind=kind, above=above)
     for label, run in runs.items():
+        _check_folder(run.config, run.folder)  # Again: we may have waited for another.
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
     try:
@@ -145,33 +174,11 @@ def _run_missing(
             _write_log(folder, failure)
         if failures and not keep_going:
             raise failures[0]
+        recording.try_again()
     except BaseException as error:
         recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise
     return recording, failures
-
-
-def open_recording(
-    config: Config,
-    folder: Path,
-    title: str,
-    console: Console,
-    *,
-    kind: str | None,
-    above: str | None = None,
-) -> Recording:
-    """Connect to MLflow, as far as the config wants it, and make the folder.
-
-    Writes nothing where the URI is bad.
-    """
-
-    def warn(message: str) -> None:
-        console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False)
-
-    tracking = config.tracking
-    tracker = Tracker(config.storage, tracking.uri) if tracking.enabled else None
-    folder.mkdir(parents=True, exist_ok=True)
-    return Recording(tracker, folder, title, warn, kind=kind, parent=above)
 
 
 def open_folder(run: Run) -> None:
@@ -184,6 +191,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
     for stage, work in run.works.items():
         _link(run.folder / folder_name(stage), work.folder)
+        artifact.remove_stale_lock(work.folder)
     report = run.works["report"].folder
     prepared = summaries(run)
     metrics = {
@@ -270,11 +278,12 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _write_log(folder: Path, failure: StageFailed) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    failure.log = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"
-    failure.log.parent.mkdir(exist_ok=True)
-    failure.log.write_text(failure.traceback, encoding="utf-8")
+    file = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"
+    with suppress(OSError):  # The disk may be full, and why the stage failed says more.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(failure.traceback, encoding="utf-8")
+        failure.log = file
 
 
 def _read_json(file: Path) -> dict[str, Any]:

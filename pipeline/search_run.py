@@ -14,10 +14,10 @@ from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
 from pipeline.plan import Run
-from pipeline.recorder import Recording
+from pipeline.recorder import Recording, connect, open_recording
 from pipeline.results import RunResult
 from pipeline.rounds import Observe
-from pipeline.run import execute, open_folder, open_recording, open_run
+from pipeline.run import execute, open_folder, open_run
 from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
@@ -92,7 +92,8 @@ def execute_search(
     `StageFailed` for a stage that all trials need.
     """
     config = search.config
-    recording = open_recording(config, search.folder, search.folder.name, console, kind="search")
+    tracker = connect(config, console)
+    recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)

@@ -8,29 +8,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
 
-from pipeline.artifact import write_json
+from pipeline.artifact import claimed, write_json
 from pipeline.secrets import MASK, masked
 
 EXPERIMENT = "agcl"
 _RUN_FILE = "mlflow.json"
 _KIND = "custom_model_development"  # The UI then opens in its training view.
 _PARAM_LENGTH = 6000
+_DATABASE = "mlflow.db"
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""A server that is down must not hold up a run for the four minutes that MLflow would try."""
 Content = bytes | str | Path
 """Bytes, text, or a file to copy."""
 
 
 def default_uri(storage: Path) -> str:
     """The sqlite file in the storage folder."""
-    return f"sqlite:///{storage / 'mlflow.db'}"
+    return f"sqlite:///{storage / _DATABASE}"
 
 
 class TrackingFailed(Exception):
     """MLflow could not be read or written."""
+
+    def __init__(self, message: str, *, no_answer: bool) -> None:
+        """`no_answer`: the server did not answer, so that another time it may."""
+        super().__init__(message)
+        self.no_answer = no_answer
 
 
 class _Client:
@@ -50,9 +59,12 @@ class _Client:
             try:
                 return call(*args, **kwargs)
             except Exception as error:  # A store raises what its database or transport raises.
-                reason = masked(" ".join(str(error).split()))[:200]
+                # Transport errors are OSErrors; of them, a malformed address is a ValueError too.
+                transport = error.__cause__ or error.__context__
+                no_answer = isinstance(transport, OSError) and not isinstance(transport, ValueError)
+                reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
                 raise TrackingFailed(
-                    f"cannot use MLflow at {masked(self._uri)} ({reason})"
+                    f"cannot use MLflow at {masked(self._uri)} ({reason})", no_answer=no_answer
                 ) from error
 
         return guarded
@@ -62,29 +74,25 @@ class Tracker:
     """Runs of one experiment, written by the driver alone and always by explicit run id."""
 
     def __init__(self, storage: Path, uri: str | None) -> None:
+        """Connect. Raises `InputError` for a bad URI, `TrackingFailed` for a silent server."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # We say what failed, in a line.
+        for key, value in _PATIENCE.items():
+            os.environ.setdefault(key, value)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        if uri is None:
-            storage.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # It would tell every retry.
         self.uri = uri or default_uri(storage)
         if MASK in self.uri:
             raise InputError("tracking.uri: its credentials were never written; give them again")
         try:
+            if uri is None:
+                _make_database(storage)
             self.client: Any = _Client(self.uri)
-            found = self.client.get_experiment_by_name(EXPERIMENT)
+            self.experiment = _experiment(self.client, self.uri, storage)
         except TrackingFailed as error:
+            if error.no_answer:
+                raise
             raise InputError(f"tracking.uri: {error}") from None
-        # Artifacts of a local database belong beside it; a server decides for itself.
-        on_server = self.uri.startswith(("http:", "https:", "databricks"))
-        location = None if on_server else (storage / "mlartifacts").as_uri()
-        self.experiment = (
-            found.experiment_id
-            if found
-            else self.client.create_experiment(
-                EXPERIMENT, artifact_location=location, tags={"mlflow.experimentKind": _KIND}
-            )
-        )
 
     def start(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """Create a run and return its id."""
@@ -95,19 +103,27 @@ class Tracker:
     def resume(self, folder: Path) -> str | None:
         """The id that `remember` left in a run's folder, if MLflow still has that run."""
         try:
-            run_id = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))["run_id"]
-            self.client.update_run(run_id, status="RUNNING")
-        except (FileNotFoundError, ValueError, KeyError, TrackingFailed):
+            known = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+            run_id = str(known["run_id"])
+        except (FileNotFoundError, ValueError, KeyError):
             return None
-        return str(run_id)
+        if known.get("uri") != self.uri:
+            return None
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except TrackingFailed as error:
+            if error.no_answer:
+                raise
+            return None
+        return run_id
 
     def remember(self, folder: Path, run_id: str) -> None:
         """Keep a run's id in its folder, so that running it again continues it."""
         write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": masked(self.uri)})
 
-    def reopen(self, run_id: str) -> None:
-        """Set a run to RUNNING again."""
-        self.client.update_run(run_id, status="RUNNING")
+    def discard(self, run_id: str) -> None:
+        """Delete a run that is begun anew, so that nothing of it is there twice."""
+        self.client.delete_run(run_id)
 
     def children(self, parent: str) -> dict[str, tuple[str, bool]]:
         """Of a run's stage runs, by fingerprint: the id, and whether it is finished."""
@@ -136,11 +152,17 @@ class Tracker:
         for start in range(0, len(new), 100):
             self.client.log_batch(run_id, params=new[start : start + 100])
 
-    def metrics(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Log the numbers of records, each with its `step`; `of_...` only serve progress bars."""
+    def metrics(
+        self, run_id: str, records: Iterable[Mapping[str, Any]], at: float | None = None
+    ) -> None:
+        """Log the numbers of records, each with its `step`; `of_...` only serve progress bars.
+
+        `at` is when they were measured, in seconds since 1970; None is now. Logging a number again
+        with the same time changes nothing.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = int((time.time() if at is None else at) * 1000)
         metrics = [
             Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), now, int(record.get("step", 0)))
             for record in records
@@ -196,6 +218,39 @@ class Tracker:
         self.client.set_terminated(run_id, status)
 
 
+def _make_database(storage: Path) -> None:
+    """Make the storage folder's database, if there is none, aside and renamed.
+
+    Its first migrations take seconds: a process that is killed in them, or two at a time, would
+    leave a database that no one can open.
+    """
+    file = storage / _DATABASE
+    with nullcontext() if file.exists() else claimed(file):
+        if not file.exists():
+            aside = file.with_name(file.name + ".part")
+            aside.unlink(missing_ok=True)
+            uri = f"sqlite:///{aside}"
+            _experiment(_Client(uri), uri, storage)
+            aside.replace(file)
+
+
+def _experiment(client: Any, uri: str, storage: Path) -> str:
+    """The id of our experiment, which is made if there is none."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # Artifacts of a local database belong beside it; a server decides for itself.
+        on_server = uri.startswith(("http:", "https:", "databricks"))
+        location = None if on_server else (storage / "mlartifacts").as_uri()
+        try:
+            tags = {"mlflow.experimentKind": _KIND}
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
+        except TrackingFailed:
+            found = client.get_experiment_by_name(EXPERIMENT)  # Another run was faster.
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
 def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     items = (
         values.items()
@@ -213,7 +268,7 @@ def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 def serve(storage: Path, port: int) -> int:
     """Run the MLflow UI of a storage folder on loopback until interrupted; its exit code."""
-    if not (storage / "mlflow.db").is_file():
+    if not (storage / _DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
     arguments = ["--backend-store-uri", default_uri(storage), "--host", "127.0.0.1"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from reference.driver import Driver
 from rich.console import Console
 
 from pipeline import loading
@@ -116,6 +117,14 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         artifact=lambda label, stage: runs[label].works[stage].folder,
         metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),
     )
+
+
+@pytest.fixture
+def driver(finished, copy_stages, tmp_path):
+    """Drives the run `gradient` in its own process, from nothing but its prepared rows."""
+    driver = Driver(finished.configs["gradient"], tmp_path / "storage", tmp_path)
+    copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
+    return driver
 
 
 def read_json(file: Path):

@@ -1,76 +1,16 @@
 """Runs that are killed, interrupted, damaged or diverge, as real processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from reference.driver import wait_until_no_process_is_left
 
 from agcl.importance import Importance
-from pipeline import artifact, loading
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-class Driver:
-    """`agcl run` on the config of one of the finished runs, in its own process and storage."""
-
-    def __init__(self, config, storage, folder):
-        self.storage, self.run = storage, storage / config.name
-        self.config = folder / "config.yaml"
-        self.config.write_text(loading.dump(config.model_copy(update={"storage": storage})))
-
-    def start(self, *settings):
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", str(self.config), *settings],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A test run that a shell put into the background ignores SIGINT, and so would this.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-
-    def finish(self, *settings):
-        process = self.start(*settings)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
-
-    def stop_at(self, stage, number):
-        """Send a signal as soon as the stage writes its artifact; the exit code."""
-        process = self.start()
-        stages = self.storage / "stages"
-        deadline = time.monotonic() + 240
-        while not list(stages.glob(f"{stage}-*.part")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, f"{stage} never started"
-            time.sleep(0.02)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        return process.returncode
-
-    def finished(self):
-        """Manifests of the finished artifacts by folder."""
-        folders = (self.storage / "stages").glob("*")
-        manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
-        return {name: manifest for name, manifest in manifests.items() if manifest is not None}
-
-
-@pytest.fixture
-def driver(finished, copy_stages, tmp_path):
-    """Drives the run `gradient`, from nothing but its prepared rows."""
-    driver = Driver(finished.configs["gradient"], tmp_path / "storage", tmp_path)
-    copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
-    return driver
 
 
 @pytest.mark.parametrize(
@@ -109,33 +49,6 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
     assert metrics == finished.metrics("gradient")
     assert not list(driver.storage.rglob("*.part"))
     assert not list(driver.storage.rglob(".ray*"))
-
-
-def wait_until_no_process_is_left(storage):
-    deadline = time.monotonic() + 60
-    while left := processes_that_name(str(storage)) + processes_in(storage):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-def processes_that_name(text):
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if text in command and int(folder.name) != os.getpid():
-                found.append(command)
-    return found
-
-
-def processes_in(storage):
-    """Processes that have a file below the folder open."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if str(link.readlink()).startswith(str(storage)):
-                found.append(str(link))
-    return found
 
 
 def test_two_workers_give_what_one_gives(driver, finished):
