@@ -1,5 +1,6 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -198,8 +199,9 @@ class Resources(Section):
 class Tracking(Section):
     """Where MLflow records runs."""
 
-    uri: str | None = None
-    """MLflow tracking URI; null is a sqlite file in the storage folder."""
+    uri: str | None = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI"))
+    """MLflow tracking URI, by default that of the environment's `MLFLOW_TRACKING_URI`; null is a
+    sqlite file in the storage folder."""
     enabled: bool = True
     register_model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Register the final model in MLflow under this name; its files are copied there."""
@@ -214,8 +216,9 @@ class Config(Section):
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/methods.py`)."""
     seed: int = Field(0, ge=0)
-    storage: Path = Path("storage")
-    """Folder of all runs and artifacts; shared by all nodes of a cluster."""
+    storage: Path = Field(default_factory=lambda: Path(os.environ.get("AGCL_STORAGE", "storage")))
+    """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
+    by all nodes of a cluster."""
     model: Model = Model()
     tasks: TaskFormat = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
@@ -227,7 +230,7 @@ class Config(Section):
     adapter: Adapter | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
 
     @model_validator(mode="after")
