@@ -12,6 +12,8 @@ import yaml
 from agcl.errors import InputError
 from pipeline import cluster
 from pipeline.config import Resources
+from pipeline.inputs import check_inputs
+from pipeline.loading import validate
 
 ROOT = Path(__file__).parents[2]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
@@ -68,10 +70,36 @@ def test_a_bad_description_of_the_cluster_is_named(grown, says):
         grown(HEAD, says=says)
 
 
+def test_a_cluster_names_storage_and_mlflow_and_the_config_may_name_others(monkeypatch):
+    monkeypatch.setenv("AGCL_STORAGE", "/mnt/agcl/storage")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    told = validate({"method": "sequential"})
+    assert told.storage == Path("/mnt/agcl/storage")
+    assert told.tracking.uri == "http://127.0.0.1:5000"
+    own = validate({"storage": "/data", "tracking": {"uri": None}, "method": "sequential"})
+    assert own.storage == Path("/data")
+    assert own.tracking.uri is None
+
+
+def test_a_storage_that_goes_with_the_job_is_refused():
+    inside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1a2b/storage"
+    with pytest.raises(InputError, match=r"^storage: .*AGCL_STORAGE"):
+        check_inputs(validate({"storage": inside, "method": "sequential"}))
+
+
 def test_cluster_yaml_is_valid_for_ray():
     util = pytest.importorskip("ray.autoscaler._private.util")
     pytest.importorskip("jsonschema")
     util.validate_config(util.prepare_config(CLUSTER))
+
+
+def test_the_variant_for_machines_of_ones_own_is_valid_for_ray():
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    pytest.importorskip("jsonschema")
+    left_out = ("available_node_types", "head_node_type", "max_workers")
+    own = {key: value for key, value in CLUSTER.items() if key not in left_out}
+    own["provider"] = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    util.validate_config(util.prepare_config(own))
 
 
 def environment_of(tmp_path, *commands):
