@@ -89,7 +89,7 @@ class Cluster:
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "AGCL_STORAGE": str(self.storage),
         }
-        self.workers = []
+        self.folder, self.workers, self.joined = folder, [], 0
         self.head = Node(
             self.environment,
             "--head",
@@ -98,7 +98,7 @@ class Cluster:
             f"--port={self.port}",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={dashboard}",
-            f"--temp-dir={folder / 'r'}",
+            f"--temp-dir={folder / 'head'}",
         )
         wait_until(lambda: self.ray_job("list").returncode == 0, 90, "no dashboard")
 
@@ -121,7 +121,11 @@ class Cluster:
 
     def join(self):
         """Another worker node, once it is up: two that start at once may want the same port."""
-        node = Node(self.environment, f"--address=127.0.0.1:{self.port}", "--num-cpus=1")
+        # A folder of its own, as on a machine of its own: a node that fetches the working directory
+        # begins by clearing it away.
+        self.joined += 1
+        folder = f"--temp-dir={self.folder / str(self.joined)}"
+        node = Node(self.environment, f"--address=127.0.0.1:{self.port}", "--num-cpus=1", folder)
         self.workers.append(node)
         wait_until(lambda: node.processes("DashboardAgent"), 60, "no worker node")
 
@@ -154,12 +158,13 @@ class Cluster:
             wait_until(lambda: client.get_job_status(job) in ended, 300, "the job does not end")
         return client.get_job_info(job).driver_exit_code, client.get_job_logs(job)
 
-    def part(self, stage):
-        return list((self.storage / "stages").glob(f"{stage}-*.part"))
-
-    def training(self, stage):
-        """The node that trains, once the stage is under way."""
-        wait_until(lambda: self.part(stage), 150, f"{stage} never started")
+    def training(self, client, job):
+        """The node that trains, once the first task is under way."""
+        stages = self.storage / "stages"
+        try:
+            wait_until(lambda: list(stages.glob("train-1-*.part")), 150, "no training")
+        except TimeoutError:
+            pytest.fail(client.get_job_logs(job))
         return wait_until(
             lambda: [node for node in self.workers if node.processes("RayTrainWorker")], 10, "none"
         )[0]
@@ -197,7 +202,7 @@ def test_a_job_survives_the_loss_of_the_node_that_trains(cluster, client, num_wo
     job = f"lost-{num_workers}"
     several = [f"resources.num_workers={num_workers}", "training.micro_batch_size=8"]
     cluster.submit(job, f"name={job}", f"seed={num_workers}", "training.epochs=300", *several)
-    node = cluster.training("train-1")
+    node = cluster.training(client, job)
     before = cluster.finished()
     node.lose()
     code, log = cluster.outcome(client, job)
@@ -217,7 +222,7 @@ def test_a_job_survives_the_loss_of_the_node_that_trains(cluster, client, num_wo
 def test_a_stopped_job_ends_its_workers_and_goes_on_when_submitted_again(cluster, client):
     cluster.have(1)
     cluster.submit("stopped", "name=stopped", "seed=7", "training.epochs=300")
-    node = cluster.training("train-1")
+    node = cluster.training(client, "stopped")
     assert cluster.ray_job("stop", "stopped").returncode == 0
     assert client.get_job_status("stopped") == JobStatus.STOPPED
     wait_until(lambda: not node.processes("RayTrainWorker"), 10, "workers go on")
@@ -239,7 +244,7 @@ def test_a_job_whose_workers_find_no_room_any_more_fails_with_one_line(cluster, 
         *("resources.num_workers=2", "training.micro_batch_size=8"),
         environment={"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"},
     )
-    cluster.training("train-1").lose()
+    cluster.training(client, "no-room").lose()
     code, log = cluster.outcome(client, "no-room")
     assert code == 1, log
     (line,) = [line for line in log.splitlines() if line.startswith("agcl: ")]
