@@ -1,5 +1,6 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -202,9 +203,12 @@ class Resources(Section):
 class Tracking(Section):
     """Where MLflow records runs."""
 
-    uri: str | None = Field(None, min_length=1)
-    """MLflow tracking URI; null is a sqlite file in the storage folder. Credentials in it are used
-    and never written: better give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    uri: str | None = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI"), min_length=1
+    )
+    """MLflow tracking URI, by default that of the environment's `MLFLOW_TRACKING_URI`; null is a
+    sqlite file in the storage folder. Credentials in it are used and never written: better give
+    them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     enabled: bool = True
     register_model: str | None = Field(None, pattern=_NAME, max_length=100)
     """Register the final model in MLflow under this name; its files are copied there."""
@@ -223,8 +227,9 @@ class Config(Section):
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/methods.py`)."""
     seed: Seed = 0
-    storage: Place = Path("storage")
-    """Folder of all runs and artifacts; shared by all nodes of a cluster."""
+    storage: Place = Field(default_factory=lambda: Path(os.environ.get("AGCL_STORAGE", "storage")))
+    """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
+    by all nodes of a cluster."""
     model: Model = Model()
     tasks: TaskFormat = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
@@ -236,7 +241,7 @@ class Config(Section):
     adapter: Adapter | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
 
     @model_validator(mode="after")
