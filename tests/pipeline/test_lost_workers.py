@@ -19,67 +19,72 @@ from pipeline.session import LOSSES, misses_others
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Four sessions side by side: what they called, the records, and the failures by stage."""
-    storage = tmp_path_factory.mktemp("storage")
-    calls = tmp_path_factory.mktemp("calls")
+def run_on_a_cluster(folder, train, sessions):
+    """Run stages by session: how often each was called, the records, and the failures by stage."""
 
     # Nested, since Ray sends such functions to its workers by value.
     def run(config, inputs, out_dir, context):
-        name = config["name"]
-        with (calls / name).open("a") as file:
-            file.write("x")
-        time_of_call = (calls / name).stat().st_size
-        (out_dir / "out.txt").write_text(name)
-        if time_of_call in config.get("killed", ()):
+        file = folder / config["name"]
+        with file.open("a") as calls:
+            calls.write("x")
+        call = file.stat().st_size
+        (out_dir / "out.txt").write_text("x")
+        if call in config.get("killed", ()):
             os.kill(os.getpid(), signal.SIGKILL)
-        if time_of_call in config.get("loses_others", ()):
+        if call in config.get("loses_others", ()):
             raise ray.exceptions.WorkerCrashedError
         if config.get("wrong"):
             raise ValueError("row 3 is empty")
 
-    def session(name, *configs, train):
+    def session(name, configs):
         stages, last = [], {}
         for config in configs:
             stages.append(Stage(config["name"], run, config, last))
             last = {"before": stages[-1]}
-        works = tuple(resolve(stages, storage).values())
+        works = tuple(resolve(stages, folder / "storage").values())
         return Session(name, works, train, ("one",), frozenset())
 
-    sessions = [
-        session("killed", {"name": "a"}, {"name": "b", "killed": [1]}, train=True),
-        session("wrong", {"name": "c", "wrong": True}, train=True),
-        session("lost", {"name": "d", "loses_others": [*range(1, LOSSES + 1)]}, train=False),
-        session(
-            "slow",
-            {"name": "e", "loses_others": [1, LOSSES - 1]},
-            {"name": "f", "loses_others": [1, LOSSES - 1]},
-            train=False,
-        ),
-    ]
     records = []
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        with cluster(Resources(num_workers=2)):
+        with cluster(Resources()):
             failures = run_sessions(
-                sessions, storage / "scratch", Resources(), 4, records.extend, keep_going=True
+                [session(name, configs) for name, configs in sessions.items()],
+                folder / "scratch",
+                Resources(),
+                len(sessions),
+                records.extend,
+                keep_going=True,
             )
     by_stage = {failure.stage: failure for failure in failures}
-    return lambda name: len((calls / name).read_text()), records, by_stage
+    return lambda name: (folder / name).stat().st_size, records, by_stage
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Three sessions that lose processes they work with, or fail by themselves."""
+    twice = [1, LOSSES - 1]
+    sessions = {
+        "wrong": [{"name": "c", "wrong": True}],
+        "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
+        "slow": [{"name": "e", "loses_others": twice}, {"name": "f", "loses_others": twice}],
+    }
+    return run_on_a_cluster(tmp_path_factory.mktemp("toys"), False, sessions)
 
 
 def of(records, name):
     return [r["state"] for r in records if "state" in r and r["artifact"].startswith(f"{name}-")]
 
 
-def test_a_killed_worker_is_started_again_at_the_unfinished_stage(ran):
-    calls, records, failures = ran
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_at_the_unfinished_stage(tmp_path):
+    killed = {"killed": [{"name": "a"}, {"name": "b", "killed": [1]}]}
+    calls, records, failures = run_on_a_cluster(tmp_path, True, killed)
     assert calls("a") == 1
     assert calls("b") == 2
     assert of(records, "a") == ["started", "finished"]
     assert of(records, "b") == ["started", "lost", "started", "finished"]
-    assert "b" not in failures
+    assert not failures
 
 
 def test_a_stages_own_error_is_not_tried_again(ran):

@@ -44,8 +44,10 @@ class Node:
 
     def __init__(self, environment, *arguments):
         command = [RAY, "start", "--block", "--disable-usage-stats", *arguments]
+        # Jobs are submitted to the head's agent, whose usual port another cluster may have.
+        own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
         self.process = psutil.Popen(
-            [*command, "--object-store-memory=100000000"],
+            [*command, *own],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
