@@ -48,21 +48,20 @@ def _sink(values: Any, weight: Any, products: Any, first: int, start: int, end: 
     num_kept, _, width = values.shape
     ones = np.ones(width, values.dtype)
     for row in range(start, end):
-        slots = values[:, first + row]
+        # Only rows indexed out of the whole are known to be contiguous, and make fast loops.
+        at = first + row
         for i in range(0, len(products), 4):
-            a, b, c, d = (
-                products[i, row],
-                products[i + 1, row],
-                products[i + 2, row],
-                products[i + 3, row],
-            )
-            scale, k = weight[first + row], 0
+            a, b = products[i, row], products[i + 1, row]
+            c, d = products[i + 2, row], products[i + 3, row]
+            scale, k = weight[at], 0
             while k < num_kept:
                 if num_kept - k >= 4:
-                    _four(slots[k], slots[k + 1], slots[k + 2], slots[k + 3], a, b, c, d, scale)
+                    s, t = values[k, at], values[k + 1, at]
+                    u, v = values[k + 2, at], values[k + 3, at]
+                    _four(s, t, u, v, a, b, c, d, scale)
                     k += 4
                 else:
-                    _one(slots[k], a, b, c, d, scale)
+                    _one(values[k, at], a, b, c, d, scale)
                     k += 1
                 scale = ones
 
