@@ -95,6 +95,15 @@ class Size:
     stored_bytes: int
 
 
+def peak_memory() -> int:
+    """The most memory that this process had so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # What rusage says begins with what the parent had.
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _for_all_stages(
     run: Run, costs: Mapping[str, Cost], sizes: Mapping[str, Size], worker_bytes: int
 ) -> Needs:
@@ -170,7 +179,7 @@ class _Sampled:
         """Bytes."""
         if self.context.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.context.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory()
 
     def run(self, stage: Stage) -> None:
         """Run a stage on what there is of its inputs, if that is enough."""

@@ -6,7 +6,7 @@ weight's relevance is a number like any other, so nothing else could tell.
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,16 +48,13 @@ class Importance:
 
     @classmethod
     def load(cls, file: Path) -> "Importance":
-        """Read a file of `save`. Raises `InputError` naming the file if it is none, or damaged."""
-        with _open(file) as stored:
-            header = _header(file, stored)
-            tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
-            _verify(file, stored, tensors.items())
-        return cls(
-            {k.removeprefix(_ENTRIES): v for k, v in tensors.items() if k.startswith(_ENTRIES)},
-            {k.removeprefix(_MOMENTS): v for k, v in tensors.items() if k.startswith(_MOMENTS)},
-            header,
-        )
+        """Open a file of `save`; a tensor is read when it is looked at, so that many past tasks
+        take no more memory than few. Raises `InputError` naming the file if it is none, or damaged.
+        """
+        stored = _open(file)
+        header = _header(file, stored)
+        _verify(file, stored)
+        return cls(_Stored(stored, _ENTRIES), _Stored(stored, _MOMENTS), header)
 
     def is_zero(self) -> bool:
         """Whether no entry carries any relevance."""
@@ -68,6 +65,25 @@ class Importance:
         for name, tensor in [*self.entries.items(), *self.moments.items()]:
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"importance of {name} is not finite")
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of an open file under a prefix."""
+
+    def __init__(self, stored: Any, prefix: str) -> None:
+        self.stored, self.prefix = stored, prefix
+        self.names = [k.removeprefix(prefix) for k in sorted(stored.keys()) if k.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return cast(Tensor, self.stored.get_tensor(self.prefix + name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
@@ -97,10 +113,11 @@ def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
 @cache
 def _verify_as_of(file: Path, size: int, changed: int) -> None:
     with _open(file) as stored:
-        _verify(file, stored, ((key, stored.get_tensor(key)) for key in sorted(stored.keys())))
+        _verify(file, stored)
 
 
-def _verify(file: Path, stored: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _verify(file: Path, stored: Any) -> None:
+    tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
     metadata = stored.metadata()
     if _CHECKSUM not in metadata:
         raise InputError(f"{file}: no checksum (an older version's file?); attribute again")

@@ -5,6 +5,7 @@ by the relevance that passes through them.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ def bases(past: Sequence[Importance], *, energy: float) -> dict[str, Tensor]:
     if missing:
         raise ValueError("an importance has no input moments; projection needs them")
     return {
-        name: leading_directions(sum_of([i.moments[name] for i in past]), energy)
+        # Summed in float64, one task's at a time.
+        name: leading_directions(
+            reduce(torch.add, (i.moments[name].double() for i in past)), energy
+        )
         for name in past[0].moments
     }
 
@@ -35,14 +39,6 @@ def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
         name: torch.linalg.qr(torch.randn(basis.shape, generator=generator))[0]
         for name, basis in like.items()
     }
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum in float64, in the given order."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor in tensors:
-        total += tensor
-    return total
 
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:

@@ -1,7 +1,6 @@
 """What the pipeline adds to the work of its stages, and what a long sequence costs."""
 
 import io
-import resource
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ from jobs.bench.measure import Figure, figure
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
+from pipeline.probe import peak_memory
 from pipeline.run import open_run
 from pipeline.runner import run_with_progress
 from pipeline.stages.context import Context
@@ -222,4 +222,4 @@ def _in_own_process(inputs: dict[str, Path], end: Any) -> None:
     with TemporaryDirectory() as out_dir:
         train(settings, inputs, Path(out_dir), Context())
     taken = time.perf_counter() - started
-    end.send((taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    end.send((taken, peak_memory() / 1e6))
