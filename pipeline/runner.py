@@ -19,6 +19,7 @@ from pipeline.stages.context import Record
 Observe = Callable[[list[Record]], None]
 """Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`."""
 _POLL_SECONDS = 0.3
+_SCRATCH = ".ray-train"
 
 
 @dataclass
@@ -46,6 +47,7 @@ def on_cluster(
 ) -> list[StageFailed]:
     """Run sessions, if there are any, on the cluster to join or one of this machine's own."""
     if not todo:
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Of one killed after its last stage.
         console.print("  every stage is complete already", highlight=False)
         return []
     number = sum(len(session.works) for session in todo)
@@ -81,7 +83,7 @@ def run_with_progress(
             progress.observe(records)
             record(records)
 
-        scratch = folder / ".ray-train"
+        scratch = folder / _SCRATCH
         return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
 
 
