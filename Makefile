@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install clean
+.PHONY: demo test install audit clean
 
 demo: $(VENV)/installed
 	$(BIN)/agcl compare jobs/configs/facts.yaml --methods sequential,agcl
@@ -25,6 +25,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
 	touch $@
+
+# Known vulnerabilities of the pinned versions; asks PyPI, and is no part of the tests.
+audit: $(VENV)/installed
+	$(PIP) pip-audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 clean:
 	rm -rf $(VENV) storage

@@ -123,11 +123,12 @@ def scorer_named(name: str, key: str = "scorer") -> Scorer:
             "package.module:function)"
         )
     try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except ImportError as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # Of the user's module, or of a name that is none.
         raise InputError(f"{key}: {module!r} cannot be imported ({error})") from None
-    except (AttributeError, ValueError):
-        raise InputError(f"{key}: module {module!r} has no function {function!r}") from None
+    found: Any = getattr(imported, function, None)
+    if found is None:
+        raise InputError(f"{key}: module {module!r} has no function {function!r}")
     try:
         inspect.signature(found).bind("", "", *([""] if _takes_prompt(found) else []))
     except (TypeError, ValueError):

@@ -40,14 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
+    from pipeline.secrets import masked
 
     try:
-        return int(parsed.job(parsed, "agcl " + " ".join(arguments)) or OK)
+        return int(parsed.job(parsed, masked("agcl " + " ".join(arguments))) or OK)
     except InputError as error:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(BAD_INPUT, f"{os.strerror(error.errno)}: {error.filename[:200]}")
         if error.errno not in _FULL_OR_FORBIDDEN:
             raise
         return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
@@ -56,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(code: int, message: str) -> int:
-    print(f"agcl: {' '.join(message.split())}", file=sys.stderr)
+    from pipeline.secrets import masked
+
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
+    print(f"agcl: {masked(line)}", file=sys.stderr)
     return code
 
 
@@ -111,7 +117,19 @@ def _parser() -> argparse.ArgumentParser:
         "show what every task is made of: rows, tokens, rows left out, rendered examples",
         config=True,
     )
-    _add(commands, "plan", plan.main, "print the stages and what is done; run nothing", config=True)
+    sub = _add(
+        commands,
+        "plan",
+        plan.main,
+        "print the stages, what is done, and memory, disk and time for the rest; run nothing",
+        config=True,
+    )
+    sub.add_argument(
+        "--no-probe",
+        dest="probe",
+        action="store_false",
+        help="leave out memory, disk and time, found by trying the first stages on a few rows",
+    )
     sub = _add(commands, "report", report.main, "write report.html of a run again")
     sub.add_argument("run_dir", type=Path, help="folder of a run, such as storage/facts")
     sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")

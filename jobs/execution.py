@@ -7,13 +7,14 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.comparison import BASELINE, COMPARED, Estimate, compare
 from pipeline.plan import Run
 from pipeline.results import RunResult, evaluation_sets, groups
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.runner import StageFailed
-from pipeline.tracking import default_uri
+from pipeline.secrets import masked
 
 METRIC_COLUMNS = {
     "average_performance": "average",
@@ -44,16 +45,16 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     else:
         print_metrics(console, by_label)
     first = next(iter(runs.values())).config
-    console.print(f"report      {folder / REPORT_FILE}", highlight=False, soft_wrap=True)
-    console.print(
+    places = [
+        f"report      {folder / REPORT_FILE}",
         f"MLflow UI   agcl ui --storage {first.storage}"
         if first.tracking.uri is None
-        else f"MLflow      {first.tracking.uri or default_uri(first.storage)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for run in runs.values() if len(runs) <= REPORTS_EACH else ():
-        console.print(f"final model {run.folder / 'model'}", highlight=False, soft_wrap=True)
+        else f"MLflow      {masked(first.tracking.uri)}",
+    ]
+    if len(runs) <= REPORTS_EACH:
+        places += [f"final model {run.folder / 'model'}" for run in runs.values()]
+    for place in places:
+        console.print(place, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -77,7 +78,7 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
         numbered = sum(map(len, names)) + 3 * len(names) + 20 > console.width
         for column, task in enumerate(names, start=1):
             short = str(column) if numbered and column <= len(metrics["tasks"]) else task
-            table.add_column(short, justify="right")
+            table.add_column(Text(short), justify="right")
         if text:
             table.add_column("text loss", justify="right")
         for index, row in enumerate(values["accuracy_matrix"]):
@@ -86,7 +87,7 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
                 scores.append(text[index])
             after = metrics["tasks"][index - 1] if index else "base model"
             after = f"{index} {after}" if numbered and index else after
-            table.add_row(after, *(_number(score) for score in scores))
+            table.add_row(Text(after), *(_number(score) for score in scores))
         console.print(table)
 
 

@@ -1,11 +1,16 @@
-"""`agcl plan`: the stages of a config and what is done already."""
+"""`agcl plan`: the stages of a config, what is done already, and what the rest will need."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.probe import Needs
 
 
 def main(arguments: argparse.Namespace, command: str) -> int:
-    """Print one line a stage; run nothing."""
+    """Print one line a stage and an estimate; run nothing of it."""
     from rich.console import Console
+    from rich.markup import escape
 
     from pipeline import loading
     from pipeline.run import open_run
@@ -19,6 +24,43 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         done = work.is_complete()
         num_done += done
         state = "[green]done  [/]" if done else "to run"
-        console.print(f"  {state}  {stage.name:{width}}  [dim]{work.folder}[/]")
+        place = f"[dim]{escape(str(work.folder))}[/]"
+        console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
+    if num_done == len(run.plan.stages) or not arguments.probe:
+        return 0
+
+    import torch
+
+    from pipeline.probe import ProbeFailed, estimate
+
+    gpu = run.config.resources.use_gpu
+    if gpu and not torch.cuda.is_available():
+        console.print("needs: not estimated, resources.use_gpu is set and no GPU is here")
+        return 0
+    console.print("[dim]a probe on a few rows ...[/]")
+    try:
+        needs = estimate(run, "cuda" if gpu else "cpu")
+    except ProbeFailed as failure:
+        console.print(f"the probe failed, as the run would: {failure}", markup=False)
+        return 1
+    for line in _lines(needs, run.config.resources.num_workers):
+        console.print(line)
     return 0
+
+
+def _lines(needs: "Needs", workers: int) -> list[str]:
+    parts = ", ".join(f"{kind} {_duration(taken)}" for kind, taken in needs.seconds.items())
+    total = _duration(sum(needs.seconds.values()))
+    each = f"each of {workers} workers" if workers > 1 else "one worker"
+    return [
+        f"  memory  {needs.worker_bytes / 1e9:.1f} GB for {each} at most",
+        f"  disk    {needs.disk_bytes / 1e9:.2f} GB",
+        f"  time    about {total} one session at a time ({parts})",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

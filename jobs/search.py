@@ -22,13 +22,14 @@ _ROWS = 24
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Search, and print the trials, the winner and how it does on the test rows."""
     from rich.console import Console
+    from rich.markup import escape
 
     from jobs.execution import print_matrices, print_metrics
     from pipeline import loading
     from pipeline.runner import StageFailed
     from pipeline.search_run import BEST_CONFIG, execute_search, open_search
     from pipeline.search_space import own_point
-    from pipeline.tracking import default_uri
+    from pipeline.secrets import masked
 
     console = Console(highlight=False)
     config = loading.load(arguments.config, arguments.settings)
@@ -36,7 +37,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     console.print(f"[bold]{search.folder.name}[/]: {search.num_trials} trials of {config.method}")
     for key, dimension in search.space.items():
         shown = {k: v for k, v in dimension.model_dump().items() if k != "type"}
-        console.print(f"  {key}  [dim]{dimension.type} {shown}[/]")
+        console.print(f"  {escape(key)}  [dim]{escape(f'{dimension.type} {shown}')}[/]")
     share = search.config.evaluation.validation
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
     if own_point(search.config, search.space) is None:
@@ -60,7 +61,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         )
         return 1
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
-    console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True)
+    console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
     console.print("scored once on the rows that nothing was chosen by:")
     print_matrices(console, "best", found.result)
     print_metrics(console, {"best": found.result})
@@ -69,12 +70,13 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         ("report", search.folder / "best" / "report.html"),
         ("trials", search.folder / "trials.parquet"),
     ):
-        console.print(f"{name:11} {place}", soft_wrap=True)
+        console.print(f"{name:11} {place}", soft_wrap=True, markup=False)
     console.print(
         f"MLflow UI   agcl ui --storage {config.storage}"
         if config.tracking.uri is None
-        else f"MLflow      {config.tracking.uri or default_uri(config.storage)}",
+        else f"MLflow      {masked(config.tracking.uri)}",
         soft_wrap=True,
+        markup=False,
     )
     return 0
 
@@ -116,6 +118,8 @@ class TrialTable:
             self._say(trial)
 
     def _say(self, trial: "Trial") -> None:
+        from rich.markup import escape
+
         last = trial.last
         scores = (
             f"average {last.average:.3f} retained {_number(last.retained)} learned "
@@ -123,7 +127,7 @@ class TrialTable:
             if last
             else ""
         )
-        reason = f" ({trial.reason})" if trial.reason else ""
+        reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
             f"  trial {trial.number} {trial.state} task {len(trial.progress)} {scores}{reason}"
             f" [dim]{self._outlook()}[/]",

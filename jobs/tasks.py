@@ -14,6 +14,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     """Prepare the tasks where they are not (a run then finds them done) and print them."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from agcl import models
@@ -27,7 +28,9 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     try:
         prepare_tasks(run, console)
     except StageFailed as failure:
-        Console(stderr=True, soft_wrap=True).print(f"agcl: {failure} (log: {failure.log})")
+        Console(stderr=True, soft_wrap=True).print(
+            f"agcl: {failure} (log: {failure.log})", markup=False
+        )
         return 1
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("task")
@@ -38,14 +41,16 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     for task, summary in prepared.items():
         for split, counts in summary["splits"].items():
             keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-            table.add_row(task, split, *(f"{counts[key]:,}" for key in keys))
+            table.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
     console.print(table)
     for task in run.plan.tasks:
         work = run.works[f"prepare/{task}"]
         tokenizer = models.load_tokenizer(work.inputs["tokenizer"])
         rows = EncodedRows(work.folder / f"{TRAIN}.arrow")
         scorer = prepared[task]["scorer"]
-        console.print(f"[bold]{task}[/]: scored by {scorer}; the loss counts between » and «")
+        console.print(
+            f"[bold]{escape(task)}[/]: scored by {escape(scorer)}; the loss counts between » and «"
+        )
         for index in sorted({0, len(rows) // 2, len(rows) - 1}):
             ids, prompt_tokens = rows[index]
             prompt = tokenizer.decode(ids[:prompt_tokens])
@@ -58,6 +63,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
 def _example(prompt: str, answer: str) -> "Text":
     from rich.text import Text
 
+    prompt, answer = (
+        "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        for text in (prompt, answer)  # A row's escape sequences would reach the terminal.
+    )
     if len(prompt) > _LONGEST:
         half = _LONGEST // 2
         left_out = len(prompt) - 2 * half

@@ -71,12 +71,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} is not JSON ({error})")) from None
     if not isinstance(manifest, dict) or not {"fingerprint", "files"} <= manifest.keys():
         raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} lacks its fingerprint or files"))
+    files = manifest["files"]
+    for entry in files.values() if isinstance(files, dict) else [files]:
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} lacks a file's size and hash"))
     return manifest
 
 

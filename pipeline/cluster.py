@@ -1,16 +1,21 @@
-"""The only place that starts or joins a Ray cluster."""
+"""The only place that starts or joins a Ray cluster, and knows what fits on it."""
 
+import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from agcl.errors import InputError
 
 from pipeline.config import Resources
 
+WORKER_NODES = "AGCL_WORKER_NODES"
+"""Environment variable of a cluster that adds nodes by itself, since Ray does not tell what it may
+grow to: `{"count": 8, "CPU": 16, "GPU": 1}`, the most worker nodes and what each of them has."""
 WORKER_ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parent.parent),
     "TOKENIZERS_PARALLELISM": "false",
@@ -20,6 +25,8 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Longer than a lost node takes to be replaced; then `run_session` looks whether there is hope.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -28,19 +35,21 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 def cluster(resources: Resources) -> Iterator[int]:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine on loopback.
 
-    Yields how many train sessions may run side by side. A local cluster ends with the context.
+    Yields how many sessions may run side by side. A local cluster ends with the context. Raises
+    `InputError` where the cluster can never have room for a session.
     """
     on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    session_cpus = resources.num_workers * resources.cpus_per_worker
     environment = {"env_vars": {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}}
     try:
         if os.environ.get("RAY_ADDRESS"):
-            del environment["env_vars"]["PYTHONPATH"]
+            environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code elsewhere.
             ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
         else:
             ray.init(
-                num_cpus=max(os.cpu_count() or 1, session_cpus),
+                num_cpus=max(
+                    os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker
+                ),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
@@ -54,10 +63,49 @@ def cluster(resources: Resources) -> Iterator[int]:
         ray.shutdown()
         raise KeyboardInterrupt from None
     try:
-        total = ray.cluster_resources()
-        side_by_side = int(total.get("CPU", 1)) // session_cpus
-        if resources.use_gpu:
-            side_by_side = min(side_by_side, int(total.get("GPU", 0)) // resources.num_workers)
-        yield max(1, side_by_side)
+        yield side_by_side(resources, nodes())
     finally:
         ray.shutdown()
+
+
+def needs(resources: Resources) -> dict[str, float]:
+    """What one worker of a session takes, as Ray counts it."""
+    gpu = {"GPU": 1} if resources.use_gpu else {}
+    return {"CPU": resources.cpus_per_worker, **gpu}
+
+
+def nodes() -> list[Mapping[str, float]]:
+    """What each node has, counting those that the cluster can add by itself as `WORKER_NODES` says.
+
+    Raises `InputError` where that cannot be read.
+    """
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    text = os.environ.get(WORKER_NODES)
+    if text is None:
+        return alive
+    try:
+        grown = json.loads(text)
+        added = [{name: float(grown[name]) for name in grown.keys() - {"count"}}] * grown["count"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(
+            f'{WORKER_NODES}: must be like {{"count": 8, "CPU": 16, "GPU": 1}}, not {text}'
+        ) from None
+    return [node for node in alive if "node:__internal_head__" in node] + added
+
+
+def side_by_side(resources: Resources, nodes: list[Mapping[str, float]]) -> int:
+    """How many sessions the nodes have room for at once. Raises `InputError` for none."""
+    each = needs(resources)
+    room = [min(int(node.get(name, 0) // much) for name, much in each.items()) for node in nodes]
+    if sum(room) >= resources.num_workers:
+        return sum(room) // resources.num_workers
+    having = ", ".join(_described({name: node.get(name, 0) for name in each}) for node in nodes)
+    raise InputError(
+        f"resources: the cluster has room for {sum(room)} of {resources.num_workers} workers that "
+        f"need {_described(each)} each (nodes: {having}); if it adds nodes by itself, set "
+        f"{WORKER_NODES} (jobs/CLUSTER.md)"
+    )
+
+
+def _described(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{much:g} {name}" for name, much in resources.items())

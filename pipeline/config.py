@@ -1,12 +1,14 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
 
 from pipeline.search_config import Search
-from pipeline.section import Positive, Section, Share
+from pipeline.secrets import masked
+from pipeline.section import Place, Positive, Section, Seed, Share, usable_path
 from pipeline.task_config import FactsTasks, TaskFormat
 
 Precision = Literal["float32", "bfloat16"]
@@ -16,6 +18,9 @@ METHOD_SECTIONS = ("importance", "protect", "replay", "freeze", "adapter")
 """What a method is made of; all else is the same for every method."""
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
 """What a storage folder holds beside runs."""
+CREDENTIALS = {"credentials": True}
+"""Context of `model_dump` for a config that is to be used, not written."""
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Pretraining(Section):
@@ -31,7 +36,7 @@ class Pretraining(Section):
 class Model(Section):
     """The model that goes through the sequence."""
 
-    path: str = "builtin"
+    path: Annotated[str, AfterValidator(usable_path)] = "builtin"
     """`builtin`, or a folder with a Hugging Face causal language model in safetensors."""
     pretraining: Pretraining = Pretraining()
     """Used for `builtin` only."""
@@ -80,7 +85,7 @@ class ImportanceSection(Section):
     split: Literal["samples", "layers"] = "samples"
     """What the workers share: rows, each with running values of all weights; or layers, each worker
     reading all rows for its own (memory: `top_k` times the weights, divided by the workers)."""
-    past: tuple[Path, ...] = ()
+    past: tuple[Place, ...] = ()
     """Importance files of earlier runs of the same base model, protected from the first task on."""
 
 
@@ -178,7 +183,7 @@ class Evaluation(Section):
     """Share of the rows that settings may be chosen by: of the training rows, which are then not
     trained on (or all rows of the task's own validation split), or, where the trained rows are what
     is scored, of those. No other metric counts them."""
-    text: Path | None = None
+    text: Place | None = None
     """Text file (UTF-8) on which the loss of the language model is measured before and after every
     task: what training costs its other skills."""
     text_tokens: int = Field(20_000, ge=2)
@@ -198,24 +203,33 @@ class Resources(Section):
 class Tracking(Section):
     """Where MLflow records runs."""
 
-    uri: str | None = None
-    """MLflow tracking URI; null is a sqlite file in the storage folder."""
+    uri: str | None = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI"), min_length=1
+    )
+    """MLflow tracking URI, by default that of the environment's `MLFLOW_TRACKING_URI`; null is a
+    sqlite file in the storage folder. Credentials in it are used and never written: better give
+    them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     enabled: bool = True
-    register_model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    register_model: str | None = Field(None, pattern=_NAME, max_length=100)
     """Register the final model in MLflow under this name; its files are copied there."""
+
+    @field_serializer("uri")
+    def _without_credentials(self, uri: str | None, info: SerializationInfo) -> str | None:
+        return uri if uri is None or info.context == CREDENTIALS else masked(uri)
 
 
 class Config(Section):
     """One method over one sequence of tasks."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", pattern=_NAME, max_length=100)
     """Folder of the run under `storage`."""
     method: str = "agcl"
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/methods.py`)."""
-    seed: int = Field(0, ge=0)
-    storage: Path = Path("storage")
-    """Folder of all runs and artifacts; shared by all nodes of a cluster."""
+    seed: Seed = 0
+    storage: Place = Field(default_factory=lambda: Path(os.environ.get("AGCL_STORAGE", "storage")))
+    """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
+    by all nodes of a cluster."""
     model: Model = Model()
     tasks: TaskFormat = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
@@ -227,7 +241,7 @@ class Config(Section):
     adapter: Adapter | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
-    tracking: Tracking = Tracking()
+    tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
 
     @model_validator(mode="after")

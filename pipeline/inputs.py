@@ -20,6 +20,7 @@ def check_inputs(config: Config) -> None:
 
     Raises `InputError` of one line that names the file, row or key.
     """
+    _check_storage(config.storage)
     _check_devices(config)
     if not is_builtin(config):
         models.check_folder(model_folder(config))
@@ -58,6 +59,15 @@ def _check_layers(config: Config) -> None:
     if max(layers) >= number:
         raise InputError(
             f"freeze.layers: no layer {max(layers)}; the model has layers 0 to {number - 1}"
+        )
+
+
+def _check_storage(storage: Path) -> None:
+    """A submitted job runs in a copy of the code on one node, which goes with the job."""
+    if any(part.startswith("_ray_pkg_") for part in storage.parts):
+        raise InputError(
+            f"storage: {storage} goes with this Ray job; name a folder that all nodes see, by "
+            "storage=FOLDER or in the cluster's environment by AGCL_STORAGE"
         )
 
 

@@ -59,7 +59,7 @@ def card(
     """The model card (Markdown behind a YAML head, as the Hugging Face hub reads it)."""
     metrics = result.metrics
     builtin = config.model.path == "builtin"
-    base = "agcl's built-in tiny model" if builtin else f"`{Path(config.model.path).name}`"
+    base = "agcl's built-in tiny model" if builtin else _cell(Path(config.model.path).name)
     head = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -84,8 +84,8 @@ def card(
         "",
         "## Metrics",
         "",
-        f"In [0, 1], on rows that no setting was chosen by; the main set is "
-        f"`{metrics['evaluation_set']}`.",
+        "In [0, 1], on rows that no setting was chosen by; the main set is "
+        f"{_cell(metrics['evaluation_set'])}.",
         "",
         *_table(
             ["Scored on", *_METRICS.values()],

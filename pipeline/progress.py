@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.stages.context import Record
@@ -17,7 +18,8 @@ class StageProgress:
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         """`titles` says how each artifact that is to be made is called."""
-        self.console, self.titles, self.num_done = console, titles, 0
+        self.console, self.num_done = console, 0
+        self.titles = {artifact: escape(title) for artifact, title in titles.items()}
         self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -44,7 +46,7 @@ class StageProgress:
         self.bars.stop()
 
     def observe(self, records: Iterable[Record]) -> None:
-        """Show records of artifacts: started, metrics, finished or failed."""
+        """Show records of artifacts: started, metrics, lost, finished or failed."""
         for record in records:
             artifact = str(record["artifact"])
             match record.get("state"):
@@ -53,6 +55,8 @@ class StageProgress:
                     self.running[artifact] = (bar, time.monotonic())
                 case "finished" | "failed":
                     self._end(artifact, failed=record["state"] == "failed")
+                case "lost":
+                    self._restart(artifact)
                 case _:
                     self._advance(artifact, record)
 
@@ -74,6 +78,15 @@ class StageProgress:
         if time.monotonic() - self.said >= _SECONDS_BETWEEN_LINES:
             self.said = time.monotonic()
             self.console.print(f"       {self.titles[artifact]} {detail}", highlight=False)
+
+    def _restart(self, artifact: str) -> None:
+        bar, _ = self.running.pop(artifact, (None, 0.0))
+        if bar is not None:
+            self.bars.remove_task(bar)
+        self.console.print(
+            f"  [yellow]lost[/] a worker in {self.titles[artifact]}; it is started again",
+            highlight=False,
+        )
 
     def _end(self, artifact: str, *, failed: bool) -> None:
         bar, started = self.running.pop(artifact, (None, time.monotonic()))

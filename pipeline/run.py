@@ -113,7 +113,7 @@ def execute_trials(
         done_before = _complete(runs)
         recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
         for failure in failures:
-            console.print(f"  [yellow]failed trial[/] {failure}", highlight=False)
+            console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
         results = {
             label: _finish(run, command, done_before)
             for label, run in runs.items()

@@ -13,7 +13,8 @@ from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.progress import StageProgress
-from pipeline.session import Mailbox, run_session
+from pipeline.secrets import masked
+from pipeline.session import Mailbox, here, run_session
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]
@@ -107,7 +108,9 @@ def run_sessions(
     `keep_going` only what needs the failed session is left out. An exception (an interrupt, say)
     cancels what runs.
     """
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    # Beside the driver, so that a worker's node takes neither records nor who restarts a session.
+    mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+    start = run_session.options(scheduling_strategy=here()).remote
     waiting = {session.name: session for session in sessions}
     running: dict[Any, Session] = {}
     watch = _Watch(observe)
@@ -119,7 +122,7 @@ def run_sessions(
             for session in _ready(waiting, unfinished):
                 if len(running) < side_by_side:
                     del waiting[session.name]
-                    running[run_session.remote(session, resources, mailbox, scratch)] = session
+                    running[start(session, resources, mailbox, scratch)] = session
             if not running:
                 raise RuntimeError(f"sessions wait for each other: {sorted(waiting)}")
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
@@ -180,7 +183,9 @@ def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
     for stage, record in states.items():
         if record.get("state") == "failed":
             return StageFailed(stage, str(record["error"]), str(record["traceback"]))
-    started = [stage for stage, record in states.items() if record.get("state") == "started"]
-    reason = " ".join(str(error).split())[-300:]
+    begun = ("started", "lost")
+    started = [stage for stage, record in states.items() if record.get("state") in begun]
+    text = masked(str(error))
+    reason = " ".join(text.split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    return StageFailed(stage, f"its workers were lost ({reason})", str(error))
+    return StageFailed(stage, f"its workers were lost ({reason})", text)

@@ -1,11 +1,36 @@
 """What all sections of a config have in common."""
 
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+_LONGEST = 4000
+"""Bytes of a path, below what systems take."""
+_P = TypeVar("_P", str, Path)
+
+
+def usable_path(path: _P) -> _P:
+    """Refuse a path that no system could open, before it is used."""
+    whole = os.fspath(path)
+    if "\0" in whole:
+        raise PydanticCustomError("path", "a path cannot contain NUL")
+    if len(whole.encode()) > _LONGEST or any(len(p.encode()) > 255 for p in whole.split("/")):
+        raise PydanticCustomError("path", "a name in this path is too long")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise PydanticCustomError("path", "there is no such home folder") from None
+    return path
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Place = Annotated[Path, AfterValidator(usable_path)]
+"""A path of the user's; `~` is the home folder."""
 
 
 class Section(BaseModel):

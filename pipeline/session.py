@@ -1,21 +1,29 @@
 """Running a session's stages: in this process, in a Ray task, or on Ray Train workers."""
 
 import os
+import platform
 import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
 from agcl import distributed
+from agcl.errors import InputError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import artifact
+from pipeline.cluster import needs, nodes, side_by_side
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
+from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
+
+LOSSES = 3
+"""Times that a session is lost without finishing a stage before it counts as failed."""
 
 
 def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
@@ -23,7 +31,7 @@ def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
 
     Called by every worker of a session; the first one writes, and waits where another run makes
     the same artifact. Emits `{"artifact", "state"}` records: started, finished, or failed with
-    `error` and `traceback`.
+    `error` and `traceback`. A worker that was lost says nothing, and nor do those that miss it.
     """
     checked: set[Path] = set()
     for work in works:
@@ -42,8 +50,10 @@ def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
     except BaseException as error:
-        failed = {"state": "failed", "error": explain(error, work)}
-        emit([{"artifact": work.folder.name, **failed, "traceback": traceback.format_exc()}])
+        if not misses_others(error):
+            said = {"error": explain(error, work), "traceback": traceback.format_exc()}
+            failed = {key: masked(text) for key, text in said.items()}
+            emit([{"artifact": work.folder.name, "state": "failed", **failed}])
         raise
     checked.add(work.folder)
     distributed.barrier()
@@ -67,6 +77,17 @@ def explain(error: BaseException, work: Work) -> str:
         text
         if isinstance(error, ValueError | ArithmeticError)
         else f"{type(error).__name__}: {text}"
+    )
+
+
+def misses_others(error: BaseException) -> bool:
+    """Whether the error is not the stage's own, but that of a process it worked with and lost."""
+    if isinstance(error, ray.exceptions.RayError):
+        own = (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError)
+        return not isinstance(error, own)
+    # gloo tells of a closed connection by a plain RuntimeError.
+    return isinstance(error, torch.distributed.DistError) or (
+        type(error) is RuntimeError and "gloo" in str(error)
     )
 
 
@@ -100,36 +121,76 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.failed: set[str] = set()
 
     def put(self, records: list[dict[str, Any]]) -> None:
         """Add records."""
         self.records += records
+        self.failed |= {each["artifact"] for each in records if each.get("state") == "failed"}
 
     def take(self) -> list[dict[str, Any]]:
         """All records since the last call."""
         records, self.records = self.records, []
         return records
 
+    def has_failed(self, artifacts: set[str]) -> bool:
+        """Whether a stage that makes one of them failed, so far."""
+        return bool(self.failed & artifacts)
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Places on the caller's node what must not be lost with another one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
 
 @ray.remote(num_cpus=0, max_retries=0)
 def run_session(session: Session, resources: Resources, mailbox: Any, scratch: Path) -> None:
     """Run one session: on a Ray Train worker group if it trains, else right here.
 
-    `scratch` is a folder that all nodes see; Ray Train keeps its own records there.
+    `scratch` is a folder that all nodes see; Ray Train keeps its own records there. A session that
+    loses a worker is started again and goes on at its first unfinished stage, until it was lost
+    `LOSSES` times without finishing one. Where no node is left that could take its workers, it
+    waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
     """
 
     def emit(records: list[Any]) -> None:
         # Waiting keeps records in order, and in hand before a failing worker dies.
         ray.get(mailbox.put.remote(records))
 
-    if not session.train:
-        run_works(session.works, Context(), emit)
-        return
+    folders = {work.folder.name for work in session.works}
+    losses, unfinished = 0, len(session.works)
+    while True:
+        try:
+            if session.train:
+                _on_workers(session, resources, emit, scratch)
+            else:
+                run_works(session.works, Context(), emit)
+            return
+        except Exception as error:
+            left = [work for work in session.works if not work.is_complete()]
+            if not left:
+                return
+            if ray.get(mailbox.has_failed.remote(folders)):
+                raise
+            if _found_no_room(error):
+                _check_room(resources, left[0], emit)
+                continue
+            losses = losses + 1 if len(left) == unfinished else 1
+            unfinished = len(left)
+            reason = " ".join(str(error).split())[-300:]
+            emit([{"artifact": left[0].folder.name, "state": "lost", "error": reason}])
+            if losses == LOSSES:
+                raise
 
-    from ray.train import RunConfig, ScalingConfig
+
+def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Path) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
     def loop() -> None:
+        if not scratch.is_dir():  # Ray Train made it, on the driver's node.
+            why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
+            _refuse(why, session.works[0], emit)
         torch.set_num_threads(resources.cpus_per_worker)
         run_works(session.works, Context(device=get_device()), emit)
 
@@ -138,11 +199,37 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={
-                "CPU": resources.cpus_per_worker,
-                **({"GPU": 1} if resources.use_gpu else {}),
-            },
+            resources_per_worker=needs(resources),
         ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
-        run_config=RunConfig(name=f"session-{uuid.uuid4().hex[:8]}", storage_path=str(scratch)),
+        run_config=RunConfig(
+            name=f"session-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            # Ray Train cannot tell a stage's own error, which comes again, from a lost worker.
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=0, controller_failure_limit=0
+            ),
+        ),
     ).fit()
+
+
+def _found_no_room(error: Exception) -> bool:
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    )
+
+
+def _check_room(resources: Resources, work: Work, emit: Emit) -> None:
+    """Refuse to go on if no node could take the workers even when nothing else runs."""
+    try:
+        side_by_side(resources, nodes())
+    except InputError as error:
+        _refuse(str(error), work, emit)
+
+
+def _refuse(why: str, work: Work, emit: Emit) -> NoReturn:
+    emit([{"artifact": work.folder.name, "state": "failed", "error": why, "traceback": why}])
+    raise InputError(why)

@@ -1,6 +1,5 @@
 """The config's `tasks`: one section a format, told apart by `format`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from agcl.errors import InputError
@@ -9,7 +8,7 @@ from agcl.tasks.template import columns
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.section import Positive, Section
+from pipeline.section import Place, Positive, Section, Seed, usable_path
 
 
 def _readable(template: str) -> str:
@@ -32,7 +31,7 @@ class TaskSection(Section):
     """At most this many training rows a task, drawn by `seed`; null takes all."""
     test_rows: Positive | None = None
     """The same for the rows to score (and, where they are set apart, for validation)."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Chooses what is drawn: rows, and the built-in facts; whatever the run's seed is."""
     chat_template: bool = False
     """Render each prompt as a user's message by the tokenizer's chat template."""
@@ -52,7 +51,7 @@ class Concept1KTasks(TaskSection):
     """The Concept-1K benchmark: ten tasks of about 1,670 facts."""
 
     format: Literal["concept1k"]
-    path: Path
+    path: Place
     """Folder that holds `dataset.txt`."""
     count: int = Field(10, ge=1, le=10)
     """Number of tasks, from the first."""
@@ -64,7 +63,7 @@ class TraceTasks(TaskSection):
     """TRACE: eight tasks, each with its own scorer."""
 
     format: Literal["trace"]
-    path: Path
+    path: Place
     """Folder that holds `<task>/{train,test}.json`, and `eval.json` for validation rows."""
     order: Literal[1, 2] = 1
     """The paper's orders."""
@@ -81,7 +80,7 @@ class ClBenchmarkTasks(TaskSection):
     """Classification sets of the O-LoRA benchmark."""
 
     format: Literal["cl_benchmark"]
-    path: Path
+    path: Place
     """Folder that holds `instruction_config.json` and `<type>/<set>/{train,test,labels}.json`."""
     sequence: tuple[str, ...] = Field(min_length=1)
     """Sets in training order, such as `[agnews, MNLI]`."""
@@ -111,12 +110,12 @@ class FileTask(OwnTask):
 
     name: str | None = None
     """Null takes the folder's name."""
-    path: Path | None = None
+    path: Place | None = None
     """Folder with `train.<format>` and, where there are such rows, `test.` and `validation.`."""
-    train: Path | None = None
-    test: Path | None = None
+    train: Place | None = None
+    test: Place | None = None
     """Rows to score; without it the training rows are."""
-    validation: Path | None = None
+    validation: Place | None = None
     """Rows to choose settings by, for `evaluation.validation`; else a share of the training rows is
     set apart."""
 
@@ -142,7 +141,7 @@ class FileTasks(TaskSection, Rendering):
 class HuggingFaceTask(OwnTask):
     """One task from a data set that the library `datasets` loads."""
 
-    path: str
+    path: Annotated[str, AfterValidator(usable_path)]
     """Folder, or name on the hub (which needs HF_HUB_OFFLINE=0 for the first download)."""
     name: str | None = None
     """Null takes the last part of the path."""

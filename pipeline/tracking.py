@@ -15,6 +15,7 @@ from typing import Any
 from agcl.errors import InputError
 
 from pipeline.artifact import claimed, write_json
+from pipeline.secrets import MASK, masked
 
 EXPERIMENT = "agcl"
 _RUN_FILE = "mlflow.json"
@@ -61,10 +62,10 @@ class _Client:
                 # Transport errors are OSErrors; of them, a malformed address is a ValueError too.
                 transport = error.__cause__ or error.__context__
                 no_answer = isinstance(transport, OSError) and not isinstance(transport, ValueError)
-                reason = "no answer" if no_answer else " ".join(str(error).split())[:200]
-                message = f"cannot use MLflow at {self._uri} ({reason})"
-                message = re.sub(r"//[^/@\s]+@", "//***@", message)  # Passwords.
-                raise TrackingFailed(message, no_answer=no_answer) from error
+                reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
+                raise TrackingFailed(
+                    f"cannot use MLflow at {masked(self._uri)} ({reason})", no_answer=no_answer
+                ) from error
 
         return guarded
 
@@ -81,6 +82,8 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.ERROR)
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # It would tell every retry.
         self.uri = uri or default_uri(storage)
+        if MASK in self.uri:
+            raise InputError("tracking.uri: its credentials were never written; give them again")
         try:
             if uri is None:
                 _make_database(storage)
@@ -116,7 +119,7 @@ class Tracker:
 
     def remember(self, folder: Path, run_id: str) -> None:
         """Keep a run's id in its folder, so that running it again continues it."""
-        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": self.uri})
+        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": masked(self.uri)})
 
     def discard(self, run_id: str) -> None:
         """Delete a run that is begun anew, so that nothing of it is there twice."""
@@ -211,7 +214,7 @@ class Tracker:
     def end(self, run_id: str, status: str = "FINISHED", error: str = "") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""
         if error:
-            self.client.set_tag(run_id, "error", error)
+            self.client.set_tag(run_id, "error", masked(error))
         self.client.set_terminated(run_id, status)
 
 

@@ -4,11 +4,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from reference import tiny
 from reference.workers import Workers
 from transformers import LlamaForCausalLM
 
 torch.set_num_threads(1)
+# `pytest --hypothesis-profile=thorough tests/*/test_fuzz*` is for changes of what reads input.
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=3000, deadline=None, print_blob=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture

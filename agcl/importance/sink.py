@@ -9,16 +9,22 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+AT_ONCE = 4
+"""Samples that pass a slot together, in registers; the kernels below are written out for four."""
+_MATH = {"contract", "nsz"}
 
 
 def sink_products(values: Tensor, weight: Tensor, products: Tensor, first: int) -> None:
     """Multiply products by the weight and insert them into descending running values, in place.
 
     values (K, out, in), weight (out, in), products (samples, rows, in): of the output rows from
-    `first` on; overwritten. A row's values stay in the cache while all samples pass. All are
+    `first` on; overwritten. The number of samples is a multiple of `AT_ONCE`; a sample of NaN
+    enters nowhere. A row's values stay in the cache while all samples pass. All are contiguous
     float32 on the CPU; as many threads as torch has share the rows.
     """
     rows, threads = products.shape[1], torch.get_num_threads()
@@ -37,18 +43,63 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, fastmath=_MATH)  # type: ignore[untyped-decorator]
 def _sink(values: Any, weight: Any, products: Any, first: int, start: int, end: int) -> None:
     num_kept, _, width = values.shape
+    ones = np.ones(width, values.dtype)
     for row in range(start, end):
-        weights = weight[first + row]
-        for sample in range(products.shape[0]):
-            value = products[sample, row]
-            for j in range(width):
-                value[j] *= weights[j]
-            for k in range(num_kept):
-                slot = values[k, first + row]
-                for j in range(width):
-                    new, old = value[j], slot[j]
-                    slot[j] = new if new > old else old
-                    value[j] = old if new > old else new
+        # Only rows indexed out of the whole are known to be contiguous, and make fast loops.
+        at = first + row
+        for i in range(0, len(products), 4):
+            a, b = products[i, row], products[i + 1, row]
+            c, d = products[i + 2, row], products[i + 3, row]
+            scale, k = weight[at], 0
+            while k < num_kept:
+                if num_kept - k >= 4:
+                    s, t = values[k, at], values[k + 1, at]
+                    u, v = values[k + 2, at], values[k + 3, at]
+                    _four(s, t, u, v, a, b, c, d, scale)
+                    k += 4
+                else:
+                    _one(values[k, at], a, b, c, d, scale)
+                    k += 1
+                scale = ones
+
+
+@njit(cache=True, nogil=True, fastmath=_MATH)  # type: ignore[untyped-decorator]
+def _four(s: Any, t: Any, u: Any, v: Any, a: Any, b: Any, c: Any, d: Any, scale: Any) -> None:
+    """Four samples a to d through four slots s to v; what falls out is left in the samples."""
+    for j in range(len(scale)):
+        slots = s[j], t[j], u[j], v[j]
+        slots, a[j] = _through(slots, a[j] * scale[j])
+        slots, b[j] = _through(slots, b[j] * scale[j])
+        slots, c[j] = _through(slots, c[j] * scale[j])
+        slots, d[j] = _through(slots, d[j] * scale[j])
+        s[j], t[j], u[j], v[j] = slots
+
+
+@njit(cache=True, nogil=True, fastmath=_MATH)  # type: ignore[untyped-decorator]
+def _one(s: Any, a: Any, b: Any, c: Any, d: Any, scale: Any) -> None:
+    """Four samples through one slot."""
+    for j in range(len(scale)):
+        slot = s[j]
+        slot, a[j] = _kept_and_rest(slot, a[j] * scale[j])
+        slot, b[j] = _kept_and_rest(slot, b[j] * scale[j])
+        slot, c[j] = _kept_and_rest(slot, c[j] * scale[j])
+        slot, d[j] = _kept_and_rest(slot, d[j] * scale[j])
+        s[j] = slot
+
+
+@njit(cache=True, nogil=True, fastmath=_MATH, inline="always")  # type: ignore[untyped-decorator]
+def _through(slots: Any, new: Any) -> Any:
+    s, t, u, v = slots
+    s, new = _kept_and_rest(s, new)
+    t, new = _kept_and_rest(t, new)
+    u, new = _kept_and_rest(u, new)
+    v, new = _kept_and_rest(v, new)
+    return (s, t, u, v), new
+
+
+@njit(cache=True, nogil=True, fastmath=_MATH, inline="always")  # type: ignore[untyped-decorator]
+def _kept_and_rest(slot: Any, new: Any) -> Any:
+    return (new, slot) if new > slot else (slot, new)

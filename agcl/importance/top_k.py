@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-_TILE_ENTRIES = 2**18
-"""Entries of all samples together that are made at a time: a megabyte, to stay in the cache."""
+_TILE_ENTRIES = 2**20
+"""Entries of all samples together that are made at a time: 4 MB, to stay in the cache."""
 
 
 class TopK:
@@ -31,18 +31,24 @@ class TopK:
         """
         samples, _, width = x.shape
         x, outputs = x.to(self.values.dtype), g.to(self.values.dtype).transpose(1, 2)
-        rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
-        compiled = _can_be_compiled(self.values, weight)
-        if compiled:
-            from agcl.importance.sink import sink_products  # Numba takes a second to load.
+        rows = min(len(weight), max(1, _TILE_ENTRIES // (max(1, samples) * width)))
+        padded = samples
+        if compiled := _can_be_compiled(self.values, weight):
+            from agcl.importance.sink import AT_ONCE, sink_products  # Numba takes a second to load.
+
+            padded += -samples % AT_ONCE
+        tile = x.new_empty(padded * rows * width)
         for first in range(0, len(weight), rows):
-            products = torch.bmm(outputs[:, first : first + rows], x)
+            number = min(rows, len(weight) - first)
+            products = tile[: padded * number * width].view(padded, number, width)
+            torch.bmm(outputs[:, first : first + number], x, out=products[:samples])
+            products[samples:] = torch.nan
             if compiled:
                 sink_products(self.values, weight, products, first)
             else:
-                tile = slice(first, first + rows)
-                for value in products.mul_(weight[tile]):
-                    self._sink(value, tile)
+                places = slice(first, first + number)
+                for value in products.mul_(weight[places]):
+                    self._sink(value, places)
         self.count += samples
 
     def merge(self, values: Tensor, count: int) -> None:

@@ -70,7 +70,7 @@ def test_nothing_inserted_means_zeros():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, 4, 6])
 @pytest.mark.parametrize("tile", [1, 100, 2**18])
 def test_products_are_those_of_every_sample_alone(monkeypatch, dtype, k, tile):
     """In float32 by compiled code, else by plain operations; tiles of one row, some and all."""

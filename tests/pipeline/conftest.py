@@ -25,6 +25,8 @@ importance: {{batch_size: 5}}
 evaluation: {{batch_size: 5}}
 """
 """Two tasks of twelve facts: enough to learn them, and to forget some of the first."""
+SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "MY_API_KEY")
+"""Set while the finished runs run; nothing that they leave may hold them."""
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +98,11 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         "gradient": tiny_config(storage, *gate),
         "solo": tiny_config(storage, *both, "importance.source=solo"),
     }
-    runs, results, output = run_configs(named, root / "comparison")
+    secrets = {name: f"s3cr3t-of-{name}" for name in SECRETS}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in secrets.items():
+            patch.setenv(name, value)
+        runs, results, output = run_configs(named, root / "comparison")
     return SimpleNamespace(
         root=root,
         storage=storage,
@@ -105,6 +111,8 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         runs=runs,
         results=results,
         output=output,
+        secrets=secrets,
+        console=lambda: Console(file=io.StringIO(), width=200),
         left=sorted(storage.iterdir()) + sorted((storage / "stages").iterdir()),
         artifact=lambda label, stage: runs[label].works[stage].folder,
         metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),

@@ -226,3 +226,14 @@ def test_loading_does_not_change_the_presets(tmp_path):
     file = write(tmp_path, "")
     loading.load(file, ["protect.0.kind=gate", "protect.0.strength=0.5"])
     assert loading.load(file).protect == (Project(kind="project"),)
+
+
+def test_a_setting_changes_one_of_two_places_that_share_an_alias(tmp_path):
+    file = write(tmp_path, "training: &rows {batch_size: 3}\nevaluation: *rows\n")
+    config = loading.load(file, ["training.batch_size=5"])
+    assert (config.training.batch_size, config.evaluation.batch_size) == (5, 3)
+
+
+def test_a_mapping_may_be_merged_into_another(tmp_path):
+    file = write(tmp_path, "training: &t {epochs: 3}\nevaluation: {<<: {batch_size: 4}}\n")
+    assert loading.load(file).evaluation.batch_size == 4

@@ -5,6 +5,13 @@ import pytest
 from agcl.errors import InputError
 from pipeline import loading
 
+LAUGHS = (
+    "name: &l0 [ha, ha]\n"
+    + "".join(f"k{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 21))
+    + "protect: [{{kind: {last}}}]\n"
+)
+"""Twenty lines that are 9 ** 20 values."""
+
 
 @pytest.fixture
 def problem(tmp_path):
@@ -64,6 +71,14 @@ def problem(tmp_path):
         ("protect=[]", "protect: "),
         ("evaluation.batch_size=0", "evaluation.batch_size: "),
         ("resources.num_workers=0", "resources.num_workers: "),
+        ("seed=4294967296", "seed: "),
+        ("training.epochs=1000000000000", "training.epochs: "),
+        ("model.path=~nobody-here/model", "model.path: "),
+        ('storage="a\\0b"', "storage: "),
+        (f"storage={'x' * 300}", "storage: "),
+        (f"evaluation.text={'x/' * 3000}", "evaluation.text: "),
+        (f"name={'x' * 101}", "name: "),
+        ("tracking.uri=''", "tracking.uri: "),
         ("resources.use_gpu=3", "resources.use_gpu: "),
         ("storage=5", "storage: "),
         ("name=", "name: "),
@@ -150,6 +165,14 @@ def test_a_method_that_protects_nothing_refuses_protections(problem):
         b"name: \xff\xfe\n",
         b"name: \x00\n",
         "a: !!python/object:os.system x\n",
+        "seed: 1\nseed: 2\n",
+        "training: {epochs: 1, epochs: 2}\n",
+        "seed: !!int many\n",
+        "tracking: {enabled: !!bool perhaps}\n",
+        "seed: 0x" + "f" * 5000,
+        "a: &a [*a]\n",
+        "a: " + "[" * 3000,
+        pytest.param(LAUGHS.format(last="[*l20]"), id="laughs"),
     ],
 )
 def test_a_file_that_is_no_yaml_is_named(problem, text):
@@ -186,6 +209,7 @@ def test_an_override_whose_value_is_no_yaml_is_quoted(problem, override):
         ("protect.2.kind=gate", "protect.2.kind"),
         ("protect.first.kind=gate", "protect.first.kind"),
         ("protect.-1.kind=gate", "protect.-1.kind"),
+        (f"protect.{'9' * 5000}.kind=gate", "is not an item of the list"),
         ("seed.deep=1", "seed.deep"),
         ("training.epochs.deep=1", "training.epochs"),
         ("wrong.deep=1", "wrong: unknown key"),

@@ -1,0 +1,1 @@
+"""`python -m jobs.bench`: what attribution, protection and the pipeline cost."""

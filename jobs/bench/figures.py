@@ -1,0 +1,123 @@
+"""What attribution and protection cost, as ratios of two things done in turn in one process."""
+
+from typing import Any
+
+import torch
+
+from agcl.attribution import attribute
+from agcl.batches import collate
+from agcl.evaluate import exact_match
+from agcl.generate import generate
+from agcl.lrp import attributed_linears, weight_of
+from agcl.modulation import GatedAdamW, random_bases
+from agcl.train import summed_loss, train_task
+from jobs.bench.measure import Figure, Run, Setting, pairs
+
+_BATCHES = 4
+"""Batches an attribution, so that setting up its running values counts as little as in a run."""
+
+
+def attribution_against_training(setting: Setting) -> Figure:
+    """Attributing batches, K = 4, against a plain forward and backward of each."""
+    model, batch = setting.model, setting.batch
+
+    def plain() -> None:
+        for _ in range(_BATCHES):
+            summed_loss(model, batch).backward()
+            model.zero_grad()
+
+    return pairs("attribute", _attributed(setting), plain, setting, 1.3, "forward + backward")
+
+
+def attribution_against_a_loop(setting: Setting) -> Figure:
+    """Attributing batches, K = 4, against single samples with weight gradients."""
+    model = setting.model
+    weights = {n: weight_of(m).detach() for n, m in attributed_linears(model).items()}
+    stacks = {n: torch.full((4, *w.shape), -torch.inf) for n, w in weights.items()}
+    top = {name: stack.to(model.device) for name, stack in stacks.items()}
+    parameters = dict(model.named_parameters())
+
+    def loop() -> None:
+        for row in setting.rows * _BATCHES:
+            summed_loss(model, collate([row]).to(model.device)).backward()
+            for name, stack in top.items():
+                gradient = parameters[name].grad
+                assert gradient is not None
+                value = (gradient if gradient.shape == stack.shape[1:] else gradient.T).clone()
+                value *= weights[name]
+                for slot in stack:
+                    low = torch.minimum(slot, value)
+                    torch.maximum(slot, value, out=slot)
+                    value = low
+            model.zero_grad()
+
+    return pairs("attribute_loop", _attributed(setting), loop, setting, 0.35, "single samples")
+
+
+def gated_step(setting: Setting) -> Figure:
+    """A step of the gated optimizer against one of `torch.optim.AdamW(foreach=True)`."""
+    model = setting.model
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    gate = {n: torch.rand_like(p) for n, p in model.named_parameters() if p.dim() == 2}
+    gated = GatedAdamW(model.named_parameters(), gate=gate, lr=1e-7)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-7, foreach=True)
+    figure = pairs("gated_step", gated.step, plain.step, setting, 1.15, "AdamW(foreach=True)")
+    model.zero_grad()
+    return figure
+
+
+def projected_step(setting: Setting) -> Figure:
+    """A training step with a projection (5 % of the directions) against a plain one."""
+    model = setting.model
+    linears = attributed_linears(model)
+    widths = {name: weight_of(module).shape[1] for name, module in linears.items()}
+    like = {name: torch.empty(w, max(1, round(0.05 * w))) for name, w in widths.items()}
+    named = [(n, p) for n, p in model.named_parameters() if n in linears]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, parameter in named:
+        parameter.requires_grad_(True)
+    basis = random_bases(like, seed=0)
+    size = len(setting.rows)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
+    projected = GatedAdamW(named, basis=basis, lr=1e-7)
+    plain = GatedAdamW(named, lr=1e-7)
+    figure = pairs(
+        "projected_step",
+        lambda: train_task(model, setting.rows, projected, **options),
+        lambda: train_task(model, setting.rows, plain, **options),
+        setting,
+        1.25,
+        "plain step, same weights trained",
+    )
+    model.requires_grad_(True)
+    return figure
+
+
+def exact_match_against_generate(setting: Setting) -> Figure:
+    """Exact match by one forward pass against greedy decoding of the same rows."""
+    model, rows = setting.model, setting.rows
+    prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
+    answers = [row.input_ids[row.prompt_tokens : -1] for row in rows]
+    end = rows[0].input_ids[-1]
+    longest = max(map(len, answers)) + 1
+
+    def decoded() -> list[bool]:
+        found = generate(model, prompts, end=end, max_new_tokens=longest, batch_size=len(rows))
+        return [ids == answer for ids, answer in zip(found, answers, strict=True)]
+
+    def forced() -> list[bool]:
+        return exact_match(model, rows, batch_size=len(rows))
+
+    assert forced() == decoded()
+    return pairs("exact_match", forced, decoded, setting, 0.2, "generate, same verdicts")
+
+
+def _attributed(setting: Setting) -> Run:
+    batch = setting.batch
+
+    def run() -> None:
+        attribute(setting.model, [batch] * _BATCHES, top_k=4, correct_only=False)
+
+    return run

@@ -1,0 +1,192 @@
+"""Any damaged task or importance file: what it says, or an `InputError` that names it."""
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from reference.mutations import JUNK, damaged
+
+from agcl.errors import InputError
+from agcl.importance import Importance, check_file
+from agcl.tasks import TRAIN, Row, cl_benchmark, concept1k, files, trace
+
+fuzz = settings(suppress_health_check=list(HealthCheck), deadline=None)
+
+FACTS = "".join(
+    f"(thing{i}, IsA, kind)\nQ1: What is {i}?\nA1: It{i}\nQ2: And {i}?\nQ2: It{i}\n"
+    for i in range(4)
+).encode()
+PAIRS = [{"prompt": f"Wo ist {i}?", "answer": f"Da, {i} é"} for i in range(3)]
+LABELLED = [{"label": "Good", "sentence": "fine"}, {"label": "-", "sentence": "hm"}]
+JSON_VALUES = JUNK.map(lambda value: json.loads(json.dumps(value, default=str)))
+
+
+def parquet(rows):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS).encode()
+TABLE = parquet(PAIRS)
+LIST = json.dumps(PAIRS).encode()
+
+
+def cl_files(folder, **contents):
+    found = {}
+    for name, content in {
+        "train": json.dumps(LABELLED).encode(),
+        "test": b"[]",
+        "labels": b'["Good", "Bad"]',
+        "instructions": b'{"SC": [{"instruction": "Which?"}]}',
+        **contents,
+    }.items():
+        found[name] = folder / f"{name}.json"
+        found[name].write_bytes(content)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def rows_of(folder, kind, content):
+    """All rows of a file of that kind."""
+    file = folder / f"damaged.{kind}"
+    if kind in ("train", "labels", "instructions"):
+        task = cl_benchmark.task("films", "SC", cl_files(folder, **{kind: content}))
+        return list(task.splits[TRAIN]())
+    file.write_bytes(content)
+    match kind:
+        case "concepts":
+            concept1k.read.cache_clear()
+            return [
+                row
+                for index in range(concept1k.NUM_TASKS)
+                for row in concept1k.task(index, file).splits[TRAIN]()
+            ]
+        case "json":
+            return list(trace.task("FOMC", {TRAIN: file}).splits[TRAIN]())
+        case _:
+            rendering = {"format": kind, "prompt": "{prompt}", "answer": "{answer}"}
+            return list(files.task("mine", {TRAIN: file}, **rendering).splits[TRAIN]())
+
+
+def check(folder, kind, content):
+    found, said = [], str(folder)
+    try:
+        found = rows_of(folder, kind, content)
+    except InputError as error:
+        said = str(error)
+    assert str(folder) in said
+    for row in found:
+        assert isinstance(row, Row)
+        (row.prompt + row.answer).encode()  # A whole text, which a tokenizer takes.
+
+
+WHOLE = {
+    "concepts": FACTS,
+    "json": LIST,
+    "jsonl": LINES,
+    "train": json.dumps(LABELLED).encode(),
+    "labels": b'["Good", "Bad"]',
+    "instructions": b'{"SC": [{"instruction": "Which?"}]}',
+}
+
+
+def test_the_whole_files_are_read(folder):
+    for kind, content in {**WHOLE, "parquet": TABLE}.items():
+        assert len(rows_of(folder, kind, content)) in (2, 3)
+
+
+@fuzz
+@given(
+    st.sampled_from(sorted(WHOLE)).flatmap(
+        lambda kind: st.tuples(st.just(kind), damaged(WHOLE[kind]))
+    )
+)
+def test_a_damaged_task_file_is_read_or_named(folder, damage):
+    check(folder, *damage)
+
+
+@fuzz
+@given(st.sampled_from(sorted(WHOLE)), st.one_of(st.binary(max_size=60), JSON_VALUES))
+@example("json", [{"prompt": float("nan"), "answer": 1e400}])
+def test_a_file_of_anything_else_is_read_or_named(folder, kind, content):
+    if not isinstance(content, bytes):
+        content = json.dumps([content] if kind != "instructions" else content).encode()
+    check(folder, kind, content)
+
+
+@fuzz
+@given(damaged(TABLE))
+def test_a_damaged_parquet_file_is_read_or_named(folder, content):
+    check(folder, "parquet", content)
+
+
+SAVED = Importance(
+    {"a.weight": torch.tensor([[1.5, -2.0], [0.25, 3.0]]), "b.weight": torch.ones(1, 3)},
+    {"a.weight": torch.eye(2)},
+    {"rules": "attnlrp", "top_k": 4, "rows_attributed": 7},
+)
+
+
+def same(one, other):
+    return one.header == other.header and all(
+        mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+        for mine, theirs in ((one.entries, other.entries), (one.moments, other.moments))
+    )
+
+
+@pytest.fixture(scope="module")
+def importance_file(folder):
+    file = folder / "importance.safetensors"
+    SAVED.save(file)
+    return file, file.read_bytes()
+
+
+def load_damaged(file, content):
+    """Whether it still loads; then it must be what was saved."""
+    file.write_bytes(content)
+    loaded, said = None, str(file)
+    try:
+        loaded = Importance.load(file)
+    except InputError as error:
+        said = str(error)
+    assert str(file) in said
+    assert loaded is None or same(loaded, SAVED)
+    return loaded is not None
+
+
+@fuzz
+@given(st.data())
+def test_a_damaged_importance_is_what_was_saved_or_named(folder, importance_file, data):
+    _, content = importance_file
+    load_damaged(folder / "damaged.safetensors", data.draw(damaged(content)))
+
+
+def test_every_flipped_byte_of_an_importance_is_found(folder, importance_file):
+    _, content = importance_file
+    loads = 0
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        loads += load_damaged(folder / "flipped.safetensors", changed)
+    # White space between the file's header and its values may become other white space.
+    assert loads <= 8
+
+
+def test_a_flipped_value_is_found_before_any_work(folder, importance_file):
+    file, content = folder / "past.safetensors", importance_file[1]
+    linears = {"a.weight": torch.nn.Linear(2, 2), "b.weight": torch.nn.Linear(3, 1)}
+    file.write_bytes(content)
+    check_file(file, linears)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"past\.safetensors: damaged"):
+        check_file(file, linears)

@@ -1,0 +1,137 @@
+"""Sessions whose workers die, on a cluster of this machine; test_submit.py kills whole nodes."""
+
+import io
+import os
+import signal
+
+import pytest
+import ray
+import torch
+from rich.console import Console
+
+from pipeline.cluster import cluster
+from pipeline.config import Resources
+from pipeline.dag import Session, Stage, resolve
+from pipeline.progress import StageProgress
+from pipeline.runner import run_sessions
+from pipeline.session import LOSSES, misses_others
+
+pytestmark = pytest.mark.ray
+
+
+def run_on_a_cluster(folder, train, sessions):
+    """Run stages by session: how often each was called, the records, and the failures by stage."""
+
+    # Nested, since Ray sends such functions to its workers by value.
+    def run(config, inputs, out_dir, context):
+        file = folder / config["name"]
+        with file.open("a") as calls:
+            calls.write("x")
+        call = file.stat().st_size
+        (out_dir / "out.txt").write_text("x")
+        if call in config.get("killed", ()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if call in config.get("loses_others", ()):
+            raise ray.exceptions.WorkerCrashedError
+        if config.get("wrong"):
+            raise ValueError("row 3 is empty")
+
+    def session(name, configs):
+        stages, last = [], {}
+        for config in configs:
+            stages.append(Stage(config["name"], run, config, last))
+            last = {"before": stages[-1]}
+        works = tuple(resolve(stages, folder / "storage").values())
+        return Session(name, works, train, ("one",), frozenset())
+
+    records = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster(Resources()):
+            failures = run_sessions(
+                [session(name, configs) for name, configs in sessions.items()],
+                folder / "scratch",
+                Resources(),
+                len(sessions),
+                records.extend,
+                keep_going=True,
+            )
+    by_stage = {failure.stage: failure for failure in failures}
+    return lambda name: (folder / name).stat().st_size, records, by_stage
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Three sessions that lose processes they work with, or fail by themselves."""
+    twice = [1, LOSSES - 1]
+    sessions = {
+        "wrong": [{"name": "c", "wrong": True}],
+        "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
+        "slow": [{"name": "e", "loses_others": twice}, {"name": "f", "loses_others": twice}],
+    }
+    return run_on_a_cluster(tmp_path_factory.mktemp("toys"), False, sessions)
+
+
+def of(records, name):
+    return [r["state"] for r in records if "state" in r and r["artifact"].startswith(f"{name}-")]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_at_the_unfinished_stage(tmp_path):
+    killed = {"killed": [{"name": "a"}, {"name": "b", "killed": [1]}]}
+    calls, records, failures = run_on_a_cluster(tmp_path, True, killed)
+    assert calls("a") == 1
+    assert calls("b") == 2
+    assert of(records, "a") == ["started", "finished"]
+    assert of(records, "b") == ["started", "lost", "started", "finished"]
+    assert not failures
+
+
+def test_a_stages_own_error_is_not_tried_again(ran):
+    calls, _, failures = ran
+    assert calls("c") == 1
+    assert failures["c"].error == "row 3 is empty"
+
+
+def test_a_session_that_is_lost_without_progress_fails_in_the_end(ran):
+    calls, records, failures = ran
+    assert calls("d") == LOSSES
+    assert of(records, "d") == ["started", "lost"] * LOSSES
+    assert "its workers were lost" in str(failures["d"])
+
+
+def test_losses_count_from_the_last_finished_stage_on(ran):
+    calls, _, failures = ran
+    assert calls("e") == calls("f") == LOSSES
+    assert set(failures) == {"c", "d"}
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ray.exceptions.RayActorError(), True),
+        (ray.exceptions.TaskCancelledError(), False),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection reset by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("gloo"), False),
+        (ValueError("row 3 is empty"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_lost_worker_is_told_from_a_stages_own_error(error, lost):
+    assert misses_others(error) is lost
+
+
+def test_in_a_log_progress_is_plain_lines():
+    out = io.StringIO()
+    with StageProgress(Console(file=out, width=80), {"a-1": "train/1-x", "b-1": "report"}) as shown:
+        states = ["started", "lost", "started", "finished"]
+        shown.observe([{"artifact": "a-1", "state": state} for state in states])
+        shown.observe([{"artifact": "b-1", "state": "started"}])
+        shown.observe([{"artifact": "b-1", "state": "failed"}])
+    lost, done, failed = out.getvalue().splitlines()
+    assert lost.split() == "lost a worker in train/1-x; it is started again".split()
+    assert done.split()[:2] == ["done", "train/1-x"]
+    assert failed.split()[:2] == ["failed", "report"]
+    assert "\x1b" not in out.getvalue()
