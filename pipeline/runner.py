@@ -14,7 +14,7 @@ from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.progress import StageProgress
 from pipeline.secrets import masked
-from pipeline.session import Mailbox, here, run_session
+from pipeline.session import LESS_MEMORY, Mailbox, here, run_session
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]
@@ -188,4 +188,5 @@ def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
     text = masked(str(error))
     reason = " ".join(text.split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    return StageFailed(stage, f"its workers were lost ({reason})", text)
+    said = f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})"
+    return StageFailed(stage, said, text)
