@@ -31,10 +31,10 @@ class StageFailed(Exception):
     error: str
     traceback: str
     log: Path | None = None
-    """File with the traceback, once it is written."""
+    """File with the traceback, once it is written; a full disk may have no room for it."""
 
     def __str__(self) -> str:
-        return f"stage {self.stage} failed: {self.error}"
+        return f"stage {self.stage} failed: {self.error}" + (f" (log: {self.log})" * bool(self.log))
 
 
 def on_cluster(
