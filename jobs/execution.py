@@ -33,7 +33,7 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
         results = execute(runs, folder, title=title, command=command, console=console)
     except StageFailed as failure:
         Console(stderr=True, soft_wrap=True).print(
-            f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
+            f"agcl: {failure}", markup=False, highlight=False
         )
         return 1
     by_label = dict(zip(runs, results, strict=True))

@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         found = execute_search(search, command=command, console=console, watch=watch)
     except StageFailed as failure:
         Console(stderr=True, soft_wrap=True).print(
-            f"agcl: {failure} (log: {failure.log})", markup=False, highlight=False
+            f"agcl: {failure}", markup=False, highlight=False
         )
         return 1
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)

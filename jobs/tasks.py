@@ -28,9 +28,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     try:
         prepare_tasks(run, console)
     except StageFailed as failure:
-        Console(stderr=True, soft_wrap=True).print(
-            f"agcl: {failure} (log: {failure.log})", markup=False
-        )
+        Console(stderr=True, soft_wrap=True).print(f"agcl: {failure}", markup=False)
         return 1
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("task")

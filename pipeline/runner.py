@@ -14,12 +14,13 @@ from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.progress import StageProgress
 from pipeline.secrets import masked
-from pipeline.session import Mailbox, here, run_session
+from pipeline.session import LESS_MEMORY, Mailbox, here, run_session
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]
 """Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`."""
 _POLL_SECONDS = 0.3
+_SCRATCH = ".ray-train"
 
 
 @dataclass
@@ -30,10 +31,10 @@ class StageFailed(Exception):
     error: str
     traceback: str
     log: Path | None = None
-    """File with the traceback, once it is written."""
+    """File with the traceback, once it is written; a full disk may have no room for it."""
 
     def __str__(self) -> str:
-        return f"stage {self.stage} failed: {self.error}"
+        return f"stage {self.stage} failed: {self.error}" + (f" (log: {self.log})" * bool(self.log))
 
 
 def on_cluster(
@@ -47,6 +48,7 @@ def on_cluster(
 ) -> list[StageFailed]:
     """Run sessions, if there are any, on the cluster to join or one of this machine's own."""
     if not todo:
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Of one killed after its last stage.
         console.print("  every stage is complete already", highlight=False)
         return []
     number = sum(len(session.works) for session in todo)
@@ -82,7 +84,7 @@ def run_with_progress(
             progress.observe(records)
             record(records)
 
-        scratch = folder / ".ray-train"
+        scratch = folder / _SCRATCH
         return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
 
 
@@ -186,4 +188,5 @@ def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
     text = masked(str(error))
     reason = " ".join(text.split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    return StageFailed(stage, f"its workers were lost ({reason})", text)
+    said = f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})"
+    return StageFailed(stage, said, text)

@@ -22,6 +22,12 @@ from pipeline.dag import Session, Work
 from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 
+LESS_MEMORY = (
+    "lower training.micro_batch_size, importance.batch_size, importance.top_k or "
+    "evaluation.batch_size"
+)
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""How torch says it on the CPU, by a plain RuntimeError."""
 LOSSES = 3
 """Times that a session is lost without finishing a stage before it counts as failed."""
 
@@ -67,12 +73,9 @@ def explain(error: BaseException, work: Work) -> str:
         return f"no space left on device for {work.folder}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)}: {error.filename or work.folder}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return (
-            "out of memory: lower training.micro_batch_size, importance.batch_size or "
-            f"evaluation.batch_size ({error})"
-        )
     text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY in text:
+        return f"out of memory: {LESS_MEMORY} ({text})"
     return (
         text
         if isinstance(error, ValueError | ArithmeticError)

@@ -107,7 +107,7 @@ class Tracker:
             run_id = str(known["run_id"])
         except (FileNotFoundError, ValueError, KeyError):
             return None
-        if known.get("uri") != self.uri:
+        if known.get("uri") != masked(self.uri):
             return None
         try:
             self.client.update_run(run_id, status="RUNNING")

@@ -177,13 +177,21 @@ def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_st
         (ArithmeticError("loss nan at step 2"), "loss nan at step 2"),
         (KeyError("w"), "KeyError: 'w'"),
         (torch.OutOfMemoryError("4 GiB"), "training.micro_batch_size"),
-        (MemoryError(), "out of memory"),
+        (MemoryError(), "out of memory: lower training.micro_batch_size"),
         (FileNotFoundError(errno.ENOENT, "x", "/a/b"), "No such file or directory: /a/b"),
     ],
 )
 def test_errors_are_explained_in_one_line(toys, error, said):
     line = explain(error, toys.works()[0])
     assert said in line
+    assert len(line.splitlines()) == 1
+
+
+def test_too_large_a_batch_on_the_cpu_says_what_to_lower(toys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    line = explain(caught.value, toys.works()[0])
+    assert line.startswith("out of memory: lower training.micro_batch_size, importance.batch_size")
     assert len(line.splitlines()) == 1
 
 

@@ -2,19 +2,22 @@
 
 import io
 import json
+import os
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+import urllib.request
+from contextlib import closing, suppress
 
 import mlflow
 import pytest
 from rich.console import Console
 
 from agcl.errors import InputError
-from pipeline import recorder, tracking
+from pipeline import loading, recorder, tracking
 from pipeline.recorder import connect, open_recording
 from pipeline.run import open_folder, open_run
 from pipeline.session import run_works
@@ -52,31 +55,33 @@ class Recorded:
         metrics = json.loads(report.read_text())
         self.recording.finish_run("tiny", metrics, {"metrics.json": report})
 
-    def check_whole(self):
-        """Every stage once and finished, and every number as in the artifacts, once."""
-        client = mlflow.MlflowClient(tracking.default_uri(self.run.config.storage))
-        parent = json.loads((self.run.folder / "mlflow.json").read_text())["run_id"]
-        experiment = client.get_experiment_by_name("agcl").experiment_id
-        stages = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-        assert sorted(run.info.run_name for run in stages) == sorted(self.run.works)
-        assert {run.info.status for run in stages} == {"FINISHED"}
-        assert client.get_run(parent).info.status == "FINISHED"
-        for run in stages:
-            if run.info.run_name.startswith(("train", "pretrain")):
-                log = self.run.works[run.info.run_name].folder / "log.jsonl"
-                lines = [json.loads(line) for line in log.read_text().splitlines()]
-                assert len(lines) > 1
-                points = client.get_metric_history(run.info.run_id, "loss")
-                found = sorted((point.step, point.value) for point in points)
-                assert found == [(line["step"], line["loss"]) for line in lines]
-        metrics = json.loads((self.run.works["report"].folder / "metrics.json").read_text())
-        for column, task in enumerate(metrics["tasks"]):
-            points = client.get_metric_history(parent, f"memorization/{task}")
-            rows = metrics["evaluation_sets"]["memorization"]["accuracy_matrix"]
-            found = sorted((point.step, point.value) for point in points)
-            assert found == [(index, row[column]) for index, row in enumerate(rows)]
-        (final,) = client.get_metric_history(parent, "average_performance")
-        assert final.value == metrics["average_performance"]
+
+def check_whole(uri, run):
+    """Every stage is there once and finished, and every number as in the artifacts, once."""
+    client = mlflow.MlflowClient(uri)
+    parent = json.loads((run.folder / "mlflow.json").read_text())["run_id"]
+    experiment = client.get_experiment_by_name("agcl").experiment_id
+    stages = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert sorted(stage.info.run_name for stage in stages) == sorted(run.works)
+    assert {stage.info.status for stage in stages} == {"FINISHED"}
+    assert client.get_run(parent).info.status == "FINISHED"
+
+    def points(run_id, key):
+        return sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+
+    for stage in stages:
+        if stage.info.run_name.startswith(("train", "pretrain")):
+            log = run.works[stage.info.run_name].folder / "log.jsonl"
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            assert len(lines) > 1
+            assert points(stage.info.run_id, "loss") == [(e["step"], e["loss"]) for e in lines]
+    metrics = json.loads((run.works["report"].folder / "metrics.json").read_text())
+    rows = metrics["evaluation_sets"]["memorization"]["accuracy_matrix"]
+    for column, task in enumerate(metrics["tasks"]):
+        expected = [(index, row[column]) for index, row in enumerate(rows)]
+        assert points(parent, f"memorization/{task}") == expected
+    average = metrics["average_performance"]
+    assert points(parent, "average_performance") == [(len(metrics["tasks"]), average)]
 
 
 @pytest.fixture
@@ -97,7 +102,7 @@ def test_what_is_sent_again_is_there_once(recorded):
     recorded.finish()
     recorded.open()
     recorded.finish()
-    recorded.check_whole()
+    check_whole(tracking.default_uri(recorded.run.config.storage), recorded.run)
     assert "warning" not in recorded.said.getvalue()
 
 
@@ -116,7 +121,7 @@ def test_a_database_that_fails_for_a_while_misses_nothing(recorded, monkeypatch)
     recorded.compute("evaluate", "report")
     assert "MLflow is back" in recorded.said.getvalue()
     recorded.finish()
-    recorded.check_whole()
+    check_whole(tracking.default_uri(recorded.run.config.storage), recorded.run)
 
 
 def test_a_silent_server_is_one_warning_within_seconds(tiny_config, tmp_path):
@@ -133,7 +138,7 @@ def test_a_silent_server_is_one_warning_within_seconds(tiny_config, tmp_path):
     assert "secret" not in line
 
 
-@pytest.mark.parametrize("uri", ["magic://here", "sqlite:////no/such/folder/x.db"])
+@pytest.mark.parametrize("uri", ["magic://here", "sqlite:////proc/x.db"])
 def test_a_bad_uri_ends_before_any_work(tiny_config, tmp_path, uri):
     config = tiny_config(tmp_path / "storage", f"tracking.uri={uri}")
     with pytest.raises(InputError, match=r"^tracking\.uri: "):
@@ -141,18 +146,93 @@ def test_a_bad_uri_ends_before_any_work(tiny_config, tmp_path, uri):
     assert not config.storage.exists()
 
 
-def test_a_database_whose_making_was_killed_is_made_again(tmp_path):
+def test_two_runs_make_one_database_where_a_third_was_killed_while_making_it(tmp_path):
     storage = tmp_path / "storage"
+    storage.mkdir()
+    with closing(sqlite3.connect(storage / "mlflow.db.part")) as half:
+        half.execute("CREATE TABLE runs (half_made)")
+    (storage / "mlflow.db.lock").touch()
     code = "import sys; from pathlib import Path; from pipeline.tracking import Tracker\n"
     code += "Tracker(Path(sys.argv[1]), None)"
-    maker = subprocess.Popen([sys.executable, "-c", code, storage])
-    deadline = time.monotonic() + 60
-    while not (storage / "mlflow.db.part").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    maker.kill()
-    maker.wait()
-    assert not (storage / "mlflow.db").exists()
     one, two = (subprocess.Popen([sys.executable, "-c", code, storage]) for _ in range(2))
     assert (one.wait(), two.wait()) == (0, 0)
     assert [file.name for file in storage.iterdir()] == ["mlflow.db"]
+
+
+class Server:
+    """An MLflow server that can be killed and started again."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri, self.folder, self.process = f"http://127.0.0.1:{self.port}", folder, None
+
+    def start(self):
+        store = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        store += ["--artifacts-destination", str(self.folder / "artifacts")]
+        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *store, *place],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                return
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.2)
+
+    def kill(self):
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+def warnings(out):
+    return [line for line in out.splitlines() if "warning" in line]
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_under_a_run_gets_everything_from_the_next(driver, finished, server):
+    server.start()
+    setting = f"tracking.uri={server.uri}"
+    process = driver.start(setting)
+    driver.wait_for("train-1-harbour", process)
+    server.kill()
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    (line,) = warnings(out)
+    assert "no answer" in line
+    assert "run it again later to record it" in line
+    before = driver.finished()
+    server.start()
+    code, out, err = driver.finish(setting)
+    assert (code, warnings(out)) == (0, []), err
+    assert driver.finished() == before
+    assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
+    check_whole(server.uri, open_run(loading.load(driver.config)))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_gets_everything_from_the_next_run(driver, server):
+    setting = f"tracking.uri={server.uri}"
+    code, out, err = driver.finish(setting)
+    assert (code, err) == (0, "")
+    (line,) = warnings(out)
+    assert "no answer" in line
+    server.start()
+    code, out, err = driver.finish(setting)
+    assert (code, warnings(out)) == (0, []), err
+    check_whole(server.uri, open_run(loading.load(driver.config)))

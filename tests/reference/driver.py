@@ -17,9 +17,14 @@ class Driver:
     """`agcl run` on the config of one of the finished runs, in its own process and storage."""
 
     def __init__(self, config, storage, folder):
-        self.storage, self.run = storage, storage / config.name
-        self.config = folder / "config.yaml"
-        self.config.write_text(loading.dump(config.model_copy(update={"storage": storage})))
+        self.settings, self.config = config, folder / "config.yaml"
+        self.move_to(storage)
+
+    def move_to(self, storage):
+        """Use another storage folder."""
+        self.storage, self.run = storage, storage / self.settings.name
+        moved = self.settings.model_copy(update={"storage": storage})
+        self.config.write_text(loading.dump(moved))
 
     def start(self, *settings, **environment):
         return subprocess.Popen(
