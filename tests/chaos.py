@@ -22,6 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reference.record import check_whole
+
+from pipeline import loading
+from pipeline.run import open_run
+from pipeline.tracking import default_uri
+
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 name: chaos
@@ -57,14 +63,14 @@ class Run:
     """`agcl run` on one storage folder, given as often as it takes."""
 
     def __init__(self, folder: Path, workers: int) -> None:
-        self.storage, self.workers = folder / "storage", workers
+        self.storage = folder / "storage"
         self.config, self.mark = folder / "config.yaml", folder.name
         self.config.write_text(CONFIG, encoding="utf-8")
+        self.settings = [f"storage={self.storage}", f"resources.num_workers={workers}"]
 
     def start(self) -> subprocess.Popen[str]:
-        settings = [f"storage={self.storage}", f"resources.num_workers={self.workers}"]
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", str(self.config), *settings],
+            [sys.executable, "-m", "jobs", "run", str(self.config), *self.settings],
             cwd=ROOT,
             env={**os.environ, MARK: self.mark},
             stdout=subprocess.DEVNULL,
@@ -193,6 +199,11 @@ def compare(run: Run, reference: Run, seen: Seen) -> None:
     if run.manifests().keys() != reference.manifests().keys():
         seen.wrong.append(f"{run.storage}: other stages")
     seen.wrong += [f"left behind: {what}" for what in run.left()]
+    try:
+        opened = open_run(loading.load(run.config, run.settings))
+        check_whole(default_uri(run.storage), opened)
+    except AssertionError as error:
+        seen.wrong.append(f"MLflow's record of {run.storage}: {error!r}")
 
 
 def chaos(folder: Path, kills: int, seed: int, workers: int) -> Seen:

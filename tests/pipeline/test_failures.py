@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chaos import main as chaos
 from reference.driver import wait_until_no_process_is_left
 
 from agcl.importance import Importance
@@ -49,6 +50,12 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
     assert metrics == finished.metrics("gradient")
     assert not list(driver.storage.rglob("*.part"))
     assert not list(driver.storage.rglob(".ray*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_random_kills_change_nothing(tmp_path):
+    assert chaos(["--kills", "3", "--storage", str(tmp_path)]) == 0
 
 
 def test_two_workers_give_what_one_gives(driver, finished):
