@@ -49,3 +49,10 @@ def gradients() -> Callable[[LlamaForCausalLM], dict[str, torch.Tensor]]:
         return dict(zip(names, found, strict=True))
 
     return of
+
+
+def pytest_collection_modifyitems(items):
+    """With several processes, what looks at the finished runs goes to one, the rest by file."""
+    for item in items:
+        name = "finished" if "finished" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
