@@ -52,7 +52,11 @@ def gradients() -> Callable[[LlamaForCausalLM], dict[str, torch.Tensor]]:
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes, what looks at the finished runs goes to one, the rest by file."""
+    """With several processes, what looks at the finished runs goes to one, the rest by file.
+
+    But for the search's: its tests take as long as all others on them, and make runs of their own.
+    """
     for item in items:
-        name = "finished" if "finished" in item.fixturenames else str(item.path)
+        shares = "finished" in item.fixturenames and item.path.name != "test_search.py"
+        name = "finished" if shares else str(item.path)
         item.add_marker(pytest.mark.xdist_group(name))
