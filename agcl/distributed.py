@@ -1,10 +1,13 @@
 """The few collectives agcl needs; every function is the identity in a single process."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -49,3 +52,11 @@ def broadcast(tensor: Tensor, source: int) -> Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """The first worker's value, which must be picklable, on every worker."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from agcl import distributed
 from agcl.batches import Batch, answer_tokens, collate, shuffled
+from agcl.checkpoint import Checkpoint
 from agcl.forward import Precision, answer_logits, autocast
 from agcl.tasks import Rows
 
@@ -33,6 +34,7 @@ def train_task(
     precision: Precision = "float32",
     max_gradient_norm: float = 1.0,
     penalise: Callable[[], Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
     log: Log = lambda metrics, step: None,
 ) -> None:
     """Minimise the mean cross-entropy of answer tokens over every global batch of `batch_size`.
@@ -40,16 +42,24 @@ def train_task(
     A global batch is cut into micro-batches that the workers take in turn, and its loss is
     divided by its number of answer tokens over all workers; so order, batches and loss are the
     same for any number of workers. `penalise` adds a penalty's gradient to `.grad`, the same on
-    every worker, and gives its value; the logged loss is without it. Raises `NonFiniteLoss`.
+    every worker, and gives its value; the logged loss is without it. With a `checkpoint` it goes
+    on after the steps of that, which are logged again; the result is the same to the bit. Raises
+    `NonFiniteLoss`.
     """
-    torch.manual_seed(seed)
     model.train()
     device = model.device
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
     num_steps = epochs * math.ceil(len(rows) / batch_size)
-    step = 0
+    steps = checkpoint.restore(trained, optimizer) if checkpoint else []
+    for metrics, step in steps:
+        log(metrics, step)
+    step, done = 0, len(steps)
     for epoch in range(epochs):
         for indices in shuffled(len(rows), batch_size, seed=seed, epoch=epoch):
+            step += 1
+            if step <= done:
+                continue
             # Rows of like length share a micro-batch, so that little of it is padding.
             batch = sorted((rows[i] for i in indices), key=lambda row: len(row.input_ids))
             num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
@@ -58,7 +68,9 @@ def train_task(
             ]
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()
-            for piece in pieces[distributed.rank() :: distributed.world_size()]:
+            for number in range(distributed.rank(), len(pieces), distributed.world_size()):
+                piece = pieces[number]
+                torch.manual_seed(_dropout_seed(seed, step, number))
                 with autocast(device, precision):
                     piece_loss = summed_loss(model, collate(piece).to(device)) / num_answer_tokens
                 piece_loss.backward()
@@ -66,7 +78,6 @@ def train_task(
             _share_gradients(parameters, loss)
             penalty = torch.zeros((), device=device) if penalise is None else penalise().detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
-            step += 1
             # One read of the device a step: the norm is NaN or infinite where any gradient is.
             if not torch.isfinite(loss + penalty + norm):
                 raise NonFiniteLoss(
@@ -75,13 +86,23 @@ def train_task(
                 )
             optimizer.step()
             metrics = {"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}
-            log(metrics if penalise is None else {**metrics, "penalty": penalty.item()}, step)
+            if penalise is not None:
+                metrics["penalty"] = penalty.item()
+            log(metrics, step)
+            if checkpoint:
+                steps.append((metrics, step))
+                checkpoint.write_if_due(trained, optimizer, steps)
     model.zero_grad()
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the batch's answer tokens, in float32."""
     return cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch), reduction="sum")
+
+
+def _dropout_seed(seed: int, step: int, piece: int) -> int:
+    """Of its own for every micro-batch, whichever worker takes it and whatever was before."""
+    return hash((seed, step, piece)) % 2**63
 
 
 def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:

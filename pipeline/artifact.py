@@ -143,8 +143,14 @@ def claimed(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[
         os.close(descriptor)
 
 
-def remove_stale_lock(path: Path) -> None:
-    """Remove the lock file that a killed process left beside what is finished."""
+def checkpoint_of(folder: Path) -> Path:
+    """The file beside an artifact that tells where making it goes on."""
+    return folder.with_name(folder.name + ".checkpoint")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove lock and checkpoint that a killed process left beside what is finished."""
+    checkpoint_of(path).unlink(missing_ok=True)
     if _lock_of(path).exists():
         with claimed(path):
             pass

@@ -198,6 +198,9 @@ class Resources(Section):
     """CPU cores, and threads, a worker."""
     use_gpu: bool = False
     """One GPU a worker, nccl."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """How often training is written down inside a task, three times the model's size, so that a
+    worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
 
 
 class Tracking(Section):

@@ -191,7 +191,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
     for stage, work in run.works.items():
         _link(run.folder / folder_name(stage), work.folder)
-        artifact.remove_stale_lock(work.folder)
+        artifact.remove_leftovers(work.folder)
     report = run.works["report"].folder
     prepared = summaries(run)
     metrics = {

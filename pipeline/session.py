@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import ray
 import torch
 from agcl import distributed
+from agcl.checkpoint import Checkpoint
 from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -105,6 +106,8 @@ def _verify_inputs(work: Work, checked: set[Path]) -> None:
 
 def _run_one(work: Work, context: Context, emit: Emit) -> None:
     context.folder = work.folder
+    checkpoint = _checkpoint_of(work, context)
+    context.checkpoint = checkpoint
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
         work.fn(work.config, work.inputs, Path(os.devnull), context)
@@ -114,8 +117,20 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
         context.log = log
         try:
             work.fn(work.config, work.inputs, out_dir, context)
+        except ArithmeticError:
+            if checkpoint:
+                checkpoint.remove()  # It would come to the same again.
+            raise
         finally:
             log.close()
+    if checkpoint:
+        checkpoint.remove()
+
+
+def _checkpoint_of(work: Work, context: Context) -> Checkpoint | None:
+    seconds = 60 * context.checkpoint_minutes
+    file = artifact.checkpoint_of(work.folder)
+    return Checkpoint(file, work.fingerprint, seconds) if seconds else None
 
 
 @ray.remote(num_cpus=0)
@@ -195,7 +210,8 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
             why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
             _refuse(why, session.works[0], emit)
         torch.set_num_threads(resources.cpus_per_worker)
-        run_works(session.works, Context(device=get_device()), emit)
+        context = Context(get_device(), checkpoint_minutes=resources.checkpoint_minutes)
+        run_works(session.works, context, emit)
 
     TorchTrainer(
         loop,

@@ -1,25 +1,18 @@
-"""The importance artifact: relevance of every weight for one task, and its file.
+"""The importance artifact: relevance of every weight for one task, and its file."""
 
-The file is safetensors with a checksum over names, shapes, values and header. A flipped bit of a
-weight's relevance is a number like any other, so nothing else could tell.
-"""
-
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from agcl import tensor_file
 from agcl.errors import InputError
 
-_HEADER, _CHECKSUM = "agcl_importance", "agcl_crc32"
+_KIND = "importance"
 _ENTRIES, _MOMENTS = "entries/", "moments/"
 
 
@@ -36,24 +29,18 @@ class Importance:
     """How it was made: rules, top_k, number of samples; JSON."""
 
     def save(self, file: Path) -> None:
-        """Write aside, then rename: entries in bfloat16, moments in float32."""
+        """Write the file, whole or not at all: entries in bfloat16, moments in float32."""
         tensors = {_ENTRIES + k: v.to("cpu", torch.bfloat16) for k, v in self.entries.items()}
         tensors |= {_MOMENTS + k: v.to("cpu", torch.float32) for k, v in self.moments.items()}
-        tensors = {k: tensors[k].contiguous() for k in sorted(tensors)}
-        header = json.dumps(dict(self.header))
-        metadata = {_HEADER: header, _CHECKSUM: _checksum(header, tensors.items())}
-        aside = file.with_name(file.name + ".part")
-        save_file(tensors, aside, metadata=metadata)
-        aside.replace(file)
+        tensor_file.write(file, tensors, _KIND, self.header)
 
     @classmethod
     def load(cls, file: Path) -> "Importance":
         """Open a file of `save`; a tensor is read when it is looked at, so that many past tasks
         take no more memory than few. Raises `InputError` naming the file if it is none, or damaged.
         """
-        stored = _open(file)
-        header = _header(file, stored)
-        _verify(file, stored)
+        stored, header = tensor_file.open_file(file, _KIND)
+        tensor_file.verify(file, stored, _KIND)
         return cls(_Stored(stored, _ENTRIES), _Stored(stored, _MOMENTS), header)
 
     def is_zero(self) -> bool:
@@ -92,8 +79,8 @@ def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
     Reads a tensor at a time, and the values only once a process. Raises `InputError` naming the
     file and the first weight that is missing or differs in shape.
     """
-    with _open(file) as stored:
-        _header(file, stored)
+    stored, _ = tensor_file.open_file(file, _KIND)
+    with stored:
         shapes = {
             key.removeprefix(_ENTRIES): tuple(stored.get_slice(key).get_shape())
             for key in stored.keys()  # noqa: SIM118
@@ -112,45 +99,6 @@ def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
 
 @cache
 def _verify_as_of(file: Path, size: int, changed: int) -> None:
-    with _open(file) as stored:
-        _verify(file, stored)
-
-
-def _verify(file: Path, stored: Any) -> None:
-    tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
-    metadata = stored.metadata()
-    if _CHECKSUM not in metadata:
-        raise InputError(f"{file}: no checksum (an older version's file?); attribute again")
-    if _checksum(metadata[_HEADER], tensors) != metadata[_CHECKSUM]:
-        raise InputError(f"{file}: damaged, its content does not fit its checksum")
-
-
-def _checksum(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """CRC-32, which finds any damage but a deliberate one; four times as fast as SHA-256."""
-    value = zlib.crc32(header.encode())
-    for key, tensor in tensors:
-        value = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise InputError(f"no importance file {file}")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a readable importance file ({error})") from None
-
-
-def _header(file: Path, stored: Any) -> dict[str, Any]:
-    metadata = stored.metadata() or {}
-    if _HEADER not in metadata:
-        raise InputError(f"{file}: a safetensors file, but not an importance of agcl")
-    try:
-        header = json.loads(metadata[_HEADER])
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise InputError(f"{file}: the header of this importance file is damaged")
-    return header
+    stored, _ = tensor_file.open_file(file, _KIND)
+    with stored:
+        tensor_file.verify(file, stored, _KIND)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from agcl import distributed, models
+from agcl.checkpoint import Checkpoint
 from agcl.train import Log
 from transformers import PreTrainedModel
 
@@ -30,6 +31,9 @@ class Context:
     """Records metrics of the running stage by step."""
     folder: Path = Path()
     """Where the running stage's out_dir will be once it is whole."""
+    checkpoint_minutes: float = 0.0
+    checkpoint: Checkpoint | None = None
+    """Where the running stage goes on, if it was cut off in the middle of training."""
     held: dict[Path, PreTrainedModel] = field(default_factory=dict)
 
     @property

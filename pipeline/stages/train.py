@@ -269,5 +269,6 @@ def _fit(
         precision=config["precision"],
         max_gradient_norm=config["max_gradient_norm"],
         penalise=protection.penalise,
+        checkpoint=context.checkpoint,
         log=context.log,
     )

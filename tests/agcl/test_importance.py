@@ -8,10 +8,11 @@ import torch
 from reference import tiny
 from safetensors.torch import save_file
 
+from agcl import tensor_file
 from agcl.attribution import attribute
 from agcl.batches import collate
 from agcl.errors import InputError
-from agcl.importance import Importance, check_file, importance
+from agcl.importance import Importance, check_file
 from agcl.lrp import attributed_linears
 
 
@@ -59,7 +60,7 @@ def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
         os.truncate(path, 20)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(importance, "save_file", disk_full)
+    monkeypatch.setattr(tensor_file, "save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         small().save(file)
     assert not file.exists()
@@ -67,7 +68,7 @@ def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     small().save(file)
     before = file.read_bytes()
-    monkeypatch.setattr(importance, "save_file", disk_full)
+    monkeypatch.setattr(tensor_file, "save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         Importance({"b": torch.ones(2, 2)}).save(file)
     assert file.read_bytes() == before
@@ -113,7 +114,7 @@ def test_another_safetensors_file_is_no_importance(tmp_path, metadata):
     file = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.ones(2)}, file, metadata=metadata)
     for call in (Importance.load, lambda file: check_file(file, {})):
-        with pytest.raises(InputError, match=r"model\.safetensors.*not an importance"):
+        with pytest.raises(InputError, match=r"model\.safetensors.*no importance file"):
             call(file)
 
 

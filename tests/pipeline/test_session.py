@@ -2,6 +2,7 @@
 
 import errno
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -200,3 +201,61 @@ def test_a_full_disk_as_safetensors_tells_it_is_one_line(toys):
     line = explain(error, toys.works()[0])
     assert line.startswith("no space left on device for ")
     assert len(line.splitlines()) == 1
+
+
+class Trained:
+    """One stage of three steps that writes a checkpoint after each; `fail` ends it in the last."""
+
+    def __init__(self, storage):
+        self.storage, self.fail, self.begun_at = storage, None, []
+
+    def run(self, config, inputs, out_dir, context):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight])
+        steps = (
+            context.checkpoint.restore({"weight": weight}, optimizer) if context.checkpoint else []
+        )
+        self.begun_at.append(len(steps))
+        for step in range(len(steps) + 1, 4):
+            if step == 3 and self.fail:
+                raise self.fail
+            weight.data += step
+            steps.append(({"loss": 0.5}, step))
+            if context.checkpoint:
+                context.checkpoint.write_if_due({"weight": weight}, optimizer, steps)
+        (out_dir / "out.txt").write_text(str(weight.item()))
+
+    def start(self, fail=None, minutes=1e-9):
+        self.fail = fail
+        works = list(resolve([Stage("train/a", self.run, {})], self.storage).values())
+        with pytest.raises(type(fail)) if fail else nullcontext():
+            run_works(works, Context(checkpoint_minutes=minutes), lambda records: None)
+        return works[0].folder
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("agcl.checkpoint._LARGEST_SHARE", 1e9)
+    return Trained(tmp_path)
+
+
+@pytest.mark.parametrize("crash", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_a_stage_that_was_cut_off_goes_on_at_its_checkpoint(trained, crash):
+    folder = trained.start(crash)
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name + ".checkpoint"]
+    trained.start()
+    assert trained.begun_at == [0, 2]
+    assert (folder / "out.txt").read_text() == "6.0"
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_stage_that_diverged_leaves_no_checkpoint(trained):
+    folder = trained.start(ArithmeticError("loss inf"))
+    assert not list(folder.parent.iterdir())
+
+
+def test_no_minutes_mean_no_checkpoints(trained):
+    folder = trained.start(KeyboardInterrupt(), minutes=0.0)
+    assert not list(folder.parent.iterdir())
+    trained.start(minutes=0.0)
+    assert trained.begun_at == [0, 0]

@@ -19,6 +19,7 @@ def llama(
     layers: int = 2,
     width: int = 16,
     spread: float = 0.3,
+    dropout: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
     """A random Llama with four query heads, in eval mode; no weight has a special value."""
@@ -31,6 +32,7 @@ def llama(
         num_key_value_heads=kv_heads,
         max_position_embeddings=64,
         initializer_range=spread,
+        attention_dropout=dropout,
         tie_word_embeddings=False,
         attn_implementation=attention,
         rms_norm_eps=1e-3,

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,40 @@ def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
         log=lambda metrics, step: losses.append(metrics["loss"]),
         **options,
     )
+    return losses, {name: p.detach() for name, p in trained.named_parameters()}
+
+
+def train_with_checkpoint(
+    rows: Any, folders: list[Path], stop: int | None = None, **options: Any
+) -> Any:
+    """`train_rows`, up to a step or to the end, with a checkpoint a step in the worker's folder."""
+    from reference import tiny
+
+    from agcl import checkpoint as checkpoints
+    from agcl import distributed
+    from agcl.modulation import GatedAdamW
+    from agcl.train import train_task
+
+    class Interrupted(Exception):
+        pass
+
+    def penalise() -> torch.Tensor:
+        if len(losses) == stop:
+            raise Interrupted
+        return torch.zeros(())
+
+    checkpoints._LARGEST_SHARE = float("inf")
+    trained, losses = tiny.llama(), []
+    with suppress(Interrupted):
+        train_task(
+            trained,
+            rows,
+            GatedAdamW(trained.named_parameters(), lr=1e-2),
+            penalise=penalise,
+            checkpoint=checkpoints.Checkpoint(folders[distributed.rank()] / "file", "a task", 0.0),
+            log=lambda metrics, step: losses.append(metrics["loss"]),
+            **options,
+        )
     return losses, {name: p.detach() for name, p in trained.named_parameters()}
 
 
