@@ -35,13 +35,17 @@ class Importance:
         tensor_file.write(file, tensors, _KIND, self.header)
 
     @classmethod
-    def load(cls, file: Path) -> "Importance":
-        """Open a file of `save`; a tensor is read when it is looked at, so that many past tasks
-        take no more memory than few. Raises `InputError` naming the file if it is none, or damaged.
+    def load(cls, file: Path, *, verify: bool = True) -> "Importance":
+        """A file of `save`; a tensor is read when it is looked at, and only for as long, so that
+        many past tasks take no more memory than few. Raises `InputError` naming the file if it is
+        none, or, unless it was verified before, damaged.
         """
         stored, header = tensor_file.open_file(file, _KIND)
-        tensor_file.verify(file, stored, _KIND)
-        return cls(_Stored(stored, _ENTRIES), _Stored(stored, _MOMENTS), header)
+        with stored:
+            if verify:
+                tensor_file.verify(file, stored, _KIND)
+            keys = sorted(stored.keys())
+        return cls(_Stored(file, _ENTRIES, keys), _Stored(file, _MOMENTS, keys), header)
 
     def is_zero(self) -> bool:
         """Whether no entry carries any relevance."""
@@ -55,22 +59,26 @@ class Importance:
 
 
 class _Stored(Mapping[str, Tensor]):
-    """The tensors of an open file under a prefix."""
+    """The tensors of a file under a prefix.
 
-    def __init__(self, stored: Any, prefix: str) -> None:
-        self.stored, self.prefix = stored, prefix
-        self.names = [k.removeprefix(prefix) for k in sorted(stored.keys()) if k.startswith(prefix)]
+    It is opened anew for each: of an open file, whatever was looked at stays in memory.
+    """
+
+    def __init__(self, file: Path, prefix: str, keys: list[str]) -> None:
+        self.file = file
+        self.keys_of = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return cast(Tensor, self.stored.get_tensor(self.prefix + name))
+        key = self.keys_of[name]
+        stored, _ = tensor_file.open_file(self.file, _KIND)
+        with stored:
+            return cast(Tensor, stored.get_tensor(key))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.keys_of)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.keys_of)
 
 
 def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
