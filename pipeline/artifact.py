@@ -150,7 +150,8 @@ def checkpoint_of(folder: Path) -> Path:
 
 def remove_leftovers(path: Path) -> None:
     """Remove lock and checkpoint that a killed process left beside what is finished."""
-    checkpoint_of(path).unlink(missing_ok=True)
+    for file in path.parent.glob(f"{checkpoint_of(path).name}*"):  # It, or the one being written.
+        file.unlink(missing_ok=True)
     if _lock_of(path).exists():
         with claimed(path):
             pass

@@ -37,6 +37,7 @@ model: {pretraining: {entities: 8, epochs: 8}}
 training: {epochs: 20, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3}
 importance: {batch_size: 5}
 evaluation: {batch_size: 5}
+resources: {checkpoint_minutes: 0.0001}
 """
 KINDS = ("driver", "worker", "everything", "SIGINT", "SIGTERM")
 """SIGKILL to the driver, to one Ray Train worker, to all processes of the run; or a signal to the
@@ -108,7 +109,7 @@ class Run:
         deadline = time.monotonic() + SECONDS_TO_VANISH
         while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        patterns = ("*.part", "*.lock", ".ray*")
+        patterns = ("*.part", "*.lock", "*.checkpoint", ".ray*")
         files = [str(file) for pattern in patterns for file in self.storage.rglob(pattern)]
         return files + [f"process {number} {line!r}" for number, line in alive.items()]
 

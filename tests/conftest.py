@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models built in code, and two worker processes."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +11,8 @@ from reference.workers import Workers
 from transformers import LlamaForCausalLM
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Read where a kernel is defined.
 # `pytest --hypothesis-profile=thorough tests/*/test_fuzz*` is for changes of what reads input.
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None, print_blob=True)
@@ -51,6 +54,7 @@ def gradients() -> Callable[[LlamaForCausalLM], dict[str, torch.Tensor]]:
     return of
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the marks.
 def pytest_collection_modifyitems(items):
     """With several processes, what looks at the finished runs goes to one, the rest by file.
 

@@ -1,10 +1,14 @@
 """The K largest values per entry of a stream of equally shaped tensors, mergeable."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 _TILE_ENTRIES = 2**20
 """Entries of all samples together that are made at a time: 4 MB, to stay in the cache."""
+_MOST_KEPT_ON_GPU = 8
+"""Running values that fit into a GPU's registers beside a tile of products."""
 
 
 class TopK:
@@ -30,7 +34,14 @@ class TopK:
         weight (out, in), x (samples, tokens, in), g (samples, tokens, out); all finite.
         """
         samples, _, width = x.shape
-        x, outputs = x.to(self.values.dtype), g.to(self.values.dtype).transpose(1, 2)
+        x, g = x.to(self.values.dtype), g.to(self.values.dtype)
+        self.count += samples
+        if _fits_the_gpu_kernel(self.values, weight):
+            from agcl.importance.sink_gpu import sink_products_on_gpu
+
+            sink_products_on_gpu(self.values, weight, x, g)
+            return
+        outputs = g.transpose(1, 2)
         rows = min(len(weight), max(1, _TILE_ENTRIES // (max(1, samples) * width)))
         padded = samples
         if compiled := _can_be_compiled(self.values, weight):
@@ -49,7 +60,6 @@ class TopK:
                 places = slice(first, first + number)
                 for value in products.mul_(weight[places]):
                     self._sink(value, places)
-        self.count += samples
 
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
@@ -68,6 +78,15 @@ class TopK:
             torch.minimum(slot, value, out=spare)
             torch.maximum(slot, value, out=slot)
             value, spare = spare, value
+
+
+def _fits_the_gpu_kernel(values: Tensor, weight: Tensor) -> bool:
+    return (
+        values.device.type == "cuda"
+        and values.dtype == weight.dtype == torch.float32
+        and len(values) <= _MOST_KEPT_ON_GPU
+        and find_spec("triton") is not None  # It comes with torch's CUDA builds.
+    )
 
 
 def _can_be_compiled(values: Tensor, weight: Tensor) -> bool:

@@ -61,8 +61,9 @@ def run_in_process():
     """
 
     def run(config, prepared):
-        config.storage.mkdir(parents=True)
-        _copy_stages(prepared, config.storage, ("tokenizer-", "prepare-"))
+        if not config.storage.exists():
+            config.storage.mkdir(parents=True)
+            _copy_stages(prepared, config.storage, ("tokenizer-", "prepare-"))
         works = open_run(config).works
         run_works(list(works.values()), Context(), lambda records: None)
         return works

@@ -137,7 +137,8 @@ def execute_quietly(run):
 
 def test_what_a_kill_left_beside_finished_stages_is_removed(complete):
     folder = complete.works["train/1-harbour"].folder
-    (folder.parent / f"{folder.name}.lock").touch()
+    for left in ("lock", "checkpoint", "checkpoint.part"):
+        (folder.parent / f"{folder.name}.{left}").touch()
     scratch = complete.folder / ".ray-train" / "session"
     scratch.mkdir(parents=True)
     complete.folder.with_name(f"{complete.folder.name}.lock").touch()
@@ -145,6 +146,7 @@ def test_what_a_kill_left_beside_finished_stages_is_removed(complete):
     assert "waiting" not in said  # Nobody holds that lock.
     storage = complete.config.storage
     assert not [*storage.rglob("*.lock"), *storage.rglob("*.part"), *storage.rglob(".ray*")]
+    assert not [*storage.rglob("*.checkpoint*")]
 
 
 def test_a_folder_taken_by_another_config_meanwhile_is_not_overwritten(complete, tiny_config):

@@ -104,6 +104,7 @@ def test_a_method_without_a_finished_trial_is_named(trials):
         trials({"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": None})
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_failed_trial_does_not_end_the_others(finished, tiny_config, copy_stages, tmp_path):

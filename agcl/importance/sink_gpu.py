@@ -1,0 +1,107 @@
+"""The running top-K on a GPU: one Triton kernel that never writes a sample's products to memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS, _TOKENS, _WARPS = 16, 64, 16, 8
+"""A tile of the weight, the tokens that are multiplied at a time, and who shares the work: the
+largest for which eight kept values stay in registers on compute capability 8.0 to 10.0."""
+
+
+def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
+    """Insert W ⊙ (gᵀx) of every sample into descending running values, in place.
+
+    values (K, out, in) with K small (see `top_k`), weight (out, in), x (samples, tokens, in),
+    g (samples, tokens, out), all float32 on one GPU; `values` contiguous. A tile of the weight and
+    of its running values is read once, passes all samples in registers, and is written once.
+    """
+    samples, tokens, _ = x.shape
+    num_kept, rows, columns = values.shape
+    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    with torch.cuda.device_of(values):
+        _sink[grid](
+            values,
+            weight,
+            x,
+            g,
+            rows,
+            columns,
+            samples,
+            tokens,
+            *weight.stride(),
+            *x.stride(),
+            *g.stride(),
+            num_kept,
+            _ROWS,
+            _COLUMNS,
+            _TOKENS,
+            num_warps=_WARPS,
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sink(  # type: ignore[no-untyped-def]
+    values,
+    weight,
+    x,
+    g,
+    rows,
+    columns,
+    samples,
+    tokens,
+    weight_row,
+    weight_column,
+    x_sample,
+    x_token,
+    x_column,
+    g_sample,
+    g_token,
+    g_row,
+    num_kept: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_tokens: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
+    column = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
+    token = tl.arange(0, tile_tokens)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = values + row.to(tl.int64)[:, None] * columns + column[None, :]
+    step = rows.to(tl.int64) * columns
+    w = tl.load(
+        weight + row.to(tl.int64)[:, None] * weight_row + column[None, :] * weight_column,
+        mask=inside,
+        other=0.0,
+    )
+    slots = ()
+    for k in tl.static_range(num_kept):
+        slots += (tl.load(at + k * step, mask=inside, other=0.0),)  # type: ignore[assignment]
+    for _ in range(samples):
+        new = tl.full((tile_rows, tile_columns), 0.0, tl.float32)
+        for first in range(0, tokens, tile_tokens):
+            here = first + token
+            relevance = tl.load(
+                g + here[None, :] * g_token + row[:, None] * g_row,
+                mask=(row < rows)[:, None] & (here < tokens)[None, :],
+                other=0.0,
+            )
+            inputs = tl.load(
+                x + here[:, None] * x_token + column[None, :] * x_column,
+                mask=(here < tokens)[:, None] & (column < columns)[None, :],
+                other=0.0,
+            )
+            # Plain float32: rounded to TF32, values would depend on the kind of GPU.
+            new = tl.dot(relevance, inputs, new, input_precision="ieee")
+        new *= w
+        after = ()
+        for k in tl.static_range(num_kept):
+            larger = new > slots[k]
+            after += (tl.where(larger, new, slots[k]),)  # type: ignore[assignment]
+            new = tl.where(larger, slots[k], new)
+        slots = after
+        x += x_sample
+        g += g_sample
+    for k in tl.static_range(num_kept):
+        tl.store(at + k * step, slots[k], mask=inside)
