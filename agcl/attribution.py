@@ -1,6 +1,7 @@
 """Relevance of every weight for a task's right answers, streamed over samples and workers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -78,12 +79,13 @@ def attribute(
                 batch = batch.to(model.device)
                 logits = answer_logits(model, batch)
                 correct = answered_correctly(logits, batch) if correct_only else _all(batch)
+                chosen = _chosen(batch, correct, moments)
                 for collector in collectors.values():
-                    collector.start(batch, correct)
-                if correct.any():
+                    collector.start(chosen)
+                if len(chosen.rows):
                     target(logits, batch, correct).backward()
                 seen += len(correct)
-                used += int(correct.sum())
+                used += len(chosen.rows)
                 log(seen)
         finally:
             for handle in handles:
@@ -154,6 +156,29 @@ def _log_likelihood(logits: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
     return _logits_of_answers(logits.log_softmax(-1), batch, chosen)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What of a batch is attributed; found once for all layers."""
+
+    rows: Tensor
+    """Indices, (chosen rows,)."""
+    tokens: Tensor
+    """Indices of the tokens whose inputs may count, into the flattened (rows, tokens)."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The chosen rows of a tensor; itself where that is all of them."""
+        return tensor if len(self.rows) == len(tensor) else tensor[self.rows]
+
+
+def _chosen(batch: Batch, correct: Tensor, weighting: MomentWeighting | None) -> _Chosen:
+    """The last token predicts nothing, and padding is no token."""
+    places = torch.arange(batch.input_ids.shape[1], device=correct.device)
+    real = (places < batch.lengths.unsqueeze(1) - 1) & correct.unsqueeze(1)
+    if weighting == "answer":
+        real[:, :-1] &= answer_places(batch)
+    return _Chosen(correct.nonzero().squeeze(1), real.flatten().nonzero().squeeze(1))
+
+
 class _Collector:
     """Running sums of one linear layer `z = W x + b`, W (out, in), fed by its forward hook."""
 
@@ -173,6 +198,7 @@ class _Collector:
         self.top = TopK(top_k, weight.to(dtype)) if top_k else None
         self.sum = torch.zeros(() if top_k else weight.shape, dtype=dtype, device=self.device)
         self.count = 0
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         width = weight.shape[1] if moments else 0
         self.moment = torch.zeros(width, width, dtype=dtype, device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -187,20 +213,15 @@ class _Collector:
             values = output.detach()
             output.register_hook(lambda gradient: self._backward(inputs, values, gradient))
 
-    def start(self, batch: Batch, correct: Tensor) -> None:
-        """Take the verdicts of the batch just forwarded, before its backward."""
+    def start(self, chosen: _Chosen) -> None:
+        """Take what is chosen of the batch just forwarded, before its backward."""
         self._add_unweighted()
-        self.correct = correct.nonzero().squeeze(1)
-        self.count += len(self.correct)
+        self.chosen = chosen
+        self.count += len(chosen.rows)
         inputs, self.inputs = self.inputs, None
         if self.weighting and inputs is not None:
-            # The last token predicts nothing, and padding is no token.
-            places = torch.arange(inputs.shape[1], device=inputs.device)
-            real = (places < batch.lengths.unsqueeze(1) - 1) & correct.unsqueeze(1)
-            if self.weighting == "answer":
-                real[:, :-1] &= answer_places(batch)
-            self.unweighted = inputs[real]
-            self.totals[1] += len(self.unweighted)
+            self.unweighted = inputs.flatten(0, 1)
+            self.totals[1] += len(chosen.tokens)
 
     def _add_unweighted(self) -> None:
         """Count the tokens of a batch whose relevance was not asked for or never came here.
@@ -208,13 +229,14 @@ class _Collector:
         The rule set cp cuts some layers off; their inputs are protected with equal weights.
         """
         if self.unweighted is not None:
-            self.moment.addmm_(self.unweighted.T, self.unweighted)
-            self.totals[0] += len(self.unweighted)
+            tokens = self.unweighted[self.chosen.tokens]
+            self.moment.addmm_(tokens.T, tokens)
+            self.totals[0] += len(tokens)
         self.unweighted = None
 
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
-        x, z, g = (t[self.correct] for t in (x, z, g))
+        x, z, g = (self.chosen.of(tensor) for tensor in (x, z, g))
         match self.estimator:
             case "fisher":
                 for x_row, g_row in zip(x, g, strict=True):
@@ -237,13 +259,14 @@ class _Collector:
         if self.top is None:
             self.sum += self.weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
         else:
-            if not torch.isfinite(flow).all():
-                self.top.values.fill_(torch.nan)  # Comparisons would lose it.
+            self.finite &= torch.isfinite(flow).all()
             self.top.insert_products(self.weight, x, g_scaled)
 
     def finish(self, *, merge: bool) -> None:
         """Take in the last batch; reduce over workers, if each had batches of its own."""
         self._add_unweighted()
+        if self.top is not None and not self.finite:
+            self.top.values.fill_(torch.nan)  # Comparisons lost it.
         if not merge:
             return
         count = torch.tensor([self.top.count if self.top else self.count], device=self.device)

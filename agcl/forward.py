@@ -1,6 +1,7 @@
 """One forward pass: its precision, and logits only where they are looked at."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +18,24 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
+    """While training, compute every layer's activations again in the backward pass.
+
+    Memory for the activations of one layer in place of all of them, for another forward pass; the
+    same gradients to the bit, dropout included (Chen 2016, "Training deep nets with sublinear
+    memory cost"). Raises `ValueError` for a model whose layers cannot.
+    """
+    if not on:
+        yield
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -58,6 +58,9 @@ class Training(Section):
     max_gradient_norm: float = Field(1.0, gt=0)
     precision: Precision = "float32"
     """`bfloat16` is autocast; weights and optimizer stay float32."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass: about a third more time, and
+    memory for those of one layer instead of all. The result is the same."""
 
 
 class ImportanceSection(Section):

@@ -24,8 +24,8 @@ from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 
 LESS_MEMORY = (
-    "lower training.micro_batch_size, importance.batch_size, importance.top_k or "
-    "evaluation.batch_size"
+    "set training.activation_checkpointing, or lower training.micro_batch_size, "
+    "importance.batch_size, importance.top_k or evaluation.batch_size"
 )
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch says it on the CPU, by a plain RuntimeError."""

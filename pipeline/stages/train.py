@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from agcl import adapter, models
+from agcl.forward import activation_checkpointing
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
@@ -241,7 +242,7 @@ def _check(
 
 
 def _fit(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     config: Mapping[str, Any],
     rows: Rows,
     context: Context,
@@ -261,17 +262,18 @@ def _fit(
         basis=basis,
         transposed=stored_transposed(model) if basis else (),
     )
-    train_task(
-        model,
-        rows,
-        optimizer,
-        epochs=config["epochs"],
-        batch_size=config["batch_size"],
-        micro_batch_size=config["micro_batch_size"],
-        seed=config["seed"],
-        precision=config["precision"],
-        max_gradient_norm=config["max_gradient_norm"],
-        penalise=protection.penalise,
-        checkpoint=context.checkpoint,
-        log=context.log,
-    )
+    with activation_checkpointing(model, config["activation_checkpointing"]):
+        train_task(
+            model,
+            rows,
+            optimizer,
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            micro_batch_size=config["micro_batch_size"],
+            seed=config["seed"],
+            precision=config["precision"],
+            max_gradient_norm=config["max_gradient_norm"],
+            penalise=protection.penalise,
+            checkpoint=context.checkpoint,
+            log=context.log,
+        )

@@ -5,7 +5,7 @@ import torch
 from reference import families
 
 from agcl.batches import IGNORED, answer_places, answer_tokens, by_length, collate
-from agcl.forward import answer_logits
+from agcl.forward import activation_checkpointing, answer_logits
 from agcl.lrp import FAMILIES
 from agcl.tasks import Encoded
 
@@ -49,3 +49,35 @@ def test_batches_by_length_hold_every_row_once_the_shortest_first():
     lengths = [5, 2, 9, 2, 7, 1, 3]
     batches = by_length(lengths, 3)
     assert batches == [[5, 1, 3], [6, 0, 4], [2]]
+
+
+def gradients_and_saved_bytes(architecture, *, checkpointing):
+    """Gradients of a training pass with dropout, and what it kept for the backward pass."""
+    model, batch = families.model(architecture).train(), collate(ROWS)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in of_weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    of_weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with activation_checkpointing(model, checkpointing):
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = answer_logits(model, batch).pow(2).sum()
+        loss.backward()
+    assert not model.is_activation_checkpointing
+    return {n: p.grad for n, p in model.named_parameters()}, sum(saved.values())
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(architecture):
+    plain, kept = gradients_and_saved_bytes(architecture, checkpointing=False)
+    again, kept_again = gradients_and_saved_bytes(architecture, checkpointing=True)
+    assert kept_again < 0.6 * kept
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
