@@ -178,7 +178,7 @@ def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_st
         (ArithmeticError("loss nan at step 2"), "loss nan at step 2"),
         (KeyError("w"), "KeyError: 'w'"),
         (torch.OutOfMemoryError("4 GiB"), "training.micro_batch_size"),
-        (MemoryError(), "out of memory: lower training.micro_batch_size"),
+        (MemoryError(), "out of memory: set training.activation_checkpointing, or lower "),
         (FileNotFoundError(errno.ENOENT, "x", "/a/b"), "No such file or directory: /a/b"),
     ],
 )
@@ -192,7 +192,9 @@ def test_too_large_a_batch_on_the_cpu_says_what_to_lower(toys):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     line = explain(caught.value, toys.works()[0])
-    assert line.startswith("out of memory: lower training.micro_batch_size, importance.batch_size")
+    assert line.startswith(
+        "out of memory: set training.activation_checkpointing, or lower training."
+    )
     assert len(line.splitlines()) == 1
 
 
