@@ -10,9 +10,11 @@ import pytest
 from reference.driver import Driver
 from rich.console import Console
 
+from agcl.tasks import encode
 from pipeline import loading
 from pipeline.run import execute, open_run
 from pipeline.session import run_works
+from pipeline.stages import prepare
 from pipeline.stages.context import Context
 
 TINY = """
@@ -53,19 +55,27 @@ def copy_stages():
     return _copy_stages
 
 
+def _encoded(source, tokenizer, *, chat):
+    """What Ray Data gives, without it."""
+    yield encode(tokenizer, list(source()), chat=chat)
+
+
+@pytest.fixture
+def without_ray_data(monkeypatch):
+    """Prepare stages that run in this process encode their rows here."""
+    monkeypatch.setattr(prepare, "_encoded", _encoded)
+
+
 @pytest.fixture(scope="session")
 def run_in_process():
-    """Runs a config's missing stages without Ray, its prepared rows taken from another storage.
+    """Runs a config's missing stages without Ray; gives the works by stage name."""
 
-    Gives the works by stage name.
-    """
-
-    def run(config, prepared):
-        if not config.storage.exists():
-            config.storage.mkdir(parents=True)
-            _copy_stages(prepared, config.storage, ("tokenizer-", "prepare-"))
+    def run(config):
+        config.storage.mkdir(parents=True, exist_ok=True)
         works = open_run(config).works
-        run_works(list(works.values()), Context(), lambda records: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "_encoded", _encoded)
+            run_works(list(works.values()), Context(), lambda records: None)
         return works
 
     return run

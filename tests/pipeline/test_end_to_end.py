@@ -1,7 +1,6 @@
 """Three methods over one tiny sequence on a real Ray cluster: what a user finds afterwards."""
 
 import json
-import shutil
 from statistics import fmean
 
 import pytest
@@ -41,7 +40,7 @@ def same_bits(first, second):
 def test_strength_zero_is_sequential_bit_for_bit(
     finished, tiny_config, run_in_process, tmp_path, without_effect
 ):
-    works = run_in_process(tiny_config(tmp_path / "storage", *without_effect), finished.storage)
+    works = run_in_process(tiny_config(tmp_path / "storage", *without_effect))
     for stage in TRAINED:
         assert same_bits(works[stage].folder, finished.artifact("sequential", stage))
     # Trained by a stage of its own, not merely the same artifact.
@@ -219,7 +218,7 @@ def test_ray_gives_what_plain_functions_in_one_process_give(
     config = tiny_config(
         tmp_path / "storage", *settings.get("settings", ()), method=settings.get("method")
     )
-    works = run_in_process(config, finished.storage)
+    works = run_in_process(config)
     for stage in TRAINED:
         assert same_bits(works[stage].folder, finished.artifact(label, stage))
     metrics = json.loads((works["report"].folder / "metrics.json").read_text())
@@ -242,26 +241,26 @@ def test_running_again_runs_no_stage_and_gives_the_same(finished, run_configs):
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_nothing(
-    finished, tiny_config, run_in_process, tmp_path
+    tiny_config, run_in_process, tmp_path
 ):
     config = tiny_config(tmp_path / "storage", "training.learning_rate=1e30", method="sequential")
     with pytest.raises(ArithmeticError, match=r"at step \d+ of 40"):
-        run_in_process(config, finished.storage)
+        run_in_process(config)
     assert not list(config.storage.glob("stages/train-*"))
 
 
 def test_a_damaged_artifact_is_named_and_not_built_upon(
-    finished, tiny_config, run_in_process, tmp_path
+    finished, tiny_config, run_in_process, copy_stages, tmp_path
 ):
-    prepared = tmp_path / "prepared"
-    shutil.copytree(finished.storage / "stages", prepared / "stages")
-    (rows,) = prepared.glob("stages/prepare-valley-*/train.arrow")
+    storage = tmp_path / "storage"
+    copy_stages(finished.storage, storage, ("tokenizer", "prepare"))
+    (rows,) = storage.glob("stages/prepare-valley-*/train.arrow")
     content = bytearray(rows.read_bytes())
     content[-1] ^= 1
     rows.write_bytes(content)
-    config = tiny_config(tmp_path / "storage", method="sequential")
+    config = tiny_config(storage, method="sequential")
     with pytest.raises(
         artifact.CorruptArtifact, match=r"prepare-valley-\w+ is corrupt: train\.arrow"
     ):
-        run_in_process(config, prepared)
+        run_in_process(config)
     assert not list(config.storage.glob("stages/train-*"))

@@ -1,4 +1,4 @@
-"""Every named method on a tiny sequence, run in this process on rows prepared by Ray."""
+"""Every named method on a tiny sequence, run in this process without Ray."""
 
 import json
 
@@ -12,17 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agcl.metrics import summary
 from pipeline.methods import METHODS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
 
 @pytest.fixture(scope="module")
-def run_method(finished, tiny_config, run_in_process, tmp_path_factory):
+def run_method(tiny_config, run_in_process, tmp_path_factory):
     """Runs a method, but for the stages that another one ran; gives its works by stage name."""
     storage = tmp_path_factory.mktemp("methods") / "storage"
 
     def run(method, *settings):
         config = tiny_config(storage, *settings, method=method)
-        return run_in_process(config, finished.storage)
+        return run_in_process(config)
 
     return run
 

@@ -14,14 +14,12 @@ from mlflow import MlflowClient
 from ray import tune
 
 from agcl.errors import InputError
-from agcl.tasks import encode
 from pipeline import artifact, loading, trials
 from pipeline.rounds import Rounds
 from pipeline.run import open_run
 from pipeline.search import run_trial, shared_stages
 from pipeline.search_run import best_run, open_search
 from pipeline.session import run_works
-from pipeline.stages import prepare
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import PREDICTIONS, is_for_validation
 from pipeline.tracking import default_uri
@@ -34,17 +32,12 @@ SPACE = (
 
 
 @pytest.fixture
-def in_process(monkeypatch):
+def in_process(monkeypatch, without_ray_data):
     """Runs a search without Ray: trials one after the other in this process.
 
     Gives the trials, the stages that were computed and what was reported to Tune.
     """
     played = Played()
-
-    def encoded(source, tokenizer, *, chat):
-        yield encode(tokenizer, list(source()), chat=chat)
-
-    monkeypatch.setattr(prepare, "_encoded", encoded)
     monkeypatch.setattr(tune, "report", played.reported.append)
     monkeypatch.setattr("pipeline.search.run_works", lambda works, *rest: play(works, *rest))
 
