@@ -57,11 +57,8 @@ class Recording:
 
     def _open_own(self) -> None:
         if self.tracker is not None and self.kind is not None:
-            self.own = self.tracker.resume(self.folder) or self.tracker.start(
-                self.title, {"kind": self.kind}, self.parent
-            )
+            self.own = self.tracker.open(self.folder, self.title, {"kind": self.kind}, self.parent)
             self.parent = self.own
-            self.tracker.remember(self.folder, self.own)
 
     def add(
         self,
@@ -88,6 +85,7 @@ class Recording:
 
     def catch_up(self, label: str) -> None:
         """Record the stages of a run that were finished since, by a process not observed here."""
+        self.try_again()
         with self._surviving():
             if label in self.recorders:
                 self.recorders[label].catch_up(reused=False)
@@ -96,6 +94,7 @@ class Recording:
         self, label: str, metrics: Mapping[str, float], *, status: str = "FINISHED", error: str = ""
     ) -> None:
         """Log some last metrics of a run and close it."""
+        self.try_again()
         with self._surviving():
             self.added.pop(label, None)
             if label in self.recorders:
@@ -114,24 +113,24 @@ class Recording:
             self.silent, self.tracker, self.recorders = self.silent or self.tracker, None, {}
             self.try_again_at = time.monotonic() + _SECONDS_BETWEEN_TRIES
 
-    def try_again(self) -> None:
-        """Where MLflow failed and is back, record what it missed."""
+    def try_again(self, *, now: bool = False) -> None:
+        """Where MLflow failed a while ago, or at all, and is back, record what it missed."""
+        if self.silent is None or (time.monotonic() < self.try_again_at and not now):
+            return
         with self._surviving():
-            if self.silent is not None:
-                self.tracker = self.silent
-                if self.own is None:
-                    self._open_own()
-                for label, open_recorder in self.added.items():
-                    recorder = open_recorder(self.tracker, self.parent)
-                    recorder.catch_up(reused=False)
-                    self.recorders[label] = recorder
-                self.silent = None
-                self.warn("MLflow is back; what it missed is recorded")
+            self.tracker = self.silent
+            if self.own is None:
+                self._open_own()
+            for label, open_recorder in self.added.items():
+                recorder = open_recorder(self.tracker, self.parent)
+                recorder.catch_up(reused=False)
+                self.recorders[label] = recorder
+            self.silent = None
+            self.warn("MLflow is back; what it missed is recorded")
 
     def observe(self, records: Sequence[Record]) -> None:
         """Take records of artifacts as they come."""
-        if time.monotonic() >= self.try_again_at:
-            self.try_again()
+        self.try_again()
         with self._surviving():
             for recorder in self.recorders.values():
                 recorder.observe(records)

@@ -174,7 +174,7 @@ def _run_missing(
             _write_log(folder, failure)
         if failures and not keep_going:
             raise failures[0]
-        recording.try_again()
+        recording.try_again(now=True)
     except BaseException as error:
         recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise

@@ -46,8 +46,7 @@ class RunRecorder:
         self.folder = run.folder
         self.register_as = run.config.tracking.register_model
         tags = {"kind": kind, "method": run.config.method, "seed": str(run.config.seed)}
-        self.parent = tracker.resume(run.folder) or tracker.start(name, tags, above)
-        tracker.remember(run.folder, self.parent)
+        self.parent = tracker.open(run.folder, name, tags, above)
         tracker.params(self.parent, run.config.model_dump(mode="json"))
         tracker.artifacts(self.parent, {"config.yaml": run.folder / "config.yaml"})
         self.known = tracker.children(self.parent)

@@ -123,6 +123,7 @@ def execute_search(
     except BaseException as error:
         recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise
+    recording.try_again(now=True)
     pq.write_table(trials.table(found), search.folder / TABLE)
     best = trials.best(found)
     result = _score(search, best, recording, command, console) if best else None

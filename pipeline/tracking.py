@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.artifact import claimed, write_json
 from pipeline.secrets import MASK, masked
 
 EXPERIMENT = "agcl"
-_RUN_FILE = "mlflow.json"
+_RUN_FILE, _KEY = "mlflow.json", "agcl_key"
 _KIND = "custom_model_development"  # The UI then opens in its training view.
 _PARAM_LENGTH = 6000
 _DATABASE = "mlflow.db"
@@ -100,14 +101,34 @@ class Tracker:
         run = self.client.create_run(self.experiment, run_name=name, tags={**tags, **nested})
         return str(run.info.run_id)
 
-    def resume(self, folder: Path) -> str | None:
-        """The id that `remember` left in a run's folder, if MLflow still has that run."""
+    def open(
+        self, folder: Path, name: str, tags: Mapping[str, str], parent: str | None = None
+    ) -> str:
+        """The id of the run that a folder knows, running again, or of a new one that it will know.
+
+        The folder holds a new run's key before there is the run, so that one whose process was
+        killed in between is found and not made twice.
+        """
+        file, uri = folder / _RUN_FILE, masked(self.uri)
+        run_id = self._known(file, uri)
+        if run_id is None:
+            key = uuid.uuid4().hex
+            write_json(file, {"key": key, "uri": uri})
+            run_id = self.start(name, {**tags, _KEY: key}, parent)
+        write_json(file, {"run_id": run_id, "uri": uri})
+        return run_id
+
+    def _known(self, file: Path, uri: str) -> str | None:
         try:
-            known = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["uri"] != uri:
+                return None
+            if "run_id" not in known:
+                key = uuid.UUID(known["key"]).hex
+                found = self.client.search_runs([self.experiment], f"tags.{_KEY} = '{key}'")
+                return str(found[0].info.run_id) if found else None
             run_id = str(known["run_id"])
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
-        if known.get("uri") != masked(self.uri):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         try:
             self.client.update_run(run_id, status="RUNNING")
@@ -116,10 +137,6 @@ class Tracker:
                 raise
             return None
         return run_id
-
-    def remember(self, folder: Path, run_id: str) -> None:
-        """Keep a run's id in its folder, so that running it again continues it."""
-        write_json(folder / _RUN_FILE, {"run_id": run_id, "uri": masked(self.uri)})
 
     def discard(self, run_id: str) -> None:
         """Delete a run that is begun anew, so that nothing of it is there twice."""

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline import loading, recorder, tracking
+from pipeline.artifact import write_json
 from pipeline.recorder import connect, open_recording
 from pipeline.run import open_folder, open_run
 from pipeline.session import run_works
@@ -76,6 +77,31 @@ def test_what_is_sent_again_is_there_once(recorded):
     recorded.finish()
     check_whole(tracking.default_uri(recorded.run.config.storage), recorded.run)
     assert "warning" not in recorded.said.getvalue()
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_run_whose_process_was_killed_while_making_it_is_made_once(
+    tmp_path, monkeypatch, written
+):
+    """Killed before its run's file was written the first time, or the second."""
+    tracker = tracking.Tracker(tmp_path, None)
+    calls = []
+
+    def killed(file, value):
+        if len(calls) == written:
+            raise KeyboardInterrupt
+        calls.append(value)
+        write_json(file, value)
+
+    monkeypatch.setattr(tracking, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.open(tmp_path, "tiny", {"kind": "sequence"})
+    monkeypatch.undo()
+    first = tracker.open(tmp_path, "tiny", {"kind": "sequence"})
+    tracker.end(first, "KILLED")
+    assert tracker.open(tmp_path, "tiny", {"kind": "sequence"}) == first
+    (found,) = tracker.client.search_runs([tracker.experiment])
+    assert (found.info.run_id, found.info.status) == (first, "RUNNING")
 
 
 def test_a_database_that_fails_for_a_while_misses_nothing(recorded, monkeypatch):
