@@ -22,7 +22,7 @@ from pipeline.plan import Run, plan
 from pipeline.recorder import Recording, connect, open_recording, warn
 from pipeline.report import write_report
 from pipeline.results import RunResult, StageRecord, left_out
-from pipeline.runner import StageFailed, on_cluster
+from pipeline.runner import StageFailed, run_with_progress
 from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
 from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
 from pipeline.stages.train import CHECKS
@@ -167,7 +167,7 @@ def _run_missing(
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
     try:
-        failures = on_cluster(
+        failures = run_with_progress(
             todo, folder, first.resources, recording.observe, console, keep_going=keep_going
         )
         for failure in failures:
@@ -243,7 +243,9 @@ def prepare_tasks(run: Run, console: Console) -> None:
     """
     stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
     todo = sessions({run.config.name: stages}, run.config.storage)
-    failures = on_cluster(todo, run.folder, run.config.resources, lambda records: None, console)
+    failures = run_with_progress(
+        todo, run.folder, run.config.resources, lambda records: None, console
+    )
     for failure in failures:
         _write_log(run.folder, failure)
         raise failure

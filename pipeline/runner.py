@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,39 +38,28 @@ class StageFailed(Exception):
         return f"stage {self.stage} failed: {self.error}" + (f" (log: {self.log})" * bool(self.log))
 
 
-def on_cluster(
-    todo: Sequence[Session],
-    folder: Path,
-    resources: Resources,
-    record: Observe,
-    console: Console,
-    *,
-    keep_going: bool = False,
-) -> list[StageFailed]:
-    """Run sessions, if there are any, on the cluster to join or one of this machine's own."""
-    if not todo:
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Of one killed after its last stage.
-        console.print("  every stage is complete already", highlight=False)
-        return []
-    number = sum(len(session.works) for session in todo)
-    console.print(f"  {number} stages to run; starting Ray", highlight=False)
-    with cluster(resources) as side_by_side:
-        return run_with_progress(
-            todo, folder, resources, side_by_side, record, console, keep_going=keep_going
-        )
-
-
 def run_with_progress(
     todo: Sequence[Session],
     folder: Path,
     resources: Resources,
-    side_by_side: int,
     record: Observe,
     console: Console,
     *,
+    side_by_side: int | None = None,
     keep_going: bool = False,
 ) -> list[StageFailed]:
-    """Run sessions on the cluster that Ray is on, and show how far they are."""
+    """Run sessions, if there are any, and show how far they are.
+
+    They run on the cluster that Ray is on already, where the caller says how many of them at once
+    (`side_by_side`); else on the cluster to join, or one of this machine's own.
+    """
+    if side_by_side is None:
+        number = sum(len(session.works) for session in todo)
+        start = f"{number} stages to run; starting Ray"
+        console.print(f"  {start if todo else 'every stage is complete already'}", highlight=False)
+    if not todo:
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Of one killed after its last stage.
+        return []
     shared = {owner for session in todo for owner in session.owners}
     titles = {
         work.folder.name: work.name
@@ -78,14 +68,17 @@ def run_with_progress(
         for session in todo
         for work in session.works
     }
-    with StageProgress(console, titles) as progress:
+    with (
+        nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
+        StageProgress(console, titles) as progress,
+    ):
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)
             record(records)
 
         scratch = folder / _SCRATCH
-        return run_sessions(todo, scratch, resources, side_by_side, observe, keep_going=keep_going)
+        return run_sessions(todo, scratch, resources, at_once, observe, keep_going=keep_going)
 
 
 def _names(owners: Sequence[str], most: int = 3) -> str:

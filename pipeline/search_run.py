@@ -107,7 +107,12 @@ def execute_search(
     try:
         with cluster(config.resources) as side_by_side:
             failures = run_with_progress(
-                todo, search.folder, config.resources, side_by_side, lambda _: None, console
+                todo,
+                search.folder,
+                config.resources,
+                lambda _: None,
+                console,
+                side_by_side=side_by_side,
             )
             if failures:
                 failures[0].log = search.folder / "error.log"

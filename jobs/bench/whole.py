@@ -57,9 +57,9 @@ def whole_pipeline(model: str, num_pairs: int, threads: int) -> tuple[Figure, fl
                     todo,
                     run.folder,
                     config.resources,
-                    side_by_side,
                     lambda records: None,
                     Console(file=io.StringIO()),
+                    side_by_side=side_by_side,
                 )
                 for failure in failures:
                     raise failure
