@@ -30,7 +30,7 @@ LESS_MEMORY = (
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch says it on the CPU, by a plain RuntimeError."""
 LOSSES = 3
-"""Times that a session is lost without finishing a stage before it counts as failed."""
+"""Times that a session is lost at the same place before it counts as failed."""
 
 
 def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
@@ -167,8 +167,9 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
 
     `scratch` is a folder that all nodes see; Ray Train keeps its own records there. A session that
     loses a worker is started again and goes on at its first unfinished stage, until it was lost
-    `LOSSES` times without finishing one. Where no node is left that could take its workers, it
-    waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
+    `LOSSES` times without finishing one or coming to another checkpoint of it. Where no node is
+    left that could take its workers, it waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and
+    fails.
     """
 
     def emit(records: list[Any]) -> None:
@@ -176,7 +177,7 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
         ray.get(mailbox.put.remote(records))
 
     folders = {work.folder.name for work in session.works}
-    losses, unfinished = 0, len(session.works)
+    losses, reached = 0, _reached(session.works)
     while True:
         try:
             if session.train:
@@ -193,12 +194,18 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
             if _found_no_room(error):
                 _check_room(resources, left[0], emit)
                 continue
-            losses = losses + 1 if len(left) == unfinished else 1
-            unfinished = len(left)
+            before, reached = reached, _reached(left)
+            losses = losses + 1 if reached == before else 1
             reason = " ".join(str(error).split())[-300:]
             emit([{"artifact": left[0].folder.name, "state": "lost", "error": reason}])
             if losses == LOSSES:
                 raise
+
+
+def _reached(left: Sequence[Work]) -> tuple[int, int]:
+    """How far a session is that has these stages left: it grows with every step ahead."""
+    checkpoint = artifact.checkpoint_of(left[0].folder)
+    return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
 def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Path) -> None:

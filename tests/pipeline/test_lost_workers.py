@@ -9,6 +9,7 @@ import ray
 import torch
 from rich.console import Console
 
+from pipeline import artifact
 from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session, Stage, resolve
@@ -31,6 +32,8 @@ def run_on_a_cluster(folder, train, sessions):
         (out_dir / "out.txt").write_text("x")
         if call in config.get("killed", ()):
             os.kill(os.getpid(), signal.SIGKILL)
+        if config.get("checkpoints"):
+            artifact.checkpoint_of(context.folder).write_text("x" * call)
         if call in config.get("loses_others", ()):
             raise ray.exceptions.WorkerCrashedError
         if config.get("wrong"):
@@ -62,11 +65,12 @@ def run_on_a_cluster(folder, train, sessions):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Three sessions that lose processes they work with, or fail by themselves."""
+    """Sessions that lose processes they work with, or fail by themselves."""
     twice = [1, LOSSES - 1]
     sessions = {
         "wrong": [{"name": "c", "wrong": True}],
         "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
+        "long": [{"name": "g", "loses_others": [*range(1, LOSSES + 2)], "checkpoints": True}],
         "slow": [{"name": "e", "loses_others": twice}, {"name": "f", "loses_others": twice}],
     }
     return run_on_a_cluster(tmp_path_factory.mktemp("toys"), False, sessions)
@@ -104,6 +108,12 @@ def test_losses_count_from_the_last_finished_stage_on(ran):
     calls, _, failures = ran
     assert calls("e") == calls("f") == LOSSES
     assert set(failures) == {"c", "d"}
+
+
+def test_losses_count_from_the_last_checkpoint_on(ran):
+    calls, records, _ = ran
+    assert calls("g") == LOSSES + 2
+    assert of(records, "g")[-1] == "finished"
 
 
 @pytest.mark.parametrize(
