@@ -65,15 +65,23 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
 def load_model(folder: Path) -> PreTrainedModel:
     """Load a causal language model in float32. No remote code, safetensors only.
 
-    Dropout is switched off: what it draws would depend on the number of workers.
+    Dropout is switched off: nothing here was measured with it. Raises `InputError` where the files
+    lack a weight, which would be random.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"model.path: the weights in {folder} lack {len(missing)} of the model's, such as "
+            f"{missing[0]}"
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -124,6 +132,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise InputError(f"model.path: {folder} has no weights (expected model.safetensors)")
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"model.path: {folder} has no tokenizer (expected tokenizer.json)")
+    try:
+        empty_model(folder)
+    except Exception as error:  # Whatever a malformed value makes transformers raise.
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model.path: {file} makes no model ({reason})") from None
     return config
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl import models
@@ -130,6 +131,35 @@ def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
     change_config(folder, **keys)
     with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
         models.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "x"},
+        {"model_type": ["llama"]},
+        {"model_type": "nope"},
+        {"num_attention_heads": 0},
+        {"rope_scaling": 5},
+        {"vocab_size": -4},
+        {"hidden_size": 1e30},
+        {"num_hidden_layers": None},
+        {"hidden_act": "nope"},
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused_in_one_line(folder, values):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, **values}))
+    with pytest.raises(InputError, match=r"config\.json makes no model \(.+\)$"):
+        models.check_folder(folder)
+
+
+def test_weights_that_are_not_all_there_are_refused(folder, model):
+    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "up_proj" not in k}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lack \d of the model's, such as model.layers.0.mlp"):
+        models.load_model(folder)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder):
