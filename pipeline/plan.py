@@ -3,20 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import Config, Freeze, Project
+from pipeline.config import Config
 from pipeline.dag import External, Stage, Work
-from pipeline.inputs import is_builtin, model_folder
-from pipeline.stages.attribute import attribute
+from pipeline.inputs import is_builtin
+from pipeline.plan_stages import (
+    attribute_stage,
+    base_model_stage,
+    evaluate_stage,
+    first_session,
+    looking_at,
+    prepare_stage,
+    report_stage,
+    solo_stages,
+    tokenizer_stage,
+    train_stage,
+    training_settings,
+)
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.prepare import FILES, make_tokenizer, prepare
-from pipeline.stages.report import report
-from pipeline.stages.train import pretrain, train
-from pipeline.tasks import BASE_TASK, Source, held_out_sources, selection, sources
-
-_TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
+from pipeline.stages.train import train
+from pipeline.tasks import held_out_sources, sources
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,12 @@ def plan(config: Config) -> Plan:
     """The stages of one method over one sequence. Reads no data and runs nothing."""
     of_tasks, held_out = sources(config), held_out_sources(config)
     tasks = [source.name for source in of_tasks]
-    tokenizer = _tokenizer(config)
-    rows = {source.name: _prepare(config, source, tokenizer) for source in [*of_tasks, *held_out]}
-    base = _base_model(config, tokenizer, rows)
-    at_first = _evaluate(config, "0-base", base, rows, _first_session(config))
+    tokenizer = tokenizer_stage(config)
+    rows = {
+        source.name: prepare_stage(config, source, tokenizer) for source in [*of_tasks, *held_out]
+    }
+    base = base_model_stage(config, tokenizer, rows)
+    at_first = evaluate_stage(config, "0-base", base, rows, first_session(config))
     builtin = [tokenizer, base] if is_builtin(config) else []
     start = [*builtin[:1], *rows.values(), *builtin[1:], at_first]
     match config.method:
@@ -62,7 +70,7 @@ def plan(config: Config) -> Plan:
     if config.method == "joint":
         # One model stands for the one after every task.
         scores = [at_first, *scores[1:] * len(tasks)]
-    final = _report(config, tasks, [each.name for each in held_out], scores, chain)
+    final = report_stage(config, tasks, [each.name for each in held_out], scores, chain)
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
@@ -74,28 +82,23 @@ def _sequence(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
     """Task after task, each from the model of the last one."""
-    solos = _solos(config, tasks, base, rows)
+    solos = solo_stages(config, tasks, base, rows)
     chain = list(solos.values())
     importances: dict[str, Stage] = {}
     models: list[Stage] = []
     for index, task in enumerate(tasks, start=1):
-        model = _train(config, index, task, base, models, rows, importances)
+        model = train_stage(config, index, task, base, models, rows, importances)
         models.append(model)
         chain.append(model)
         if config.protect:
             measured = solos[task] if solos else model
             on_factors = config.adapter is not None and not config.adapter.fresh
-            looked_at = _on(base, model) if on_factors else {"model": measured}
+            looked_at = looking_at(base, model) if on_factors else {"model": measured}
             inputs = {**looked_at, "rows": rows[task]}
-            importances[task] = _attribute(config, index, task, measured.session, inputs)
+            importances[task] = attribute_stage(config, index, task, measured.session, inputs)
             chain.append(importances[task])
-        chain.append(_evaluate(config, f"{index}-{task}", model, rows, "sequence", base))
+        chain.append(evaluate_stage(config, f"{index}-{task}", model, rows, "sequence", base))
     return chain
-
-
-def _on(base: Stage | External, adapter: Stage) -> dict[str, Stage | External]:
-    """Inputs of a stage that looks at an adapter on its base model."""
-    return {"model": base, "adapter": adapter}
 
 
 def _joint(
@@ -106,7 +109,7 @@ def _joint(
     model = Stage(
         name="train/joint",
         fn=train,
-        config={**_training(config, len(tasks)), "replay": 1.0},
+        config={**training_settings(config, len(tasks)), "replay": 1.0},
         inputs={
             "model": base,
             "rows": rows[first],
@@ -115,7 +118,7 @@ def _joint(
         session="sequence",
         train=True,
     )
-    return [model, _evaluate(config, f"{len(tasks)}-joint", model, rows, "sequence")]
+    return [model, evaluate_stage(config, f"{len(tasks)}-joint", model, rows, "sequence")]
 
 
 def _alone(
@@ -124,237 +127,6 @@ def _alone(
     """Every task from the base model."""
     chain = []
     for index, task in enumerate(tasks, start=1):
-        model = _train(config, index, task, base, [], rows, {})
-        chain += [model, _evaluate(config, f"{index}-{task}", model, rows, "sequence")]
+        model = train_stage(config, index, task, base, [], rows, {})
+        chain += [model, evaluate_stage(config, f"{index}-{task}", model, rows, "sequence")]
     return chain
-
-
-def _measures_solos(config: Config) -> bool:
-    return bool(config.protect) and config.importance.source == "solo"
-
-
-def _first_session(config: Config) -> str:
-    """Where the base model is made: apart from the sequence where solo models come in between."""
-    return "base" if is_builtin(config) and _measures_solos(config) else "sequence"
-
-
-def _tokenizer(config: Config) -> Stage | External:
-    if not is_builtin(config):
-        return External(model_folder(config), _TOKENIZER_FILES)
-    return Stage(
-        name="tokenizer",
-        fn=make_tokenizer,
-        config={"task": held_out_sources(config)[0].settings},
-        session="prepare",
-    )
-
-
-def _prepare(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
-    files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
-    return Stage(
-        name=f"prepare/{source.name}",
-        fn=prepare,
-        config={
-            "task": source.settings,
-            "selection": selection(config, source),
-            "max_length": config.tasks.max_length,
-            "chat_template": config.tasks.chat_template,
-        },
-        inputs={"tokenizer": tokenizer, **files},
-        session="prepare",
-    )
-
-
-def _base_model(
-    config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
-) -> Stage | External:
-    if not is_builtin(config):
-        return External(model_folder(config), _MODEL_FILES)
-    settings = config.model.pretraining
-    return Stage(
-        name="pretrain",
-        fn=pretrain,
-        config={
-            **config.training.model_dump(),
-            "learning_rate": settings.learning_rate,
-            "epochs": settings.epochs,
-            "batch_size": settings.batch_size,
-            "micro_batch_size": settings.batch_size,
-            "seed": config.seed,
-        },
-        inputs={"tokenizer": tokenizer, "rows": rows[BASE_TASK]},
-        session=_first_session(config),
-        train=True,
-    )
-
-
-def _training(config: Config, index: int) -> dict[str, Any]:
-    """Settings of training task `index` with nothing to keep; the same for all methods."""
-    return {
-        **config.training.model_dump(),
-        "seed": config.seed * 1000 + index,
-        "protect": [],
-        "replay": 0.0,
-        "freeze": None,
-        "adapter": config.adapter and config.adapter.model_dump(),
-    }
-
-
-def _train(
-    config: Config,
-    index: int,
-    task: str,
-    base: Stage | External,
-    models: list[Stage],
-    rows: Mapping[str, Stage],
-    importances: Mapping[str, Stage],
-) -> Stage:
-    """Task `index` (1 to T). With nothing to protect yet, all methods share the stage."""
-    settings = _training(config, index)
-    inputs: dict[str, Stage | External] = {"model": models[-1] if models else base}
-    inputs["rows"] = rows[task]
-    if config.protect:
-        for i, file in enumerate(config.importance.past):
-            inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
-        inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
-        if len(inputs) > 2:
-            settings["protect"] = [item.model_dump() for item in config.protect]
-    earlier = list(rows)[: len(models)]
-    if config.replay.fraction and models:
-        settings["replay"] = config.replay.fraction
-        inputs |= {f"replay/{name}": rows[name] for name in earlier}
-    if config.freeze != Freeze() and models:
-        settings["freeze"] = config.freeze.model_dump()
-    if config.adapter and models:
-        if not config.adapter.fresh:
-            # The adapter lies beside weights that it is merged into; it goes on upon the base.
-            inputs |= {"model": base, "adapter": models[-1]}
-        elif config.adapter.orthogonal:
-            inputs |= {
-                f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
-            }
-    return Stage(
-        name=f"train/{index}-{task}",
-        fn=train,
-        config=settings,
-        inputs=inputs,
-        session="sequence",
-        train=True,
-    )
-
-
-def _solos(
-    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
-) -> dict[str, Stage]:
-    """Per task a model trained from the base on it alone, for `importance.source: solo`."""
-    if not _measures_solos(config):
-        return {}
-    alone = config.model_copy(update={"protect": ()})
-    stages = {}
-    for index, task in enumerate(tasks, start=1):
-        stage = _train(alone, index, task, base, [], rows, {})
-        stages[task] = _renamed(stage, f"solo/{index}-{task}", f"solo-{index}")
-    return stages
-
-
-def _renamed(stage: Stage, name: str, session: str) -> Stage:
-    return Stage(name, stage.fn, stage.config, stage.inputs, session, stage.train)
-
-
-def _attribute(
-    config: Config,
-    index: int,
-    task: str,
-    session: str,
-    inputs: Mapping[str, Stage | External],
-) -> Stage:
-    settings = config.importance
-    weighting = next((p.weighting for p in config.protect if isinstance(p, Project)), None)
-    return Stage(
-        name=f"attribute/{index}-{task}",
-        fn=attribute,
-        config={
-            "estimator": settings.estimator,
-            "rules": settings.rules,
-            "top_k": settings.top_k,
-            "permuted": settings.permuted,
-            "samples": settings.samples,
-            "correct_only": settings.correct_only,
-            "batch_size": settings.batch_size,
-            "split": settings.split,
-            "moments": weighting,
-            "seed": config.seed * 1000 + index,
-        },
-        inputs=inputs,
-        session=session,
-        train=True,
-    )
-
-
-def _evaluate(
-    config: Config,
-    name: str,
-    model: Stage | External,
-    rows: Mapping[str, Stage],
-    session: str,
-    base: Stage | External | None = None,
-) -> Stage:
-    """Score `model`, which may be an adapter that is not merged into its `base`."""
-    text = config.evaluation.text
-    apart = config.adapter is not None and not config.adapter.merge
-    looked_at = (
-        _on(base, model) if apart and base and isinstance(model, Stage) else {"model": model}
-    )
-    return Stage(
-        name=f"evaluate/{name}",
-        fn=evaluate,
-        config={
-            "batch_size": config.evaluation.batch_size,
-            "precision": config.evaluation.precision,
-            "scorers": list(config.evaluation.scorers),
-            "max_new_tokens": config.evaluation.max_new_tokens,
-            **({"text_tokens": config.evaluation.text_tokens} if text else {}),
-            **_only_validation(config, validation=config.evaluation.validation),
-        },
-        inputs={
-            **looked_at,
-            **{f"rows/{task}": stage for task, stage in rows.items()},
-            **({"text": External(text.expanduser().absolute())} if text else {}),
-        },
-        session=session,
-        train=True,
-    )
-
-
-def _only_validation(config: Config, **settings: Any) -> dict[str, Any]:
-    """Settings of a run whose test rows are left alone."""
-    return settings if config.evaluation.rows == "validation" else {}
-
-
-def _report(
-    config: Config,
-    tasks: list[str],
-    held_out: list[str],
-    scores: list[Stage],
-    chain: list[Stage],
-) -> Stage:
-    measured = {s.name.partition("-")[2]: s for s in chain if s.fn is attribute}
-    return Stage(
-        name="report",
-        fn=report,
-        config={
-            "method": config.method,
-            "seed": config.seed,
-            "tasks": tasks,
-            "held_out": held_out,
-            "evaluation_set": config.evaluation.set,
-            "validation": config.evaluation.validation,
-            **_only_validation(config, only_validation=True),
-        },
-        inputs={
-            **{f"scores/{i}": stage for i, stage in enumerate(scores)},
-            **{f"importance/{task}": stage for task, stage in measured.items()},
-            **{f"model/{s.name}": s for s in chain if s.fn is train},
-        },
-        session="report",
-    )

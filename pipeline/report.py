@@ -223,6 +223,7 @@ def _checks(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
 def _pictures(runs: Sequence[RunResult], drawn: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """Every figure with its bytes as a data address, its size at 96 dots per inch."""
     from pipeline import figures
+    from pipeline.drawing import DPI
 
     found = []
     for plot in figures.plots(runs):
@@ -235,8 +236,8 @@ def _pictures(runs: Sequence[RunResult], drawn: Mapping[str, bytes]) -> list[dic
                 "file": plot.file,
                 "label": plot.label,
                 "source": "data:image/png;base64," + base64.b64encode(png).decode(),
-                "width": width * 96 // figures.DPI,
-                "height": height * 96 // figures.DPI,
+                "width": width * 96 // DPI,
+                "height": height * 96 // DPI,
             }
         )
     return found

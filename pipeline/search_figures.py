@@ -10,7 +10,7 @@ import optuna
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from pipeline.figures import GREY, INK, new_figure, plain, png
+from pipeline.drawing import GREY, INK, new_figure, plain, png
 from pipeline.search_config import Choice, Dimension, LogUniform
 from pipeline.search_space import distributions
 from pipeline.trials import Trial, pareto_front
