@@ -203,6 +203,7 @@ def warnings(out):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_server_that_dies_under_a_run_gets_everything_from_the_next(driver, finished, server):
     server.start()
     setting = f"tracking.uri={server.uri}"
@@ -224,6 +225,7 @@ def test_a_server_that_dies_under_a_run_gets_everything_from_the_next(driver, fi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_server_that_is_not_there_gets_everything_from_the_next_run(driver, server):
     setting = f"tracking.uri={server.uri}"
     code, out, err = driver.finish(setting)
