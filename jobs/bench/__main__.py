@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from agcl import models
+from agcl.errors import InputError
 from jobs.bench import figures, sweeps, whole
-from jobs.bench.measure import Figure, Setting, random_rows
+from jobs.bench.measure import Figure, Setting, prepared_rows, random_rows
 
 SINGLE = {
     "attribute": figures.attribution_against_training,
@@ -29,16 +30,28 @@ NAMES = [*SINGLE, "pipeline", "task_30"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; 0 also where a bar is missed."""
+    """Measure and print; 0 also where a bar is missed, 2 for a bad argument."""
     given = _parsed(arguments)
+    try:
+        return _measure_all(given)
+    except InputError as error:
+        print(f"jobs.bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _measure_all(given: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
-    setting = Setting(
-        _model(given.model, given.device), random_rows(given.rows, given.tokens), given.pairs
+    rows = (
+        prepared_rows(given.rows_of, given.rows)
+        if given.rows_of
+        else random_rows(given.rows, given.tokens)
     )
+    setting = Setting(_model(given.model, given.device), rows, given.pairs)
     size = sum(parameter.numel() for parameter in setting.model.parameters())
     print(
-        f"{given.model}: {size / 1e6:.1f}M parameters, {given.rows} x {given.tokens} tokens, "
+        f"{given.model}: {size / 1e6:.1f}M parameters, {len(rows)} rows of at most "
+        f"{max(len(row.input_ids) for row in rows)} tokens, "
         f"{given.device}, {given.threads} threads, {given.pairs} pairs"
     )
     found: list[Figure] = []
@@ -74,6 +87,9 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=7, help="measurements (default: 7)")
     parser.add_argument("--rows", type=int, default=8, help="rows a batch (default: 8)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens a row (default: 24)")
+    parser.add_argument(
+        "--rows-of", type=Path, help="a prepare stage's .arrow file to take the rows from instead"
+    )
     parser.add_argument("--json", type=Path, help="file for what was measured, as JSON")
     given = parser.parse_args(arguments)
     if unknown := set(given.figures) - set(NAMES):

@@ -1,13 +1,12 @@
 """What attribution and protection cost, as ratios of two things done in turn in one process."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from agcl.attribution import attribute
 from agcl.batches import collate
 from agcl.evaluate import exact_match
-from agcl.generate import generate
 from agcl.lrp import attributed_linears, weight_of
 from agcl.modulation import GatedAdamW, random_bases
 from agcl.train import summed_loss, train_task
@@ -96,22 +95,37 @@ def projected_step(setting: Setting) -> Figure:
 
 
 def exact_match_against_generate(setting: Setting) -> Figure:
-    """Exact match by one forward pass against greedy decoding of the same rows."""
-    model, rows = setting.model, setting.rows
-    prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
-    answers = [row.input_ids[row.prompt_tokens : -1] for row in rows]
+    """Exact match by one forward pass against transformers' `generate` on the same rows."""
+    model, rows, device = setting.model, setting.rows, setting.model.device
+    answers = [row.input_ids[row.prompt_tokens :] for row in rows]
     end = rows[0].input_ids[-1]
-    longest = max(map(len, answers)) + 1
+    width = max(row.prompt_tokens for row in rows)
+    prompts = torch.full((len(rows), width), end)
+    mask = torch.zeros_like(prompts)
+    for place, row in enumerate(rows):  # Padded on the left.
+        prompts[place, width - row.prompt_tokens :] = torch.tensor(
+            row.input_ids[: row.prompt_tokens]
+        )
+        mask[place, width - row.prompt_tokens :] = 1
 
     def decoded() -> list[bool]:
-        found = generate(model, prompts, end=end, max_new_tokens=longest, batch_size=len(rows))
-        return [ids == answer for ids, answer in zip(found, answers, strict=True)]
+        with torch.no_grad():
+            found = cast(Any, model).generate(
+                prompts.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max(map(len, answers)),
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        told = found[:, width:].tolist()
+        return [ids[: len(a)] == a for ids, a in zip(told, answers, strict=True)]
 
     def forced() -> list[bool]:
         return exact_match(model, rows, batch_size=len(rows))
 
     assert forced() == decoded()
-    return pairs("exact_match", forced, decoded, setting, 0.2, "generate, same verdicts")
+    return pairs("exact_match", forced, decoded, setting, 0.2, "transformers' generate")
 
 
 def _attributed(setting: Setting) -> Run:

@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 from transformers import PreTrainedModel
 
 from agcl.batches import Batch, collate
-from agcl.tasks import Encoded
+from agcl.errors import InputError
+from agcl.tasks import Encoded, EncodedRows
 
 Run = Callable[[], object]
 
@@ -51,6 +53,14 @@ def random_rows(number: int, tokens: int) -> list[Encoded]:
     drawn = torch.randint(3, 500, (number, tokens), generator=generator)
     answer = max(2, tokens // 6)
     return [Encoded([*ids[:-1], 2], tokens - answer) for ids in drawn.tolist()]
+
+
+def prepared_rows(file: Path, number: int) -> list[Encoded]:
+    """The first rows of a prepared split. Raises `InputError` if there is no such file."""
+    if not file.is_file():
+        raise InputError(f"--rows-of: no file {file}")
+    rows = EncodedRows(file)
+    return [rows[i] for i in range(min(number, len(rows)))]
 
 
 def pairs(name: str, what: Run, against: Run, setting: Setting, bar: float, said: str) -> Figure:
