@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from agcl import distributed
 from agcl.batches import Batch, answer_places, answer_tokens
 from agcl.evaluate import answered_correctly
-from agcl.forward import answer_logits
+from agcl.forward import Precision, answer_logits
 from agcl.importance import Importance, TopK
 from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
 
@@ -38,6 +38,7 @@ def attribute(
     moments: MomentWeighting | None = None,
     correct_only: bool = True,
     split: Split = "samples",
+    running_values: Precision = "float32",
     log: Callable[[int], None] = lambda rows_done: None,
 ) -> Importance:
     """Attribute the answers of all workers' batches to the weights of the linear layers.
@@ -45,7 +46,8 @@ def attribute(
     With `split` by `samples` every worker gives batches of its own and keeps running values of all
     layers, which are merged at the end; by `layers` all workers give the same batches and each
     keeps the running values of its share of the layers: K times the weights divided by the number
-    of workers, and nothing to merge.
+    of workers, and nothing to merge. With `running_values` in bfloat16 it is half of that, and each
+    value that is kept is rounded once.
 
     A sample's target is the sum of its answer tokens' logits, teacher-forced. Its relevance of a
     weight, W ⊙ (gᵀx) divided by the relevance that flows through the layer, Σ|z ⊙ g|, enters the
@@ -70,7 +72,7 @@ def attribute(
     linears = attributed_linears(model)
     owners = {name: number % distributed.world_size() for number, name in enumerate(linears)}
     own = [n for n in linears if split == "samples" or owners[n] == distributed.rank()]
-    collectors = {n: _Collector(linears[n], estimator, top_k, moments) for n in own}
+    collectors = {n: _Collector(linears[n], estimator, top_k, moments, running_values) for n in own}
     seen = used = 0
     with relevance_backward(model, rules):
         handles = [linears[n].register_forward_hook(collectors[n].hook) for n in own]
@@ -115,6 +117,7 @@ def attribute(
             "estimator": estimator,
             "rules": rules,
             "top_k": top_k,
+            "running_values": running_values,
             "moments": moments,
             "correct_only": correct_only,
             "rows": int(counts[0]),
@@ -188,14 +191,16 @@ class _Collector:
         estimator: Estimator,
         top_k: int | None,
         moments: MomentWeighting | None,
+        running_values: Precision,
     ) -> None:
         weight = weight_of(layer).detach()
         self.transposed = isinstance(layer, Conv1D)
         self.weight, self.device, self.weighting = weight, weight.device, moments
         self.estimator = estimator
-        # Running values are float32, or float64 for a float64 model.
+        # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.top = TopK(top_k, weight.to(dtype)) if top_k else None
+        kept_in = torch.bfloat16 if running_values == "bfloat16" else dtype
+        self.top = TopK(top_k, weight.to(dtype), kept_in) if top_k else None
         self.sum = torch.zeros(() if top_k else weight.shape, dtype=dtype, device=self.device)
         self.count = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)

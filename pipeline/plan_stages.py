@@ -175,6 +175,7 @@ def attribute_stage(
             "estimator": settings.estimator,
             "rules": settings.rules,
             "top_k": settings.top_k,
+            "running_values": settings.running_values,
             "permuted": settings.permuted,
             "samples": settings.samples,
             "correct_only": settings.correct_only,

@@ -14,8 +14,9 @@ def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -
     """Insert W ⊙ (gᵀx) of every sample into descending running values, in place.
 
     values (K, out, in) with K small (see `top_k`), weight (out, in), x (samples, tokens, in),
-    g (samples, tokens, out), all float32 on one GPU; `values` contiguous. A tile of the weight and
-    of its running values is read once, passes all samples in registers, and is written once.
+    g (samples, tokens, out), all float32 on one GPU but for `values`, contiguous, which may be
+    bfloat16. A tile of the weight and of its running values is read once, passes all samples in
+    registers, and is written once.
     """
     samples, tokens, _ = x.shape
     num_kept, rows, columns = values.shape
@@ -77,7 +78,8 @@ def _sink(  # type: ignore[no-untyped-def]
     )
     slots = ()
     for k in tl.static_range(num_kept):
-        slots += (tl.load(at + k * step, mask=inside, other=0.0),)  # type: ignore[assignment]
+        slot = tl.load(at + k * step, mask=inside, other=0.0).to(tl.float32)
+        slots += (slot,)  # type: ignore[assignment]
     for _ in range(samples):
         new = tl.full((tile_rows, tile_columns), 0.0, tl.float32)
         for first in range(0, tokens, tile_tokens):

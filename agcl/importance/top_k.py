@@ -15,17 +15,20 @@ class TopK:
     """Running K largest values of every entry, in descending order.
 
     A reduction: the state after any sequence of `insert` and `merge` depends only on the multiset
-    of inserted tensors, never on their order or grouping, bit for bit.
+    of inserted tensors, never on their order or grouping, bit for bit. That holds in bfloat16 too,
+    since rounding keeps the order: what is kept are the rounded K largest.
     """
 
-    def __init__(self, k: int, like: Tensor) -> None:
-        self.values = torch.full((k, *like.shape), -torch.inf, dtype=like.dtype, device=like.device)
-        """(k, *shape), type of `like`; slots not yet filled hold -inf."""
+    def __init__(self, k: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is what values are kept in, that of `like` (which is computed in) by default."""
+        shape, self.computed_in = (k, *like.shape), like.dtype
+        self.values = torch.full(shape, -torch.inf, dtype=dtype or like.dtype, device=like.device)
+        """(k, *shape); slots not yet filled hold -inf."""
         self.count = 0
 
     def insert(self, value: Tensor) -> None:
         """Insert one tensor of the entries' shape. Overwrites `value`."""
-        self._sink(value)
+        _sink(self.values, value.to(self.values.dtype))
         self.count += 1
 
     def insert_products(self, weight: Tensor, x: Tensor, g: Tensor) -> None:
@@ -34,7 +37,7 @@ class TopK:
         weight (out, in), x (samples, tokens, in), g (samples, tokens, out); all finite.
         """
         samples, _, width = x.shape
-        x, g = x.to(self.values.dtype), g.to(self.values.dtype)
+        x, g = x.to(self.computed_in), g.to(self.computed_in)
         self.count += samples
         if _fits_the_gpu_kernel(self.values, weight):
             from agcl.importance.sink_gpu import sink_products_on_gpu
@@ -44,7 +47,7 @@ class TopK:
         outputs = g.transpose(1, 2)
         rows = min(len(weight), max(1, _TILE_ENTRIES // (max(1, samples) * width)))
         padded = samples
-        if compiled := _can_be_compiled(self.values, weight):
+        if compiled := self._can_be_compiled(weight):
             from agcl.importance.sink import AT_ONCE, sink_products  # Numba takes a second to load.
 
             padded += -samples % AT_ONCE
@@ -54,44 +57,57 @@ class TopK:
             products = tile[: padded * number * width].view(padded, number, width)
             torch.bmm(outputs[:, first : first + number], x, out=products[:samples])
             products[samples:] = torch.nan
-            if compiled:
+            kept = self.values[:, first : first + number]
+            if kept.dtype != self.computed_in:
+                # Widened and rounded in the cache, a few rows at a time.
+                wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
+                if compiled:
+                    sink_products(wide, weight[first : first + number], products, 0)
+                else:
+                    _sink_all(wide, products.mul_(weight[first : first + number]))
+                kept.copy_(wide)
+            elif compiled:
                 sink_products(self.values, weight, products, first)
             else:
-                places = slice(first, first + number)
-                for value in products.mul_(weight[places]):
-                    self._sink(value, places)
+                _sink_all(kept, products.mul_(weight[first : first + number]))
 
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
-        for value in values[: min(count, len(values))].clone():
-            self._sink(value)
+        _sink_all(self.values, values[: min(count, len(values))].clone())
         self.count += count
 
     def mean(self) -> Tensor:
         """Mean of the min(k, count) largest values; zeros where nothing was inserted."""
-        filled = self.values[: min(self.count, len(self.values))]
-        return filled.mean(0) if len(filled) else torch.zeros_like(self.values[0])
+        filled = self.values[: min(self.count, len(self.values))].to(self.computed_in)
+        zeros = torch.zeros(self.values.shape[1:], dtype=self.computed_in, device=filled.device)
+        return filled.mean(0) if len(filled) else zeros
 
-    def _sink(self, value: Tensor, rows: slice = slice(None)) -> None:
-        spare = torch.empty_like(value)
-        for slot in self.values[:, rows]:
-            torch.minimum(slot, value, out=spare)
-            torch.maximum(slot, value, out=slot)
-            value, spare = spare, value
+    def _can_be_compiled(self, weight: Tensor) -> bool:
+        return (
+            self.values.device.type == "cpu"
+            and self.computed_in == weight.dtype == torch.float32
+            and weight.is_contiguous()
+        )
+
+
+def _sink_all(slots: Tensor, values: Tensor) -> None:
+    for value in values:
+        _sink(slots, value)
+
+
+def _sink(slots: Tensor, value: Tensor) -> None:
+    """Insert into descending slots, (k, *shape); overwrites `value`."""
+    spare = torch.empty_like(value)
+    for slot in slots:
+        torch.minimum(slot, value, out=spare)
+        torch.maximum(slot, value, out=slot)
+        value, spare = spare, value
 
 
 def _fits_the_gpu_kernel(values: Tensor, weight: Tensor) -> bool:
     return (
         values.device.type == "cuda"
-        and values.dtype == weight.dtype == torch.float32
+        and weight.dtype == torch.float32
         and len(values) <= _MOST_KEPT_ON_GPU
         and find_spec("triton") is not None  # It comes with torch's CUDA builds.
-    )
-
-
-def _can_be_compiled(values: Tensor, weight: Tensor) -> bool:
-    return (
-        values.device.type == "cpu"
-        and values.dtype == weight.dtype == torch.float32
-        and weight.is_contiguous()
     )

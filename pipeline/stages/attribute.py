@@ -47,6 +47,7 @@ def attribute(
         # Of a long answer that is scored in part, hardly any is right to the letter.
         correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
         split=config["split"],
+        running_values=config["running_values"],
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
     )
     if estimator == "magnitude":

@@ -45,6 +45,16 @@ def test_running_values_equal_those_of_every_sample_alone(sink, samples, tokens,
     torch.testing.assert_close(values.double(), expected(weight, x, g, k), rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_running_values_are_the_rounded_ones(sink):
+    weight, x, g = drawn(6, 5, 17, 11)
+    wide, halved = (torch.full((4, 11, 17), -torch.inf, dtype=d) for d in (None, torch.bfloat16))
+    for part in (slice(0, 2), slice(2, 6)):
+        sink(wide, weight, x[part], g[part])
+        sink(halved, weight, x[part], g[part])
+    # A GPU rounds to the nearest; the interpreter cuts off.
+    torch.testing.assert_close(halved.float(), wide, rtol=2**-7, atol=0)
+
+
 def test_strides_of_views_are_heeded(sink):
     weight, x, g = drawn(4, 6, 20, 12)
     values = torch.full((2, 12, 20), -torch.inf)

@@ -96,6 +96,30 @@ def test_products_are_those_of_every_sample_alone(monkeypatch, dtype, k, tile):
     assert top.count == alone.count == 6
 
 
+@pytest.mark.parametrize("k", [1, 4, 6])
+@pytest.mark.parametrize("tile", [1, 2**18])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bfloat16_keeps_the_rounded_largest_whatever_the_order(monkeypatch, k, tile, compiled):
+    monkeypatch.setattr("agcl.importance.top_k._TILE_ENTRIES", tile)
+    monkeypatch.setattr(TopK, "_can_be_compiled", lambda self, weight: compiled)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(9, 5, n, generator=generator) for n in (17, 11))
+    weight = torch.randn(11, 17, generator=generator)
+    wide, halved, backwards = (TopK(k, weight, dtype) for dtype in (None, *[torch.bfloat16] * 2))
+    for b in range(9):
+        wide.insert_products(weight, x[b : b + 1], g[b : b + 1])
+        halved.insert_products(weight, x[b : b + 1], g[b : b + 1])
+    backwards.insert_products(weight, x[5:].flip(0), g[5:].flip(0))
+    other = TopK(k, weight, torch.bfloat16)
+    other.insert_products(weight, x[:5], g[:5])
+    backwards.merge(other.values, other.count)
+
+    assert torch.equal(halved.values, wide.values.bfloat16())
+    torch.testing.assert_close(backwards.values, halved.values, rtol=0.01, atol=1e-6)
+    assert halved.mean().dtype == torch.float32
+    assert torch.equal(halved.mean(), halved.values.float().mean(0))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_share_the_rows_and_are_left_as_they_were(threads):
     x, g, weight = torch.randn(2, 5, 17), torch.randn(2, 5, 11), torch.randn(11, 17)

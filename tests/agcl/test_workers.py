@@ -24,6 +24,19 @@ def test_top_k_importance_is_bit_equal_for_two_workers(workers, llama, top_k, ru
             torch.testing.assert_close(other[1][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_importance_from_bfloat16_is_bit_equal_for_two_workers_and_rounded(workers, llama):
+    rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
+    options = {"top_k": 4, "running_values": "bfloat16"}
+    entries, _, header = remote.attribute_batches(rows, 3, MODEL, **options)
+    exact, _, _ = remote.attribute_batches(rows, 3, MODEL, top_k=4)
+    assert header["running_values"] == "bfloat16"
+    for name, tensor in exact.items():
+        assert not torch.equal(entries[name], tensor), name
+        assert (entries[name] - tensor).abs().max() < 2**-8 * tensor.abs().max(), name
+    for other in workers.run(remote.attribute_batches, rows, 3, MODEL, **options):
+        assert all(torch.equal(other[0][name], tensor) for name, tensor in entries.items())
+
+
 @pytest.mark.parametrize("top_k", [2, None])
 @pytest.mark.parametrize("moments", ["relevance", None])
 def test_importance_is_bit_equal_when_two_workers_share_the_layers(workers, llama, top_k, moments):

@@ -146,6 +146,7 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
         "estimator": "lrp",
         "rules": "attnlrp",
         "top_k": 1,
+        "running_values": "float32",
         "permuted": False,
         "split": "samples",
         "samples": None,
