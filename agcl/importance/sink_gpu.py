@@ -31,6 +31,7 @@ def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -
             columns,
             samples,
             tokens,
+            values.stride(0),
             *weight.stride(),
             *x.stride(),
             *g.stride(),
@@ -52,6 +53,7 @@ def _sink(  # type: ignore[no-untyped-def]
     columns,
     samples,
     tokens,
+    next_slot,
     weight_row,
     weight_column,
     x_sample,
@@ -70,16 +72,17 @@ def _sink(  # type: ignore[no-untyped-def]
     token = tl.arange(0, tile_tokens)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = values + row.to(tl.int64)[:, None] * columns + column[None, :]
-    step = rows.to(tl.int64) * columns
     w = tl.load(
         weight + row.to(tl.int64)[:, None] * weight_row + column[None, :] * weight_column,
         mask=inside,
         other=0.0,
     )
     slots = ()
-    for k in tl.static_range(num_kept):
-        slot = tl.load(at + k * step, mask=inside, other=0.0).to(tl.float32)
+    place = at
+    for _ in tl.static_range(num_kept):
+        slot = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         slots += (slot,)  # type: ignore[assignment]
+        place += next_slot
     for _ in range(samples):
         new = tl.full((tile_rows, tile_columns), 0.0, tl.float32)
         for first in range(0, tokens, tile_tokens):
@@ -106,4 +109,5 @@ def _sink(  # type: ignore[no-untyped-def]
         x += x_sample
         g += g_sample
     for k in tl.static_range(num_kept):
-        tl.store(at + k * step, slots[k], mask=inside)
+        tl.store(at, slots[k], mask=inside)
+        at += next_slot
