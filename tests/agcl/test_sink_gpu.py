@@ -1,5 +1,10 @@
 """The GPU's kernel, in Triton's interpreter: the same running values as a slow oracle's."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -79,3 +84,19 @@ def test_on_a_gpu_it_gives_what_the_cpu_gives(k):
     found.insert_products(weight.cuda(), x.cuda(), g.cuda())
     wanted.insert_products(weight, x, g)
     torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("k", "kept_in"), [(4, "fp32"), (8, "bf16")])
+def test_it_compiles_for_a_gpu_without_one(tmp_path, k, kept_in):
+    """In a process of its own: here Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, "tests/reference/compile_sink.py", "90", str(k), kept_in],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        | {"PYTHONPATH": "."},
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1000
