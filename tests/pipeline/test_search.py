@@ -221,15 +221,16 @@ def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_one(
-    search, tmp_path, in_process
+    search, tmp_path, in_process, copy_stages
 ):
     (tmp_path / "text").write_text("Rivers run to the sea. " * 20)
-    settings = ("search.round=3", f"evaluation.text={tmp_path / 'text'}")
-    of = search(4, *settings)
-    undisturbed = in_process.run(search(4, f"storage={tmp_path / 'other'}", *settings))
+    settings = ("search.round=2", f"evaluation.text={tmp_path / 'text'}")
+    of = search(3, *settings)
+    undisturbed = in_process.run(search(3, f"storage={tmp_path / 'other'}", *settings))
+    copy_stages(tmp_path / "other", of.config.storage, ("tokenizer", "prepare"))
     file = tmp_path / "config.yaml"
     file.write_text(loading.dump(tuned(of.config)))
-    command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "4"]
+    command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "3"]
     # Output goes to a file: what Ray leaves behind would hold a pipe open.
     with (tmp_path / "out").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
@@ -247,7 +248,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         )
     said = (tmp_path / "out").read_text()
     assert second.returncode == 0, said
-    after = [trials.load(of.folder_of(n)) for n in range(4)]
+    after = [trials.load(of.folder_of(n)) for n in range(3)]
     assert [(t.settings, t.state, t.progress) for t in after] == [
         (t.settings, t.state, t.progress) for t in undisturbed
     ]
@@ -302,7 +303,7 @@ def check_mlflow(storage, best):
     assert {"trials.parquet", "best.yaml", "search.yaml", "figures"} <= files
     assert parent.data.metrics["best_average"] == best.last.average
     of_trials = {r.info.run_name: r for r in kinds[("trial", "search")]}
-    assert sorted(of_trials) == [f"trial-{number}" for number in range(4)]
+    assert sorted(of_trials) == [f"trial-{number}" for number in range(3)]
     assert of_trials[f"trial-{best.number}"].data.metrics["average"] == best.last.average
     assert all(run.data.metrics["text_loss"] > 0 for run in of_trials.values())
     stages = {r.data.tags["stage"] for r in kinds[("stage", "trial")]}
