@@ -32,10 +32,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
         ),
     ],
 )
-def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(
-    driver, finished, copy_stages, stops
-):
-    copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
+def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finished, stops):
     before = driver.finished()
     for stage, number in stops:
         code = -number if number == signal.SIGKILL else 130
@@ -61,8 +58,7 @@ def test_random_kills_change_nothing(tmp_path):
     assert chaos(["--kills", "3", "--storage", str(tmp_path)]) == 0
 
 
-def test_two_workers_give_what_one_gives(driver, finished, copy_stages):
-    copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
+def test_two_workers_give_what_one_gives(driver, finished):
     code, _, err = driver.finish("resources.num_workers=2")
     assert code == 0, err
     two = json.loads((driver.run / "metrics.json").read_text())

@@ -269,7 +269,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     check_mlflow(tmp_path / "storage", best)
 
     with pytest.raises(InputError, match=r"another 'search' section"):
-        search(4, *settings, "search.round=2", resume=True)
+        search(3, *settings, "search.round=3", resume=True)
 
 
 NONE = trials.Trial(0, {})
