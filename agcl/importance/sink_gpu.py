@@ -7,7 +7,7 @@ from torch import Tensor
 
 _ROWS, _COLUMNS, _TOKENS, _WARPS = 16, 64, 16, 8
 """A tile of the weight, the tokens that are multiplied at a time, and who shares the work: the
-largest for which eight kept values stay in registers on compute capability 8.0 to 10.0."""
+largest tried for which eight kept values stay in registers (compute capability 8.0 and 9.0)."""
 
 
 def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
