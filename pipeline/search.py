@@ -196,7 +196,8 @@ def _run_stages(
     torch.set_num_threads(resources.cpus_per_worker)
     device = torch.device("cuda" if resources.use_gpu else "cpu")
     try:
-        run_works(list(run.works.values()), Context(device), observe)
+        context = Context(device, checkpoint_minutes=resources.checkpoint_minutes)
+        run_works(list(run.works.values()), context, observe)
     except Exception:
         if not failed:  # Else the stage's failure was recorded before it was raised.
             raise
