@@ -20,7 +20,11 @@ from pipeline.inputs import check_inputs
 from pipeline.loading import validate
 
 ROOT = Path(__file__).parents[2]
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 RAYJOB, MLFLOW, SERVICE = yaml.safe_load_all((ROOT / "jobs" / "rayjob.yaml").read_text())
 HEAD = {"node:__internal_head__": 1.0}
