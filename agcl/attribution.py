@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from agcl import distributed
+from agcl import distributed, sharding
 from agcl.batches import Batch, answer_places, answer_tokens
 from agcl.evaluate import answered_correctly
 from agcl.forward import Precision, answer_logits
 from agcl.importance import Importance, TopK
-from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
+from agcl.lrp import RuleSet, architecture_of, attributed_linears, relevance_backward, weight_of
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
 Split = Literal["samples", "layers"]
@@ -46,8 +46,8 @@ def attribute(
     With `split` by `samples` every worker gives batches of its own and keeps running values of all
     layers, which are merged at the end; by `layers` all workers give the same batches and each
     keeps the running values of its share of the layers: K times the weights divided by the number
-    of workers, and nothing to merge. With `running_values` in bfloat16 it is half of that, and each
-    value that is kept is rounded once.
+    of workers, and nothing to merge; a sharded model is always split so. With `running_values` in
+    bfloat16 it is half of that, and each value that is kept is rounded once.
 
     A sample's target is the sum of its answer tokens' logits, teacher-forced. Its relevance of a
     weight, W ⊙ (gᵀx) divided by the relevance that flows through the layer, Σ|z ⊙ g|, enters the
@@ -63,15 +63,15 @@ def attribute(
     last two ignore `top_k`.
 
     The result does not depend on batch size, order of rows or number of workers, up to rounding.
-    Raises `NothingToAttribute` where `correct_only` leaves no sample.
+    Raises `NothingToAttribute` where `correct_only` leaves no sample, `ValueError` for a sharded
+    model split by samples.
     """
     by_relevance = estimator in ("lrp", "grad_x_param")
     rules = rules if estimator == "lrp" else "gradient"
     top_k = top_k if by_relevance else None
     target = _logits_of_answers if by_relevance else _log_likelihood
     linears = attributed_linears(model)
-    owners = {name: number % distributed.world_size() for number, name in enumerate(linears)}
-    own = [n for n in linears if split == "samples" or owners[n] == distributed.rank()]
+    own = _own(model, list(linears), split)
     collectors = {n: _Collector(linears[n], estimator, top_k, moments, running_values) for n in own}
     seen = used = 0
     with relevance_backward(model, rules):
@@ -107,13 +107,13 @@ def attribute(
     if split == "layers":
         shapes = {n: cast(Tensor, m.weight).shape for n, m in linears.items()}
         widths = {n: weight_of(m).shape[1] for n, m in linears.items()} if moments else {}
-        found = _from_owners(found, shapes, owners, model)
-        second = _from_owners(second, {n: (w, w) for n, w in widths.items()}, owners, model)
+        found = _from_owners(found, shapes, model)
+        second = _from_owners(second, {n: (w, w) for n, w in widths.items()}, model)
     return Importance(
         entries=found,
         moments=second,
         header={
-            "architecture": type(model).__name__,
+            "architecture": architecture_of(model),
             "estimator": estimator,
             "rules": rules,
             "top_k": top_k,
@@ -126,20 +126,26 @@ def attribute(
     )
 
 
+def _own(model: PreTrainedModel, layers: Sequence[str], split: Split) -> Sequence[str]:
+    """The layers whose running values this worker keeps; by `layers` they are dealt in turn."""
+    if split == "layers":
+        return layers[distributed.rank() :: distributed.world_size()]
+    if sharding.is_sharded(model):
+        raise ValueError("a sharded model needs split by layers: all workers forward one batch")
+    return layers
+
+
 def _from_owners(
-    own: Mapping[str, Tensor],
-    shapes: Mapping[str, Sequence[int]],
-    owners: Mapping[str, int],
-    model: PreTrainedModel,
+    own: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel
 ) -> dict[str, Tensor]:
-    """The tensor of every layer, on every worker."""
+    """The tensor of every layer, on every worker, on the CPU: a device may not hold them all."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     return {
         name: distributed.broadcast(
             own[name] if name in own else torch.empty(*shape, dtype=dtype, device=model.device),
-            owners[name],
-        )
-        for name, shape in shapes.items()
+            number % distributed.world_size(),
+        ).cpu()
+        for number, (name, shape) in enumerate(shapes.items())
     }
 
 
@@ -195,7 +201,7 @@ class _Collector:
     ) -> None:
         weight = weight_of(layer).detach()
         self.transposed = isinstance(layer, Conv1D)
-        self.weight, self.device, self.weighting = weight, weight.device, moments
+        self.layer, self.device, self.weighting = layer, weight.device, moments
         self.estimator = estimator
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -258,14 +264,15 @@ class _Collector:
             self.unweighted = None
 
     def _add_relevance(self, x: Tensor, z: Tensor, g: Tensor) -> None:
+        weight = weight_of(self.layer).detach()  # A sharded one is whole at this moment.
         flow = (z * g).abs().sum((1, 2))
         # Where nothing flows, a row has no relevance here.
         g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
         if self.top is None:
-            self.sum += self.weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
+            self.sum += weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
         else:
             self.finite &= torch.isfinite(flow).all()
-            self.top.insert_products(self.weight, x, g_scaled)
+            self.top.insert_products(weight, x, g_scaled)
 
     def finish(self, *, merge: bool) -> None:
         """Take in the last batch; reduce over workers, if each had batches of its own."""

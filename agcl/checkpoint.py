@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from agcl import distributed, tensor_file
+from agcl import distributed, sharding, tensor_file
 from agcl.errors import InputError
 
 _KIND = "checkpoint"
@@ -51,6 +52,8 @@ class Checkpoint:
             parameter = parameters[name]
             tensor = tensors.get(key, torch.empty(shape, dtype=dtype)).to(parameter.device)
             distributed.broadcast(tensor, 0)
+            if tensor.shape == parameter.shape:
+                tensor = sharding.placed_like(tensor, parameter)
             if kind == _WEIGHT:
                 parameter.data.copy_(tensor)
             else:
@@ -60,10 +63,17 @@ class Checkpoint:
     def write_if_due(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        """Write the file, where enough time has passed and there is room for it."""
+        """Write the file, where enough time has passed and there is room for it.
+
+        Called by every worker.
+        """
         started = time.monotonic()
-        due = max(self.seconds, self.taken / _LARGEST_SHARE)
-        if distributed.rank() == 0 and started - self.written >= due:
+        due = started - self.written >= max(self.seconds, self.taken / _LARGEST_SHARE)
+        if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+            due = distributed.broadcast_object(due)  # Gathering takes all workers.
+        elif distributed.rank() > 0:
+            return
+        if due:
             self._write(parameters, optimizer, steps)
             self.written = time.monotonic()
             self.taken = self.written - started
@@ -75,21 +85,19 @@ class Checkpoint:
     def _write(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        tensors = {_WEIGHT + name: parameter.detach() for name, parameter in parameters.items()}
+        held: dict[str, Tensor] = {_WEIGHT + name: p for name, p in parameters.items()}
         for name, parameter in parameters.items():
             for entry, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{_STATE}{entry}/{name}"] = value
+                held[f"{_STATE}{entry}/{name}"] = value
+        tensors = dict(sharding.on_first_worker(held.items()))
+        if distributed.rank() > 0:
+            return
         # As a tensor: the header's length is limited.
         tensors["steps"] = torch.frombuffer(
             bytearray(json.dumps(steps).encode()), dtype=torch.uint8
         )
         try:
-            tensor_file.write(
-                self.file,
-                {key: tensor.cpu() for key, tensor in tensors.items()},
-                _KIND,
-                {"identity": self.identity},
-            )
+            tensor_file.write(self.file, tensors, _KIND, {"identity": self.identity})
         except (OSError, SafetensorError):
             self.remove()  # The room is needed for the result.
 

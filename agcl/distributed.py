@@ -1,6 +1,6 @@
 """The few collectives agcl needs; every function is the identity in a single process."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -24,6 +24,17 @@ def barrier() -> None:
     """Wait for every worker."""
     if world_size() > 1:
         dist.barrier()
+
+
+def in_turn(number: int) -> Iterator[tuple[int, bool]]:
+    """Which of so many pieces of work this worker takes, and whether each counts.
+
+    All workers take equally many, since a sharded model's forward needs them all: who has no piece
+    left takes the last one again, in the time of the others, and what comes of it must not count.
+    """
+    for first in range(0, number, world_size()):
+        mine = first + rank()
+        yield min(mine, number - 1), mine < number
 
 
 def sum_in_place(tensors: Iterable[Tensor]) -> None:

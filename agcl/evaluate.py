@@ -64,12 +64,13 @@ def predict(
     lengths = [length - prompt_tokens for length, prompt_tokens in sizes]
     predicted = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int32, device=device)
     batches = by_length([length for length, _ in sizes], batch_size)
-    for indices in batches[distributed.rank() :: distributed.world_size()]:
+    for number, counts in distributed.in_turn(len(batches)):
+        indices = batches[number]
         batch = collate([rows[i] for i in indices]).to(device)
         with autocast(device, precision):
             logits = answer_logits(model, batch)
         chosen = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
-        for i, tokens in zip(indices, chosen, strict=True):
+        for i, tokens in zip(indices, chosen, strict=True) if counts else ():
             predicted[i, : lengths[i]] = tokens
     distributed.sum_in_place([predicted])
     model.train(was_training)
@@ -94,15 +95,15 @@ def text_loss(
     model.eval()
     total = torch.zeros(len(windows), dtype=torch.float64, device=model.device)
     batches = in_order(len(windows), _WINDOWS)
-    for indices in batches[distributed.rank() :: distributed.world_size()]:
+    for number, counts in distributed.in_turn(len(batches)):
+        indices = batches[number]
         batch = collate([windows[i] for i in indices]).to(model.device)
         with autocast(model.device, precision):
             logits = answer_logits(model, batch)
         losses = cross_entropy(logits.float(), answer_tokens(batch), reduction="none").double()
         rows = answer_places(batch).nonzero()[:, 0]
-        total[indices] = (
-            torch.zeros(len(indices), device=losses.device).double().index_add(0, rows, losses)
-        )
+        if counts:
+            total[indices] = total.new_zeros(len(indices)).index_add(0, rows, losses)
     distributed.sum_in_place([total])
     model.train(was_training)
     return float(total.sum()) / sum(len(window.input_ids) - 1 for window in windows)

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from agcl import distributed
+from agcl import distributed, sharding
 from agcl.batches import by_length
 from agcl.forward import Precision, autocast
 
@@ -42,10 +42,12 @@ def generate(
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int32, device=model.device)
     batches = by_length([len(prompt) for prompt in prompts], batch_size)
     try:
-        for indices in batches[distributed.rank() :: distributed.world_size()]:
+        for number, counts in distributed.in_turn(len(batches)):
+            indices = batches[number]
             new = _continue(model, [prompts[i] for i in indices], end, precision)
-            found[indices] = end
-            found[indices, : new.shape[1]] = new.to(torch.int32)
+            if counts:
+                found[indices] = end
+                found[indices, : new.shape[1]] = new.to(torch.int32)
     finally:
         model.generation_config = configured
         model.train(was_training)
@@ -64,7 +66,11 @@ def _continue(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     with autocast(model.device, precision):
-        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            synced_gpus=sharding.is_sharded(model),  # Who is done goes on until all are.
+        )
     return cast(torch.Tensor, out)[:, width:]
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from agcl import distributed, sharding
 from agcl.errors import InputError
 from agcl.lrp.families import UnsupportedArchitecture, family_named
 
@@ -101,9 +102,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that plain transformers loads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write a folder that plain transformers loads. Called by every worker; the first one writes.
+
+    Where the model is sharded the first worker needs CPU memory for the whole of it.
+    """
+    state = None
+    if sharding.is_sharded(model):
+        state = dict(sharding.on_first_worker(model.named_parameters()))
+    if distributed.rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from agcl import distributed
+from agcl import distributed, sharding
 from agcl.batches import Batch, answer_tokens, collate, shuffled
 from agcl.checkpoint import Checkpoint
 from agcl.forward import Precision, answer_logits, autocast
@@ -68,16 +69,17 @@ def train_task(
             ]
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()
-            for number in range(distributed.rank(), len(pieces), distributed.world_size()):
+            for number, counts in distributed.in_turn(len(pieces)):
                 piece = pieces[number]
                 torch.manual_seed(_dropout_seed(seed, step, number))
                 with autocast(device, precision):
                     piece_loss = summed_loss(model, collate(piece).to(device)) / num_answer_tokens
+                piece_loss = piece_loss * counts
                 piece_loss.backward()
                 loss += piece_loss.detach()
             _share_gradients(parameters, loss)
             penalty = torch.zeros((), device=device) if penalise is None else penalise().detach()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+            norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
             # One read of the device a step: the norm is NaN or infinite where any gradient is.
             if not torch.isfinite(loss + penalty + norm):
                 raise NonFiniteLoss(
@@ -106,8 +108,10 @@ def _dropout_seed(seed: int, step: int, piece: int) -> int:
 
 
 def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:
-    """Sum loss and gradients over the workers; one without a micro-batch adds zeros."""
+    """Sum loss and gradients over the workers; those of sharded parameters are sums already."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    distributed.sum_in_place([loss, *(p.grad for p in parameters if p.grad is not None)])
+        gradients.append(parameter.grad)
+    distributed.sum_in_place([loss, *(g for g in gradients if not isinstance(g, DTensor))])

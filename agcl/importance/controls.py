@@ -6,12 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from agcl import sharding
 from agcl.importance.importance import Importance
 
 
 def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Importance:
     """The importance with |W| as its entries; its moments stay."""
-    entries = {name: cast(Tensor, layer.weight).detach().abs() for name, layer in linears.items()}
+    entries = {
+        name: sharding.whole(cast(Tensor, layer.weight).detach()).abs()
+        for name, layer in linears.items()
+    }
     return Importance(entries, importance.moments, {**importance.header, "estimator": "magnitude"})
 
 

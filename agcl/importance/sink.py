@@ -28,7 +28,8 @@ def sink_products(values: Tensor, weight: Tensor, products: Tensor, first: int) 
     float32 on the CPU; as many threads as torch has share the rows.
     """
     rows, threads = products.shape[1], torch.get_num_threads()
-    run = partial(_sink, values.numpy(), weight.numpy(), products.numpy(), first)
+    # Not by weight.numpy(), after which a sharded layer's memory could not be freed again.
+    run = partial(_sink, values.numpy(), np.from_dlpack(weight), products.numpy(), first)
     if threads == 1:
         run(0, rows)
         return

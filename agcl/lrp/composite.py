@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from agcl.lrp import rules as lrp_rules
-from agcl.lrp.families import family_named, modules_named
+from agcl.lrp.families import architecture_of, family_named, modules_named
 from agcl.lrp.rules import RuleSet
 
 
@@ -44,7 +44,7 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
     """
     if rules not in get_args(RuleSet):
         raise ValueError(f"rules must be one of {get_args(RuleSet)}, not {rules!r}")
-    family = family_named(type(model).__name__)
+    family = family_named(architecture_of(model))
     trace = Trace()
 
     def make_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:

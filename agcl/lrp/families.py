@@ -157,6 +157,11 @@ def family_named(architecture: str) -> Family:
     return FAMILIES[architecture]
 
 
+def architecture_of(model: nn.Module) -> str:
+    """The name of a model's class, which FSDP2 has put four letters before."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     """The modules whose whole name fits one of the patterns, in model order."""
     fits = re.compile("|".join(re.escape(p).replace(r"\#", r"\d+") for p in patterns))
@@ -170,7 +175,7 @@ def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
     put in by PEFT, the factors A and B. Keys are those of `model.named_parameters()`, e.g.
     `model.layers.0.mlp.up_proj.weight` or `model.layers.0.mlp.up_proj.lora_A.default.weight`.
     """
-    family = family_named(type(model).__name__)
+    family = family_named(architecture_of(model))
     linears: dict[str, nn.Module] = {}
     for name, module in modules_named(model, family.linears).items():
         if isinstance(module, nn.Linear | Conv1D):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from agcl.modulation.projection import project_out
+from agcl.sharding import placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
 _GATE_STEPS = 255
@@ -20,6 +21,8 @@ class GatedAdamW(torch.optim.AdamW):
     the gradient's running size, so a constant factor on the gradient cancels), with
     `on="gradient"` the gradient before Adam and the weight decay, the paper's literal form.
     `basis` then removes input directions from it, ΔW (I - U Uᵀ).
+
+    Sharded parameters have gates and states sharded like them, and whole bases.
 
     Where the gate is 1 the step equals `torch.optim.AdamW(fused=True)`'s bit for bit; where it is 0
     the weight keeps its bits. Gates are kept in a byte, in steps of 1/255.
@@ -56,13 +59,13 @@ class GatedAdamW(torch.optim.AdamW):
             if parameter is None or tensor.shape != parameter.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
             steps = tensor.to(parameter.device).mul(_GATE_STEPS).round_()
-            self.gate[parameter] = steps.to(torch.uint8)
+            self.gate[parameter] = placed_like(steps.to(torch.uint8), parameter)
         for name, tensor in (basis or {}).items():
             parameter = by_name.get(name)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
                 raise ValueError(f"no parameter {name} with {tensor.shape[0]} inputs to project")
             if tensor.shape[1]:
-                self.basis[parameter] = tensor.to(parameter.device, parameter.dtype)
+                self.basis[parameter] = replicated_like(tensor.to(parameter.dtype), parameter)
                 if name in transposed:
                     self.transposed.add(parameter)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from agcl.importance import Importance
+from agcl.sharding import placed_like, whole
 
 
 def quadratic_penalty(
@@ -27,7 +28,7 @@ def quadratic_penalty(
         anchors[name] = parameter.detach().clone()
         fisher[name] = torch.zeros_like(anchors[name])
         for importance in past:
-            fisher[name] += importance.entries[name].to(parameter.device).clamp(min=0)
+            fisher[name] += placed_like(importance.entries[name], parameter).clamp(min=0)
 
     @torch.no_grad()
     def penalise() -> Tensor:
@@ -36,7 +37,7 @@ def quadratic_penalty(
             parameter = parameters[name]
             moved = parameter - anchor
             gradient = strength * fisher[name] * moved
-            value += 0.5 * (gradient * moved).sum()
+            value += 0.5 * whole((gradient * moved).sum())
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return value
 

@@ -33,8 +33,8 @@ def attribute(
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
     summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
     batches = in_order(len(chosen), config["batch_size"])
-    by_layers = config["split"] == "layers"
-    mine = batches if by_layers else batches[distributed.rank() :: distributed.world_size()]
+    split = "layers" if context.shard_model else config["split"]
+    mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
     estimator = config["estimator"]
     importance = attribute_batches(
         model,
@@ -46,7 +46,7 @@ def attribute(
         moments=config["moments"],
         # Of a long answer that is scored in part, hardly any is right to the letter.
         correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
-        split=config["split"],
+        split=split,
         running_values=config["running_values"],
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
     )

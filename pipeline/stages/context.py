@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from agcl import distributed, models
+from agcl import distributed, models, sharding
 from agcl.checkpoint import Checkpoint
 from agcl.train import Log
 from transformers import PreTrainedModel
@@ -31,6 +31,8 @@ class Context:
     """Records metrics of the running stage by step."""
     folder: Path = Path()
     """Where the running stage's out_dir will be once it is whole."""
+    shard_model: bool = False
+    """Whether the workers share the model among them."""
     checkpoint_minutes: float = 0.0
     checkpoint: Checkpoint | None = None
     """Where the running stage goes on, if it was cut off in the middle of training."""
@@ -48,7 +50,13 @@ class Context:
         """
         model = self.held.pop(folder, None)
         self.held.clear()
-        return model if model is not None else models.load_model(folder).to(self.device)
+        return model if model is not None else self.placed(models.load_model(folder))
+
+    def placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model just made, on this worker's device: the whole or a share of it."""
+        if self.shard_model:
+            return sharding.shard(model, self.device)
+        return model.to(self.device)
 
     def hold_model(self, model: PreTrainedModel, folder: Path) -> None:
         """Keep a model in memory as that of `folder` for the next stage."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agcl import adapter, models
+from agcl import adapter, models, sharding
 from agcl.forward import activation_checkpointing
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
@@ -38,16 +38,13 @@ class Protection:
     only: set[str] | None = None
     """The only parameters that are trained; None for all."""
     before: dict[str, Tensor] = field(default_factory=dict)
-    """Copies, on the CPU, of the weights that are gated or projected."""
+    """Copies, on the CPU, of the weights that are gated or projected; of the first worker alone."""
 
     def remember(self, model: torch.nn.Module) -> None:
         """Keep copies of what is protected, to see later how it moved."""
         protected = {**(self.gate or {}), **(self.basis or {})}
-        self.before = {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in model.named_parameters()
-            if name in protected
-        }
+        chosen = ((name, p) for name, p in model.named_parameters() if name in protected)
+        self.before = {name: copy.clone() for name, copy in sharding.on_first_worker(chosen)}
 
 
 def pretrain(
@@ -55,10 +52,9 @@ def pretrain(
 ) -> None:
     """Train the built-in model from scratch on its generic facts."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
-    model = models.builtin_model(len(tokenizer), seed=config["seed"]).to(context.device)
+    model = context.placed(models.builtin_model(len(tokenizer), seed=config["seed"]))
     _fit(model, config, EncodedRows(inputs["rows"] / f"{TRAIN}.arrow"), context, Protection())
-    if context.is_first_worker:
-        models.save(model, tokenizer, out_dir)
+    models.save(model, tokenizer, out_dir)
     context.hold_model(model, context.folder)
 
 
@@ -80,11 +76,9 @@ def train(
     protection = protect(model, _past(inputs), config["protect"], config["seed"])
     _freeze(model, protection, config["freeze"])
     _fit(model, config, rows, context, protection)
-    if protection.before and context.is_first_worker:
-        write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
+    _check(model, protection, config, len(rows), out_dir)
     model.requires_grad_(True)
-    if context.is_first_worker:
-        models.save(model, models.load_tokenizer(inputs["model"]), out_dir)
+    models.save(model, models.load_tokenizer(inputs["model"]), out_dir)
     context.hold_model(model, context.folder)
 
 
@@ -184,9 +178,8 @@ def _train_adapter(
         protection.penalise = partial(_backward, overlap)
     _freeze(model, protection, config["freeze"])
     _fit(model, config, rows, context, protection)
+    _check(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
-        if protection.before:
-            write_json(out_dir / CHECKS, _check(model, protection, config, len(rows)))
         adapter.save(peft_model, out_dir / ADAPTER, inputs["model"])
     _leave(peft_model, settings["merge"], inputs["model"], out_dir, context)
 
@@ -200,8 +193,7 @@ def _leave(peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, contex
         context.hold_model(adapter.removed(peft_model), base)
         return
     model = adapter.merged(peft_model)
-    if context.is_first_worker:
-        models.save(model, tokenizer, out_dir)
+    models.save(model, tokenizer, out_dir)
     context.hold_model(model, context.folder)
 
 
@@ -227,10 +219,19 @@ def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
 
 
 def _check(
-    model: PreTrainedModel, protection: Protection, config: Mapping[str, Any], num_rows: int
-) -> dict[str, Any]:
-    after = {n: p.detach().cpu() for n, p in model.named_parameters() if n in protection.before}
-    return check(
+    model: PreTrainedModel,
+    protection: Protection,
+    config: Mapping[str, Any],
+    num_rows: int,
+    out_dir: Path,
+) -> None:
+    """Write whether the protection held, if there is one; the first worker, with all others."""
+    protected = {**(protection.gate or {}), **(protection.basis or {})}
+    chosen = ((name, p) for name, p in model.named_parameters() if name in protected)
+    after = dict(sharding.on_first_worker(chosen))
+    if not after:
+        return
+    found = check(
         protection.before,
         after,
         gate=protection.gate,
@@ -239,6 +240,7 @@ def _check(
         steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
         transposed=stored_transposed(model),
     )
+    write_json(out_dir / CHECKS, found)
 
 
 def _fit(

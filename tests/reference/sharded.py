@@ -1,0 +1,148 @@
+"""What the tests let workers do with a model that they share, and one process with a whole one."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import families, tiny
+from torch import Tensor
+
+from agcl import checkpoint as checkpoints
+from agcl import distributed, models, sharding
+from agcl.attribution import attribute
+from agcl.batches import collate, in_order
+from agcl.evaluate import exact_match, text_loss
+from agcl.forward import activation_checkpointing
+from agcl.generate import generate
+from agcl.importance import Importance
+from agcl.lrp import stored_transposed
+from agcl.modulation import GatedAdamW, quadratic_penalty
+from agcl.tasks import Encoded
+from agcl.train import train_task
+
+SETTINGS = {"epochs": 2, "batch_size": 5, "micro_batch_size": 2, "seed": 3}
+
+
+def model_of(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Sharded where there are workers to share it."""
+    built = families.model(architecture, dtype=dtype)
+    return sharding.shard(built, torch.device("cpu")) if distributed.world_size() > 1 else built
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: sharding.whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def task(
+    architecture: str,
+    rows: Sequence[Encoded],
+    *,
+    gate: Mapping[str, Tensor] | None = None,
+    basis: Mapping[str, Tensor] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
+    frozen: str = "",
+    checkpointing: bool = False,
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Metrics of every step and the weights after training with these protections.
+
+    In float64: of a gradient that is zero but for rounding, Adam makes a step of full size.
+    """
+    model, steps = model_of(architecture, torch.float64), []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name != frozen)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    transposed = stored_transposed(model) if basis else ()
+    optimizer = GatedAdamW(trained.items(), lr=1e-2, gate=gate, basis=basis, transposed=transposed)
+    with activation_checkpointing(model, checkpointing):
+        train_task(
+            model,
+            rows,
+            optimizer,
+            penalise=quadratic_penalty(trained, [Importance(fisher)], strength=2.0)
+            if fisher
+            else None,
+            log=lambda metrics, step: steps.append(metrics),
+            **SETTINGS,
+        )
+    return steps, weights_of(model)
+
+
+def scores(architecture: str, rows: Sequence[Encoded]) -> tuple[list[bool], list[list[int]], float]:
+    """Verdicts, texts and loss on a text."""
+    model = model_of(architecture)
+    prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
+    return (
+        exact_match(model, rows, batch_size=2),
+        generate(model, prompts, end=tiny.END, max_new_tokens=6, batch_size=2),
+        text_loss(model, [2 + i % 38 for i in range(300)]),
+    )
+
+
+def importance(architecture: str, rows: Sequence[Encoded], **options: Any) -> Any:
+    """Entries, moments and header; and whether weights and flags are as before."""
+    model = model_of(architecture)
+    before = weights_of(model)
+    batches = (collate([rows[i] for i in b]) for b in in_order(len(rows), 3))
+    found = attribute(model, batches, correct_only=False, **options)
+    same = all(torch.equal(w, before[name]) for name, w in weights_of(model).items())
+    same &= all(parameter.requires_grad for parameter in model.parameters())
+    return dict(found.entries), dict(found.moments), dict(found.header), same
+
+
+def stages(rows: Sequence[Encoded]) -> list[float]:
+    """Losses of training, then attribution, then training with half of the weights frozen."""
+    model, losses = model_of("LlamaForCausalLM"), []
+    for frozen in ("", "mlp"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen and frozen in name))
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        train_task(
+            model,
+            rows,
+            GatedAdamW(trained, lr=1e-2),
+            log=lambda metrics, step: losses.append(metrics["loss"]),
+            **SETTINGS,
+        )
+        attribute(model, [collate(rows)], top_k=2, correct_only=False, split="layers")
+        exact_match(model, rows, batch_size=4)
+    return losses
+
+
+def with_checkpoint(
+    rows: Sequence[Encoded], folder: Path, stop: int | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights of training up to a step or to the end, with a checkpoint a step."""
+
+    class Interrupted(Exception):
+        pass
+
+    def penalise() -> Tensor:
+        if len(losses) == stop:
+            raise Interrupted
+        return torch.zeros(())
+
+    checkpoints._LARGEST_SHARE = float("inf")
+    model, losses = model_of("LlamaForCausalLM"), []
+    with suppress(Interrupted):
+        train_task(
+            model,
+            rows,
+            GatedAdamW(model.named_parameters(), lr=1e-2),
+            penalise=penalise,
+            checkpoint=checkpoints.Checkpoint(folder / "file", "a task", 0.0),
+            log=lambda metrics, step: losses.append(metrics["loss"]),
+            **SETTINGS,
+        )
+    return losses, weights_of(model)
+
+
+def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Write the model; gives the shape of this worker's share of every parameter."""
+    model = model_of(architecture)
+    models.save(model, tokenizer, folder)
+    return {
+        name: tuple(p.to_local().shape if sharding.is_sharded(model) else p.shape)
+        for name, p in model.named_parameters()
+    }
