@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.config import Resources
     from pipeline.probe import Needs
 
 
@@ -44,18 +45,22 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     except ProbeFailed as failure:
         console.print(f"the probe failed, as the run would: {failure}", markup=False)
         return 1
-    for line in _lines(needs, run.config.resources.num_workers):
+    for line in _lines(needs, run.config.resources):
         console.print(line)
     return 0
 
 
-def _lines(needs: "Needs", workers: int) -> list[str]:
+def _lines(needs: "Needs", resources: "Resources") -> list[str]:
     parts = ", ".join(f"{kind} {_duration(taken)}" for kind, taken in needs.seconds.items())
     total = _duration(sum(needs.seconds.values()))
+    workers = resources.num_workers
     each = f"each of {workers} workers" if workers > 1 else "one worker"
+    if workers > 1 and resources.shard_model:
+        each = f"a worker with the whole model; each of {workers} that share it needs less"
+    passing = f", and {needs.checkpoint_bytes / 1e9:.2f} GB for a checkpoint while training"
     return [
-        f"  memory  {needs.worker_bytes / 1e9:.1f} GB for {each} at most",
-        f"  disk    {needs.disk_bytes / 1e9:.2f} GB",
+        f"  memory  {needs.worker_bytes / 1e9:.1f} GB at most for {each}",
+        f"  disk    {needs.disk_bytes / 1e9:.2f} GB" + passing * bool(needs.checkpoint_bytes),
         f"  time    about {total} one session at a time ({parts})",
     ]
 

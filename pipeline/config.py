@@ -204,6 +204,11 @@ class Resources(Section):
     """CPU cores, and threads, a worker."""
     use_gpu: bool = False
     """One GPU a worker, nccl."""
+    shard_model: bool = False
+    """Share the model among the workers (FSDP2), for one that no device holds whole with its
+    gradients and optimizer state: each keeps a part of every weight, its Adam state and its gate,
+    and whole layers for as long as they compute. Slower; the same numbers to rounding. Attribution
+    is then split by layers. With one worker there is nothing to share."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """How often training is written down inside a task, three times the model's size, so that a
     worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
@@ -266,6 +271,8 @@ class Config(Section):
             raise ValueError("protect: method agcl needs at least one protection")
         if self.adapter:
             self._check_adapter(self.adapter)
+        if self.adapter and self.resources.shard_model:
+            raise ValueError("resources.shard_model: cannot be used with an adapter")
         if self.evaluation.rows == "validation" and not self.evaluation.validation:
             raise ValueError(
                 "evaluation.validation: must be set where evaluation.rows is validation"

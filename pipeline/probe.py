@@ -56,6 +56,8 @@ class Needs:
     worker_bytes: int
     """The most memory that the probe's process, or its GPU, had."""
     disk_bytes: int = 0
+    checkpoint_bytes: int = 0
+    """While a task trains, for what it would go on from: weights and the two states of Adam."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By kind of stage; `start` is that of Ray's sessions."""
 
@@ -120,6 +122,8 @@ def _for_all_stages(
         taken = cost.fixed_seconds + cost.seconds_a_row * _rows(stage, sizes) / workers
         needs.seconds[kind] = needs.seconds.get(kind, 0.0) + taken
         needs.disk_bytes += cost.fixed_bytes
+        if kind == "train" and run.config.resources.checkpoint_minutes:
+            needs.checkpoint_bytes = 3 * cost.fixed_bytes
     starts = len({stage.session for stage in open_stages if stage.train})
     if starts:
         needs.seconds["start"] = starts * _SESSION_SECONDS

@@ -25,7 +25,8 @@ from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 
 LESS_MEMORY = (
     "set training.activation_checkpointing, or lower training.micro_batch_size, "
-    "importance.batch_size, importance.top_k or evaluation.batch_size"
+    "importance.batch_size, importance.top_k or evaluation.batch_size, or share the model among "
+    "workers by resources.shard_model"
 )
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """How torch says it on the CPU, by a plain RuntimeError."""
@@ -217,7 +218,11 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
             why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
             _refuse(why, session.works[0], emit)
         torch.set_num_threads(resources.cpus_per_worker)
-        context = Context(get_device(), checkpoint_minutes=resources.checkpoint_minutes)
+        context = Context(
+            get_device(),
+            shard_model=resources.shard_model and resources.num_workers > 1,
+            checkpoint_minutes=resources.checkpoint_minutes,
+        )
         run_works(session.works, context, emit)
 
     TorchTrainer(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl import adapter, distributed
+from agcl.attribution import Split
 from agcl.attribution import attribute as attribute_batches
 from agcl.batches import collate, in_order
 from agcl.importance import magnitude, permuted, random
@@ -33,7 +34,7 @@ def attribute(
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
     summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
     batches = in_order(len(chosen), config["batch_size"])
-    split = "layers" if context.shard_model else config["split"]
+    split: Split = "layers" if context.shard_model else config["split"]
     mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
     estimator = config["estimator"]
     importance = attribute_batches(

@@ -58,8 +58,9 @@ def test_random_kills_change_nothing(tmp_path):
     assert chaos(["--kills", "3", "--storage", str(tmp_path)]) == 0
 
 
-def test_two_workers_give_what_one_gives(driver, finished):
-    code, _, err = driver.finish("resources.num_workers=2")
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_workers_give_what_one_gives(driver, finished, shared):
+    code, _, err = driver.finish("resources.num_workers=2", f"resources.shard_model={shared}")
     assert code == 0, err
     two = json.loads((driver.run / "metrics.json").read_text())
     assert two == finished.metrics("gradient")

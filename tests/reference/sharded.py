@@ -146,3 +146,16 @@ def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[in
         name: tuple(p.to_local().shape if sharding.is_sharded(model) else p.shape)
         for name, p in model.named_parameters()
     }
+
+
+def stages_of(config: Any) -> None:
+    """Run a config's missing stages that train, the model shared, with a checkpoint a step."""
+    from pipeline.run import open_run
+    from pipeline.session import run_works
+    from pipeline.stages.context import Context
+
+    checkpoints._LARGEST_SHARE = float("inf")
+    context = Context(shard_model=True, checkpoint_minutes=1e-9)
+    run = open_run(config)
+    works = [run.works[stage.name] for stage in run.plan.stages if stage.train]
+    run_works(works, context, lambda records: None)

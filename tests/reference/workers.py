@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,23 @@ class Workers:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """Results in rank order; an exception in a worker is raised here."""
+        """Results in rank order; an exception in a worker is raised here, the first one."""
         for end in self.ends:
             # Plain pickles: multiprocessing's own would share tensors' memory among processes.
             end.send_bytes(pickle.dumps((function, args, options)))
-        results = []
-        for rank, end in enumerate(self.ends):
-            if not end.poll(PATIENCE):
-                raise TimeoutError(f"worker {rank} gave no answer in {PATIENCE} s")
-            results.append(pickle.loads(end.recv_bytes()))
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
+        results: dict[Any, Any] = {}
+        failure: Exception | None = None
+        while waiting := [end for end in self.ends if end not in results]:
+            # One that failed may have left the other waiting for it.
+            if not (ready := wait(waiting, 10 if failure else PATIENCE)):
+                raise failure or TimeoutError(f"a worker gave no answer in {PATIENCE} s")
+            for end in ready:
+                results[end] = pickle.loads(end.recv_bytes())
+                if isinstance(results[end], Exception):
+                    failure = failure or results[end]
+        if failure:
+            raise failure
+        return [results[end] for end in self.ends]
 
     def close(self) -> None:
         for end in self.ends:
