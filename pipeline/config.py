@@ -207,8 +207,9 @@ class Resources(Section):
     shard_model: bool = False
     """Share the model among the workers (FSDP2), for one that no device holds whole with its
     gradients and optimizer state: each keeps a part of every weight, its Adam state and its gate,
-    and whole layers for as long as they compute. Slower; the same numbers to rounding. Attribution
-    is then split by layers. With one worker there is nothing to share."""
+    and whole layers for as long as they compute; while it is loaded, all of it in main memory.
+    Slower; the same numbers to rounding. Attribution is then split by layers. With one worker there
+    is nothing to share."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """How often training is written down inside a task, three times the model's size, so that a
     worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
