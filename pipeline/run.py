@@ -171,8 +171,8 @@ def _run_missing(
             failures = run_with_progress(
                 todo, folder, first.resources, recording.observe, console, keep_going=keep_going
             )
-        except StageFailed as failure:
-            failures, keep_going = [failure], False
+        except StageFailed as of_all:
+            failures, keep_going = [of_all], False
         for failure in failures:
             _write_log(folder, failure)
         if failures and not keep_going:

@@ -237,7 +237,9 @@ def _reached(left: Sequence[Work]) -> tuple[int, int]:
 
 def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer, get_device
+    from ray.train.torch import TorchTrainer, get_device
+
+    from pipeline.process_group import ReachableConfig
 
     def loop() -> None:
         if not scratch.is_dir():  # Ray Train made it, on the driver's node.
@@ -254,7 +256,7 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
             use_gpu=resources.use_gpu,
             resources_per_worker=needs(resources),
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=ReachableConfig(backend="nccl" if resources.use_gpu else "gloo"),
         run_config=RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),

@@ -3,77 +3,21 @@
 import json
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
+from reference.nodes import RAY, Node, free_port, wait_until
 
 from pipeline import artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-RAY = Path(sys.executable).parent / "ray"
 SMALL = "tasks.count=2 tasks.entities=3 model.pretraining.entities=8 model.pretraining.epochs=8"
-
-
-def wait_until(found, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
-    return value
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Node:
-    """A node as `ray start` makes it."""
-
-    def __init__(self, environment, *arguments):
-        command = [RAY, "start", "--block", "--disable-usage-stats", *arguments]
-        # Jobs are submitted to the head's agent, whose usual port another cluster may have.
-        own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
-        self.process = psutil.Popen(
-            [*command, *own],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def processes(self, title=""):
-        """Its processes with a title like this."""
-        found = []
-        for process in self.process.children(recursive=True):
-            with suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def lose(self):
-        """End as a machine does that is taken away: its raylet without a word, and all with it."""
-        (raylet,) = [process for process in self.processes() if process.name() == "raylet"]
-        raylet.send_signal(signal.SIGKILL)
-
-    def end(self):
-        with suppress(psutil.NoSuchProcess):
-            left = [*self.process.children(recursive=True), self.process]
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=30)
 
 
 class Cluster:

@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from pipeline import artifact, loading
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,7 +43,7 @@ class Driver:
 
     def finish(self, *settings, **environment):
         process = self.start(*settings, **environment)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
     def wait_for(self, stage, process):
@@ -65,6 +67,17 @@ class Driver:
         folders = (self.storage / "stages").glob("*")
         manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}
+
+
+def processes_below(process, title=""):
+    """The processes that one has started, and those have, whose title has this in it."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if title in " ".join(below.cmdline()):
+                    found.append(below)
+    return found
 
 
 def wait_until_no_process_is_left(storage):
