@@ -230,7 +230,10 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
 
 
 def _reached(left: Sequence[Work]) -> tuple[int, int]:
-    """How far a session is that has these stages left: it grows with every step ahead."""
+    """How far a session is that has these stages left: something else after every step ahead.
+
+    Compared for equality alone, as whoever writes the checkpoint may have another clock.
+    """
     checkpoint = artifact.checkpoint_of(left[0].folder)
     return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,7 +15,7 @@ from reference.nodes import RAY, Node, free_port, wait_until
 
 from pipeline import artifact
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = "tasks.count=2 tasks.entities=3 model.pretraining.entities=8 model.pretraining.epochs=8"
@@ -65,15 +66,16 @@ class Cluster:
         for _ in range(number):
             self.join()
 
-    def join(self):
+    def join(self, **environment):
         """Another worker node, once it is up: two that start at once may want the same port."""
         # A folder of its own, as on a machine of its own: a node that fetches the working directory
         # begins by clearing it away.
         self.joined += 1
         folder = f"--temp-dir={self.folder / str(self.joined)}"
-        node = Node(self.environment, f"--address=127.0.0.1:{self.port}", "--num-cpus=1", folder)
+        address = f"--address=127.0.0.1:{self.port}"
+        node = Node({**self.environment, **environment}, address, "--num-cpus=1", folder)
         self.workers.append(node)
-        wait_until(lambda: node.processes("DashboardAgent"), 60, "no worker node")
+        wait_until(lambda: node.processes("DashboardAgent"), 180, "no worker node")
 
     def end_workers(self):
         while self.workers:
@@ -181,6 +183,36 @@ def test_a_stopped_job_ends_its_workers_and_goes_on_when_submitted_again(cluster
     assert before.items() <= cluster.finished().items()
     assert " done pretrain" not in log
     assert not list(cluster.storage.rglob("*.part"))
+
+
+@pytest.fixture
+def hour_ahead(tmp_path):
+    """The environment of a node whose clock is an hour ahead."""
+    library, source = tmp_path / "hour_ahead.so", ROOT / "tests" / "reference" / "hour_ahead.c"
+    if shutil.which("gcc") is None:
+        pytest.skip("setting a process's clock needs gcc")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def test_a_node_whose_clock_is_an_hour_ahead_changes_nothing(cluster, client, hour_ahead):
+    metrics = {}
+    for job, environment in (("in-time", {}), ("ahead", hour_ahead)):
+        cluster.end_workers()
+        cluster.join(**environment)
+        # The stages of the other job must not be found.
+        storage = cluster.folder / job
+        settings = (f"storage={storage}", "name=clock", "resources.checkpoint_minutes=0.0001")
+        cluster.submit(job, *settings, "training.epochs=100")
+        stages = storage / "stages"
+        wait_until(lambda: list(stages.glob("train-1-*.checkpoint")), 300, "no training")
+        for worker in cluster.workers[0].processes("RayTrainWorker") if environment else ():
+            worker.kill()
+        code, log = cluster.outcome(client, job)
+        assert code == 0, log
+        assert log.count("lost a worker in train/1-harbour") == len(environment)
+        metrics[job] = json.loads((storage / "clock" / "metrics.json").read_text())
+    assert metrics["ahead"] == metrics["in-time"]
 
 
 def test_a_job_whose_workers_find_no_room_any_more_fails_with_one_line(cluster, client):

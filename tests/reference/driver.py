@@ -20,6 +20,8 @@ class Driver:
 
     def __init__(self, config, storage, folder):
         self.settings, self.config = config, folder / "config.yaml"
+        self.inside: list[str] = []
+        """A command that runs others in a place of its own."""
         self.move_to(storage)
 
     def move_to(self, storage):
@@ -30,7 +32,7 @@ class Driver:
 
     def start(self, *settings, **environment):
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", str(self.config), *settings],
+            [*self.inside, sys.executable, "-m", "jobs", "run", str(self.config), *settings],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
