@@ -224,7 +224,7 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
             why = why_lost(error, kernel_killed=_kernel_kills() > kills)
             record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
             if losses == LOSSES:
-                emit([{**record, "state": "failed", "traceback": masked(str(error))}])
+                emit([{**record, "state": "failed", "traceback": masked(traceback.format_exc())}])
                 raise
             emit([record])
 

@@ -50,7 +50,7 @@ class Driver:
 
     def wait_for(self, stage, process):
         """Return as soon as the stage writes its artifact."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not list((self.storage / "stages").glob(f"{stage}-*.part")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, f"{stage} never started"
