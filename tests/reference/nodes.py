@@ -9,11 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from reference.driver import processes_below
+from reference.driver import PATIENCE, processes_below
 
 RAY = Path(sys.executable).parent / "ray"
-PATIENCE = {"RAY_raylet_start_wait_time_s": "180"}
-"""Ray's 30 seconds are too few on a machine that is busy."""
 
 
 def wait_until(found, seconds, what):
