@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from pipeline import trials
 from pipeline.search_space import distributions, own_point, settings_of
+from pipeline.session import LESS_MEMORY
 from pipeline.trials import Trial
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Rounds(Searcher):
             return
         num_tasks = len(self.search.run_of(trial).plan.tasks)
         if error:
-            why = f"its workers were lost {LOST_WORKERS + 1} times"
+            times = f"{LOST_WORKERS + 1} times"
+            why = f"its workers were lost {times}; if they ran out of memory, {LESS_MEMORY}"
             trial = replace(trial, state="failed", reason=why)
         else:
             finished = len(trial.progress) == num_tasks

@@ -167,9 +167,12 @@ def _run_missing(
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
     try:
-        failures = run_with_progress(
-            todo, folder, first.resources, recording.observe, console, keep_going=keep_going
-        )
+        try:
+            failures = run_with_progress(
+                todo, folder, first.resources, recording.observe, console, keep_going=keep_going
+            )
+        except StageFailed as of_all:
+            failures, keep_going = [of_all], False
         for failure in failures:
             _write_log(folder, failure)
         if failures and not keep_going:

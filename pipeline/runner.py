@@ -15,7 +15,7 @@ from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.progress import StageProgress
 from pipeline.secrets import masked
-from pipeline.session import LESS_MEMORY, Mailbox, here, run_session
+from pipeline.session import Mailbox, here, run_session, why_lost
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]
@@ -99,7 +99,7 @@ def run_sessions(
     `scratch` is a folder, shared by all nodes, for what Ray Train writes; it is removed.
     Gives the failures. After the first one nothing new starts and what runs is finished; with
     `keep_going` only what needs the failed session is left out. An exception (an interrupt, say)
-    cancels what runs.
+    cancels what runs; `StageFailed` is raised where what tells of all of them was lost.
     """
     # Beside the driver, so that a worker's node takes neither records nor who restarts a session.
     mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
@@ -126,6 +126,8 @@ def run_sessions(
                     failures.append(failure)
                     lost.add(session.name)
                     waiting = _without(lost, waiting) if keep_going else {}
+    except ray.exceptions.RayError as error:  # The mailbox is gone, so nobody can tell.
+        raise _failure(next(iter(running.values())), watch, error) from error
     finally:
         for ref in running:
             ray.cancel(ref)
@@ -178,8 +180,5 @@ def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
             return StageFailed(stage, str(record["error"]), str(record["traceback"]))
     begun = ("started", "lost")
     started = [stage for stage, record in states.items() if record.get("state") in begun]
-    text = masked(str(error))
-    reason = " ".join(text.split())[-300:]
     stage = (started or [session.works[0].name])[-1]
-    said = f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})"
-    return StageFailed(stage, said, text)
+    return StageFailed(stage, why_lost(error), masked(str(error)))

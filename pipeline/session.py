@@ -5,7 +5,7 @@ import platform
 import traceback
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +28,14 @@ LESS_MEMORY = (
     "importance.batch_size, importance.top_k or evaluation.batch_size, or share the model among "
     "workers by resources.shard_model"
 )
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""How torch says it on the CPU, by a plain RuntimeError."""
+_NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+)
+"""How torch, the system and CUDA's libraries say it, by errors of many types."""
 LOSSES = 3
 """Times that a session is lost at the same place before it counts as failed."""
 
@@ -73,16 +79,34 @@ def explain(error: BaseException, work: Work) -> str:
     """One line for the user."""
     if "No space left on device" in str(error):
         return f"no space left on device for {work.folder}"
+    text = " ".join(str(error).split())
+    said = any(words in text for words in _NO_MEMORY)
+    if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {LESS_MEMORY} ({text})"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{os.strerror(error.errno)}: {error.filename or work.folder}"
-    text = " ".join(str(error).split())
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY in text:
-        return f"out of memory: {LESS_MEMORY} ({text})"
     return (
         text
         if isinstance(error, ValueError | ArithmeticError)
         else f"{type(error).__name__}: {text}"
     )
+
+
+def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
+    """One line for the user on workers that are gone."""
+    # Ray's monitor of the node's memory; Ray Train tells of it in a cause only.
+    if kernel_killed or "running low on memory" in "".join(traceback.format_exception(error)):
+        return f"out of memory, its workers were killed: {LESS_MEMORY}"
+    reason = " ".join(str(error).split())[-300:]
+    return masked(f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})")
+
+
+def _kernel_kills() -> int:
+    """How many processes the kernel of this machine has killed for want of memory."""
+    with suppress(OSError, ValueError):
+        counters = Path("/proc/vmstat").read_text().split()
+        return int(counters[counters.index("oom_kill") + 1])
+    return 0
 
 
 def misses_others(error: BaseException) -> bool:
@@ -180,6 +204,7 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
     folders = {work.folder.name for work in session.works}
     losses, reached = 0, _reached(session.works)
     while True:
+        kills = _kernel_kills()
         try:
             if session.train:
                 _on_workers(session, resources, emit, scratch)
@@ -197,21 +222,28 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
                 continue
             before, reached = reached, _reached(left)
             losses = losses + 1 if reached == before else 1
-            reason = " ".join(str(error).split())[-300:]
-            emit([{"artifact": left[0].folder.name, "state": "lost", "error": reason}])
+            why = why_lost(error, kernel_killed=_kernel_kills() > kills)
+            record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
             if losses == LOSSES:
+                emit([{**record, "state": "failed", "traceback": masked(traceback.format_exc())}])
                 raise
+            emit([record])
 
 
 def _reached(left: Sequence[Work]) -> tuple[int, int]:
-    """How far a session is that has these stages left: it grows with every step ahead."""
+    """How far a session is that has these stages left: something else after every step ahead.
+
+    Compared for equality alone, as whoever writes the checkpoint may have another clock.
+    """
     checkpoint = artifact.checkpoint_of(left[0].folder)
     return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
 def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer, get_device
+    from ray.train.torch import TorchTrainer, get_device
+
+    from pipeline.process_group import ReachableConfig
 
     def loop() -> None:
         if not scratch.is_dir():  # Ray Train made it, on the driver's node.
@@ -232,7 +264,7 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
             use_gpu=resources.use_gpu,
             resources_per_worker=needs(resources),
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=ReachableConfig(backend="nccl" if resources.use_gpu else "gloo"),
         run_config=RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),

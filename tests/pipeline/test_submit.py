@@ -3,77 +3,22 @@
 import json
 import os
 import secrets
-import signal
-import socket
+import shutil
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
+from reference.nodes import RAY, Node, free_port, wait_until
 
 from pipeline import artifact
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-RAY = Path(sys.executable).parent / "ray"
 SMALL = "tasks.count=2 tasks.entities=3 model.pretraining.entities=8 model.pretraining.epochs=8"
-
-
-def wait_until(found, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
-    return value
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Node:
-    """A node as `ray start` makes it."""
-
-    def __init__(self, environment, *arguments):
-        command = [RAY, "start", "--block", "--disable-usage-stats", *arguments]
-        # Jobs are submitted to the head's agent, whose usual port another cluster may have.
-        own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
-        self.process = psutil.Popen(
-            [*command, *own],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def processes(self, title=""):
-        """Its processes with a title like this."""
-        found = []
-        for process in self.process.children(recursive=True):
-            with suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def lose(self):
-        """End as a machine does that is taken away: its raylet without a word, and all with it."""
-        (raylet,) = [process for process in self.processes() if process.name() == "raylet"]
-        raylet.send_signal(signal.SIGKILL)
-
-    def end(self):
-        with suppress(psutil.NoSuchProcess):
-            left = [*self.process.children(recursive=True), self.process]
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=30)
 
 
 class Cluster:
@@ -121,15 +66,16 @@ class Cluster:
         for _ in range(number):
             self.join()
 
-    def join(self):
+    def join(self, **environment):
         """Another worker node, once it is up: two that start at once may want the same port."""
         # A folder of its own, as on a machine of its own: a node that fetches the working directory
         # begins by clearing it away.
         self.joined += 1
         folder = f"--temp-dir={self.folder / str(self.joined)}"
-        node = Node(self.environment, f"--address=127.0.0.1:{self.port}", "--num-cpus=1", folder)
+        address = f"--address=127.0.0.1:{self.port}"
+        node = Node({**self.environment, **environment}, address, "--num-cpus=1", folder)
         self.workers.append(node)
-        wait_until(lambda: node.processes("DashboardAgent"), 60, "no worker node")
+        wait_until(lambda: node.processes("DashboardAgent"), 180, "no worker node")
 
     def end_workers(self):
         while self.workers:
@@ -237,6 +183,37 @@ def test_a_stopped_job_ends_its_workers_and_goes_on_when_submitted_again(cluster
     assert before.items() <= cluster.finished().items()
     assert " done pretrain" not in log
     assert not list(cluster.storage.rglob("*.part"))
+
+
+@pytest.fixture
+def hour_ahead(tmp_path):
+    """The environment of a node whose clock is an hour ahead."""
+    library, source = tmp_path / "hour_ahead.so", ROOT / "tests" / "reference" / "hour_ahead.c"
+    if shutil.which("gcc") is None:
+        pytest.skip("setting a process's clock needs gcc")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def run_on_one_node(cluster, client, job, kills, **environment):
+    """Metrics of a run in a storage folder of its own, whose worker is killed as it trains."""
+    cluster.end_workers()
+    cluster.join(**environment)
+    storage = cluster.folder / job
+    settings = (f"storage={storage}", "name=run", "resources.checkpoint_minutes=0.0001")
+    cluster.submit(job, *settings, "training.epochs=100")
+    wait_until(lambda: list(storage.glob("stages/train-1-*.checkpoint")), 300, "no training")
+    for worker in cluster.workers[0].processes("RayTrainWorker")[:kills]:
+        worker.kill()
+    code, log = cluster.outcome(client, job)
+    assert code == 0, log
+    assert log.count("lost a worker in ") == kills
+    return json.loads((storage / "run" / "metrics.json").read_text())
+
+
+def test_a_node_whose_clock_is_an_hour_ahead_changes_nothing(cluster, client, hour_ahead):
+    ahead = run_on_one_node(cluster, client, "ahead", 1, **hour_ahead)
+    assert ahead == run_on_one_node(cluster, client, "in-time", 0)
 
 
 def test_a_job_whose_workers_find_no_room_any_more_fails_with_one_line(cluster, client):

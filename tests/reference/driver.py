@@ -8,9 +8,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from pipeline import artifact, loading
 
 ROOT = Path(__file__).parent.parent.parent
+PATIENCE = {"RAY_raylet_start_wait_time_s": "180"}
+"""Ray's 30 seconds are too few on a machine that is busy."""
 
 
 class Driver:
@@ -18,6 +22,8 @@ class Driver:
 
     def __init__(self, config, storage, folder):
         self.settings, self.config = config, folder / "config.yaml"
+        self.inside: list[str] = []
+        """A command that runs others in a place of its own."""
         self.move_to(storage)
 
     def move_to(self, storage):
@@ -28,9 +34,9 @@ class Driver:
 
     def start(self, *settings, **environment):
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "run", str(self.config), *settings],
+            [*self.inside, sys.executable, "-m", "jobs", "run", str(self.config), *settings],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **PATIENCE, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -41,12 +47,12 @@ class Driver:
 
     def finish(self, *settings, **environment):
         process = self.start(*settings, **environment)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
     def wait_for(self, stage, process):
         """Return as soon as the stage writes its artifact."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not list((self.storage / "stages").glob(f"{stage}-*.part")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, f"{stage} never started"
@@ -65,6 +71,17 @@ class Driver:
         folders = (self.storage / "stages").glob("*")
         manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}
+
+
+def processes_below(process, title=""):
+    """The processes that one has started, and those have, whose title has this in it."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if title in " ".join(below.cmdline()):
+                    found.append(below)
+    return found
 
 
 def wait_until_no_process_is_left(storage):
