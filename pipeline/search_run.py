@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline import artifact, loading, trials
+from pipeline import artifact, loading, object_store, trials
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
@@ -21,6 +21,7 @@ from pipeline.run import execute, open_folder, open_run
 from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
+from pipeline.tracking import Tracker
 from pipeline.trials import Trial
 from pipeline.tuning import VALIDATION
 
@@ -51,7 +52,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         settings["evaluation.validation"] = VALIDATION
     of_trials = loading.changed(config, settings)
     space = space_of(of_trials)
-    search = Search(of_trials, space, num_trials, config.storage / f"{config.name}-search")
+    search = Search(of_trials, space, num_trials, config.local_storage / f"{config.name}-search")
     if len(_tasks(search)) < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")
     _check_folder(search, resume=resume)
@@ -65,6 +66,8 @@ def _tasks(search: Search) -> Sequence[str]:
 def _check_folder(search: Search, *, resume: bool) -> None:
     """A search folder keeps one search: trials of another one say nothing about this one's."""
     file = search.folder / SEARCH_FILE
+    if isinstance(search.config.storage, str):
+        object_store.pull_file(search.config.storage, file)
     if not file.is_file():
         if resume:
             raise InputError(f"--resume: {search.folder} holds no search to go on with")
@@ -93,8 +96,22 @@ def execute_search(
     """
     config = search.config
     tracker = connect(config, console)
+    with object_store.results(config.storage, search.folder):
+        return _execute(search, tracker, command, console, watch)
+
+
+def _execute(
+    search: Search,
+    tracker: Tracker | None,
+    command: str,
+    console: Console,
+    watch: AbstractContextManager[Observe],
+) -> Found:
+    config = search.config
     recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
+    if isinstance(config.storage, str):
+        object_store.push_results(config.storage, search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
     records = _Records(search, recording, {stage.name for stage in shared})
