@@ -23,6 +23,7 @@ from pipeline.dag import Session, Work
 from pipeline.object_store import StoreFailed
 from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
+from pipeline.stored_checkpoint import StoredCheckpoint
 
 LESS_MEMORY = (
     "set training.activation_checkpointing, or lower training.micro_batch_size, "
@@ -164,7 +165,11 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
 def _checkpoint_of(work: Work, context: Context) -> Checkpoint | None:
     seconds = 60 * context.checkpoint_minutes
     file = artifact.checkpoint_of(work.folder)
-    return Checkpoint(file, work.fingerprint, seconds) if seconds else None
+    if not seconds:
+        return None
+    if work.store:
+        return StoredCheckpoint(file, work.fingerprint, seconds, work.store)
+    return Checkpoint(file, work.fingerprint, seconds)
 
 
 @ray.remote(num_cpus=0)
@@ -240,6 +245,8 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
 def _reached(left: Sequence[Work]) -> tuple[int, int]:
     """How far a session is that has these stages left: it grows with every step ahead."""
     checkpoint = artifact.checkpoint_of(left[0].folder)
+    if store := left[0].store:  # Its worker may be on another node.
+        return -len(left), object_store.modified(store, checkpoint)
     return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
