@@ -42,6 +42,8 @@ class Stage:
     """Stages with the same session name and owners run in one session."""
     train: bool = False
     """Runs on Ray Train workers; otherwise in one plain Ray task."""
+    reads: tuple[str, ...] | None = None
+    """The only files that it reads of its inputs; None for all."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Work:
     """Goes into the manifest; holds the fingerprint."""
     store: str | None = None
     """The storage's URI where it is an object store; the folder is then a copy on this machine."""
+    reads: tuple[str, ...] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +154,7 @@ def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
             folder=folder,
             record={"stage": stage.name, "fingerprint": key, **identity},
             store=store,
+            reads=stage.reads,
         )
         return works[stage.name]
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -34,6 +34,8 @@ _CHUNK, _STREAMS = 16 * 2**20, 8
 """Bytes of a request, and requests at a time."""
 _PASSING = (".part", ".lock", ".checkpoint")
 """How names of files end that are no results."""
+_SOME = ".some"
+"""How the folder with only some of an artifact's files ends."""
 T = TypeVar("T")
 
 
@@ -138,32 +140,39 @@ def push(uri: str, folder: Path) -> None:
     _write(uri, f"{name}/{MANIFEST}", text.encode())
 
 
-def fetch(uri: str, folder: Path) -> None:
+def fetch(uri: str, folder: Path, files: Collection[str] | None = None) -> Path:
     """Download an artifact, unless it is here. One process does, the others on its machine wait.
 
-    Raises `CorruptArtifact` where a file is not what its manifest says, `StoreFailed`.
+    Gives its folder; with `files` only those are downloaded, into a folder beside it. Raises
+    `CorruptArtifact` where a file is not what its manifest says, `StoreFailed`.
     """
     if folder.exists():
-        return
-    with artifact.claimed(folder):
+        return folder
+    target = folder if files is None else folder.with_name(folder.name + _SOME)
+    with artifact.claimed(target):
         if folder.exists():
-            return
+            return folder
         manifest = read_manifest(uri, folder)
         if manifest is None:
             raise CorruptArtifact(artifact.corrupt(place_of(uri, folder), f"it has no {MANIFEST}"))
-        part = folder.with_name(folder.name + ".part")
+        part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
             for file, entry in manifest["files"].items():
+                if files is not None and file not in files:
+                    continue
                 name = f"{_relative(uri, folder)}/{manifest['attempt']}/{file}"
                 if _download(uri, name, _inside(part, file)) != entry["sha256"]:
                     why = f"{file} is not what was written"
                     raise CorruptArtifact(artifact.corrupt(place_of(uri, folder), why))
-            artifact.write_json(part / MANIFEST, manifest)
-            part.replace(folder)
+            if files is None:
+                artifact.write_json(part / MANIFEST, manifest)
+            shutil.rmtree(target, ignore_errors=True)  # Some files, of an earlier time.
+            part.replace(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+    return target
 
 
 def attempt_of(uri: str, folder: Path) -> str:

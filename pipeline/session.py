@@ -6,6 +6,7 @@ import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,7 +71,7 @@ def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
         emit([{"artifact": work.folder.name, "state": "started"}])
     with _failing(work, emit):
         if work.store:
-            _fetch_inputs(work, work.store)
+            work = replace(work, inputs=_fetched_inputs(work, work.store))
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
         if work.store and context.is_first_worker:
@@ -123,11 +124,14 @@ def misses_others(error: BaseException) -> bool:
     )
 
 
-def _fetch_inputs(work: Work, store: str) -> None:
-    """Download the artifacts that the stage reads, as far as this worker's machine lacks them."""
-    for folder in work.inputs.values():
-        if folder.parent == work.folder.parent:  # Else it is a file or folder of the user's.
-            object_store.fetch(store, folder)
+def _fetched_inputs(work: Work, store: str) -> dict[str, Path]:
+    """The stage's inputs, downloaded as far as this worker's machine lacks them."""
+    return {
+        role: object_store.fetch(store, path, work.reads)
+        if path.parent == work.folder.parent  # Else it is a file or folder of the user's.
+        else path
+        for role, path in work.inputs.items()
+    }
 
 
 def _verify_inputs(work: Work, checked: set[Path]) -> None:

@@ -235,6 +235,17 @@ def test_one_downloads_and_the_others_on_its_machine_wait(bucket, elsewhere, mon
     assert contents(folder_of(bucket)) == FILES
 
 
+def test_a_stage_that_reads_only_some_files_gets_no_others(bucket, elsewhere):
+    push(bucket.uri, make(folder_of(bucket)))
+    assert fetch(bucket.uri, folder_of(bucket), ["a.txt"]) == folder_of(bucket)
+    elsewhere()
+    for wanted in (["a.txt", "none"], ["empty"]):
+        some = fetch(bucket.uri, folder_of(bucket), wanted)
+        assert some != folder_of(bucket)
+        assert contents(some) == {name: FILES[name] for name in wanted if name in FILES}
+    assert not folder_of(bucket).exists()
+
+
 def test_one_file_is_read_without_the_others(bucket, elsewhere):
     push(bucket.uri, make(folder_of(bucket)))
     elsewhere()

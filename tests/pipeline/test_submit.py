@@ -1,181 +1,13 @@
 """Runs submitted as Ray jobs to a cluster of several nodes, which then loses one."""
 
 import json
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
-from ray.job_submission import JobStatus, JobSubmissionClient
-
-from pipeline import artifact
+from ray.job_submission import JobStatus
+from reference.nodes import Cluster, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-ROOT = Path(__file__).parents[2]
-RAY = Path(sys.executable).parent / "ray"
-SMALL = "tasks.count=2 tasks.entities=3 model.pretraining.entities=8 model.pretraining.epochs=8"
-
-
-def wait_until(found, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
-    return value
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Node:
-    """A node as `ray start` makes it."""
-
-    def __init__(self, environment, *arguments):
-        command = [RAY, "start", "--block", "--disable-usage-stats", *arguments]
-        # Jobs are submitted to the head's agent, whose usual port another cluster may have.
-        own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
-        self.process = psutil.Popen(
-            [*command, *own],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def processes(self, title=""):
-        """Its processes with a title like this."""
-        found = []
-        for process in self.process.children(recursive=True):
-            with suppress(psutil.Error):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def lose(self):
-        """End as a machine does that is taken away: its raylet without a word, and all with it."""
-        (raylet,) = [process for process in self.processes() if process.name() == "raylet"]
-        raylet.send_signal(signal.SIGKILL)
-
-    def end(self):
-        with suppress(psutil.NoSuchProcess):
-            left = [*self.process.children(recursive=True), self.process]
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=30)
-
-
-class Cluster:
-    """A head without CPUs and worker nodes of one CPU each, with token authentication."""
-
-    def __init__(self, folder):
-        self.storage, self.port, dashboard = folder / "storage", free_port(), free_port()
-        self.token = folder / "token"
-        self.token.write_text(secrets.token_hex(32))
-        self.token.chmod(0o600)
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")},
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "AGCL_STORAGE": str(self.storage),
-        }
-        self.folder, self.workers, self.joined = folder, [], 0
-        self.head = Node(
-            self.environment,
-            "--head",
-            "--num-cpus=0",
-            "--node-ip-address=127.0.0.1",
-            f"--port={self.port}",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            f"--temp-dir={folder / 'head'}",
-        )
-        wait_until(lambda: self.ray_job("list").returncode == 0, 90, "no dashboard")
-
-    def ray_job(self, *arguments):
-        return subprocess.run(
-            [RAY, "job", *arguments],
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-
-    def have(self, number):
-        """Fresh worker nodes in place of those there were."""
-        self.end_workers()
-        for _ in range(number):
-            self.join()
-
-    def join(self):
-        """Another worker node, once it is up: two that start at once may want the same port."""
-        # A folder of its own, as on a machine of its own: a node that fetches the working directory
-        # begins by clearing it away.
-        self.joined += 1
-        folder = f"--temp-dir={self.folder / str(self.joined)}"
-        node = Node(self.environment, f"--address=127.0.0.1:{self.port}", "--num-cpus=1", folder)
-        self.workers.append(node)
-        wait_until(lambda: node.processes("DashboardAgent"), 60, "no worker node")
-
-    def end_workers(self):
-        while self.workers:
-            self.workers.pop().end()
-
-    def submit(self, job, *settings, environment=None):
-        """Submit the built-in config as the README says, made small; goes on at once."""
-        extra = {"excludes": ["/tests/"], "env_vars": environment or {}}
-        command = [
-            *("submit", "--no-wait", "--submission-id", job, "--working-dir", "."),
-            *("--runtime-env-json", json.dumps(extra)),
-            *("--", sys.executable, "-m", "jobs", "run", "jobs/configs/facts.yaml"),
-            *(*SMALL.split(), *settings),
-        ]
-
-        def accepted():
-            done = self.ray_job(*command)
-            # The head's agent comes up after its dashboard.
-            assert done.returncode == 0 or "No available agent" in done.stderr, done.stderr
-            return done.returncode == 0
-
-        wait_until(accepted, 60, "no agent")
-
-    def outcome(self, client, job):
-        """How a job ended: its driver's exit code (None if it does not end), and its log."""
-        ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-        with suppress(TimeoutError):
-            wait_until(lambda: client.get_job_status(job) in ended, 300, "the job does not end")
-        return client.get_job_info(job).driver_exit_code, client.get_job_logs(job)
-
-    def training(self, client, job):
-        """The node that trains, once the first task is under way."""
-        stages = self.storage / "stages"
-        try:
-            wait_until(lambda: list(stages.glob("train-1-*.part")), 150, "no training")
-        except TimeoutError:
-            pytest.fail(client.get_job_logs(job))
-        return wait_until(
-            lambda: [node for node in self.workers if node.processes("RayTrainWorker")], 10, "none"
-        )[0]
-
-    def finished(self):
-        """Manifests of the finished artifacts by folder."""
-        folders = (self.storage / "stages").glob("*")
-        manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
-        return {name: manifest for name, manifest in manifests.items() if manifest is not None}
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +24,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(cluster):
-    return JobSubmissionClient(
-        cluster.environment["RAY_API_SERVER_ADDRESS"],
-        headers={"Authorization": f"Bearer {cluster.token.read_text()}"},
-    )
+    return cluster.client()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
