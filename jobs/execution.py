@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import object_store
+from pipeline import mirror, object_store
 from pipeline.comparison import BASELINE, COMPARED, Estimate, compare
 from pipeline.config import Config
 from pipeline.model_card import MODEL
@@ -71,7 +71,7 @@ def places_beside(config: Config, folder: Path) -> list[str]:
 def _final_model(run: Run) -> str:
     final = run.works[run.plan.final_model]
     if final.store:
-        return object_store.attempt_of(final.store, final.folder)
+        return mirror.files_of(final.store, final.folder)
     return str(run.folder / MODEL)
 
 

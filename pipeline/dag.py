@@ -13,7 +13,7 @@ from typing import Any
 
 import agcl
 
-from pipeline import artifact, object_store
+from pipeline import artifact, mirror, object_store
 from pipeline.stages.context import Context
 
 StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, Context], None]
@@ -74,25 +74,25 @@ class Work:
     def is_complete(self) -> bool:
         """Whether the artifact is there and whole; raises `CorruptArtifact`."""
         if self.store:
-            return object_store.is_complete(self.store, self.folder, self.fingerprint)
+            return mirror.is_complete(self.store, self.folder, self.fingerprint)
         return artifact.is_complete(self.folder, self.fingerprint)
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of the finished artifact; None where there is none."""
         if self.store:
-            return object_store.read_manifest(self.store, self.folder)
+            return mirror.read_manifest(self.store, self.folder)
         return artifact.read_manifest(self.folder)
 
     def read(self, file: str) -> bytes | None:
         """What a file of the finished artifact holds; None where it has no such file."""
         if self.store:
-            return object_store.read_file(self.store, self.folder, file)
+            return mirror.read(self.store, self.folder, file)
         return (self.folder / file).read_bytes() if (self.folder / file).exists() else None
 
     def fetch(self) -> None:
         """Download the finished artifact, unless its folder is here."""
         if self.store:
-            object_store.fetch(self.store, self.folder)
+            mirror.fetch(self.store, self.folder)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import artifact, object_store
+from pipeline import artifact, mirror
 from pipeline.config import Config
 from pipeline.dag import Work
 from pipeline.methods import METHODS
@@ -46,7 +46,7 @@ def write_model_folder(
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty one.
     (aside / CARD).write_text(text, encoding="utf-8")
     if model.store:
-        (aside / LOCATION).write_text(object_store.attempt_of(model.store, model.folder) + "\n")
+        (aside / LOCATION).write_text(mirror.files_of(model.store, model.folder) + "\n")
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from agcl.errors import InputError
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import artifact, loading, object_store
+from pipeline import artifact, loading, mirror, object_store
 from pipeline.config import Config
 from pipeline.dag import folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
@@ -47,7 +47,7 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
         raise InputError(f"storage: {there} is not a folder")
     if isinstance(config.storage, str):
         object_store.check(config.storage)
-        object_store.pull_file(config.storage, folder / CONFIG_FILE)
+    mirror.pull_file(config.storage, folder / CONFIG_FILE)
     _check_folder(config, folder)
     check_inputs(config)
     planned = plan(config)
@@ -72,7 +72,7 @@ def execute(
     """
     config = _any_config(runs)
     tracker = connect(config, console)
-    with _alone(folder, console), object_store.results(config.storage, folder):
+    with _alone(folder, console), mirror.results(config.storage, folder):
         return _execute(runs, folder, tracker, title, command, console, above)
 
 
@@ -117,7 +117,7 @@ def execute_trials(
     """
     config = _any_config(runs)
     tracker = connect(config, console)
-    with _alone(folder, console), object_store.results(config.storage, folder):
+    with _alone(folder, console), mirror.results(config.storage, folder):
         done_before = _complete(runs)
         recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
         for failure in failures:
@@ -174,8 +174,7 @@ def _run_missing(
         _check_folder(run.config, run.folder)  # Again: we may have waited for another.
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
-    if isinstance(first.storage, str):  # Before the first stage, for one that is killed in it.
-        object_store.push_results(first.storage, folder)
+    mirror.push_results(first.storage, folder)  # A killed one is then known to other machines.
     try:
         failures = run_with_progress(
             todo, folder, first.resources, recording.observe, console, keep_going=keep_going
@@ -307,8 +306,8 @@ def rewrite_report(place: Path | str, command: str) -> Path:
     """
     if isinstance(place, Path):
         return _rewrite_report(place, command, None)
-    storage, folder = object_store.split(place)
-    with object_store.results(storage, folder):
+    storage, folder = mirror.split(place)
+    with mirror.results(storage, folder):
         return _rewrite_report(folder, command, storage)
 
 

@@ -16,7 +16,7 @@ import torch
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
-from pipeline import artifact, object_store, trials
+from pipeline import artifact, mirror, trials
 from pipeline.config import Config, Resources
 from pipeline.dag import Session, Stage, needed_for, resolve, sessions
 from pipeline.loading import changed
@@ -48,15 +48,15 @@ class Search:
 
     def load(self, number: int) -> Trial | None:
         """What is recorded of a trial; None where it was not begun."""
-        if isinstance(self.config.storage, str):  # Its process may run on another machine.
-            object_store.pull_results(self.config.storage, self.folder_of(number))
+        mirror.pull_results(
+            self.config.storage, self.folder_of(number)
+        )  # Of another node, perhaps.
         return trials.load(self.folder_of(number))
 
     def save(self, trial: Trial) -> None:
         """Record a trial, whole or not at all."""
         trial.save(self.folder_of(trial.number))
-        if isinstance(self.config.storage, str):
-            object_store.push_results(self.config.storage, self.folder_of(trial.number))
+        mirror.push_results(self.config.storage, self.folder_of(trial.number))
 
     def run_of(self, trial: Trial) -> Run:
         """The trial as a run of the DAG. Raises `InputError` where its settings do not agree."""

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline import artifact, loading, object_store, trials
+from pipeline import artifact, loading, mirror, trials
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
@@ -66,8 +66,7 @@ def _tasks(search: Search) -> Sequence[str]:
 def _check_folder(search: Search, *, resume: bool) -> None:
     """A search folder keeps one search: trials of another one say nothing about this one's."""
     file = search.folder / SEARCH_FILE
-    if isinstance(search.config.storage, str):
-        object_store.pull_file(search.config.storage, file)
+    mirror.pull_file(search.config.storage, file)
     if not file.is_file():
         if resume:
             raise InputError(f"--resume: {search.folder} holds no search to go on with")
@@ -96,7 +95,7 @@ def execute_search(
     """
     config = search.config
     tracker = connect(config, console)
-    with object_store.results(config.storage, search.folder):
+    with mirror.results(config.storage, search.folder):
         return _execute(search, tracker, command, console, watch)
 
 
@@ -110,8 +109,7 @@ def _execute(
     config = search.config
     recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
-    if isinstance(config.storage, str):
-        object_store.push_results(config.storage, search.folder)
+    mirror.push_results(config.storage, search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
     records = _Records(search, recording, {stage.name for stage in shared})

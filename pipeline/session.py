@@ -17,7 +17,7 @@ from agcl.checkpoint import Checkpoint
 from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import artifact, object_store
+from pipeline import artifact, mirror
 from pipeline.cluster import needs, nodes, side_by_side
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
@@ -62,7 +62,7 @@ def _is_complete(work: Work) -> bool:
     if not work.store or not artifact.is_complete(work.folder, work.fingerprint):
         return False
     artifact.verify(work.folder)
-    object_store.push(work.store, work.folder)
+    mirror.push(work.store, work.folder)
     return True
 
 
@@ -75,7 +75,7 @@ def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
         if work.store and context.is_first_worker:
-            object_store.push(work.store, work.folder)
+            mirror.push(work.store, work.folder)
     checked.add(work.folder)
     distributed.barrier()
     if context.is_first_worker:
@@ -127,7 +127,7 @@ def misses_others(error: BaseException) -> bool:
 def _fetched_inputs(work: Work, store: str) -> dict[str, Path]:
     """The stage's inputs, downloaded as far as this worker's machine lacks them."""
     return {
-        role: object_store.fetch(store, path, work.reads)
+        role: mirror.fetch(store, path, work.reads)
         if path.parent == work.folder.parent  # Else it is a file or folder of the user's.
         else path
         for role, path in work.inputs.items()
@@ -250,7 +250,7 @@ def _reached(left: Sequence[Work]) -> tuple[int, int]:
     """How far a session is that has these stages left: it grows with every step ahead."""
     checkpoint = artifact.checkpoint_of(left[0].folder)
     if store := left[0].store:  # Its worker may be on another node.
-        return -len(left), object_store.modified(store, checkpoint)
+        return -len(left), mirror.modified(store, checkpoint)
     return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 

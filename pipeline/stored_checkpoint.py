@@ -10,7 +10,7 @@ from agcl.checkpoint import Checkpoint, Steps
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline import object_store
+from pipeline import mirror
 from pipeline.object_store import StoreFailed
 
 
@@ -28,7 +28,7 @@ class StoredCheckpoint(Checkpoint):
         """As `Checkpoint.restore`, from the store where the file is not here."""
         if distributed.rank() == 0:
             with suppress(StoreFailed):
-                object_store.pull_file(self.store, self.file)
+                mirror.pull_file(self.store, self.file)
         return super().restore(parameters, optimizer)
 
     def write_if_due(
@@ -40,7 +40,7 @@ class StoredCheckpoint(Checkpoint):
         if self.written != before and self.file.exists():
             started = time.monotonic()
             with suppress(StoreFailed):
-                object_store.push_file(self.store, self.file)
+                mirror.push_file(self.store, self.file)
             self.written = time.monotonic()
             self.taken += self.written - started
 
@@ -48,4 +48,4 @@ class StoredCheckpoint(Checkpoint):
         """Remove the file, here and on the store."""
         super().remove()
         with suppress(StoreFailed):
-            object_store.remove_file(self.store, self.file)
+            mirror.remove_file(self.store, self.file)

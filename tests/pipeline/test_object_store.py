@@ -15,10 +15,11 @@ from reference.object_store import Server
 from rich.console import Console
 
 from agcl.errors import InputError
-from pipeline import artifact, loading, object_store
+from pipeline import artifact, loading, mirror, object_store
 from pipeline.artifact import CorruptArtifact
 from pipeline.dag import Stage, resolve
-from pipeline.object_store import StoreFailed, cache_of, fetch, is_complete, push
+from pipeline.mirror import fetch, is_complete, push
+from pipeline.object_store import StoreFailed, cache_of
 from pipeline.run import execute, open_run, rewrite_report
 from pipeline.session import run_works
 from pipeline.stages.context import Context
@@ -48,7 +49,7 @@ def bucket(server, monkeypatch, tmp_path):
 def move_to(machine, monkeypatch):
     """What another machine knows: nothing but the store."""
     monkeypatch.setenv("AGCL_CACHE", str(machine))
-    object_store._manifest.cache_clear()
+    mirror._manifest.cache_clear()
     object_store.check.cache_clear()
 
 
@@ -99,13 +100,13 @@ def test_without_its_manifest_it_is_not_there(bucket):
 
 
 def test_the_manifest_is_written_last(bucket, monkeypatch):
-    written, write = [], object_store._write
+    written, write = [], object_store.write
 
     def note(uri, name, content):
         written.append(sorted(bucket.names()))
         write(uri, name, content)
 
-    monkeypatch.setattr(object_store, "_write", note)
+    monkeypatch.setattr(object_store, "write", note)
     push(bucket.uri, make(folder_of(bucket)))
     ((*before,),) = written
     assert len(before) == len(FILES)
@@ -118,14 +119,14 @@ def test_an_upload_that_was_cut_off_leaves_nothing_and_goes_on(bucket, monkeypat
 
     folder = make(folder_of(bucket))
     with monkeypatch.context() as patch:
-        patch.setattr(object_store, "_write", interrupt)
+        patch.setattr(object_store, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             push(bucket.uri, folder)
     assert len(bucket.names()) == len(FILES)
     assert not is_complete(bucket.uri, folder, FINGERPRINT)
     lost = next(key for key in bucket.names() if key.endswith("a.txt"))
     bucket.delete(lost)
-    sent, upload = [], object_store._upload
+    sent, upload = [], object_store.upload
     monkeypatch.setattr(
         object_store,
         "_upload",
@@ -139,7 +140,7 @@ def test_an_upload_that_was_cut_off_leaves_nothing_and_goes_on(bucket, monkeypat
 def test_a_process_killed_while_it_uploads_leaves_nothing(bucket, tmp_path, server):
     folder = make(folder_of(bucket), {f"{i}.bin": os.urandom(2**19) for i in range(30)})
     code = (
-        "import sys; from pathlib import Path; from pipeline.object_store import push\n"
+        "import sys; from pathlib import Path; from pipeline.mirror import push\n"
         "print('now', flush=True); push(sys.argv[1], Path(sys.argv[2]))\n"
     )
     arguments = [sys.executable, "-c", code, bucket.uri, folder]
@@ -167,7 +168,7 @@ def test_two_that_upload_at_once_never_mix_files(bucket, monkeypatch, tmp_path):
     ones = on("one")
     make(folder_of(bucket), ones)
     with monkeypatch.context() as patch:
-        patch.setattr(object_store, "_write", lambda *rest: None)
+        patch.setattr(object_store, "write", lambda *rest: None)
         push(bucket.uri, folder_of(bucket))  # All but its last step.
     twos = on("two")
     push(bucket.uri, make(folder_of(bucket), twos))
@@ -227,8 +228,8 @@ def test_a_name_that_leaves_the_folder_is_refused(bucket, elsewhere, tmp_path):
 def test_one_downloads_and_the_others_on_its_machine_wait(bucket, elsewhere, monkeypatch):
     push(bucket.uri, make(folder_of(bucket)))
     elsewhere()
-    taken, download = [], object_store._download
-    monkeypatch.setattr(object_store, "_download", lambda *of: taken.append(of[1]) or download(*of))
+    taken, download = [], object_store.download
+    monkeypatch.setattr(object_store, "download", lambda *of: taken.append(of[1]) or download(*of))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: fetch(bucket.uri, folder_of(bucket)), range(4)))
     assert len(taken) == len(FILES)
@@ -249,17 +250,17 @@ def test_a_stage_that_reads_only_some_files_gets_no_others(bucket, elsewhere):
 def test_one_file_is_read_without_the_others(bucket, elsewhere):
     push(bucket.uri, make(folder_of(bucket)))
     elsewhere()
-    assert object_store.read_file(bucket.uri, folder_of(bucket), "a.txt") == b"one"
-    assert object_store.read_file(bucket.uri, folder_of(bucket), "none") is None
+    assert mirror.read(bucket.uri, folder_of(bucket), "a.txt") == b"one"
+    assert mirror.read(bucket.uri, folder_of(bucket), "none") is None
     assert not folder_of(bucket).exists()
     damage(bucket, "a.txt", b"two")
     with pytest.raises(CorruptArtifact, match=r"a\.txt"):
-        object_store.read_file(bucket.uri, folder_of(bucket), "a.txt")
+        mirror.read(bucket.uri, folder_of(bucket), "a.txt")
 
 
 def test_results_go_there_and_come_back_without_links_and_scratch(bucket, elsewhere):
     folder = cache_of(bucket.uri) / "run"
-    with object_store.results(bucket.uri, folder):
+    with mirror.results(bucket.uri, folder):
         (folder / "trials" / "0").mkdir(parents=True)
         (folder / ".ray-train").mkdir()
         for name in ("metrics.json", "trials/0/trial.json", ".ray-train/x", "a.part", "b.lock"):
@@ -271,7 +272,7 @@ def test_results_go_there_and_come_back_without_links_and_scratch(bucket, elsewh
     folder = cache_of(bucket.uri) / "run"
 
     def fail():
-        with object_store.results(bucket.uri, folder):
+        with mirror.results(bucket.uri, folder):
             assert (folder / "trials" / "0" / "trial.json").read_text() == "trials/0/trial.json"
             (folder / "error.log").write_text("why")
             raise KeyError
@@ -351,7 +352,7 @@ def test_an_upload_that_fails_fails_the_stage_and_is_made_good_without_computing
     assert "NO_SUCH_BUCKET" in failed["error"]
     assert [work.folder.exists() for work in toys.works()] == [True, True, False]
     server.client.create_bucket(Bucket=bucket.name)
-    object_store._manifest.cache_clear()
+    mirror._manifest.cache_clear()
     toys.after = lambda name: None
     records, error = toys.start()
     assert error is None
