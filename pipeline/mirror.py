@@ -66,9 +66,8 @@ def push(uri: str, folder: Path) -> None:
     attempt = artifact.fingerprint(manifest["files"])[:16]
     at = f"{name_of(uri, folder)}/{attempt}"
     there = object_store.sizes(uri, at)
-    missing = [
-        name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]
-    ]
+    files = manifest["files"].items()
+    missing = [name for name, entry in files if there.get(name) != entry["bytes"]]
     object_store.for_each(
         missing, lambda name: object_store.upload(uri, folder / name, f"{at}/{name}")
     )
@@ -115,7 +114,7 @@ def files_of(uri: str, folder: Path) -> str:
 
 
 def read(uri: str, folder: Path, name: str) -> bytes | None:
-    """What a file of an artifact holds, from here or from the store; None where it has no such file.
+    """What a file of an artifact holds, here or on the store; None where it has no such file.
 
     Raises `CorruptArtifact`.
     """

@@ -1,6 +1,7 @@
 """Object stores by their URI (`s3://bucket/prefix`, `gs://...`): requests, and what can go wrong.
 
-Files have names below the URI. Whatever `pyarrow.fs` opens will do. `mirror.py` says what lies where.
+Files have names below the URI. Whatever `pyarrow.fs` opens will do. What lies where is said in
+`mirror.py`.
 """
 
 import hashlib

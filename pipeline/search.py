@@ -48,9 +48,8 @@ class Search:
 
     def load(self, number: int) -> Trial | None:
         """What is recorded of a trial; None where it was not begun."""
-        mirror.pull_results(
-            self.config.storage, self.folder_of(number)
-        )  # Of another node, perhaps.
+        # Another node may have written it.
+        mirror.pull_results(self.config.storage, self.folder_of(number))
         return trials.load(self.folder_of(number))
 
     def save(self, trial: Trial) -> None:

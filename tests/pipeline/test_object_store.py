@@ -127,11 +127,7 @@ def test_an_upload_that_was_cut_off_leaves_nothing_and_goes_on(bucket, monkeypat
     lost = next(key for key in bucket.names() if key.endswith("a.txt"))
     bucket.delete(lost)
     sent, upload = [], object_store.upload
-    monkeypatch.setattr(
-        object_store,
-        "_upload",
-        lambda uri, file, name: sent.append(name) or upload(uri, file, name),
-    )
+    monkeypatch.setattr(object_store, "upload", lambda *of: sent.append(of[2]) or upload(*of))
     push(bucket.uri, folder)
     assert sent == [lost]
     assert is_complete(bucket.uri, folder, FINGERPRINT)

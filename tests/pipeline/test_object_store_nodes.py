@@ -1,6 +1,7 @@
 """Jobs on nodes that share nothing but an object store; each has a cache that no other one sees."""
 
 import json
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_two_workers_on_two_nodes_lose_one_and_go_on_from_the_store(cluster, buc
     )
 
     def has_checkpoint():
-        return [name for name in bucket.names() if name.endswith(".checkpoint")]
+        return [name for name in bucket.names() if re.search(r"/train-1-.*\.checkpoint$", name)]
 
     try:
         wait_until(has_checkpoint, 240, "no checkpoint")
