@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.markup import escape
 
 from pipeline import artifact, loading, mirror, object_store
 from pipeline.config import Config
-from pipeline.dag import folder_name, resolve, sessions
+from pipeline.dag import Work, folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
@@ -152,7 +153,10 @@ def _artifacts(folder: Path, pictures: Mapping[str, bytes]) -> dict[str, Content
 
 
 def _complete(runs: Mapping[str, Run]) -> set[Path]:
-    return {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
+    works = {work.folder: work for run in runs.values() for work in run.works.values()}
+    with ThreadPoolExecutor() as pool:  # An object store takes its time for each.
+        done = list(pool.map(Work.is_complete, works.values()))
+    return {folder for folder, is_done in zip(works, done, strict=True) if is_done}
 
 
 def _run_missing(

@@ -420,11 +420,14 @@ def test_a_server_that_is_down_is_named_before_any_work(bucket, monkeypatch):
         object_store.check("s3://some/where")
 
 
-def test_a_store_that_may_only_be_read_is_named(bucket, server):
+def test_a_store_that_refuses_is_named_before_any_work(bucket, server):
     object_store.check_writable(bucket.uri)
     assert bucket.names() == [".writable"]
-    with pytest.raises(InputError, match=r"storage: s3://not-there/x: .*NO_SUCH_BUCKET"):
-        object_store.check_writable("s3://not-there/x")
+    with server.asking_who_it_is():
+        for check in (object_store.check, object_store.check_writable):
+            with pytest.raises(InputError, match=rf"^storage: {bucket.uri}: .*INVALID_ACCESS_KEY"):
+                check(bucket.uri)
+    object_store.check(bucket.uri)
 
 
 def test_any_file_system_of_pyarrow_will_do(tmp_path, monkeypatch, elsewhere):
@@ -476,14 +479,23 @@ def test_credentials_in_the_uri_are_refused_and_not_shown(tmp_path, uri):
 def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
     bucket, elsewhere, tiny_config, run_in_process
 ):
+    settings = (
+        "tracking.enabled=false",
+        "training.epochs=1",
+        "model.pretraining.epochs=1",
+        "importance.correct_only=false",
+    )
+
     def finish():
-        run = open_run(tiny_config(bucket.uri, "tracking.enabled=false"))
+        run = open_run(tiny_config(bucket.uri, *settings))
         console = Console(file=io.StringIO(), width=200)
         runs = {"agcl": run}
         (result,) = execute(runs, run.folder, title="tiny", command="agcl run", console=console)
         return run, result, console.file.getvalue()
 
-    run_in_process(tiny_config(bucket.uri, "tracking.enabled=false"))
+    open_run(tiny_config(bucket.uri, *settings))
+    assert bucket.names() == []
+    run_in_process(tiny_config(bucket.uri, *settings))
     run, first, output = finish()
     assert "every stage is complete already" in output
     assert set(bucket.names()) >= {
@@ -500,7 +512,7 @@ def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
     assert not (again.folder.parent / "stages").exists()
     assert rewrite_report(f"{bucket.uri}/tiny", "agcl test") == again.folder / "report.html"
     with pytest.raises(InputError, match=r"name: .* holds a run with another 'seed' section"):
-        open_run(tiny_config(bucket.uri, "tracking.enabled=false", "seed=1"))
+        open_run(tiny_config(bucket.uri, *settings, "seed=1"))
 
 
 def test_mlflow_needs_an_address_of_its_own(tmp_path, monkeypatch):

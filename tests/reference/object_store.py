@@ -2,9 +2,12 @@
 
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import boto3
+import requests
 from moto.server import ThreadedMotoServer
 
 ENVIRONMENT = {
@@ -38,6 +41,15 @@ class Server:
         bucket = Bucket(self.client, f"bucket-{next(_numbers)}")
         self.client.create_bucket(Bucket=bucket.name)
         return bucket
+
+    @contextmanager
+    def asking_who_it_is(self) -> Iterator[None]:
+        """Meanwhile refuse requests of those without a right, that is, all."""
+        for allowed in ("0", "inf"):
+            address = f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+            requests.post(address, data=allowed, timeout=5).raise_for_status()
+            if allowed == "0":
+                yield
 
     def close(self) -> None:
         self.server.stop()
