@@ -74,8 +74,6 @@ def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
             work = replace(work, inputs=_fetched_inputs(work, work.store))
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
-        if work.store and context.is_first_worker:
-            mirror.push(work.store, work.folder)
     checked.add(work.folder)
     distributed.barrier()
     if context.is_first_worker:
@@ -162,6 +160,8 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
             raise
         finally:
             log.close()
+    if work.store:
+        mirror.push(work.store, work.folder)
     if checkpoint:
         checkpoint.remove()
 
@@ -208,12 +208,11 @@ def here() -> NodeAffinitySchedulingStrategy:
 def run_session(session: Session, resources: Resources, mailbox: Any, scratch: Path) -> None:
     """Run one session: on a Ray Train worker group if it trains, else right here.
 
-    `scratch` is a folder that all nodes see, but for those with an object store as storage; Ray
-    Train keeps its own records there. A session that
-    loses a worker is started again and goes on at its first unfinished stage, until it was lost
-    `LOSSES` times without finishing one or coming to another checkpoint of it. Where no node is
-    left that could take its workers, it waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and
-    fails.
+    `scratch` is a folder that all nodes see (or with an object store this one); Ray Train keeps its
+    own records there. A session that loses a worker is started again and goes on at its first
+    unfinished stage, until it was lost `LOSSES` times without finishing one or coming to another
+    checkpoint of it. Where no node is left that could take its workers, it waits for
+    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
     """
 
     def emit(records: list[Any]) -> None:
