@@ -109,7 +109,7 @@ class Cluster:
             f"--dashboard-port={dashboard}",
             f"--temp-dir={folder / 'head'}",
         )
-        wait_until(lambda: self.ray_job("list").returncode == 0, 90, "no dashboard")
+        wait_until(lambda: self.ray_job("list").returncode == 0, 180, "no dashboard")
 
     def ray_job(self, *arguments):
         return subprocess.run(
@@ -137,7 +137,7 @@ class Cluster:
         address = f"--address=127.0.0.1:{self.port}"
         node = Node(self.environment, address, "--num-cpus=1", folder, own=self.own)
         self.workers.append(node)
-        wait_until(lambda: node.processes("DashboardAgent"), 60, "no worker node")
+        wait_until(lambda: node.processes("DashboardAgent"), 120, "no worker node")
 
     def end_workers(self):
         while self.workers:
