@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,15 +55,14 @@ def check(uri: str) -> None:
     """See, once, that the store can be read. Raises `InputError`."""
     try:
         store, root = _opened(uri)
-        bucket = root.partition("/")[0]
         is_empty = not store.get_file_info(_below(root, recursive=False))
-        # A missing bucket looks empty, and not everyone who may list may ask for the bucket itself.
-        if is_empty and not _is_file_system(store) and not store.get_file_info(bucket).type:
-            raise InputError(f"storage: there is no bucket {bucket}")
-    except InputError:
-        raise
     except (OSError, ValueError, NotImplementedError) as error:
         raise InputError(_said(uri, error)) from None
+    if is_empty and not _is_file_system(store):  # As a bucket looks that is not there.
+        bucket = root.partition("/")[0]
+        with suppress(OSError):  # Who may list a prefix need not be allowed to ask for its bucket.
+            if not store.get_file_info(bucket).type:
+                raise InputError(f"storage: there is no bucket {bucket}")
 
 
 def check_writable(uri: str) -> None:
