@@ -178,9 +178,12 @@ def push_file(uri: str, file: Path) -> None:
 
 
 def pull_file(storage: Path | str, file: Path) -> None:
-    """With an object store, download one file, if it is there and not here."""
-    if isinstance(storage, str) and not file.exists() and modified(storage, file):
-        _pull(storage, file)
+    """With an object store, make one file what it is there, or remove it where there is none."""
+    if isinstance(storage, str):
+        if modified(storage, file):
+            _pull(storage, file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _pull(uri: str, file: Path) -> None:

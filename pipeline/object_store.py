@@ -45,9 +45,11 @@ def name_of(uri: str, path: Path) -> str:
     return path.relative_to(cache_of(uri)).as_posix()
 
 
-def place_of(uri: str, path: Path) -> str:
-    """The URI of what is under a path in the cache, to be shown."""
-    return f"{uri.partition('?')[0]}/{name_of(uri, path)}"
+def place_of(storage: Path | str, path: Path) -> str:
+    """Where what is under a path is kept, to be shown: the path, or the URI on an object store."""
+    if isinstance(storage, Path):
+        return str(path)
+    return f"{storage.partition('?')[0]}/{name_of(storage, path)}"
 
 
 @cache

@@ -273,8 +273,9 @@ def _check_folder(config: Config, folder: Path) -> None:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     for section in Config.model_fields:
         if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
+            place = object_store.place_of(config.storage, folder)
             raise InputError(
-                f"name: {folder} holds a run with another {section!r} section; choose another "
+                f"name: {place} holds a run with another {section!r} section; choose another "
                 f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
             )
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline import artifact, loading, mirror, trials
+from pipeline import artifact, loading, mirror, object_store, trials
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
@@ -78,8 +78,9 @@ def _check_folder(search: Search, *, resume: bool) -> None:
     for section in Config.model_fields:
         same = getattr(stored, section) == getattr(search.config, section)
         if section not in ("resources", "tracking") and not same:
+            place = object_store.place_of(search.config.storage, search.folder)
             raise InputError(
-                f"name: {search.folder} holds a search with another {section!r} section; choose "
+                f"name: {place} holds a search with another {section!r} section; choose "
                 f"another name (name={search.config.name}-2) or delete that folder. Finished "
                 "stages are shared."
             )

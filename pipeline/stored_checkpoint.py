@@ -26,7 +26,7 @@ class StoredCheckpoint(Checkpoint):
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
         """As `Checkpoint.restore`, from the store where the file is not here."""
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not self.file.exists():
             with suppress(StoreFailed):
                 mirror.pull_file(self.store, self.file)
         return super().restore(parameters, optimizer)

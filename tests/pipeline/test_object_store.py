@@ -511,8 +511,12 @@ def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
     assert again.folder != run.folder
     assert not (again.folder.parent / "stages").exists()
     assert rewrite_report(f"{bucket.uri}/tiny", "agcl test") == again.folder / "report.html"
-    with pytest.raises(InputError, match=r"name: .* holds a run with another 'seed' section"):
+    with pytest.raises(
+        InputError, match=rf"name: {bucket.uri}/tiny holds a run with another 'seed' section"
+    ):
         open_run(tiny_config(bucket.uri, *settings, "seed=1"))
+    bucket.delete("tiny/config.yaml")
+    open_run(tiny_config(bucket.uri, *settings, "seed=1"))
 
 
 def test_mlflow_needs_an_address_of_its_own(tmp_path, monkeypatch):
