@@ -24,8 +24,6 @@ from pipeline import artifact, object_store
 from pipeline.artifact import MANIFEST, CorruptArtifact
 from pipeline.object_store import cache_of, name_of, place_of
 
-_SOME = ".some"
-"""How the folder with only some of an artifact's files ends."""
 _PASSING = (".part", ".lock")
 """How names of files end that are no results."""
 
@@ -83,25 +81,24 @@ def fetch(uri: str, folder: Path, names: Collection[str] | None = None) -> Path:
     """
     if folder.exists():
         return folder
-    target = folder if names is None else folder.with_name(folder.name + _SOME)
+    some = "" if names is None else f".{artifact.fingerprint(sorted(names))[:8]}"
+    target = folder.with_name(folder.name + some)
     with artifact.claimed(target):
-        if folder.exists():
-            return folder
+        if target.exists():
+            return target
         manifest = read_manifest(uri, folder)
         if manifest is None:
             raise _corrupt(uri, folder, f"it has no {MANIFEST}")
+        files = {n: e for n, e in manifest["files"].items() if names is None or n in names}
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            for name, entry in manifest["files"].items():
-                if names is None or name in names:
-                    key = f"{name_of(uri, folder)}/{manifest['attempt']}/{name}"
-                    if object_store.download(uri, key, _inside(part, name)) != entry["sha256"]:
-                        raise _corrupt(uri, folder, f"{name} is not what was written")
-            if names is None:
-                artifact.write_json(part / MANIFEST, manifest)
-            shutil.rmtree(target, ignore_errors=True)  # Some files, of an earlier time.
+            for name, entry in files.items():
+                key = f"{name_of(uri, folder)}/{manifest['attempt']}/{name}"
+                if object_store.download(uri, key, _inside(part, name)) != entry["sha256"]:
+                    raise _corrupt(uri, folder, f"{name} is not what was written")
+            artifact.write_json(part / MANIFEST, {**manifest, "files": files})
             part.replace(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

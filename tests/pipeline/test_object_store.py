@@ -239,6 +239,8 @@ def test_a_stage_that_reads_only_some_files_gets_no_others(bucket, elsewhere):
     for wanted in (["a.txt", "none"], ["empty"]):
         some = fetch(bucket.uri, folder_of(bucket), wanted)
         assert some != folder_of(bucket)
+        assert fetch(bucket.uri, folder_of(bucket), wanted[::-1]) == some
+        artifact.verify(some)
         assert contents(some) == {name: FILES[name] for name in wanted if name in FILES}
     assert not folder_of(bucket).exists()
 
