@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
+    from pipeline.object_store import StoreFailed
     from pipeline.secrets import masked
 
     try:
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+    except StoreFailed as error:
+        return _say(FAILED, str(error))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return _say(BAD_INPUT, f"{os.strerror(error.errno)}: {error.filename[:200]}")
@@ -131,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out memory, disk and time, found by trying the first stages on a few rows",
     )
     sub = _add(commands, "report", report.main, "write report.html of a run again")
-    sub.add_argument("run_dir", type=Path, help="folder of a run, such as storage/facts")
+    sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
     sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")
     sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
     sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")

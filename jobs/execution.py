@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import mirror, object_store
 from pipeline.comparison import BASELINE, COMPARED, Estimate, compare
+from pipeline.config import Config
+from pipeline.model_card import MODEL
 from pipeline.plan import Run
 from pipeline.results import RunResult, evaluation_sets, groups
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
@@ -45,17 +48,31 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     else:
         print_metrics(console, by_label)
     first = next(iter(runs.values())).config
-    places = [
-        f"report      {folder / REPORT_FILE}",
-        f"MLflow UI   agcl ui --storage {first.storage}"
-        if first.tracking.uri is None
-        else f"MLflow      {masked(first.tracking.uri)}",
-    ]
+    places = [f"report      {folder / REPORT_FILE}", *places_beside(first, folder)]
     if len(runs) <= REPORTS_EACH:
-        places += [f"final model {run.folder / 'model'}" for run in runs.values()]
+        places += [f"final model {_final_model(run)}" for run in runs.values()]
     for place in places:
         console.print(place, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def places_beside(config: Config, folder: Path) -> list[str]:
+    """Lines that say where else than in a folder its results are: MLflow, an object store."""
+    lines = []
+    if config.tracking.uri is not None:
+        lines.append(f"MLflow      {masked(config.tracking.uri)}")
+    elif isinstance(config.storage, Path):
+        lines.append(f"MLflow UI   agcl ui --storage {config.storage}")
+    if isinstance(config.storage, str):
+        lines.append(f"stored      {object_store.place_of(config.storage, folder)}")
+    return lines
+
+
+def _final_model(run: Run) -> str:
+    final = run.works[run.plan.final_model]
+    if final.store:
+        return mirror.files_of(final.store, final.folder)
+    return str(run.folder / MODEL)
 
 
 def print_matrices(console: Console, label: str, result: RunResult) -> None:

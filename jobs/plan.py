@@ -25,7 +25,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         done = work.is_complete()
         num_done += done
         state = "[green]done  [/]" if done else "to run"
-        place = f"[dim]{escape(str(work.folder))}[/]"
+        place = f"[dim]{escape(work.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     if num_done == len(run.plan.stages) or not arguments.probe:

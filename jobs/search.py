@@ -24,12 +24,11 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from jobs.execution import print_matrices, print_metrics
+    from jobs.execution import places_beside, print_matrices, print_metrics
     from pipeline import loading
     from pipeline.runner import StageFailed
     from pipeline.search_run import BEST_CONFIG, execute_search, open_search
     from pipeline.search_space import own_point
-    from pipeline.secrets import masked
 
     console = Console(highlight=False)
     config = loading.load(arguments.config, arguments.settings)
@@ -71,13 +70,8 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         ("trials", search.folder / "trials.parquet"),
     ):
         console.print(f"{name:11} {place}", soft_wrap=True, markup=False)
-    console.print(
-        f"MLflow UI   agcl ui --storage {config.storage}"
-        if config.tracking.uri is None
-        else f"MLflow      {masked(config.tracking.uri)}",
-        soft_wrap=True,
-        markup=False,
-    )
+    for line in places_beside(config, search.folder):
+        console.print(line, soft_wrap=True, markup=False)
     return 0
 
 

@@ -70,17 +70,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises `CorruptArtifact` where it cannot be read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return parse_manifest((folder / MANIFEST).read_bytes(), folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def parse_manifest(content: bytes, place: Path | str) -> dict[str, Any]:
+    """The manifest in a file's content. Raises `CorruptArtifact` that names the place."""
+    try:
+        manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} is not JSON ({error})")) from None
+        raise CorruptArtifact(corrupt(place, f"{MANIFEST} is not JSON ({error})")) from None
     if not isinstance(manifest, dict) or not {"fingerprint", "files"} <= manifest.keys():
-        raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} lacks its fingerprint or files"))
+        raise CorruptArtifact(corrupt(place, f"{MANIFEST} lacks its fingerprint or files"))
     files = manifest["files"]
     for entry in files.values() if isinstance(files, dict) else [files]:
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-            raise CorruptArtifact(_corrupt(folder, f"{MANIFEST} lacks a file's size and hash"))
+            raise CorruptArtifact(corrupt(place, f"{MANIFEST} lacks a file's size and hash"))
     return manifest
 
 
@@ -92,16 +98,16 @@ def is_complete(folder: Path, expected: str) -> bool:
     manifest = read_manifest(folder)
     if manifest is None:
         if folder.exists():
-            raise CorruptArtifact(_corrupt(folder, f"it has no {MANIFEST}"))
+            raise CorruptArtifact(corrupt(folder, f"it has no {MANIFEST}"))
         return False
     if manifest["fingerprint"] != expected:
-        raise CorruptArtifact(_corrupt(folder, "its fingerprint is another"))
+        raise CorruptArtifact(corrupt(folder, "its fingerprint is another"))
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise CorruptArtifact(_corrupt(folder, f"{name} is missing"))
+            raise CorruptArtifact(corrupt(folder, f"{name} is missing"))
         if file.stat().st_size != entry["bytes"]:
-            raise CorruptArtifact(_corrupt(folder, f"{name} has another size than was written"))
+            raise CorruptArtifact(corrupt(folder, f"{name} has another size than was written"))
     return True
 
 
@@ -109,11 +115,11 @@ def verify(folder: Path) -> None:
     """Compare every file with its recorded hash. Raises `CorruptArtifact` naming the file."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise CorruptArtifact(_corrupt(folder, f"it has no {MANIFEST}"))
+        raise CorruptArtifact(corrupt(folder, f"it has no {MANIFEST}"))
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file_hash(file) != entry["sha256"]:
-            raise CorruptArtifact(_corrupt(folder, f"{name} is not what was written"))
+            raise CorruptArtifact(corrupt(folder, f"{name} is not what was written"))
 
 
 @contextmanager
@@ -231,5 +237,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _corrupt(folder: Path, why: str) -> str:
-    return f"artifact {folder} is corrupt: {why}; delete that folder to compute it again"
+def corrupt(place: Path | str, why: str) -> str:
+    """One line that says which artifact is damaged, and what to do."""
+    return f"artifact {place} is corrupt: {why}; delete that folder to compute it again"

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
 
+from pipeline.object_store import cache_of
 from pipeline.search_config import Search
 from pipeline.secrets import masked
-from pipeline.section import Place, Positive, Section, Seed, Share, usable_path
+from pipeline.section import Place, Positive, Section, Seed, Share, Storage, usable_path
 from pipeline.task_config import FactsTasks, TaskFormat
 
 Precision = Literal["float32", "bfloat16"]
@@ -242,9 +243,13 @@ class Config(Section):
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/methods.py`)."""
     seed: Seed = 0
-    storage: Place = Field(default_factory=lambda: Path(os.environ.get("AGCL_STORAGE", "storage")))
+    storage: Storage = Field(
+        default_factory=lambda: os.environ.get("AGCL_STORAGE", "storage"), validate_default=True
+    )
     """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
-    by all nodes of a cluster."""
+    by all nodes of a cluster. Or the URI of an object store, `s3://bucket/prefix` or `gs://...`;
+    nodes then need to share nothing, and each keeps copies in the folder `AGCL_CACHE`
+    (`~/.cache/agcl`) of its own disk, which may be deleted while nothing runs."""
     model: Model = Model()
     tasks: TaskFormat = Field(FactsTasks(), discriminator="format")
     training: Training = Training()
@@ -258,6 +263,12 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
+
+    @property
+    def local_storage(self) -> Path:
+        """Where runs and artifacts are on this machine: the storage folder or an object store's
+        cache."""
+        return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -280,6 +291,11 @@ class Config(Section):
             )
         if self.name in RESERVED_NAMES:
             raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
+        if isinstance(self.storage, str) and self.tracking.enabled and self.tracking.uri is None:
+            raise ValueError(
+                "tracking.uri: must be set where storage is an object store, which has no place "
+                "for MLflow's sqlite file; or set tracking.enabled=false"
+            )
         kinds = [item.kind for item in self.protect]
         if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
             raise ValueError("protect: one of each kind at most, and project last")

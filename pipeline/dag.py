@@ -13,7 +13,7 @@ from typing import Any
 
 import agcl
 
-from pipeline import artifact
+from pipeline import artifact, mirror, object_store
 from pipeline.stages.context import Context
 
 StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, Context], None]
@@ -42,6 +42,8 @@ class Stage:
     """Stages with the same session name and owners run in one session."""
     train: bool = False
     """Runs on Ray Train workers; otherwise in one plain Ray task."""
+    reads: tuple[str, ...] | None = None
+    """The only files that it reads of its inputs; None for all."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,42 @@ class Work:
     folder: Path
     record: Mapping[str, Any]
     """Goes into the manifest; holds the fingerprint."""
+    store: str | None = None
+    """The storage's URI where it is an object store; the folder is then a copy on this machine."""
+    reads: tuple[str, ...] | None = None
 
     @property
     def fingerprint(self) -> str:
         """Hash of agcl's version, the function's name, the config and the inputs' fingerprints."""
         return str(self.record["fingerprint"])
 
+    @property
+    def place(self) -> str:
+        """Where the artifact is kept, to be shown."""
+        return object_store.place_of(self.store, self.folder) if self.store else str(self.folder)
+
     def is_complete(self) -> bool:
         """Whether the artifact is there and whole; raises `CorruptArtifact`."""
+        if self.store:
+            return mirror.is_complete(self.store, self.folder, self.fingerprint)
         return artifact.is_complete(self.folder, self.fingerprint)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of the finished artifact; None where there is none."""
+        if self.store:
+            return mirror.read_manifest(self.store, self.folder)
+        return artifact.read_manifest(self.folder)
+
+    def read(self, file: str) -> bytes | None:
+        """What a file of the finished artifact holds; None where it has no such file."""
+        if self.store:
+            return mirror.read(self.store, self.folder, file)
+        return (self.folder / file).read_bytes() if (self.folder / file).exists() else None
+
+    def fetch(self) -> None:
+        """Download the finished artifact, unless its folder is here."""
+        if self.store:
+            mirror.fetch(self.store, self.folder)
 
 
 @dataclass(frozen=True)
@@ -79,11 +108,14 @@ class Session:
     """Names of the sessions that must be done before."""
 
 
-def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
+def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
     """Works by stage name, in dependency order; equal stages share one folder.
 
-    Hashes external inputs, each once. Runs nothing.
+    `storage` is a folder or the URI of an object store. Hashes external inputs, each once. Runs
+    nothing.
     """
+    store = storage if isinstance(storage, str) else None
+    local = object_store.cache_of(storage) if isinstance(storage, str) else storage
     hashes: dict[External, str] = {}
     works: dict[str, Work] = {}
     by_fingerprint: dict[str, Work] = {}
@@ -110,7 +142,7 @@ def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
         # Named by the function, so that a stage that two plans call differently is one folder.
         kind, slash, rest = stage.name.partition("/")
         readable = f"{stage.fn.__name__}-{rest}" if slash else kind
-        folder = storage / "stages" / f"{folder_name(readable)}-{key[:8]}"
+        folder = local / "stages" / f"{folder_name(readable)}-{key[:8]}"
         works[stage.name] = by_fingerprint[key] = first or Work(
             name=stage.name,
             fn=stage.fn,
@@ -121,6 +153,8 @@ def resolve(stages: Sequence[Stage], storage: Path) -> dict[str, Work]:
             },
             folder=folder,
             record={"stage": stage.name, "fingerprint": key, **identity},
+            store=store,
+            reads=stage.reads,
         )
         return works[stage.name]
 
@@ -134,7 +168,7 @@ def folder_name(stage_name: str) -> str:
     return re.sub(r"[^\w.-]", "_", stage_name.replace("/", "-"))
 
 
-def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path) -> list[Session]:
+def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path | str) -> list[Session]:
     """The sessions that complete every plan (stages by run), in an order that can be run.
 
     A stage is left out if its artifact is complete or nothing unfinished needs it. Sessions are

@@ -8,14 +8,15 @@ from typing import Any
 
 import yaml
 
-from pipeline import artifact
+from pipeline import artifact, mirror
 from pipeline.config import Config
+from pipeline.dag import Work
 from pipeline.methods import METHODS
 from pipeline.results import RunResult, evaluation_sets
 from pipeline.stages.train import ADAPTER
 
-MODEL, CARD = "model", "README.md"
-"""The final model's folder in a run's, and the card in it."""
+MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
+"""The final model's folder in a run's, the card in it, and where a file or model lies instead."""
 _OWN_FILES = {artifact.MANIFEST, "log.jsonl", "checks.json"}
 _METRICS = {
     "average_performance": "Average performance",
@@ -25,32 +26,36 @@ _METRICS = {
 
 
 def write_model_folder(
-    folder: Path, model: Path, config: Config, result: RunResult, mlflow_run: str | None
+    folder: Path, model: Work, config: Config, result: RunResult, mlflow_run: str | None
 ) -> None:
     """Make `folder` the final model: links to the files of the artifact `model`, and a card.
 
+    With an object store also a text file with the URI of those files, which need not be here.
     Written aside and renamed; replaces an older one. `mlflow_run` is the run's id, if recorded.
     """
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    files = [file for file in model.iterdir() if file.name not in _OWN_FILES]
-    if adapter_alone(model):
-        files += (model / ADAPTER).iterdir()
+    there = model.folder.exists()
+    files = [f for f in model.folder.iterdir() if f.name not in _OWN_FILES] if there else []
+    if adapter_alone(model) and there:
+        files += (model.folder / ADAPTER).iterdir()
     for file in files:
         (aside / file.name).symlink_to(os.path.relpath(file, folder))
     text = card(config, result, mlflow_run, adapter=adapter_alone(model))
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty one.
     (aside / CARD).write_text(text, encoding="utf-8")
+    if model.store:
+        (aside / LOCATION).write_text(mirror.files_of(model.store, model.folder) + "\n")
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def adapter_alone(model: Path) -> bool:
+def adapter_alone(model: Work) -> bool:
     """Whether an artifact holds an adapter and not the model that it belongs on."""
-    return not (model / "config.json").exists()
+    return "config.json" not in (model.manifest() or {"files": ()})["files"]
 
 
 def card(

@@ -7,10 +7,10 @@ from pipeline.config import Config, Freeze, Project
 from pipeline.dag import External, Stage
 from pipeline.inputs import is_builtin, model_folder
 from pipeline.stages.attribute import attribute
-from pipeline.stages.evaluate import evaluate
+from pipeline.stages.evaluate import PREDICTIONS, TEXT, evaluate
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.report import report
-from pipeline.stages.train import pretrain, train
+from pipeline.stages.train import CHECKS, IMPORTANCE_FILE, pretrain, train
 from pipeline.tasks import BASE_TASK, Source, held_out_sources, selection
 
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
@@ -257,4 +257,5 @@ def report_stage(
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
         session="report",
+        reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
     )

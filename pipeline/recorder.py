@@ -12,6 +12,7 @@ from agcl.errors import InputError
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline import object_store
 from pipeline.config import Config
 from pipeline.plan import Run
 from pipeline.run_recorder import RunRecorder
@@ -173,9 +174,13 @@ def connect(config: Config, console: Console) -> Tracker | None:
 
     Raises `InputError` for a bad URI, and for a storage folder that cannot be written to.
     """
-    _check_writable(config.storage)
+    _check_writable(config.local_storage)
+    if isinstance(config.storage, str):
+        object_store.check_writable(config.storage)
     try:
-        return Tracker(config.storage, config.tracking.uri) if config.tracking.enabled else None
+        return (
+            Tracker(config.local_storage, config.tracking.uri) if config.tracking.enabled else None
+        )
     except TrackingFailed as error:
         warn(console, f"{error}; {_LATER}")
         return None

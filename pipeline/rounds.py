@@ -12,7 +12,6 @@ import optuna
 from agcl.errors import InputError
 from ray.tune.search import Searcher
 
-from pipeline import trials
 from pipeline.search_space import distributions, own_point, settings_of
 from pipeline.session import LESS_MEMORY
 from pipeline.trials import Trial
@@ -104,7 +103,7 @@ class Rounds(Searcher):
             asked = self.study.ask(distributions(self.search.space))
             self.asked.append(asked)
             settings = settings_of(self.search.space, asked.params)
-            before = trials.load(self.search.folder_of(number))
+            before = self.search.load(number)
             if before and before.settings == settings and before.state in ("finished", "stopped"):
                 self.known.append(before)
                 self.observe(before)
@@ -135,12 +134,12 @@ class Rounds(Searcher):
 
     def _read(self, number: int) -> Trial:
         """What the trial's process recorded last."""
-        self.known[number] = trials.load(self.search.folder_of(number)) or self.known[number]
+        self.known[number] = self.search.load(number) or self.known[number]
         self.observe(self.known[number])
         return self.known[number]
 
     def _record(self, trial: Trial) -> None:
-        trial.save(self.search.folder_of(trial.number))
+        self.search.save(trial)
         self.known[trial.number] = trial
         self.observe(trial)
 

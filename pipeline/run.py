@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from agcl.errors import InputError
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import artifact, loading
+from pipeline import artifact, loading, mirror, object_store
 from pipeline.config import Config
-from pipeline.dag import folder_name, resolve, sessions
+from pipeline.dag import Work, folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
@@ -36,14 +37,18 @@ _RUN_AGAIN = {"resources", "tracking", "search"}
 
 
 def open_run(config: Config, folder: Path | None = None) -> Run:
-    """Check a config's inputs and resolve its stages. Writes nothing.
+    """Check a config's inputs and resolve its stages. Writes nothing but an object store's cache.
 
     Raises `InputError` for bad input, and for a folder that holds a run of another config.
     """
-    folder = folder or config.storage / config.name
-    there = next(path for path in (config.storage, *config.storage.parents) if path.exists())
+    local = config.local_storage
+    folder = folder or local / config.name
+    there = next(path for path in (local, *local.parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"storage: {there} is not a folder")
+    if isinstance(config.storage, str):
+        object_store.check(config.storage)
+    mirror.pull_file(config.storage, folder / CONFIG_FILE)
     _check_folder(config, folder)
     check_inputs(config)
     planned = plan(config)
@@ -66,8 +71,9 @@ def execute(
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
-    tracker = connect(_any_config(runs), console)
-    with _alone(folder, console):
+    config = _any_config(runs)
+    tracker = connect(config, console)
+    with _alone(folder, console), mirror.results(config.storage, folder):
         return _execute(runs, folder, tracker, title, command, console, above)
 
 
@@ -91,7 +97,9 @@ def _execute(
         if len(runs) <= REPORTS_EACH:
             pictures = write_report(file, [result], title=result.metrics["name"])
         run = runs[label]
-        final = run.works[run.plan.final_model].folder
+        final = run.works[run.plan.final_model]
+        if run.config.tracking.register_model:
+            final.fetch()
         mlflow_run = recording.run_of(label)
         write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
         recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
@@ -108,8 +116,9 @@ def execute_trials(
 
     A failed run does not end the others. Writes no reports.
     """
-    tracker = connect(_any_config(runs), console)
-    with _alone(folder, console):
+    config = _any_config(runs)
+    tracker = connect(config, console)
+    with _alone(folder, console), mirror.results(config.storage, folder):
         done_before = _complete(runs)
         recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
         for failure in failures:
@@ -144,7 +153,10 @@ def _artifacts(folder: Path, pictures: Mapping[str, bytes]) -> dict[str, Content
 
 
 def _complete(runs: Mapping[str, Run]) -> set[Path]:
-    return {w.folder for run in runs.values() for w in run.works.values() if w.is_complete()}
+    works = {work.folder: work for run in runs.values() for work in run.works.values()}
+    with ThreadPoolExecutor() as pool:  # An object store takes its time for each.
+        done = list(pool.map(Work.is_complete, works.values()))
+    return {folder for folder, is_done in zip(works, done, strict=True) if is_done}
 
 
 def _run_missing(
@@ -166,6 +178,7 @@ def _run_missing(
         _check_folder(run.config, run.folder)  # Again: we may have waited for another.
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
+    mirror.push_results(first.storage, folder)  # A killed one is then known to other machines.
     try:
         try:
             failures = run_with_progress(
@@ -193,20 +206,18 @@ def open_folder(run: Run) -> None:
 def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
     for stage, work in run.works.items():
-        _link(run.folder / folder_name(stage), work.folder)
+        if work.folder.exists():  # From an object store only what was needed is here.
+            _link(run.folder / folder_name(stage), work.folder)
         artifact.remove_leftovers(work.folder)
-    report = run.works["report"].folder
+    report = run.works["report"]
     prepared = summaries(run)
     metrics = {
         "name": run.config.name,
-        **_read_json(report / METRICS),
+        **(_json(report.read(METRICS)) or {}),
         "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
     }
     artifact.write_json(run.folder / METRICS, metrics)
-    importance, checks = report / IMPORTANCE_SUMMARY, report / CHECKS
-    manifests = {
-        stage: artifact.read_manifest(work.folder) or {} for stage, work in run.works.items()
-    }
+    manifests = {stage: work.manifest() or {} for stage, work in run.works.items()}
     provenance = artifact.provenance()
     return RunResult(
         metrics=metrics,
@@ -220,8 +231,8 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
             )
             for stage, work in run.works.items()
         ],
-        importance=_read_json(importance) if importance.exists() else None,
-        checks=_read_json(checks) if checks.exists() else None,
+        importance=_json(report.read(IMPORTANCE_SUMMARY)),
+        checks=_json(report.read(CHECKS)),
         rows={task: summary["splits"] for task, summary in prepared.items()},
         provenance={
             "command": command,
@@ -235,7 +246,7 @@ def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
 def summaries(run: Run) -> dict[str, dict[str, Any]]:
     """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
     return {
-        task: _read_json(run.works[f"prepare/{task}"].folder / SUMMARY) for task in run.plan.tasks
+        task: _json(run.works[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
     }
 
 
@@ -265,8 +276,9 @@ def _check_folder(config: Config, folder: Path) -> None:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     for section in Config.model_fields:
         if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
+            place = object_store.place_of(config.storage, folder)
             raise InputError(
-                f"name: {folder} holds a run with another {section!r} section; choose another "
+                f"name: {place} holds a run with another {section!r} section; choose another "
                 f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
             )
 
@@ -291,22 +303,32 @@ def _write_log(folder: Path, failure: StageFailed) -> None:
         failure.log = file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def _json(content: bytes | None) -> dict[str, Any] | None:
+    return None if content is None else json.loads(content)
 
 
-def rewrite_report(folder: Path, command: str) -> Path:
+def rewrite_report(place: Path | str, command: str) -> Path:
     """Write the report of a finished run's or comparison's folder again; the report's path.
 
-    Raises `InputError` where the folder holds no finished run.
+    The folder may be one of an object store. Raises `InputError` where it holds no finished run.
     """
+    if isinstance(place, Path):
+        return _rewrite_report(place, command, None)
+    storage, folder = mirror.split(place)
+    with mirror.results(storage, folder):
+        return _rewrite_report(folder, command, storage)
+
+
+def _rewrite_report(folder: Path, command: str, storage: str | None) -> Path:
     inner = sorted(f.parent for f in folder.glob(f"*/{CONFIG_FILE}") if not f.parent.is_symlink())
     folders = [folder] if (folder / METRICS).is_file() else inner
     if not folders:
         raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")
     results = []
     for one in folders:
-        run = open_run(loading.load(one / CONFIG_FILE), one)
+        config = loading.load(one / CONFIG_FILE)
+        config = config.model_copy(update={"storage": storage or config.storage})
+        run = open_run(config, one)
         unfinished = [stage for stage, work in run.works.items() if not work.is_complete()]
         if "report" in unfinished:
             raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")

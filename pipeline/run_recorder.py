@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline import artifact
 from pipeline.dag import Work
-from pipeline.model_card import MODEL
+from pipeline.model_card import LOCATION, MODEL
 from pipeline.plan import Run
 from pipeline.stages.context import LOG_FILE, Record
 from pipeline.stages.evaluate import SCORES, TEXT
@@ -24,7 +22,7 @@ def made_at(work: Work) -> float | None:
 
     Its numbers carry that time, so that MLflow takes them once however often they are sent.
     """
-    manifest = artifact.read_manifest(work.folder)
+    manifest = work.manifest()
     return manifest["started"] + manifest["seconds"] if manifest else None
 
 
@@ -58,7 +56,7 @@ class RunRecorder:
             recorded = self.known.get(work.fingerprint, ("", False))[1]
             if not recorded and work.is_complete():
                 child = self._start(stage, {"reused": "true"} if reused else {})
-                lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+                lines = (work.read(LOG_FILE) or b"").splitlines()
                 self.tracker.metrics(child, [json.loads(line) for line in lines], made_at(work))
                 self._finish(stage)
 
@@ -126,11 +124,10 @@ class RunRecorder:
         if kind == "evaluate":
             self._log_scores(stage, work)
         elif kind == "attribute":
-            self._log_importance(stage, work.folder / IMPORTANCE_FILE)
+            self._log_importance(stage, work)
         elif kind == "prepare":
-            self.tracker.dataset(
-                self.parent, stage, work.fingerprint[:32], str(work.folder / SUMMARY)
-            )
+            source = f"{work.place}/{SUMMARY}"
+            self.tracker.dataset(self.parent, stage, work.fingerprint[:32], source)
         child = self.open.pop(stage, None)
         if child is not None:
             self.tracker.end(child)
@@ -139,7 +136,7 @@ class RunRecorder:
     def _log_scores(self, stage: str, work: Work) -> None:
         """The row of the accuracy matrix, on the parent with the task index as step."""
         index = int(stage.partition("/")[2].partition("-")[0])
-        scores = json.loads((work.folder / SCORES).read_text(encoding="utf-8"))
+        scores = json.loads(work.read(SCORES) or b"")
         row: dict[str, float] = {
             f"{name}/{task}": score for task, sets in scores.items() for name, score in sets.items()
         }
@@ -148,15 +145,17 @@ class RunRecorder:
                 continue
             seen = [scores[task][name] for task in self.plan.tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-        if (work.folder / TEXT).exists():
-            row["text_loss"] = json.loads((work.folder / TEXT).read_text(encoding="utf-8"))["loss"]
+        if (text := work.read(TEXT)) is not None:
+            row["text_loss"] = json.loads(text)["loss"]
         self.tracker.metrics(self.parent, [{"step": index, **row}], made_at(work))
 
-    def _log_importance(self, stage: str, file: Path) -> None:
-        """A copy of the importance file, or where it lies if it is large."""
-        place = f"importance/{stage.partition('/')[2]}"
-        small = file.stat().st_size <= _LARGEST_COPY
+    def _log_importance(self, stage: str, work: Work) -> None:
+        """A copy of the importance file, or where it lies if it is large or not on this machine."""
+        place, file = f"importance/{stage.partition('/')[2]}", work.folder / IMPORTANCE_FILE
+        copy = file.exists() and file.stat().st_size <= _LARGEST_COPY
         self.tracker.artifacts(
             self.parent,
-            {f"{place}/{IMPORTANCE_FILE}": file} if small else {f"{place}/location.txt": str(file)},
+            {f"{place}/{IMPORTANCE_FILE}": file}
+            if copy
+            else {f"{place}/{LOCATION}": f"{work.place}/{IMPORTANCE_FILE}"},
         )

@@ -16,7 +16,7 @@ import torch
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
-from pipeline import artifact, trials
+from pipeline import artifact, mirror, trials
 from pipeline.config import Config, Resources
 from pipeline.dag import Session, Stage, needed_for, resolve, sessions
 from pipeline.loading import changed
@@ -45,6 +45,17 @@ class Search:
     def folder_of(self, number: int) -> Path:
         """Where a trial is recorded."""
         return self.folder / "trials" / str(number)
+
+    def load(self, number: int) -> Trial | None:
+        """What is recorded of a trial; None where it was not begun."""
+        # Another node may have written it.
+        mirror.pull_results(self.config.storage, self.folder_of(number))
+        return trials.load(self.folder_of(number))
+
+    def save(self, trial: Trial) -> None:
+        """Record a trial, whole or not at all."""
+        trial.save(self.folder_of(trial.number))
+        mirror.push_results(self.config.storage, self.folder_of(trial.number))
 
     def run_of(self, trial: Trial) -> Run:
         """The trial as a run of the DAG. Raises `InputError` where its settings do not agree."""
@@ -146,7 +157,7 @@ def run_trial(search: Search, number: int) -> None:
     A stage that fails ends the trial as failed; lost workers raise, and Tune starts it again.
     """
     folder = search.folder_of(number)
-    recorded = trials.load(folder)
+    recorded = search.load(number)
     assert recorded is not None, folder
     trial = Trial(number, recorded.settings)
     run = search.run_of(trial)
@@ -158,7 +169,7 @@ def run_trial(search: Search, number: int) -> None:
         while (progress := _progress(run, len(trial.progress) + 1)) is not None:
             seconds = _seconds(run, without=shared)
             trial = replace(trial, progress=(*trial.progress, progress), seconds=seconds)
-            trial.save(folder)
+            search.save(trial)
             tune.report({"task": len(trial.progress), "average": progress.average})
 
     catch_up()
@@ -168,7 +179,7 @@ def run_trial(search: Search, number: int) -> None:
         artifact.write_text(folder / "error.log", failed[2])
     else:
         trial = replace(trial, state="finished")
-    trial.save(folder)
+    search.save(trial)
 
 
 def _run_stages(
@@ -213,12 +224,12 @@ def _progress(run: Run, number: int) -> trials.Progress | None:
     works = [run.works[name] for name in names[: number + 1]]
     if not works[-1].is_complete():
         return None
-    scores = [json.loads((work.folder / SCORES).read_text(encoding="utf-8")) for work in works]
+    scores = [json.loads(work.read(SCORES) or b"") for work in works]
     return trials.progress_after(scores, tasks)
 
 
 def _seconds(run: Run, without: set[str]) -> float:
     """Time that the run's own finished stages took."""
     own = [work for name, work in run.works.items() if name not in without]
-    found = [artifact.read_manifest(work.folder) for work in own if work.is_complete()]
+    found = [work.manifest() for work in own if work.is_complete()]
     return round(sum(float(manifest["seconds"]) for manifest in found if manifest), 3)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline import artifact, loading, trials
+from pipeline import artifact, loading, mirror, object_store, trials
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
@@ -21,6 +21,7 @@ from pipeline.run import execute, open_folder, open_run
 from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
+from pipeline.tracking import Tracker
 from pipeline.trials import Trial
 from pipeline.tuning import VALIDATION
 
@@ -51,7 +52,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         settings["evaluation.validation"] = VALIDATION
     of_trials = loading.changed(config, settings)
     space = space_of(of_trials)
-    search = Search(of_trials, space, num_trials, config.storage / f"{config.name}-search")
+    search = Search(of_trials, space, num_trials, config.local_storage / f"{config.name}-search")
     if len(_tasks(search)) < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")
     _check_folder(search, resume=resume)
@@ -65,6 +66,7 @@ def _tasks(search: Search) -> Sequence[str]:
 def _check_folder(search: Search, *, resume: bool) -> None:
     """A search folder keeps one search: trials of another one say nothing about this one's."""
     file = search.folder / SEARCH_FILE
+    mirror.pull_file(search.config.storage, file)
     if not file.is_file():
         if resume:
             raise InputError(f"--resume: {search.folder} holds no search to go on with")
@@ -76,8 +78,9 @@ def _check_folder(search: Search, *, resume: bool) -> None:
     for section in Config.model_fields:
         same = getattr(stored, section) == getattr(search.config, section)
         if section not in ("resources", "tracking") and not same:
+            place = object_store.place_of(search.config.storage, search.folder)
             raise InputError(
-                f"name: {search.folder} holds a search with another {section!r} section; choose "
+                f"name: {place} holds a search with another {section!r} section; choose "
                 f"another name (name={search.config.name}-2) or delete that folder. Finished "
                 "stages are shared."
             )
@@ -93,8 +96,21 @@ def execute_search(
     """
     config = search.config
     tracker = connect(config, console)
+    with mirror.results(config.storage, search.folder):
+        return _execute(search, tracker, command, console, watch)
+
+
+def _execute(
+    search: Search,
+    tracker: Tracker | None,
+    command: str,
+    console: Console,
+    watch: AbstractContextManager[Observe],
+) -> Found:
+    config = search.config
     recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
+    mirror.push_results(config.storage, search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
     records = _Records(search, recording, {stage.name for stage in shared})

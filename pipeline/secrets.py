@@ -12,6 +12,11 @@ _SHORTEST = 6
 """A secret of the environment shorter than this could be any word."""
 
 
+def has_credentials(uri: str) -> bool:
+    """Whether a URI itself says who asks, or a secret."""
+    return bool(_BEFORE_HOST.search(uri) or _IN_QUERY.search(uri))
+
+
 def masked(text: str) -> str:
     """The text with `***` for credentials in addresses and for secrets of the environment.
 

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+
+from pipeline.secrets import has_credentials
 
 _LONGEST = 4000
 """Bytes of a path, below what systems take."""
@@ -31,6 +33,24 @@ Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Place = Annotated[Path, AfterValidator(usable_path)]
 """A path of the user's; `~` is the home folder."""
+
+
+def _folder_or_uri(value: Any) -> Path | str:
+    if not isinstance(value, str | Path):
+        raise PydanticCustomError("path_type", "must be a folder or the URI of an object store")
+    if isinstance(value, Path) or "://" not in value:
+        return usable_path(Path(value))
+    usable_path(value)
+    if has_credentials(value):
+        raise PydanticCustomError(
+            "uri", "credentials do not go into the URI but into the environment (AWS_PROFILE, ...)"
+        )
+    address, question, query = value.partition("?")
+    return address.rstrip("/") + question + query
+
+
+Storage = Annotated[Path | str, PlainValidator(_folder_or_uri)]
+"""A path of the user's, or the URI of an object store."""
 
 
 class Section(BaseModel):

@@ -4,8 +4,9 @@ import os
 import platform
 import traceback
 import uuid
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +17,14 @@ from agcl.checkpoint import Checkpoint
 from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import artifact
+from pipeline import artifact, mirror
 from pipeline.cluster import needs, nodes, side_by_side
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
+from pipeline.object_store import StoreFailed
 from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
+from pipeline.stored_checkpoint import StoredCheckpoint
 
 LESS_MEMORY = (
     "set training.activation_checkpointing, or lower training.micro_batch_size, "
@@ -51,34 +54,58 @@ def run_works(works: Sequence[Work], context: Context, emit: Emit) -> None:
     for work in works:
         with artifact.claimed(work.folder) if context.is_first_worker else nullcontext():
             distributed.barrier()
-            is_complete = work.is_complete()
-            distributed.barrier()  # Before the first worker can complete it.
+            with _failing(work, emit):
+                is_complete = distributed.broadcast_object(
+                    _is_complete(work) if context.is_first_worker else False
+                )
             if not is_complete:
                 _make(work, context, emit, checked)
+
+
+def _is_complete(work: Work) -> bool:
+    """Whether the artifact is there, once one whose upload was cut off is uploaded."""
+    if work.is_complete():
+        return True
+    if not work.store or not artifact.is_complete(work.folder, work.fingerprint):
+        return False
+    artifact.verify(work.folder)
+    mirror.push(work.store, work.folder)
+    return True
 
 
 def _make(work: Work, context: Context, emit: Emit, checked: set[Path]) -> None:
     if context.is_first_worker:
         emit([{"artifact": work.folder.name, "state": "started"}])
-    try:
+    with _failing(work, emit):
+        if work.store:
+            work = replace(work, inputs=_fetched_inputs(work, work.store))
         _verify_inputs(work, checked)
         _run_one(work, context, emit)
-    except BaseException as error:
-        if not misses_others(error):
-            said = {"error": explain(error, work), "traceback": traceback.format_exc()}
-            failed = {key: masked(text) for key, text in said.items()}
-            emit([{"artifact": work.folder.name, "state": "failed", **failed}])
-        raise
     checked.add(work.folder)
     distributed.barrier()
     if context.is_first_worker:
         emit([{"artifact": work.folder.name, "state": "finished"}])
 
 
+@contextmanager
+def _failing(work: Work, emit: Emit) -> Iterator[None]:
+    """Emit why a stage fails, if it does, before the worker ends of it."""
+    try:
+        yield
+    except BaseException as error:
+        if not misses_others(error):
+            said = {"error": explain(error, work), "traceback": traceback.format_exc()}
+            failed = {key: masked(text) for key, text in said.items()}
+            emit([{"artifact": work.folder.name, "state": "failed", **failed}])
+        raise
+
+
 def explain(error: BaseException, work: Work) -> str:
     """One line for the user."""
     if "No space left on device" in str(error):
         return f"no space left on device for {work.folder}"
+    if isinstance(error, StoreFailed):
+        return str(error)
     text = " ".join(str(error).split())
     said = any(words in text for words in _NO_MEMORY)
     if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -120,9 +147,19 @@ def misses_others(error: BaseException) -> bool:
     )
 
 
+def _fetched_inputs(work: Work, store: str) -> dict[str, Path]:
+    """The stage's inputs, downloaded as far as this worker's machine lacks them."""
+    return {
+        role: mirror.fetch(store, path, work.reads)
+        if path.parent == work.folder.parent  # Else it is a file or folder of the user's.
+        else path
+        for role, path in work.inputs.items()
+    }
+
+
 def _verify_inputs(work: Work, checked: set[Path]) -> None:
     """Compare the contents of artifacts that are read for the first time in this session."""
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 or work.store:  # Copies from a store may be this machine's own.
         for folder in work.inputs.values():
             if folder not in checked and (folder / artifact.MANIFEST).exists():
                 artifact.verify(folder)
@@ -148,6 +185,8 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
             raise
         finally:
             log.close()
+    if work.store:
+        mirror.push(work.store, work.folder)
     if checkpoint:
         checkpoint.remove()
 
@@ -155,7 +194,11 @@ def _run_one(work: Work, context: Context, emit: Emit) -> None:
 def _checkpoint_of(work: Work, context: Context) -> Checkpoint | None:
     seconds = 60 * context.checkpoint_minutes
     file = artifact.checkpoint_of(work.folder)
-    return Checkpoint(file, work.fingerprint, seconds) if seconds else None
+    if not seconds:
+        return None
+    if work.store:
+        return StoredCheckpoint(file, work.fingerprint, seconds, work.store)
+    return Checkpoint(file, work.fingerprint, seconds)
 
 
 @ray.remote(num_cpus=0)
@@ -190,11 +233,11 @@ def here() -> NodeAffinitySchedulingStrategy:
 def run_session(session: Session, resources: Resources, mailbox: Any, scratch: Path) -> None:
     """Run one session: on a Ray Train worker group if it trains, else right here.
 
-    `scratch` is a folder that all nodes see; Ray Train keeps its own records there. A session that
-    loses a worker is started again and goes on at its first unfinished stage, until it was lost
-    `LOSSES` times without finishing one or coming to another checkpoint of it. Where no node is
-    left that could take its workers, it waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and
-    fails.
+    `scratch` is a folder that all nodes see (or with an object store this one); Ray Train keeps its
+    own records there. A session that loses a worker is started again and goes on at its first
+    unfinished stage, until it was lost `LOSSES` times without finishing one or coming to another
+    checkpoint of it. Where no node is left that could take its workers, it waits for
+    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
     """
 
     def emit(records: list[Any]) -> None:
@@ -236,6 +279,8 @@ def _reached(left: Sequence[Work]) -> tuple[int, int]:
     Compared for equality alone, as whoever writes the checkpoint may have another clock.
     """
     checkpoint = artifact.checkpoint_of(left[0].folder)
+    if store := left[0].store:  # Its worker may be on another node.
+        return -len(left), mirror.modified(store, checkpoint)
     return -len(left), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
 
@@ -246,7 +291,8 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
     from pipeline.process_group import ReachableConfig
 
     def loop() -> None:
-        if not scratch.is_dir():  # Ray Train made it, on the driver's node.
+        # Ray Train made the folder, on the driver's node.
+        if not session.works[0].store and not scratch.is_dir():
             why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
             _refuse(why, session.works[0], emit)
         torch.set_num_threads(resources.cpus_per_worker)

@@ -71,7 +71,7 @@ def run_in_process():
     """Runs a config's missing stages without Ray; gives the works by stage name."""
 
     def run(config):
-        config.storage.mkdir(parents=True, exist_ok=True)
+        config.local_storage.mkdir(parents=True, exist_ok=True)
         works = open_run(config).works
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prepare, "_encoded", _encoded)

@@ -1,5 +1,8 @@
-"""Nodes of a Ray cluster, started and lost as machines are."""
+"""Clusters of several nodes on this machine, as `ray start` makes them, and jobs on them."""
 
+import json
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -9,9 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 from reference.driver import PATIENCE, processes_below
 
+from pipeline import artifact
+
+ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
+SMALL = "tasks.count=2 tasks.entities=3 model.pretraining.entities=8 model.pretraining.epochs=8"
 
 
 def wait_until(found, seconds, what):
@@ -60,3 +69,124 @@ class Node:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=30)
+
+
+class Cluster:
+    """A head without CPUs and worker nodes of one CPU each, with token authentication."""
+
+    def __init__(self, folder, environment=None, *, own=None):
+        """`own` is a folder that each worker node has for itself, empty at first."""
+        self.own = own
+        self.storage, self.port, dashboard = folder / "storage", free_port(), free_port()
+        self.token = folder / "token"
+        self.token.write_text(secrets.token_hex(32))
+        self.token.chmod(0o600)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "AGCL_STORAGE": str(self.storage),
+            **(environment or {}),
+        }
+        self.folder, self.workers, self.joined = folder, [], 0
+        self.head = Node(
+            self.environment,
+            "--head",
+            "--num-cpus=0",
+            "--node-ip-address=127.0.0.1",
+            f"--port={self.port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={folder / 'head'}",
+        )
+        wait_until(lambda: self.ray_job("list").returncode == 0, 180, "no dashboard")
+
+    def ray_job(self, *arguments):
+        return subprocess.run(
+            [RAY, "job", *arguments],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+
+    def have(self, number):
+        """Fresh worker nodes in place of those there were."""
+        self.end_workers()
+        for _ in range(number):
+            self.join()
+
+    def join(self, **environment):
+        """Another worker node, once it is up: two that start at once may want the same port."""
+        # A folder of its own, as on a machine of its own: a node that fetches the working directory
+        # begins by clearing it away.
+        self.joined += 1
+        folder = f"--temp-dir={self.folder / str(self.joined)}"
+        address = f"--address=127.0.0.1:{self.port}"
+        hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+        node = Node(
+            {**self.environment, **environment},
+            *(address, "--num-cpus=1", folder),
+            inside=[] if self.own is None else [*hidden, self.own],
+        )
+        self.workers.append(node)
+        wait_until(lambda: node.processes("DashboardAgent"), 180, "no worker node")
+
+    def end_workers(self):
+        while self.workers:
+            self.workers.pop().end()
+
+    def client(self):
+        return JobSubmissionClient(
+            self.environment["RAY_API_SERVER_ADDRESS"],
+            headers={"Authorization": f"Bearer {self.token.read_text()}"},
+        )
+
+    def submit(self, job, *settings, environment=None):
+        """Submit the built-in config as the README says, made small; goes on at once."""
+        extra = {"excludes": ["/tests/"], "env_vars": environment or {}}
+        command = [
+            *("submit", "--no-wait", "--submission-id", job, "--working-dir", "."),
+            *("--runtime-env-json", json.dumps(extra)),
+            *("--", sys.executable, "-m", "jobs", "run", "jobs/configs/facts.yaml"),
+            *(*SMALL.split(), *settings),
+        ]
+
+        def accepted():
+            done = self.ray_job(*command)
+            # The head's agent comes up after its dashboard.
+            assert done.returncode == 0 or "No available agent" in done.stderr, done.stderr
+            return done.returncode == 0
+
+        wait_until(accepted, 60, "no agent")
+
+    def outcome(self, client, job):
+        """How a job ended: its driver's exit code (None if it does not end), and its log."""
+        ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+        with suppress(TimeoutError):
+            wait_until(lambda: client.get_job_status(job) in ended, 300, "the job does not end")
+        return client.get_job_info(job).driver_exit_code, client.get_job_logs(job)
+
+    def training(self, client, job):
+        """The node that trains, once the first task is under way."""
+        stages = self.storage / "stages"
+        try:
+            wait_until(lambda: list(stages.glob("train-1-*.part")), 150, "no training")
+        except TimeoutError:
+            pytest.fail(client.get_job_logs(job))
+        return self.trainers()[0]
+
+    def trainers(self):
+        """The nodes that train."""
+        return wait_until(
+            lambda: [node for node in self.workers if node.processes("RayTrainWorker")], 10, "none"
+        )
+
+    def finished(self):
+        """Manifests of the finished artifacts by folder."""
+        folders = (self.storage / "stages").glob("*")
+        manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
+        return {name: manifest for name, manifest in manifests.items() if manifest is not None}
