@@ -52,7 +52,9 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     head = cast(nn.Module, model.get_output_embeddings())
     handle = head.register_forward_pre_hook(cast(Any, keep))
     try:
-        logits: Tensor = model(batch.input_ids, use_cache=False).logits
+        logits: Tensor = model(
+            batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).logits
     finally:
         handle.remove()
     return logits.squeeze(0)

@@ -272,6 +272,7 @@ def _fit(
             micro_batch_size=config["micro_batch_size"],
             seed=config["seed"],
             precision=config["precision"],
+            packing=config["packing"],
             max_gradient_norm=config["max_gradient_norm"],
             penalise=protection.penalise,
             checkpoint=context.checkpoint,
