@@ -6,9 +6,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agcl.batches import Batch, answer_places
+from agcl.errors import InputError
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -36,6 +39,34 @@ def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterato
         yield
     finally:
         model.activation_checkpointing_disable()
+
+
+@contextmanager
+def compiled(
+    model: PreTrainedModel, on: bool = True, *, backend: str = "inductor"
+) -> Iterator[None]:
+    """Run each of the model's layers through `torch.compile`, for any number of rows and tokens.
+
+    Layer by layer, so that one compilation serves all layers alike, and what is between them (the
+    attention mask, activation checkpointing, hooks) is as without. The same numbers to rounding.
+    Raises `InputError` where torch cannot compile.
+    """
+    if not on:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        raise InputError(
+            f"training.compile: torch.compile failed, which needs a C++ compiler (g++, or CXX): "
+            f"{error.inner_exception}"
+        ) from error
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -64,6 +64,9 @@ class Training(Section):
     packing: bool = False
     """Put a micro-batch's rows behind each other in place of padding them to the longest, each
     still seeing only itself. Results depend on it only by rounding."""
+    compile: bool = False
+    """Train through `torch.compile`, which needs a C++ compiler. Results depend on it only by
+    rounding."""
 
 
 class ImportanceSection(Section):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from agcl import adapter, models
-from agcl.forward import activation_checkpointing
+from agcl.forward import activation_checkpointing, compiled
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
@@ -262,7 +262,10 @@ def _fit(
         basis=basis,
         transposed=stored_transposed(model) if basis else (),
     )
-    with activation_checkpointing(model, config["activation_checkpointing"]):
+    with (
+        activation_checkpointing(model, config["activation_checkpointing"]),
+        compiled(model, config["compile"]),
+    ):
         train_task(
             model,
             rows,
