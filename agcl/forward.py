@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,6 +15,9 @@ from agcl.batches import Batch, answer_places
 from agcl.errors import InputError
 
 Precision = Literal["float32", "bfloat16"]
+_VARIANTS = 64
+"""Of a compiled layer: by what of it is trained, kind of mask, one line or more. Beyond torch's own
+limit of 8 it would go on uncompiled."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -47,9 +51,9 @@ def compiled(
 ) -> Iterator[None]:
     """Run each of the model's layers through `torch.compile`, for any number of rows and tokens.
 
-    Layer by layer, so that one compilation serves all layers alike, and what is between them (the
-    attention mask, activation checkpointing, hooks) is as without. The same numbers to rounding.
-    Raises `InputError` where torch cannot compile.
+    Layer by layer, so that one compilation serves all that are alike, and the mask before them and
+    the head behind them are as without. The same numbers to rounding. Raises `InputError` where
+    torch cannot compile.
     """
     if not on:
         yield
@@ -58,10 +62,11 @@ def compiled(
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:
-        yield
+        with dynamo_config.patch(recompile_limit=_VARIANTS):
+            yield
     except BackendCompilerFailed as error:
         raise InputError(
-            f"training.compile: torch.compile failed, which needs a C++ compiler (g++, or CXX): "
+            "training.compile: torch.compile failed, which needs a C++ compiler (g++, or CXX): "
             f"{error.inner_exception}"
         ) from error
     finally:
