@@ -6,11 +6,18 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agcl.batches import Batch, answer_places
+from agcl.errors import InputError
 
 Precision = Literal["float32", "bfloat16"]
+_VARIANTS = 64
+"""Of a compiled layer: by what of it is trained, kind of mask, one line or more. Beyond torch's own
+limit of 8 it would go on uncompiled."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -38,6 +45,35 @@ def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterato
         model.activation_checkpointing_disable()
 
 
+@contextmanager
+def compiled(
+    model: PreTrainedModel, on: bool = True, *, backend: str = "inductor"
+) -> Iterator[None]:
+    """Run each of the model's layers through `torch.compile`, for any number of rows and tokens.
+
+    Layer by layer, so that one compilation serves all that are alike, and the mask before them and
+    the head behind them are as without. The same numbers to rounding. Raises `InputError` where
+    torch cannot compile.
+    """
+    if not on:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    try:
+        with dynamo_config.patch(recompile_limit=_VARIANTS):
+            yield
+    except BackendCompilerFailed as error:
+        raise InputError(
+            "training.compile: torch.compile failed, which needs a C++ compiler (g++, or CXX): "
+            f"{error.inner_exception}"
+        ) from error
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits that predict the answers' tokens, (answer tokens, vocabulary), row after row.
 
@@ -52,7 +88,9 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     head = cast(nn.Module, model.get_output_embeddings())
     handle = head.register_forward_pre_hook(cast(Any, keep))
     try:
-        logits: Tensor = model(batch.input_ids, use_cache=False).logits
+        logits: Tensor = model(
+            batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).logits
     finally:
         handle.remove()
     return logits.squeeze(0)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from agcl import distributed, sharding
-from agcl.batches import Batch, answer_tokens, collate, shuffled
+from agcl.batches import Batch, answer_tokens, collate, pack, shuffled
 from agcl.checkpoint import Checkpoint
 from agcl.forward import Precision, answer_logits, autocast
 from agcl.tasks import Rows
@@ -33,6 +33,7 @@ def train_task(
     micro_batch_size: int,
     seed: int,
     precision: Precision = "float32",
+    packing: bool = False,
     max_gradient_norm: float = 1.0,
     penalise: Callable[[], Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -43,12 +44,14 @@ def train_task(
     A global batch is cut into micro-batches that the workers take in turn, and its loss is
     divided by its number of answer tokens over all workers; so order, batches and loss are the
     same for any number of workers. `penalise` adds a penalty's gradient to `.grad`, the same on
-    every worker, and gives its value; the logged loss is without it. With a `checkpoint` it goes
-    on after the steps of that, which are logged again; the result is the same to the bit. Raises
+    every worker, and gives its value; the logged loss is without it. `packing` spares a
+    micro-batch's padding, with the same numbers to rounding. With a `checkpoint` it goes on after
+    the steps of that, which are logged again; the result is the same to the bit. Raises
     `NonFiniteLoss`.
     """
     model.train()
     device = model.device
+    batched = pack if packing else collate
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     num_steps = epochs * math.ceil(len(rows) / batch_size)
@@ -70,11 +73,10 @@ def train_task(
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()
             for number, counts in distributed.in_turn(len(pieces)):
-                piece = pieces[number]
+                piece = batched(pieces[number]).to(device)
                 torch.manual_seed(_dropout_seed(seed, step, number))
                 with autocast(device, precision):
-                    piece_loss = summed_loss(model, collate(piece).to(device)) / num_answer_tokens
-                piece_loss = piece_loss * counts
+                    piece_loss = counts * summed_loss(model, piece) / num_answer_tokens
                 piece_loss.backward()
                 loss += piece_loss.detach()
             _share_gradients(parameters, loss)

@@ -62,6 +62,12 @@ class Training(Section):
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: about a third more time, and
     memory for those of one layer instead of all. The result is the same."""
+    packing: bool = False
+    """Put a micro-batch's rows behind each other in place of padding them to the longest, each
+    still seeing only itself. Results depend on it only by rounding."""
+    compile: bool = False
+    """Train through `torch.compile`, which needs a C++ compiler. Results depend on it only by
+    rounding."""
 
 
 class ImportanceSection(Section):

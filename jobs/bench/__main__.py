@@ -24,6 +24,8 @@ SINGLE = {
     "attribute_loop": figures.attribution_against_a_loop,
     "gated_step": figures.gated_step,
     "projected_step": figures.projected_step,
+    "packed_step": figures.packed_step,
+    "compiled_step": figures.compiled_step,
     "exact_match": figures.exact_match_against_generate,
 }
 NAMES = [*SINGLE, "pipeline", "task_30"]

@@ -7,6 +7,7 @@ import torch
 from agcl.attribution import attribute
 from agcl.batches import collate
 from agcl.evaluate import exact_match
+from agcl.forward import compiled
 from agcl.lrp import attributed_linears, weight_of
 from agcl.modulation import GatedAdamW, random_bases
 from agcl.train import summed_loss, train_task
@@ -94,6 +95,23 @@ def projected_step(setting: Setting) -> Figure:
     return figure
 
 
+def packed_step(setting: Setting) -> Figure:
+    """A training step on packed rows against one on padded rows; all rows in one micro-batch."""
+    packed, padded = _step(setting, packing=True), _step(setting)
+    return pairs("packed_step", packed, padded, setting, 1.0, "the step on padded rows")
+
+
+def compiled_step(setting: Setting) -> Figure:
+    """A training step through `torch.compile` against one without, all rows in one micro-batch."""
+    plain = _step(setting)
+
+    def through_compile() -> None:
+        with compiled(setting.model):
+            plain()
+
+    return pairs("compiled_step", through_compile, plain, setting, 1.0, "the step without")
+
+
 def exact_match_against_generate(setting: Setting) -> Figure:
     """Exact match by one forward pass against transformers' `generate` on the same rows."""
     model, rows, device = setting.model, setting.rows, setting.model.device
@@ -126,6 +144,13 @@ def exact_match_against_generate(setting: Setting) -> Figure:
 
     assert forced() == decoded()
     return pairs("exact_match", forced, decoded, setting, 0.2, "transformers' generate")
+
+
+def _step(setting: Setting, **options: Any) -> Run:
+    model, size = setting.model, len(setting.rows)
+    optimizer = GatedAdamW(model.named_parameters(), lr=1e-7)
+    options |= {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
+    return lambda: train_task(model, setting.rows, optimizer, **options)
 
 
 def _attributed(setting: Setting) -> Run:

@@ -137,7 +137,7 @@ def _plain_loop(config: Config, base: Path) -> None:
         rows.append(encoded)
     options = config.training.model_dump()
     rate, decay = options.pop("learning_rate"), options.pop("weight_decay")
-    del options["activation_checkpointing"]
+    del options["activation_checkpointing"], options["compile"]
 
     def evaluate() -> None:
         for splits in rows:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from agcl import adapter, models, sharding
-from agcl.forward import activation_checkpointing
+from agcl.forward import activation_checkpointing, compiled
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
@@ -264,7 +264,10 @@ def _fit(
         basis=basis,
         transposed=stored_transposed(model) if basis else (),
     )
-    with activation_checkpointing(model, config["activation_checkpointing"]):
+    with (
+        activation_checkpointing(model, config["activation_checkpointing"]),
+        compiled(model, config["compile"]),
+    ):
         train_task(
             model,
             rows,
@@ -274,6 +277,7 @@ def _fit(
             micro_batch_size=config["micro_batch_size"],
             seed=config["seed"],
             precision=config["precision"],
+            packing=config["packing"],
             max_gradient_norm=config["max_gradient_norm"],
             penalise=protection.penalise,
             checkpoint=context.checkpoint,

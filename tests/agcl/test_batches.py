@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agcl.batches import IGNORED, collate, in_order, shuffled, targets
+from agcl.batches import IGNORED, collate, in_order, pack, shuffled, targets
 from agcl.tasks import Encoded
 
 
@@ -15,6 +15,26 @@ def test_rows_are_padded_on_the_right_and_only_answers_are_labelled():
     assert batch.lengths.tolist() == [3, 5]
     # The logit at place t predicts the token at t + 1.
     assert targets(batch).tolist() == [[5, 6, x, x], [x, x, 2, 1]]
+
+
+def test_packed_rows_lie_behind_each_other_and_no_row_predicts_the_next_ones_first_token():
+    batch = pack([Encoded([4, 5], 0), Encoded([7, 8, 9, 2, 1], 3), Encoded([6, 3, 1], 2)])
+    x = IGNORED
+    assert batch.input_ids.tolist() == [[7, 8, 9, 2, 1, 6, 3, 1, 4, 5]]
+    assert batch.labels.tolist() == [[x, x, x, 2, 1, x, x, 1, x, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
+    assert batch.lengths.tolist() == [10]
+
+
+@pytest.mark.parametrize("longest", [60, 300])
+def test_packed_lines_are_bounded_of_like_length_and_hold_every_row_once(longest):
+    rows = [Encoded([1000 * n + i for i in range(n)], 1) for n in range(20, longest)]
+    batch = pack(rows)
+    bound = max(256, longest)
+    assert batch.input_ids.shape[1] <= 1.05 * bound
+    assert batch.lengths.min() > 0.9 * batch.lengths.max() > 0.8 * bound
+    real = torch.arange(batch.input_ids.shape[1]) < batch.lengths.unsqueeze(1)
+    assert sorted(batch.input_ids[real].tolist()) == [i for row in rows for i in row.input_ids]
 
 
 def test_padding_does_not_change_a_rows_logits(llama):

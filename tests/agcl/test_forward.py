@@ -3,8 +3,10 @@
 import pytest
 import torch
 from reference import families
+from torch.nn.functional import cross_entropy
 
-from agcl.batches import IGNORED, answer_places, answer_tokens, by_length, collate
+from agcl import batches
+from agcl.batches import IGNORED, answer_places, answer_tokens, by_length, collate, pack
 from agcl.forward import activation_checkpointing, answer_logits
 from agcl.lrp import FAMILIES
 from agcl.tasks import Encoded
@@ -26,6 +28,55 @@ def test_they_and_their_gradients_are_those_of_the_whole_pass(architecture):
     )
     for one, other in zip(of_found, of_whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(params=[8, 256])
+def packed_line(request, monkeypatch):
+    """Short lines, some of them padded, and one line for all rows."""
+    monkeypatch.setattr(batches, "_LINE", request.param)
+
+
+def long_rows():
+    """Longer and shorter than the families' sliding windows; no token comes twice."""
+    drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
+    return [Encoded(ids.tolist(), 1 + len(ids) // 3) for ids in drawn.split([7, 3, 12, 2, 9])]
+
+
+@pytest.mark.usefixtures("packed_line")
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_packed_rows_have_the_logits_and_gradients_of_padded_ones(architecture):
+    model = families.model(architecture)
+    # transformers computes Gemma's norms in float32, and Gemma 2's attention.
+    tolerance = 1e-4 if "Gemma" in architecture else 1e-10
+    found = []
+    for batch in (pack(long_rows()), collate(long_rows())):
+        logits, tokens = answer_logits(model, batch), answer_tokens(batch)
+        loss = cross_entropy(logits, tokens, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([logits[tokens.argsort()], *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("packed_line")
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_packed_row_sees_no_other_row(architecture):
+    model, rows = families.model(architecture), long_rows()
+    before = pack(rows)
+    for changed in range(len(rows)):
+        other = [*rows]
+        ids, prompt_tokens = rows[changed]
+        other[changed] = Encoded([(i + 5) % 40 for i in ids], prompt_tokens)
+        after = pack(other)
+        same = before.input_ids == after.input_ids
+        assert int((~same).sum()) == len(ids)
+        logits = [
+            model(b.input_ids, position_ids=b.position_ids, use_cache=False).logits
+            for b in (before, after)
+        ]
+        torch.testing.assert_close(logits[1][same], logits[0][same], rtol=1e-12, atol=1e-12)
+        assert not torch.isclose(logits[1][~same], logits[0][~same]).all()
 
 
 def test_places_and_tokens_go_together_row_after_row():

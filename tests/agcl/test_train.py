@@ -97,6 +97,19 @@ def test_the_result_does_not_depend_on_the_micro_batch_size(micro_batch_size):
         torch.testing.assert_close(weights(cut)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
+def test_packed_rows_train_as_padded_ones(micro_batch_size):
+    rows = tiny.random_rows(10)
+    padded, packed = (tiny.llama(dtype=torch.float64) for _ in range(2))
+    first = train(padded, rows)
+    second = train(packed, rows, packing=True, micro_batch_size=micro_batch_size)
+    for key in ("loss", "gradient_norm"):
+        expected = [metrics[key] for metrics, _ in first]
+        assert [metrics[key] for metrics, _ in second] == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights(padded).items():
+        torch.testing.assert_close(weights(packed)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_ragged_last_batch_is_one_more_step_over_the_rows_left(llama):
     rows = tiny.random_rows(10)
     logged = train(llama, rows, epochs=3, batch_size=4)
