@@ -277,6 +277,13 @@ class Config(Section):
         return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
     @model_validator(mode="after")
+    def _shareable(self) -> "Config":
+        if self.resources.shard_model and (self.adapter or self.training.compile):
+            other = "an adapter" if self.adapter else "training.compile"
+            raise ValueError(f"resources.shard_model: cannot be used with {other}")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.method in UNPROTECTED and (
             self.protect or self.replay.fraction or self.freeze != Freeze() or self.adapter
@@ -289,8 +296,6 @@ class Config(Section):
             raise ValueError("protect: method agcl needs at least one protection")
         if self.adapter:
             self._check_adapter(self.adapter)
-        if self.adapter and self.resources.shard_model:
-            raise ValueError("resources.shard_model: cannot be used with an adapter")
         if self.evaluation.rows == "validation" and not self.evaluation.validation:
             raise ValueError(
                 "evaluation.validation: must be set where evaluation.rows is validation"

@@ -46,11 +46,12 @@ def test_training_is_that_of_a_whole_model(workers, architecture, kinds):
         assert_close(shared, weights, 1e-6)
 
 
-def test_a_frozen_weight_keeps_its_bits_and_layers_are_computed_again(workers):
+@pytest.mark.parametrize("setting", ["checkpointing", "packed"])
+def test_a_frozen_weight_keeps_its_bits_whatever_saves_memory(workers, setting):
     frozen = "model.layers.0.mlp.up_proj.weight"
     steps, weights = sharded.task(LLAMA, ROWS, frozen=frozen)
     before = sharded.weights_of(families.model(LLAMA))
-    for found, shared in workers.run(sharded.task, LLAMA, ROWS, frozen=frozen, checkpointing=True):
+    for found, shared in workers.run(sharded.task, LLAMA, ROWS, frozen=frozen, **{setting: True}):
         assert torch.equal(shared[frozen], before[frozen])
         assert found[-1] == pytest.approx(steps[-1], rel=1e-6)
         assert_close(shared, weights, 1e-6)

@@ -92,6 +92,13 @@ def test_a_bad_value_names_its_key(problem, override, start):
     assert problem("tasks: {format: facts}\n", override).startswith(start)
 
 
+@pytest.mark.parametrize("other", ["training.compile=true", "adapter={rank: 4}"])
+def test_a_shared_model_says_what_it_does_not_go_with(problem, other):
+    method = "method: sequential\n" if "compile" in other else "method: lora\n"
+    message = problem(method, "resources.shard_model=true", other)
+    assert message.startswith("resources.shard_model: cannot be used with ")
+
+
 def test_a_value_out_of_range_says_the_range_and_what_was_given(problem):
     message = problem("", "protect.0.energy=1.5")
     assert "less than or equal to 1" in message

@@ -44,8 +44,9 @@ def task(
     fisher: Mapping[str, Tensor] | None = None,
     frozen: str = "",
     checkpointing: bool = False,
+    packed: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Metrics of every step and the weights after training with these protections.
+    """Metrics of every step and the weights after training with these protections and settings.
 
     In float64: of a gradient that is zero but for rounding, Adam makes a step of full size.
     """
@@ -63,6 +64,7 @@ def task(
             penalise=quadratic_penalty(trained, [Importance(fisher)], strength=2.0)
             if fisher
             else None,
+            packing=packed,
             log=lambda metrics, step: steps.append(metrics),
             **SETTINGS,
         )
