@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from reference.driver import PATIENCE, processes_below
+from reference.driver import processes_below
 
 RAY = Path(sys.executable).parent / "ray"
 
@@ -39,7 +39,7 @@ class Node:
         own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
         self.process = psutil.Popen(
             [*command, *own],
-            env={**environment, **PATIENCE},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
