@@ -81,6 +81,7 @@ def of(records, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_killed_worker_is_started_again_at_the_unfinished_stage(tmp_path):
     killed = {"killed": [{"name": "a"}, {"name": "b", "killed": [1]}]}
     calls, records, failures = run_on_a_cluster(tmp_path, True, killed)

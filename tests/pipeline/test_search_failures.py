@@ -1,7 +1,6 @@
 """A search that loses the process of a trial."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from reference.driver import PATIENCE, processes_below
+from reference.driver import processes_below
 from safetensors import SafetensorError, safe_open
 
 from pipeline import artifact, loading, trials
@@ -37,8 +36,7 @@ class Search:
 
     def start(self):
         with self.output.open("w") as out:
-            environment = {**os.environ, **PATIENCE}
-            return subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            return subprocess.Popen(self.command, cwd=ROOT, stdout=out, stderr=out)
 
     def finish(self, process):
         assert process.wait(timeout=900) == 0, self.output.read_text()

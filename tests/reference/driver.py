@@ -13,8 +13,6 @@ import psutil
 from pipeline import artifact, loading
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = {"RAY_raylet_start_wait_time_s": "180"}
-"""Ray's 30 seconds are too few on a machine that is busy."""
 
 
 class Driver:
@@ -36,7 +34,7 @@ class Driver:
         return subprocess.Popen(
             [*self.inside, sys.executable, "-m", "jobs", "run", str(self.config), *settings],
             cwd=ROOT,
-            env={**os.environ, **PATIENCE, **environment},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

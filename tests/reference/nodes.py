@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
-from reference.driver import PATIENCE, processes_below
+from reference.driver import processes_below
 
 from pipeline import artifact
 
@@ -48,7 +48,7 @@ class Node:
         own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
         self.process = psutil.Popen(
             [*command, *own],
-            env={**environment, **PATIENCE},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
