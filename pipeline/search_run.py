@@ -1,5 +1,6 @@
 """From a config to a finished search: check, share, try, choose, and score the winner once."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from pipeline.plan import Run
 from pipeline.recorder import Recording, connect, open_recording
 from pipeline.results import RunResult
 from pipeline.rounds import Observe
-from pipeline.run import execute, open_folder, open_run
+from pipeline.run import CONFIG_FILE, execute, open_folder, open_run
 from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of
@@ -194,7 +195,18 @@ def best_run(search: Search, best: Trial) -> Run:
     """The winner as an ordinary run, its test rows scored too."""
     settings = {**best.settings, "evaluation.rows": "all", "name": f"{search.config.name}-best"}
     config = loading.changed(search.config, settings)
+    _forget_another(search, loading.dump(config))
     return open_run(config, search.folder / BEST)
+
+
+def _forget_another(search: Search, winner: str) -> None:
+    """Of more trials another one may win; what the earlier winner left is copies and links."""
+    file, folder = search.folder / BEST_CONFIG, search.folder / BEST
+    if not file.is_file() or file.read_text(encoding="utf-8") == winner:
+        return
+    if isinstance(search.config.storage, str):
+        mirror.remove_file(search.config.storage, folder / CONFIG_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finish(

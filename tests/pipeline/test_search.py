@@ -16,9 +16,9 @@ from ray import tune
 from agcl.errors import InputError
 from pipeline import artifact, loading, trials
 from pipeline.rounds import Rounds
-from pipeline.run import open_run
+from pipeline.run import CONFIG_FILE, open_folder, open_run
 from pipeline.search import run_trial, shared_stages
-from pipeline.search_run import best_run, open_search
+from pipeline.search_run import BEST_CONFIG, best_run, open_search
 from pipeline.session import run_works
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import PREDICTIONS, is_for_validation
@@ -194,6 +194,19 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
         )
     assert found[0] == found[1]
     assert len({str(trial) for trial in found[0]}) > 1
+
+
+def test_another_winner_of_more_trials_takes_the_place_of_the_earlier_one(search):
+    of = search(3)
+    one, other = (
+        trials.Trial(n, {"training.learning_rate": rate}) for n, rate in enumerate((1e-3, 1e-4))
+    )
+    for winner in (one, one, other, one):
+        run = best_run(of, winner)
+        open_folder(run)
+        artifact.write_text(of.folder / BEST_CONFIG, loading.dump(run.config))
+        stored = loading.load(run.folder / CONFIG_FILE)
+        assert stored.training.learning_rate == winner.settings["training.learning_rate"]
 
 
 @pytest.mark.parametrize(
