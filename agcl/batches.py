@@ -12,7 +12,8 @@ from agcl.tasks import Encoded
 IGNORED = -100
 """Label of tokens that no loss or score counts: the prompt and the padding."""
 _LINE = 256
-"""Tokens a packed line."""
+"""Tokens of a packed line, about: few enough that attention, which looks at the whole line, costs
+little beside the linear layers."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def collate(rows: Sequence[Encoded]) -> Batch:
 def pack(rows: Sequence[Encoded]) -> Batch:
     """Put rows behind each other in lines of like length, so that next to nothing is padding.
 
-    A line has about `_LINE` tokens, or as many as the longest row: attention costs the square of
-    it. The rows are those of `collate` in another order.
+    A line has about `_LINE` tokens, or as many as the longest row. The rows are those of `collate`
+    in another order.
     """
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     size = max(_LINE, len(ordered[0].input_ids))
