@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
+    from pipeline.errors import RayFailed
     from pipeline.object_store import StoreFailed
     from pipeline.secrets import masked
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
-    except StoreFailed as error:
+    except (StoreFailed, RayFailed) as error:
         return _say(FAILED, str(error))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

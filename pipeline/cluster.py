@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import ray
 from agcl.errors import InputError
 
 from pipeline.config import Resources
+from pipeline.errors import RayFailed
 
 WORKER_NODES = "AGCL_WORKER_NODES"
 """Environment variable of a cluster that adds nodes by itself, since Ray does not tell what it may
@@ -31,17 +33,34 @@ WORKER_ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 200 * 2**20
 
 
+def check_address() -> None:
+    """See whether a cluster answers at `RAY_ADDRESS`, if that is set: Ray would try for minutes.
+
+    Raises `InputError`.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # Not set, or a word such as "auto".
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"RAY_ADDRESS: no cluster answers at {address} ({error})") from None
+
+
 @contextmanager
 def cluster(resources: Resources) -> Iterator[int]:
     """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine on loopback.
 
     Yields how many sessions may run side by side. A local cluster ends with the context. Raises
-    `InputError` where the cluster can never have room for a session.
+    `InputError` where no cluster answers or it can never have room for a session, `RayFailed` where
+    Ray does not start.
     """
     on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"env_vars": {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}}
     try:
+        check_address()
         if os.environ.get("RAY_ADDRESS"):
             environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code elsewhere.
             ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
@@ -62,6 +81,11 @@ def cluster(resources: Resources) -> Iterator[int]:
     except SystemExit:  # From Ray's own handler of SIGTERM, which it puts in place as it begins.
         ray.shutdown()
         raise KeyboardInterrupt from None
+    except InputError:
+        raise
+    except Exception as error:  # Ray's have no common type: a raylet too slow, another version.
+        ray.shutdown()
+        raise RayFailed(f"Ray did not start: {error}") from error
     try:
         yield side_by_side(resources, nodes())
     finally:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline import artifact, loading, mirror, object_store
+from pipeline.cluster import check_address
 from pipeline.config import Config
 from pipeline.dag import Work, folder_name, resolve, sessions
 from pipeline.inputs import check_inputs
@@ -72,6 +73,7 @@ def execute(
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
     config = _any_config(runs)
+    check_address()
     tracker = connect(config, console)
     with _alone(folder, console), mirror.results(config.storage, folder):
         return _execute(runs, folder, tracker, title, command, console, above)
@@ -117,6 +119,7 @@ def execute_trials(
     A failed run does not end the others. Writes no reports.
     """
     config = _any_config(runs)
+    check_address()
     tracker = connect(config, console)
     with _alone(folder, console), mirror.results(config.storage, folder):
         done_before = _complete(runs)

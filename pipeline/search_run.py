@@ -11,7 +11,7 @@ from agcl.errors import InputError
 from rich.console import Console
 
 from pipeline import artifact, loading, mirror, object_store, trials
-from pipeline.cluster import cluster
+from pipeline.cluster import check_address, cluster
 from pipeline.config import Config
 from pipeline.dag import sessions
 from pipeline.plan import Run
@@ -96,6 +96,7 @@ def execute_search(
     `StageFailed` for a stage that all trials need.
     """
     config = search.config
+    check_address()
     tracker = connect(config, console)
     with mirror.results(config.storage, search.folder):
         return _execute(search, tracker, command, console, watch)

@@ -16,6 +16,7 @@ from agcl.errors import InputError
 from jobs import spot_first
 from pipeline import cluster
 from pipeline.config import Resources
+from pipeline.errors import RayFailed
 from pipeline.inputs import check_inputs
 from pipeline.loading import validate
 
@@ -70,6 +71,28 @@ def test_what_never_fits_is_one_line_with_the_way_out(grown):
     assert "room for 0 of 1 workers that need 4 CPU and 1 GPU each" in line
     assert "2 CPU and 0 GPU" in line
     assert cluster.WORKER_NODES in line
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(InputError, match=r"^RAY_ADDRESS: no cluster answers at 127\.0\.0\.1:1"),
+        cluster.cluster(Resources()),
+    ):
+        pass
+
+
+def test_ray_that_does_not_start_is_one_error_with_its_reason(monkeypatch):
+    def fail(**options):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fail)
+    with (
+        pytest.raises(RayFailed, match=r"did not start: .* timed out"),
+        cluster.cluster(Resources()),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("says", ["8", "{}", "[]", '{"count": "x", "CPU": 1}', "eight"])
