@@ -232,6 +232,7 @@ def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_one(
     search, tmp_path, in_process, copy_stages

@@ -1,9 +1,10 @@
 """What the tests let workers do with a model that they share, and one process with a whole one."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from reference import families, tiny
@@ -112,6 +113,11 @@ def stages(rows: Sequence[Encoded]) -> list[float]:
     return losses
 
 
+def as_often_as_asked() -> AbstractContextManager[Any]:
+    """Checkpoints whatever part of the time they take."""
+    return patch.object(checkpoints, "_LARGEST_SHARE", float("inf"))
+
+
 def with_checkpoint(
     rows: Sequence[Encoded], folder: Path, stop: int | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -125,9 +131,8 @@ def with_checkpoint(
             raise Interrupted
         return torch.zeros(())
 
-    checkpoints._LARGEST_SHARE = float("inf")
     model, losses = model_of("LlamaForCausalLM"), []
-    with suppress(Interrupted):
+    with suppress(Interrupted), as_often_as_asked():
         train_task(
             model,
             rows,
@@ -156,8 +161,8 @@ def stages_of(config: Any) -> None:
     from pipeline.session import run_works
     from pipeline.stages.context import Context
 
-    checkpoints._LARGEST_SHARE = float("inf")
     context = Context(shard_model=True, checkpoint_minutes=1e-9)
     run = open_run(config)
     works = [run.works[stage.name] for stage in run.plan.stages if stage.train]
-    run_works(works, context, lambda records: None)
+    with as_often_as_asked():
+        run_works(works, context, lambda records: None)
