@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from agcl.modulation.projection import project_out
+from agcl.modulation.projection import taken_out
 from agcl.sharding import placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
@@ -99,9 +99,8 @@ class GatedAdamW(torch.optim.AdamW):
             if gate is not None:
                 torch.lerp(before, parameter, gate, out=parameter)
         if basis is not None:
-            change = parameter.sub_(before)
-            kept = project_out(change, basis, transposed=parameter in self.transposed)
-            parameter.copy_(before.add_(kept))
+            back = before.sub_(parameter)  # The step with its sign turned.
+            parameter.add_(taken_out(back, basis, transposed=parameter in self.transposed))
 
     def _adamw(
         self,

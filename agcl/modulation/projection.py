@@ -53,8 +53,16 @@ def leading_directions(moment: Tensor, energy: float) -> Tensor:
     return vectors[:, :rank].float().contiguous()
 
 
-def project_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
-    """ΔW (I - U Uᵀ) for `update` ΔW (out, in), or (in, out) `transposed`, and `basis` U (in, k)."""
+def taken_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
+    """ΔW U Uᵀ, what the projection takes out of an update, without forming U Uᵀ.
+
+    `update` is ΔW (out, in), or (in, out) `transposed`, and `basis` U (in, k).
+    """
     if transposed:
-        return update - basis @ (basis.T @ update)
-    return update - (update @ basis) @ basis.T
+        return basis @ (basis.T @ update)
+    return (update @ basis) @ basis.T
+
+
+def project_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
+    """ΔW (I - U Uᵀ), shapes as in `taken_out`."""
+    return update - taken_out(update, basis, transposed=transposed)
