@@ -12,6 +12,7 @@ from agcl.scorers import scorer_named
 from agcl.tasks import VALIDATION, check_names, check_rows
 
 from pipeline.config import Config
+from pipeline.dag import folder_name
 from pipeline.tasks import held_out_sources, open_task, selection, sources
 
 
@@ -88,6 +89,14 @@ def _check_tasks(config: Config) -> None:
     ]
     for scorer in config.evaluation.scorers:
         scorer_named(scorer, "evaluation.scorers")
+    named: dict[str, str] = {}
+    for task in tasks:
+        other = named.setdefault(folder_name(task.name), task.name)
+        if other != task.name:
+            raise InputError(
+                f"task names {other!r} and {task.name!r} come to one folder, as odd characters "
+                "become _ there; rename one"
+            )
     taken = {source.name for source in held_out_sources(config)}
     for task in tasks:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
