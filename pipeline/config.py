@@ -68,8 +68,8 @@ class Training(Section):
     unlike length. Results depend on it only by rounding."""
     compile: bool = False
     """Train through `torch.compile`, which needs a C++ compiler. Half a minute or more to compile,
-    then about 7 % off the passes of a 135M model on a CPU: for tasks of hundreds of steps. Results
-    depend on it only by rounding."""
+    then some 6 % off a step of a 135M model on a CPU, if anything: for tasks of hundreds of steps.
+    Results depend on it only by rounding."""
 
 
 class ImportanceSection(Section):
