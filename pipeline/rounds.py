@@ -12,8 +12,8 @@ import optuna
 from agcl.errors import InputError
 from ray.tune.search import Searcher
 
+from pipeline.failures import LESS_MEMORY
 from pipeline.search_space import distributions, own_point, settings_of
-from pipeline.session import LESS_MEMORY
 from pipeline.trials import Trial
 
 if TYPE_CHECKING:

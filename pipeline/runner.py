@@ -13,9 +13,10 @@ from rich.console import Console
 from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session
+from pipeline.failures import why_lost
 from pipeline.progress import StageProgress
 from pipeline.secrets import masked
-from pipeline.session import Mailbox, here, run_session, why_lost
+from pipeline.session import Mailbox, here, run_session
 from pipeline.stages.context import Record
 
 Observe = Callable[[list[Record]], None]

@@ -5,7 +5,7 @@ import platform
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,24 +21,11 @@ from pipeline import artifact, mirror
 from pipeline.cluster import needs, nodes, side_by_side
 from pipeline.config import Resources
 from pipeline.dag import Session, Work
-from pipeline.object_store import StoreFailed
+from pipeline.failures import explain, kernel_kills, misses_others, why_lost
 from pipeline.secrets import masked
 from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
 from pipeline.stored_checkpoint import StoredCheckpoint
 
-LESS_MEMORY = (
-    "set training.activation_checkpointing, or lower training.micro_batch_size, "
-    "importance.batch_size, importance.top_k or evaluation.batch_size, or share the model among "
-    "workers by resources.shard_model"
-)
-_NO_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "std::bad_alloc",
-    "CUDA error: out of memory",
-    "ALLOC_FAILED",
-)
-"""How torch, the system and CUDA's libraries say it, by errors of many types."""
 LOSSES = 3
 """Times that a session is lost at the same place before it counts as failed."""
 
@@ -98,53 +85,6 @@ def _failing(work: Work, emit: Emit) -> Iterator[None]:
             failed = {key: masked(text) for key, text in said.items()}
             emit([{"artifact": work.folder.name, "state": "failed", **failed}])
         raise
-
-
-def explain(error: BaseException, work: Work) -> str:
-    """One line for the user."""
-    if "No space left on device" in str(error):
-        return f"no space left on device for {work.folder}"
-    if isinstance(error, StoreFailed):
-        return str(error)
-    text = " ".join(str(error).split())
-    said = any(words in text for words in _NO_MEMORY)
-    if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return f"out of memory: {LESS_MEMORY} ({text})"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{os.strerror(error.errno)}: {error.filename or work.folder}"
-    return (
-        text
-        if isinstance(error, ValueError | ArithmeticError)
-        else f"{type(error).__name__}: {text}"
-    )
-
-
-def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
-    """One line for the user on workers that are gone."""
-    # Ray's monitor of the node's memory; Ray Train tells of it in a cause only.
-    if kernel_killed or "running low on memory" in "".join(traceback.format_exception(error)):
-        return f"out of memory, its workers were killed: {LESS_MEMORY}"
-    reason = " ".join(str(error).split())[-300:]
-    return masked(f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})")
-
-
-def _kernel_kills() -> int:
-    """How many processes the kernel of this machine has killed for want of memory."""
-    with suppress(OSError, ValueError):
-        counters = Path("/proc/vmstat").read_text().split()
-        return int(counters[counters.index("oom_kill") + 1])
-    return 0
-
-
-def misses_others(error: BaseException) -> bool:
-    """Whether the error is not the stage's own, but that of a process it worked with and lost."""
-    if isinstance(error, ray.exceptions.RayError):
-        own = (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError)
-        return not isinstance(error, own)
-    # gloo tells of a closed connection by a plain RuntimeError.
-    return isinstance(error, torch.distributed.DistError) or (
-        type(error) is RuntimeError and "gloo" in str(error)
-    )
 
 
 def _fetched_inputs(work: Work, store: str) -> dict[str, Path]:
@@ -247,7 +187,7 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
     folders = {work.folder.name for work in session.works}
     losses, reached = 0, _reached(session.works)
     while True:
-        kills = _kernel_kills()
+        kills = kernel_kills()
         try:
             if session.train:
                 _on_workers(session, resources, emit, scratch)
@@ -265,7 +205,7 @@ def run_session(session: Session, resources: Resources, mailbox: Any, scratch: P
                 continue
             before, reached = reached, _reached(left)
             losses = losses + 1 if reached == before else 1
-            why = why_lost(error, kernel_killed=_kernel_kills() > kills)
+            why = why_lost(error, kernel_killed=kernel_kills() > kills)
             record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
             if losses == LOSSES:
                 emit([{**record, "state": "failed", "traceback": masked(traceback.format_exc())}])

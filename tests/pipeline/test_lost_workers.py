@@ -13,9 +13,10 @@ from pipeline import artifact
 from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session, Stage, resolve
+from pipeline.failures import misses_others
 from pipeline.progress import StageProgress
 from pipeline.runner import run_sessions
-from pipeline.session import LOSSES, misses_others
+from pipeline.session import LOSSES
 
 pytestmark = pytest.mark.ray
 

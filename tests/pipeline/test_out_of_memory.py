@@ -11,7 +11,8 @@ import psutil
 import pytest
 from reference.driver import Driver, processes_below
 
-from pipeline.session import LESS_MEMORY, LOSSES
+from pipeline.failures import LESS_MEMORY
+from pipeline.session import LOSSES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from pipeline import artifact
 from pipeline.dag import Stage, resolve
-from pipeline.session import explain, run_works
+from pipeline.failures import explain
+from pipeline.session import run_works
 from pipeline.stages.context import Context
 
 
