@@ -47,7 +47,9 @@ def explain(error: BaseException, work: Work) -> str:
 
 
 def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
-    """One line for the user on workers that are gone."""
+    """One line for the user on workers that are gone, or that could not be asked after."""
+    if isinstance(error, StoreFailed):  # Of a Ray task's, Ray's error is one too.
+        return str(getattr(error, "cause", error))
     # Ray's monitor of the node's memory; Ray Train tells of it in a cause only.
     if kernel_killed or "running low on memory" in "".join(traceback.format_exception(error)):
         return f"out of memory, its workers were killed: {LESS_MEMORY}"

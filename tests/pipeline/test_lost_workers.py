@@ -13,7 +13,8 @@ from pipeline import artifact
 from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session, Stage, resolve
-from pipeline.failures import misses_others
+from pipeline.failures import misses_others, why_lost
+from pipeline.object_store import StoreFailed
 from pipeline.progress import StageProgress
 from pipeline.runner import run_sessions
 from pipeline.session import LOSSES
@@ -147,3 +148,9 @@ def test_in_a_log_progress_is_plain_lines():
     assert done.split()[:2] == ["done", "train/1-x"]
     assert failed.split()[:2] == ["failed", "report"]
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_store_that_does_not_answer_is_no_lost_worker():
+    error = StoreFailed("s3://bucket/stages: no answer")
+    raised = ray.exceptions.RayTaskError("run_session", "Traceback", error).as_instanceof_cause()
+    assert why_lost(raised) == str(error)
