@@ -2,12 +2,13 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from chaos import main as chaos
-from reference.driver import wait_until_no_process_is_left
+from reference.driver import processes_below, wait_until_no_process_is_left
 
 from agcl.importance import Importance
 
@@ -50,6 +51,28 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
     assert metrics == finished.metrics("gradient")
     assert not list(driver.storage.rglob("*.part"))
     assert not list(driver.storage.rglob(".ray*"))
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_a_stage_is_started_again(driver, finished):
+    process = driver.start()
+    for stage in ("train-1", "attribute-1", "evaluate-2"):
+        while not (workers := processes_below(process, "RayTrainWorker")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        driver.wait_for(stage, process)
+        workers[0].kill()
+        workers[0].wait(60)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    lost = [line for line in out.splitlines() if "lost a worker in" in line]
+    assert [line.split()[4].rstrip(";") for line in lost] == [
+        "train/1-harbour",
+        "attribute/1-harbour",
+        "evaluate/2-valley",
+    ]
+    assert out.count(" done") == len(driver.finished())
+    assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
 
 
 @pytest.mark.slow
