@@ -11,7 +11,8 @@ import yaml
 from agcl.errors import InputError
 from pydantic import ValidationError
 
-from pipeline.config import CREDENTIALS, METHOD_SECTIONS, Config, ImportanceSection
+from pipeline.config import CREDENTIALS, Config
+from pipeline.method_config import METHOD_SECTIONS, Importance
 from pipeline.methods import METHODS
 from pipeline.secrets import masked
 from pipeline.section import Section
@@ -103,7 +104,7 @@ def dump(config: Config) -> str:
 
 def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
     """Set a variant's key where it belongs."""
-    if key in ImportanceSection.model_fields:
+    if key in Importance.model_fields:
         _set(raw, f"importance.{key}", value)
         return
     items = raw["protect"] if isinstance(raw["protect"], list) else []

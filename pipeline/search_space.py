@@ -13,8 +13,9 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from pipeline.config import Config, Gate, Penalty, Project
+from pipeline.config import Config
 from pipeline.loading import changed
+from pipeline.method_config import Gate, Penalty, Project
 from pipeline.search_config import Choice, Dimension, Int, LogUniform, Uniform
 
 Settings = dict[str, Any]
