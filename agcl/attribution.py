@@ -36,6 +36,7 @@ def attribute(
     top_k: int | None = 4,
     rules: RuleSet = "attnlrp",
     moments: MomentWeighting | None = None,
+    unit_inputs: bool = True,
     correct_only: bool = True,
     split: Split = "samples",
     running_values: Precision = "float32",
@@ -54,7 +55,9 @@ def attribute(
     entry's `top_k` largest values (None: the plain mean over samples). With `moments`, also
     collect per layer Σ_t r_t x_t x_tᵀ over the samples' tokens, r_t = |Σ_j z_tj g_tj| scaled to
     mean 1 (`relevance`), 1 (`uniform`), or 1 on tokens that predict an answer token and 0 on others
-    (`answer`).
+    (`answer`). With `unit_inputs` every x_t is scaled to length 1, so that it counts by r_t alone:
+    else a few tokens with massive activations (Sun 2024, arXiv 2402.17762) are all of a layer's
+    moment.
 
     Other estimators use the ordinary gradient whatever `rules` says: `grad_x_param` in the same
     formula; `fisher` the mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the
@@ -72,7 +75,10 @@ def attribute(
     target = _logits_of_answers if by_relevance else _log_likelihood
     linears = attributed_linears(model)
     own = _own(model, list(linears), split)
-    collectors = {n: _Collector(linears[n], estimator, top_k, moments, running_values) for n in own}
+    collectors = {
+        n: _Collector(linears[n], estimator, top_k, moments, unit_inputs, running_values)
+        for n in own
+    }
     seen = used = 0
     with relevance_backward(model, rules):
         handles = [linears[n].register_forward_hook(collectors[n].hook) for n in own]
@@ -119,6 +125,7 @@ def attribute(
             "top_k": top_k,
             "running_values": running_values,
             "moments": moments,
+            "unit_inputs": unit_inputs,
             "correct_only": correct_only,
             "rows": int(counts[0]),
             "rows_attributed": int(counts[1]),
@@ -197,12 +204,13 @@ class _Collector:
         estimator: Estimator,
         top_k: int | None,
         moments: MomentWeighting | None,
+        unit_inputs: bool,
         running_values: Precision,
     ) -> None:
         weight = weight_of(layer).detach()
         self.transposed = isinstance(layer, Conv1D)
         self.layer, self.device, self.weighting = layer, weight.device, moments
-        self.estimator = estimator
+        self.estimator, self.unit_inputs = estimator, unit_inputs
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         kept_in = torch.bfloat16 if running_values == "bfloat16" else dtype
@@ -241,8 +249,7 @@ class _Collector:
         """
         if self.unweighted is not None:
             tokens = self.unweighted[self.chosen.tokens]
-            self.moment.addmm_(tokens.T, tokens)
-            self.totals[0] += len(tokens)
+            self._add_moment(tokens, torch.ones_like(tokens[:, 0]))
         self.unweighted = None
 
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
@@ -257,11 +264,16 @@ class _Collector:
             case _:
                 self._add_relevance(x, z, g)
         if self.weighting == "relevance":
-            through = (z * g).sum(-1).abs().flatten()
-            tokens = x.flatten(0, 1)
-            self.moment.addmm_(tokens.T, tokens * through.unsqueeze(1))
-            self.totals[0] += through.sum()
+            self._add_moment(x.flatten(0, 1), (z * g).sum(-1).abs().flatten())
             self.unweighted = None
+
+    def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
+        """tokens (tokens, in), weights (tokens,)."""
+        self.totals[0] += weights.sum()
+        if self.unit_inputs:
+            squares = tokens.square().sum(-1)
+            weights = torch.where(squares > 0, weights / squares, 0)
+        self.moment.addmm_(tokens.T, tokens * weights.unsqueeze(1))
 
     def _add_relevance(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         weight = weight_of(self.layer).detach()  # A sharded one is whole at this moment.

@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
         "projection away from the inputs that carried old answers",
         {"protect": [{"kind": "project"}]},
         _ENERGY,
-        controls=("project_uniform", "project_answer", "project_random"),
+        controls=("project_uniform", "project_answer", "project_random", "project_raw"),
     ),
     "gate": _gate(
         "the paper's: weights with relevance move less", controls=("gate_permuted", "gate_random")
@@ -87,7 +87,10 @@ METHODS: dict[str, Method] = {
     ),
     "inflora": Method(
         "a LoRA adapter a task, kept off the inputs of the earlier ones (after InfLoRA)",
-        {"adapter": {"fresh": True}, "protect": [{"kind": "project", "weighting": "uniform"}]},
+        {
+            "adapter": {"fresh": True},
+            "protect": [{"kind": "project", "weighting": "uniform", "unit_inputs": False}],
+        },
         _ENERGY,
         controls=("lora", "olora"),
     ),
@@ -113,6 +116,9 @@ METHODS: dict[str, Method] = {
     ),
     "project_answer": _variant(
         "control: only the tokens that predict the answer", "agcl", _ENERGY, weighting="answer"
+    ),
+    "project_raw": _variant(
+        "control: tokens count by the length of their input too", "agcl", _ENERGY, unit_inputs=False
     ),
     "project_random": _variant(
         "control: as many random directions", "agcl", _ENERGY, directions="random"

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import Config, Freeze, Project
+from pipeline.config import Config
 from pipeline.dag import External, Stage
 from pipeline.inputs import is_builtin, model_folder
+from pipeline.method_config import Freeze, Project
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import PREDICTIONS, TEXT, evaluate
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
@@ -167,7 +168,7 @@ def attribute_stage(
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
     settings = config.importance
-    weighting = next((p.weighting for p in config.protect if isinstance(p, Project)), None)
+    projection = next((p for p in config.protect if isinstance(p, Project)), None)
     return Stage(
         name=f"attribute/{index}-{task}",
         fn=attribute,
@@ -181,7 +182,8 @@ def attribute_stage(
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,
             "split": settings.split,
-            "moments": weighting,
+            "moments": projection and projection.weighting,
+            "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
         },
         inputs=inputs,

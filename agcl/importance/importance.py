@@ -23,8 +23,8 @@ class Importance:
     entries: Mapping[str, Tensor]
     """In the weight's own shape: unscaled mean of the top-K relevances over samples; signed."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
-    """(in, in) a weight: second moment of the layer's inputs, summed over tokens with weights of
-    mean 1. Empty where it was not collected."""
+    """(in, in) a weight: second moment of the layer's inputs, scaled to length 1 or as they are,
+    summed over tokens with weights of mean 1. Empty where it was not collected."""
     header: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: rules, top_k, number of samples; JSON."""
 

@@ -45,6 +45,7 @@ def attribute(
         top_k=config["top_k"],
         rules=config["rules"],
         moments=config["moments"],
+        unit_inputs=config["unit_inputs"],
         # Of a long answer that is scored in part, hardly any is right to the letter.
         correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
         split=split,

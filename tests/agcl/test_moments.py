@@ -26,15 +26,16 @@ def right(rows):
     return [row for index, row in enumerate(rows) if index not in WRONG]
 
 
-@pytest.mark.parametrize("top_k", [2, None])
+@pytest.mark.parametrize(("top_k", "unit"), [(2, True), (None, False)])
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
-    llama, rows, right, weighting, rules, top_k, batch_size
+    llama, rows, right, weighting, rules, top_k, unit, batch_size
 ):
-    expected = slow_importance.second_moments(llama, right, weighting=weighting, rules=rules)
-    found = moments(llama, rows, batch_size, moments=weighting, rules=rules, top_k=top_k)
+    options = {"rules": rules, "unit_inputs": unit}
+    expected = slow_importance.second_moments(llama, right, weighting=weighting, **options)
+    found = moments(llama, rows, batch_size, moments=weighting, top_k=top_k, **options)
     assert found.keys() == expected.keys()
     for name, moment in found.items():
         scale = float(expected[name].diagonal().mean())
@@ -46,6 +47,14 @@ def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
 def test_weighting_by_relevance_differs_from_uniform(llama, rows):
     weighted, uniform = (moments(llama, rows, moments=w) for w in ("relevance", "uniform"))
     assert not any(torch.allclose(weighted[n], uniform[n], rtol=1e-2) for n in uniform)
+
+
+def test_of_unit_inputs_every_token_counts_alike(llama, right):
+    tokens = sum(len(row.input_ids) - 1 for row in right)
+    for name, moment in moments(llama, right, moments="uniform").items():
+        assert float(moment.trace()) == pytest.approx(tokens, rel=1e-4), name
+    for name, moment in moments(llama, right, moments="uniform", unit_inputs=False).items():
+        assert float(moment.trace()) != pytest.approx(tokens, rel=1e-2), name
 
 
 def test_under_cp_layers_without_relevance_weigh_tokens_equally(llama, rows):

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from agcl.errors import InputError
 from pipeline import loading
-from pipeline.config import Gate, Project
+from pipeline.method_config import Gate, Project
 from pipeline.methods import METHODS
 
 FULL = """
@@ -201,6 +201,7 @@ def test_a_dump_holds_every_setting_as_plain_yaml(file):
         "kind": "project",
         "energy": 0.5,
         "weighting": "relevance",
+        "unit_inputs": True,
         "directions": "leading",
     }
 

@@ -26,9 +26,14 @@ def importance(
 
 
 def second_moments(
-    model: Any, rows: Sequence[Any], *, weighting: str, rules: str = "attnlrp"
+    model: Any,
+    rows: Sequence[Any],
+    *,
+    weighting: str,
+    rules: str = "attnlrp",
+    unit_inputs: bool = True,
 ) -> dict[str, Tensor]:
-    """Sum over tokens, but for each row's last, of r x xᵀ, with r of mean 1."""
+    """Sum over tokens, but for each row's last, of r x xᵀ, r of mean 1, x of length 1 if asked."""
     explanations = [explain(model, row, rules) for row in rows]
     result = {}
     for name, inputs in explanations[0].inputs.items():
@@ -45,5 +50,6 @@ def second_moments(
         mean = sum(shares) / len(shares)
         result[name] = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
         for x, r in zip(vectors, shares, strict=True):
-            result[name] += r / mean * torch.outer(x, x)
+            direction = x / x.norm() if unit_inputs and x.any() else x
+            result[name] += r / mean * torch.outer(direction, direction)
     return result
