@@ -20,7 +20,8 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from agcl import models
     from agcl.tasks import TRAIN, EncodedRows
     from pipeline import loading
-    from pipeline.run import open_run, prepare_tasks, summaries
+    from pipeline.run import open_run, prepare_tasks
+    from pipeline.run_folder import summaries
     from pipeline.runner import StageFailed
 
     console = Console(highlight=False)

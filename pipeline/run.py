@@ -1,14 +1,9 @@
 """From configs to finished runs: check, plan, run what is missing, write results and report."""
 
-import json
-import os
-import shutil
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from agcl.errors import InputError
 from rich.console import Console
@@ -17,24 +12,22 @@ from rich.markup import escape
 from pipeline import artifact, loading, mirror, object_store
 from pipeline.cluster import check_address
 from pipeline.config import Config
-from pipeline.dag import Work, folder_name, resolve, sessions
+from pipeline.dag import Work, resolve, sessions
 from pipeline.inputs import check_inputs
 from pipeline.model_card import MODEL, write_model_folder
 from pipeline.plan import Run, plan
 from pipeline.recorder import Recording, connect, open_recording, warn
 from pipeline.report import write_report
-from pipeline.results import RunResult, StageRecord, left_out
+from pipeline.results import RunResult, left_out
+from pipeline.run_folder import CONFIG_FILE, check_folder, open_folder, write_log, write_results
 from pipeline.runner import StageFailed, run_with_progress
-from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
-from pipeline.stages.report import IMPORTANCE_SUMMARY, METRICS
-from pipeline.stages.train import CHECKS
+from pipeline.stages.prepare import make_tokenizer, prepare
+from pipeline.stages.report import METRICS
 from pipeline.tracking import Content, Tracker
 
-CONFIG_FILE, REPORT_FILE = "config.yaml", "report.html"
+REPORT_FILE = "report.html"
 REPORTS_EACH = 4
 """With more runs than this only the report on all is written; each takes seconds."""
-_RUN_AGAIN = {"resources", "tracking", "search"}
-"""Sections that a rerun into the same folder may change: they do not change results."""
 
 
 def open_run(config: Config, folder: Path | None = None) -> Run:
@@ -50,7 +43,7 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
     if isinstance(config.storage, str):
         object_store.check(config.storage)
     mirror.pull_file(config.storage, folder / CONFIG_FILE)
-    _check_folder(config, folder)
+    check_folder(config, folder)
     check_inputs(config)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))
@@ -90,7 +83,7 @@ def _execute(
 ) -> list[RunResult]:
     done_before = _complete(runs)
     recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
-    results = [_finish(run, command, done_before) for run in runs.values()]
+    results = [write_results(run, command, done_before) for run in runs.values()]
     for line in dict.fromkeys(line for result in results for line in left_out(result)):
         warn(console, line)
     for label, result in zip(runs, results, strict=True):
@@ -127,7 +120,7 @@ def execute_trials(
         for failure in failures:
             console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
         results = {
-            label: _finish(run, command, done_before)
+            label: write_results(run, command, done_before)
             for label, run in runs.items()
             if run.works["report"].is_complete()
         }
@@ -178,7 +171,7 @@ def _run_missing(
     kind = "comparison" if len(runs) > 1 else None
     recording = open_recording(tracker, folder, title, console, kind=kind, above=above)
     for label, run in runs.items():
-        _check_folder(run.config, run.folder)  # Again: we may have waited for another.
+        check_folder(run.config, run.folder)  # Again: we may have waited for another.
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
     mirror.push_results(first.storage, folder)  # A killed one is then known to other machines.
@@ -190,7 +183,7 @@ def _run_missing(
         except StageFailed as of_all:
             failures, keep_going = [of_all], False
         for failure in failures:
-            _write_log(folder, failure)
+            write_log(folder, failure)
         if failures and not keep_going:
             raise failures[0]
         recording.try_again(now=True)
@@ -198,59 +191,6 @@ def _run_missing(
         recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
         raise
     return recording, failures
-
-
-def open_folder(run: Run) -> None:
-    """Make the run's folder, with its config in it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
-
-
-def _finish(run: Run, command: str, done_before: set[Path]) -> RunResult:
-    """Write the run's own files from its artifacts."""
-    for stage, work in run.works.items():
-        if work.folder.exists():  # From an object store only what was needed is here.
-            _link(run.folder / folder_name(stage), work.folder)
-        artifact.remove_leftovers(work.folder)
-    report = run.works["report"]
-    prepared = summaries(run)
-    metrics = {
-        "name": run.config.name,
-        **(_json(report.read(METRICS)) or {}),
-        "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
-    }
-    artifact.write_json(run.folder / METRICS, metrics)
-    manifests = {stage: work.manifest() or {} for stage, work in run.works.items()}
-    provenance = artifact.provenance()
-    return RunResult(
-        metrics=metrics,
-        config_yaml=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
-        stages=[
-            StageRecord(
-                name=stage,
-                fingerprint=work.fingerprint,
-                seconds=float(manifests[stage].get("seconds", 0)),
-                reused=work.folder in done_before,
-            )
-            for stage, work in run.works.items()
-        ],
-        importance=_json(report.read(IMPORTANCE_SUMMARY)),
-        checks=_json(report.read(CHECKS)),
-        rows={task: summary["splits"] for task, summary in prepared.items()},
-        provenance={
-            "command": command,
-            "git": provenance["git"],
-            **provenance["versions"],
-            "seed": str(run.config.seed),
-        },
-    )
-
-
-def summaries(run: Run) -> dict[str, dict[str, Any]]:
-    """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
-    return {
-        task: _json(run.works[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
-    }
 
 
 def prepare_tasks(run: Run, console: Console) -> None:
@@ -264,50 +204,8 @@ def prepare_tasks(run: Run, console: Console) -> None:
         todo, run.folder, run.config.resources, lambda records: None, console
     )
     for failure in failures:
-        _write_log(run.folder, failure)
+        write_log(run.folder, failure)
         raise failure
-
-
-def _check_folder(config: Config, folder: Path) -> None:
-    """A run folder keeps one config: another one's results would be lost."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return
-    try:
-        stored = loading.load(file)  # Keys that came with a later version have their defaults.
-    except InputError as error:
-        raise InputError(f"{file}: {error}; delete it to write it again") from None
-    for section in Config.model_fields:
-        if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
-            place = object_store.place_of(config.storage, folder)
-            raise InputError(
-                f"name: {place} holds a run with another {section!r} section; choose another "
-                f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
-            )
-
-
-def _link(link: Path, target: Path) -> None:
-    """Point a symbolic link at an artifact, by a relative path, replacing an older one."""
-    aside = link.with_name(link.name + ".part")
-    with suppress(FileNotFoundError):
-        aside.unlink()
-    aside.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    aside.replace(link)
-
-
-def _write_log(folder: Path, failure: StageFailed) -> None:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    file = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"
-    with suppress(OSError):  # The disk may be full, and why the stage failed says more.
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(failure.traceback, encoding="utf-8")
-        failure.log = file
-
-
-def _json(content: bytes | None) -> dict[str, Any] | None:
-    return None if content is None else json.loads(content)
 
 
 def rewrite_report(place: Path | str, command: str) -> Path:
@@ -335,6 +233,6 @@ def _rewrite_report(folder: Path, command: str, storage: str | None) -> Path:
         unfinished = [stage for stage, work in run.works.items() if not work.is_complete()]
         if "report" in unfinished:
             raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")
-        results.append(_finish(run, command, {work.folder for work in run.works.values()}))
+        results.append(write_results(run, command, {work.folder for work in run.works.values()}))
     write_report(folder / REPORT_FILE, results, title=folder.name)
     return folder / REPORT_FILE

@@ -18,7 +18,8 @@ from pipeline.plan import Run
 from pipeline.recorder import Recording, connect, open_recording
 from pipeline.results import RunResult
 from pipeline.rounds import Observe
-from pipeline.run import CONFIG_FILE, execute, open_folder, open_run
+from pipeline.run import execute, open_run
+from pipeline.run_folder import CONFIG_FILE, open_folder
 from pipeline.runner import run_with_progress
 from pipeline.search import Search, run_trials, shared_stages
 from pipeline.search_space import Settings, space_of

@@ -16,7 +16,8 @@ from ray import tune
 from agcl.errors import InputError
 from pipeline import artifact, loading, trials
 from pipeline.rounds import Rounds
-from pipeline.run import CONFIG_FILE, open_folder, open_run
+from pipeline.run import open_run
+from pipeline.run_folder import CONFIG_FILE, open_folder
 from pipeline.search import run_trial, shared_stages
 from pipeline.search_run import BEST_CONFIG, best_run, open_search
 from pipeline.session import run_works

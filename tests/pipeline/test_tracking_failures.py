@@ -20,7 +20,8 @@ from agcl.errors import InputError
 from pipeline import loading, recorder, tracking
 from pipeline.artifact import write_json
 from pipeline.recorder import connect, open_recording
-from pipeline.run import open_folder, open_run
+from pipeline.run import open_run
+from pipeline.run_folder import open_folder
 from pipeline.session import run_works
 from pipeline.stages.context import Context
 
