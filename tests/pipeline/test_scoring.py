@@ -153,6 +153,7 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
         "correct_only": True,
         "batch_size": 2,
         "moments": None,
+        "unit_inputs": True,
         "seed": 0,
     }
     attribute(config, {"model": model_folder, "rows": folder}, tmp_path, Context())
