@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from reference.record import check_whole
 
 from pipeline import loading
@@ -63,10 +64,12 @@ class Seen:
 class Run:
     """`agcl run` on one storage folder, given as often as it takes."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int = 1, config: str = CONFIG) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.storage = folder / "storage"
         self.config, self.mark = folder / "config.yaml", folder.name
-        self.config.write_text(CONFIG, encoding="utf-8")
+        self.config.write_text(config, encoding="utf-8")
+        self.folder = self.storage / yaml.safe_load(config)["name"]
         self.settings = [f"storage={self.storage}", f"resources.num_workers={workers}"]
 
     def start(self) -> subprocess.Popen[str]:
@@ -92,7 +95,7 @@ class Run:
         }
 
     def metrics(self) -> dict[str, Any]:
-        return json.loads((self.storage / "chaos" / "metrics.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
     def processes(self) -> dict[int, bytes]:
         """Command lines of the run's processes, by id."""
@@ -213,12 +216,7 @@ def chaos(folder: Path, kills: int, seed: int, workers: int) -> Seen:
     seen = Seen()
     folders = (folder / f"{folder.name}-{number}" for number in range(1000))
 
-    def run_in_next_folder() -> Run:
-        inner = next(folders)
-        inner.mkdir()
-        return Run(inner, workers)
-
-    reference = run_in_next_folder()
+    reference = Run(next(folders), workers)
     started = time.monotonic()
     disturbed(reference, [], 0, seen)
     longest = time.monotonic() - started
@@ -227,12 +225,16 @@ def chaos(folder: Path, kills: int, seed: int, workers: int) -> Seen:
     kinds = [kind for _ in range(0, kills, len(KINDS)) for kind in random.sample(KINDS, len(KINDS))]
     kinds = kinds[:kills]
     while kinds and not seen.wrong:
-        run = run_in_next_folder()
-        disturbed(run, kinds, longest, seen)
-        if not seen.wrong:
-            compare(run, reference, seen)
-            print("complete", flush=True)
+        strike_again(Run(next(folders), workers), reference, kinds, longest, seen)
     return seen
+
+
+def strike_again(run: Run, reference: Run, kinds: list[str], longest: float, seen: Seen) -> None:
+    """Disturb one run, as `disturbed` does, and compare it with the undisturbed one."""
+    disturbed(run, kinds, longest, seen)
+    if not seen.wrong:
+        compare(run, reference, seen)
+        print("complete", flush=True)
 
 
 def table(seen: Seen) -> Iterator[str]:

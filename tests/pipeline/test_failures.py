@@ -1,41 +1,37 @@
 """Runs that are killed, interrupted, damaged or diverge, as real processes."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import chaos
 import pytest
 import torch
-from chaos import main as chaos
 from reference.driver import processes_below, wait_until_no_process_is_left
 
 from agcl.importance import Importance
+from pipeline import loading
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(
-    "stops",
-    [
-        [("train-1-harbour", signal.SIGKILL)],
-        pytest.param(
-            [
-                ("pretrain", signal.SIGKILL),
-                ("evaluate-0-base", signal.SIGINT),
-                ("train-1-harbour", signal.SIGKILL),
-                ("attribute-1-harbour", signal.SIGTERM),
-                ("train-2-valley", signal.SIGTERM),
-                ("evaluate-2-valley", signal.SIGKILL),
-                ("report", signal.SIGKILL),
-            ],
-            marks=pytest.mark.slow,
-        ),
-    ],
+STOPS = (
+    ("pretrain", signal.SIGKILL),
+    ("evaluate-0-base", signal.SIGINT),
+    ("train-1-harbour", signal.SIGKILL),
+    ("attribute-1-harbour", signal.SIGTERM),
+    ("train-2-valley", signal.SIGTERM),
+    ("evaluate-2-valley", signal.SIGKILL),
+    ("report", signal.SIGKILL),
 )
-def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finished, stops):
+
+
+@pytest.mark.slow
+def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finished):
     before = driver.finished()
-    for stage, number in stops:
+    for stage, number in STOPS:
         code = -number if number == signal.SIGKILL else 130
         assert driver.stop_at(stage, number) == code
         # After SIGKILL the workers go on until they notice, and may finish a stage or two.
@@ -55,6 +51,7 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
 
 @pytest.mark.slow
 def test_a_worker_killed_in_a_stage_is_started_again(driver, finished):
+    before = len(driver.finished())
     process = driver.start()
     for stage in ("train-1", "attribute-1", "evaluate-2"):
         while not (workers := processes_below(process, "RayTrainWorker")):
@@ -71,14 +68,31 @@ def test_a_worker_killed_in_a_stage_is_started_again(driver, finished):
         "attribute/1-harbour",
         "evaluate/2-valley",
     ]
-    assert out.count(" done") == len(driver.finished())
+    assert out.count(" done") == len(driver.finished()) - before
     assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
+
+
+@pytest.mark.parametrize(
+    "kind", ["driver", *(pytest.param(k, marks=pytest.mark.slow) for k in chaos.KINDS[1:])]
+)
+def test_a_kill_at_a_random_moment_changes_nothing(finished, copy_stages, tmp_path, kind):
+    """`tests/chaos.py` in small: one kill, against the runs that are finished already."""
+    config = loading.dump(finished.configs["gradient"])
+    reference, run = (chaos.Run(tmp_path / name, config=config) for name in ("whole", "struck"))
+    for work in finished.runs["gradient"].works.values():
+        shutil.copytree(work.folder, reference.storage / "stages" / work.folder.name)
+    shutil.copytree(finished.folder / "gradient", reference.folder, symlinks=True)
+    copy_stages(finished.storage, run.storage, ("tokenizer", "prepare"))
+    seen = chaos.Seen()
+    chaos.strike_again(run, reference, [kind], longest=12, seen=seen)
+    assert not seen.wrong
+    assert seen.kills[kind] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_random_kills_change_nothing(tmp_path):
-    assert chaos(["--kills", "3", "--storage", str(tmp_path)]) == 0
+    assert chaos.main(["--kills", "3", "--storage", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
