@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _TILE_ENTRIES = 2**20
-"""Entries of all samples together that are made at a time: 4 MB, to stay in the cache."""
+"""Entries of all samples together that are made at a time where nothing is compiled: 4 MB."""
 _MOST_KEPT_ON_GPU = 8
 """Running values that fit into a GPU's registers beside a tile of products."""
 
@@ -44,32 +44,24 @@ class TopK:
 
             sink_products_on_gpu(self.values, weight, x, g)
             return
-        outputs = g.transpose(1, 2)
-        rows = min(len(weight), max(1, _TILE_ENTRIES // (max(1, samples) * width)))
-        padded = samples
         if compiled := self._can_be_compiled(weight):
-            from agcl.importance.sink import AT_ONCE, sink_products  # Numba takes a second to load.
+            from agcl.importance.sink import sink_products  # Numba takes a second to load.
 
-            padded += -samples % AT_ONCE
-        tile = x.new_empty(padded * rows * width)
+            if self.values.dtype == self.computed_in:
+                sink_products(self.values, weight, x, g)
+                return
+        rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
         for first in range(0, len(weight), rows):
-            number = min(rows, len(weight) - first)
-            products = tile[: padded * number * width].view(padded, number, width)
-            torch.bmm(outputs[:, first : first + number], x, out=products[:samples])
-            products[samples:] = torch.nan
-            kept = self.values[:, first : first + number]
-            if kept.dtype != self.computed_in:
-                # Widened and rounded in the cache, a few rows at a time.
-                wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
-                if compiled:
-                    sink_products(wide, weight[first : first + number], products, 0)
-                else:
-                    _sink_all(wide, products.mul_(weight[first : first + number]))
-                kept.copy_(wide)
-            elif compiled:
-                sink_products(self.values, weight, products, first)
+            part = slice(first, first + rows)
+            kept = self.values[:, part]
+            # bfloat16 is widened and rounded again, a few rows at a time.
+            wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
+            if compiled:
+                sink_products(wide, weight[part], x, g[:, :, part])
             else:
-                _sink_all(kept, products.mul_(weight[first : first + number]))
+                _sink_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
+            if wide is not kept:
+                kept.copy_(wide)
 
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""

@@ -114,6 +114,15 @@ def compiled_step(setting: Setting) -> Figure:
 
 def exact_match_against_generate(setting: Setting) -> Figure:
     """Exact match by one forward pass against transformers' `generate` on the same rows."""
+    forced, decoded = exact_match_both_ways(setting)
+    return pairs("exact_match", forced, decoded, setting, 0.2, "transformers' generate")
+
+
+def exact_match_both_ways(setting: Setting) -> tuple[Run, Run]:
+    """By one forward pass, and by `generate` of as many tokens as the longest answer has.
+
+    Both give the same verdicts, which is looked at once.
+    """
     model, rows, device = setting.model, setting.rows, setting.model.device
     answers = [row.input_ids[row.prompt_tokens :] for row in rows]
     end = rows[0].input_ids[-1]
@@ -143,7 +152,7 @@ def exact_match_against_generate(setting: Setting) -> Figure:
         return exact_match(model, rows, batch_size=len(rows))
 
     assert forced() == decoded()
-    return pairs("exact_match", forced, decoded, setting, 0.2, "transformers' generate")
+    return forced, decoded
 
 
 def _step(setting: Setting, **options: Any) -> Run:

@@ -47,11 +47,11 @@ class Setting:
         return collate(self.rows).to(self.model.device)
 
 
-def random_rows(number: int, tokens: int) -> list[Encoded]:
-    """Rows of random tokens, a sixth of each the answer, as in Concept-1K."""
+def random_rows(number: int, tokens: int, answer: int | None = None) -> list[Encoded]:
+    """Rows of random tokens, a sixth of each the answer, as in Concept-1K, or as many as given."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(3, 500, (number, tokens), generator=generator)
-    answer = max(2, tokens // 6)
+    answer = answer or max(2, tokens // 6)
     return [Encoded([*ids[:-1], 2], tokens - answer) for ids in drawn.tolist()]
 
 

@@ -1,4 +1,4 @@
-"""How costs grow: seconds of attribution and of a plain forward and backward of the same rows."""
+"""How costs grow: seconds of attribution, beside a plain forward and backward, and of scoring."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from agcl.attribution import Split, attribute
 from agcl.batches import collate
 from agcl.train import summed_loss
-from jobs.bench.measure import Setting, random_rows, seconds
+from jobs.bench.figures import exact_match_both_ways
+from jobs.bench.measure import Run, Setting, random_rows, seconds
 from jobs.bench.whole import train_stage_seconds
 
 Point = dict[str, float]
@@ -45,6 +46,18 @@ def width(setting: Setting) -> dict[int, Point]:
     return {n: _both(replace(setting, model=_llama(n).to(device))) for n in (128, 256, 512, 1024)}
 
 
+def answer(setting: Setting) -> dict[int, Point]:
+    """Scoring by tokens an answer, after prompts of 20: one forward pass, and `generate`."""
+    number = len(setting.rows)
+    points: dict[int, Point] = {}
+    for n in (2, 4, 8, 16, 32):
+        forced, decoded = exact_match_both_ways(
+            replace(setting, rows=random_rows(number, 20 + n, answer=n))
+        )
+        points[n] = {"exact_match": _median(forced, setting), "generate": _median(decoded, setting)}
+    return points
+
+
 def tasks(setting: Setting) -> dict[int, Point]:
     """By the task's number in the sequence: its whole train stage, on the built-in model."""
     return {n: {"train": s} for n, s in train_stage_seconds([2, 5, 10, 20, 30]).items()}
@@ -63,7 +76,7 @@ def workers(setting: Setting) -> dict[int, Point]:
 
 
 SWEEPS: dict[str, Callable[[Setting], dict[int, Point]]] = {
-    sweep.__name__: sweep for sweep in (samples, tokens, top_k, width, tasks, workers)
+    sweep.__name__: sweep for sweep in (samples, tokens, top_k, width, answer, tasks, workers)
 }
 
 
@@ -84,7 +97,7 @@ def _both(setting: Setting, top_k: int = 4) -> Point:
     }
 
 
-def _median(run: Callable[[], None], setting: Setting) -> float:
+def _median(run: Run, setting: Setting) -> float:
     run()
     return median(seconds(run, setting.model.device) for _ in range(setting.pairs))
 

@@ -72,13 +72,16 @@ def test_nothing_inserted_means_zeros():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 4, 6])
 @pytest.mark.parametrize("tile", [1, 100, 2**18])
-def test_products_are_those_of_every_sample_alone(monkeypatch, dtype, k, tile):
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(5, 17, 11), (16, 600, 4), (19, 3, 1)])
+def test_products_are_those_of_every_sample_alone(
+    monkeypatch, dtype, k, tile, tokens, inputs, outputs
+):
     """In float32 by compiled code, else by plain operations; tiles of one row, some and all."""
     monkeypatch.setattr("agcl.importance.top_k._TILE_ENTRIES", tile)
     generator = torch.Generator().manual_seed(0)
     x, g, weight = (
         torch.randn(shape, generator=generator, dtype=dtype)
-        for shape in [(6, 5, 17), (6, 5, 11), (11, 17)]
+        for shape in [(6, tokens, inputs), (6, tokens, outputs), (outputs, inputs)]
     )
     slow = [weight.double() * (g[b].double().T @ x[b].double()) for b in range(6)]
     expected = torch.stack(slow).topk(k, dim=0).values
@@ -118,6 +121,21 @@ def test_bfloat16_keeps_the_rounded_largest_whatever_the_order(monkeypatch, k, t
     torch.testing.assert_close(backwards.values, halved.values, rtol=0.01, atol=1e-6)
     assert halved.mean().dtype == torch.float32
     assert torch.equal(halved.mean(), halved.values.float().mean(0))
+
+
+def test_without_gnus_openmp_one_thread_does_it(monkeypatch):
+    from agcl.importance import sink
+
+    def no_library(name, mode):
+        raise OSError(name)
+
+    x, g, weight = torch.randn(2, 5, 17), torch.randn(2, 5, 11), torch.randn(11, 17)
+    top, alone = TopK(2, weight), TopK(2, weight)
+    top.insert_products(weight, x, g)
+    monkeypatch.setattr(sink.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(sink, "_team", sink._team.__wrapped__)
+    alone.insert_products(weight, x, g)
+    assert torch.equal(top.values, alone.values)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
