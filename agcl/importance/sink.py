@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,12 @@ def sink_products(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
 @cache
 def _team() -> Callable[[Any, int], None]:
     """What runs a job: all threads of torch's OpenMP, or this one alone where that is not GNU's."""
-    try:
-        gomp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-        index, number = gomp.omp_get_thread_num, gomp.omp_get_num_threads
-        parallel = gomp.GOMP_parallel  # What compilers make of `#pragma omp parallel`.
-    except (OSError, AttributeError):
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
+    if library is None:
         return lambda job, threads: _share(job, 0, 1)
+    gomp = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)
+    index, number = gomp.omp_get_thread_num, gomp.omp_get_num_threads
+    parallel = gomp.GOMP_parallel  # What compilers make of `#pragma omp parallel`.
     index.argtypes = number.argtypes = []
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
