@@ -2,9 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported; compiling all that is installed takes a minute.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	--constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test install audit clean
 
