@@ -35,9 +35,9 @@ def main(arguments: argparse.Namespace, command: str) -> int:
 
     from pipeline.probe import ProbeFailed, estimate
 
-    gpu = run.config.resources.use_gpu
+    gpu = run.config.resources.gpus_per_worker
     if gpu and not torch.cuda.is_available():
-        console.print("needs: not estimated, resources.use_gpu is set and no GPU is here")
+        console.print("needs: not estimated, resources.gpus_per_worker is set and no GPU is here")
         return 0
     console.print("[dim]a probe on a few rows ...[/]")
     try:

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -111,12 +111,17 @@ def is_complete(folder: Path, expected: str) -> bool:
     return True
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with its recorded hash. Raises `CorruptArtifact` naming the file."""
+def verify(folder: Path, only: Collection[str] | None = None) -> None:
+    """Compare every file, or those of these names, with its recorded hash.
+
+    Raises `CorruptArtifact` naming the file.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise CorruptArtifact(corrupt(folder, f"it has no {MANIFEST}"))
     for name, entry in manifest["files"].items():
+        if only is not None and name not in only:
+            continue
         file = folder / name
         if not file.is_file() or file_hash(file) != entry["sha256"]:
             raise CorruptArtifact(corrupt(folder, f"{name} is not what was written"))

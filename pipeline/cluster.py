@@ -94,7 +94,7 @@ def cluster(resources: Resources) -> Iterator[int]:
 
 def needs(resources: Resources) -> dict[str, float]:
     """What one worker of a session takes, as Ray counts it."""
-    gpu = {"GPU": 1} if resources.use_gpu else {}
+    gpu = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
     return {"CPU": resources.cpus_per_worker, **gpu}
 
 
@@ -120,7 +120,8 @@ def nodes() -> list[Mapping[str, float]]:
 def side_by_side(resources: Resources, nodes: list[Mapping[str, float]]) -> int:
     """How many sessions the nodes have room for at once. Raises `InputError` for none."""
     each = needs(resources)
-    room = [min(int(node.get(name, 0) // much) for name, much in each.items()) for node in nodes]
+    # Rounded up by a little: 1 // 0.1 is 9.
+    room = [min(int(node.get(n, 0) / much + 1e-6) for n, much in each.items()) for node in nodes]
     if sum(room) >= resources.num_workers:
         return sum(room) // resources.num_workers
     having = ", ".join(_described({name: node.get(name, 0) for name in each}) for node in nodes)

@@ -101,8 +101,9 @@ class Resources(Section):
     num_workers: Positive = 1
     cpus_per_worker: Positive = 1
     """CPU cores, and threads, a worker."""
-    use_gpu: bool = False
-    """One GPU a worker, nccl."""
+    gpus_per_worker: float = Field(0.0, ge=0, le=1)
+    """1 for a GPU a worker, with nccl. A part of one, such as 0.25, where the runs of a comparison,
+    of one worker each, shall share it; nobody divides its memory among them."""
     shard_model: bool = False
     """Share the model among the workers (FSDP2), for one that no device holds whole with its
     gradients and optimizer state: each keeps a part of every weight, its Adam state and its gate,
@@ -167,6 +168,15 @@ class Config(Section):
         """Where runs and artifacts are on this machine: the storage folder or an object store's
         cache."""
         return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> "Config":
+        if self.resources.num_workers > 1 and self.resources.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                "resources.gpus_per_worker: must be 0 or 1 with several workers; nccl refuses two "
+                "on one GPU"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shareable(self) -> "Config":

@@ -75,9 +75,9 @@ def _check_storage(storage: Path) -> None:
 def _check_devices(config: Config) -> None:
     wanted, found = config.resources.num_workers, torch.cuda.device_count()
     local = not os.environ.get("RAY_ADDRESS")
-    if config.resources.use_gpu and local and found < wanted:
+    if config.resources.gpus_per_worker and local and found < wanted:
         raise InputError(
-            f"resources.use_gpu: {wanted} workers need a GPU each, torch finds {found} here"
+            f"resources.gpus_per_worker: {wanted} workers need a GPU each, torch finds {found} here"
         )
 
 

@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from pipeline import artifact, mirror, trials
+from pipeline.cluster import needs
 from pipeline.config import Config, Resources
 from pipeline.dag import Session, Stage, needed_for, resolve, sessions
 from pipeline.loading import changed
@@ -140,8 +141,7 @@ def _resources(resources: Resources) -> Any:
     if resources.num_workers > 1:
         # On the head, which no spot market takes away, and nothing that its workers need.
         return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
-    gpu = {"GPU": 1} if resources.use_gpu else {}
-    return tune.PlacementGroupFactory([{"CPU": resources.cpus_per_worker, **gpu}])
+    return tune.PlacementGroupFactory([needs(resources)])
 
 
 def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
@@ -205,7 +205,7 @@ def _run_stages(
             raise lost[0]
         return failed.get("first")
     torch.set_num_threads(resources.cpus_per_worker)
-    device = torch.device("cuda" if resources.use_gpu else "cpu")
+    device = torch.device("cuda" if resources.gpus_per_worker else "cpu")
     try:
         context = Context(device, checkpoint_minutes=resources.checkpoint_minutes)
         run_works(list(run.works.values()), context, observe)

@@ -102,8 +102,9 @@ def _verify_inputs(work: Work, checked: set[Path]) -> None:
     if distributed.rank() == 0 or work.store:  # Copies from a store may be this machine's own.
         for folder in work.inputs.values():
             if folder not in checked and (folder / artifact.MANIFEST).exists():
-                artifact.verify(folder)
-                checked.add(folder)
+                artifact.verify(folder, work.reads)
+                if work.reads is None:
+                    checked.add(folder)
 
 
 def _run_one(work: Work, context: Context, emit: Emit) -> None:
@@ -247,10 +248,10 @@ def _on_workers(session: Session, resources: Resources, emit: Emit, scratch: Pat
         loop,
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
-            use_gpu=resources.use_gpu,
+            use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=needs(resources),
         ),
-        torch_config=ReachableConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=ReachableConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             name=f"session-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),

@@ -43,7 +43,8 @@ def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -
         )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Batches differ in both: else it would be compiled up to nine times in the middle of the work.
+@triton.jit(do_not_specialize=["samples", "tokens"])  # type: ignore[untyped-decorator]
 def _sink(  # type: ignore[no-untyped-def]
     values,
     weight,

@@ -13,8 +13,12 @@ from torch import Tensor
 from agcl.importance import Importance
 
 
-def bases(past: Sequence[Importance], *, energy: float) -> dict[str, Tensor]:
+def bases(
+    past: Sequence[Importance], *, energy: float, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Per weight the input directions to protect, (in, k) with orthonormal columns, float32.
+
+    They are found on `device` and given on the CPU.
 
     The moments are summed over past tasks; their leading eigenvectors are taken until they hold
     the share `energy` of the trace. k = 0 for energy 0. Raises `ValueError` for an importance
@@ -26,8 +30,8 @@ def bases(past: Sequence[Importance], *, energy: float) -> dict[str, Tensor]:
     return {
         # Summed in float64, one task's at a time; directions are found in half the time in float32.
         name: leading_directions(
-            reduce(torch.add, (i.moments[name].double() for i in past)).float(), energy
-        )
+            reduce(torch.add, (i.moments[name].to(device).double() for i in past)).float(), energy
+        ).cpu()
         for name in past[0].moments
     }
 

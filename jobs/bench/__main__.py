@@ -102,7 +102,9 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
 def _measured(name: str, setting: Setting, given: argparse.Namespace) -> list[Figure]:
     match name:
         case "pipeline":
-            figure, a_stage = whole.whole_pipeline(given.model, given.pairs, given.threads)
+            figure, a_stage = whole.whole_pipeline(
+                given.model, given.pairs, given.threads, given.device
+            )
             found, note = [figure], f"; {a_stage:.2f} s a stage beyond its work"
         case "task_30":
             found, note = whole.late_task(given.pairs), ""

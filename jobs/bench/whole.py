@@ -37,7 +37,7 @@ TASKS = 3
 ENERGY = 0.8
 
 
-def whole_pipeline(model: str, num_pairs: int, threads: int) -> tuple[Figure, float]:
+def whole_pipeline(model: str, num_pairs: int, threads: int, device: str) -> tuple[Figure, float]:
     """A run of three tasks once Ray is up, against the same work in one plain loop.
 
     Both prepare, train with a projection, attribute and evaluate every task after each. Also
@@ -46,7 +46,10 @@ def whole_pipeline(model: str, num_pairs: int, threads: int) -> tuple[Figure, fl
     taken, stages = [], 1
     with TemporaryDirectory() as scratch:
         base = _model_folder(model, Path(scratch))
-        configs = [_config(base, Path(scratch) / str(i), threads) for i in range(num_pairs)]
+        configs = [
+            _config(base, Path(scratch) / str(i), threads, gpus=int(device != "cpu"))
+            for i in range(num_pairs)
+        ]
         with cluster(configs[0].resources) as side_by_side:
             for config in configs:
                 run = open_run(config)
@@ -64,7 +67,7 @@ def whole_pipeline(model: str, num_pairs: int, threads: int) -> tuple[Figure, fl
                 for failure in failures:
                     raise failure
                 between = time.perf_counter()
-                _plain_loop(config, base)
+                _plain_loop(config, base, device)
                 taken.append((between - started, time.perf_counter() - between))
     found = figure("pipeline", taken, 1.25, "the same work in one plain loop")
     return found, (found.values[0] - found.values[1]) / stages
@@ -113,7 +116,7 @@ def _rows_of(index: int) -> list[Any]:
     return list(facts.task(index, entities=12, base_entities=0, seed=0).splits[TRAIN]())
 
 
-def _config(base: Path, storage: Path, threads: int) -> Config:
+def _config(base: Path, storage: Path, threads: int, gpus: int = 0) -> Config:
     return Config.model_validate(
         {
             "name": "bench",
@@ -123,13 +126,13 @@ def _config(base: Path, storage: Path, threads: int) -> Config:
             "training": {"epochs": 4, "batch_size": 16, "learning_rate": 1e-4},
             "importance": {"correct_only": False},
             "protect": [{"kind": "project", "energy": ENERGY}],
-            "resources": {"cpus_per_worker": threads},
+            "resources": {"cpus_per_worker": threads, "gpus_per_worker": gpus},
         }
     )
 
 
-def _plain_loop(config: Config, base: Path) -> None:
-    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
+def _plain_loop(config: Config, base: Path, device: str) -> None:
+    model, tokenizer = models.load_model(base).to(device), models.load_tokenizer(base)
     rows: list[dict[str, list[Encoded]]] = []
     for source in sources(config):
         task = open_task(source.settings, source.files, selection(config, source))
@@ -150,7 +153,7 @@ def _plain_loop(config: Config, base: Path) -> None:
         names = set(attributed_linears(model)) if past else set(dict(model.named_parameters()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
-        basis = bases(past, energy=ENERGY) if past else None
+        basis = bases(past, energy=ENERGY, device=device) if past else None
         named = [(n, p) for n, p in model.named_parameters() if n in names]
         optimizer = GatedAdamW(named, basis=basis, lr=rate, weight_decay=decay)
         train_task(model, splits[TRAIN], optimizer, seed=number, **options)

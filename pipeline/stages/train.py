@@ -108,7 +108,7 @@ def protect(
                     log_scale=item["log_scale"],
                 )
             case "project":
-                protection.basis = basis_of(item, past, seed)
+                protection.basis = basis_of(item, past, seed, model.device)
             case "penalty":
                 protection.penalise = quadratic_penalty(
                     dict(model.named_parameters()), past, strength=item["strength"]
@@ -119,9 +119,11 @@ def protect(
     return protection
 
 
-def basis_of(item: Mapping[str, Any], past: list[Importance], seed: int) -> dict[str, Tensor]:
-    """Input directions that a projection keeps, by weight."""
-    basis = bases(past, energy=item["energy"])
+def basis_of(
+    item: Mapping[str, Any], past: list[Importance], seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Input directions that a projection keeps, by weight; found on a device, given on the CPU."""
+    basis = bases(past, energy=item["energy"], device=device)
     return random_bases(basis, seed=seed) if item["directions"] == "random" else basis
 
 
@@ -168,7 +170,8 @@ def _train_adapter(
     past, protection = _past(inputs), Protection()
     if settings["fresh"] and past:
         (item,) = config["protect"]  # A projection: nothing else can be said of fresh factors.
-        protection.basis = adapter.keep_away(peft_model, basis_of(item, past, config["seed"]))
+        basis = basis_of(item, past, config["seed"], model.device)
+        protection.basis = adapter.keep_away(peft_model, basis)
         protection.remember(model)
     else:
         protection = protect(model, past, config["protect"], config["seed"])

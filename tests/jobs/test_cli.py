@@ -75,7 +75,11 @@ def write_rows(file, *rows):
         ("a: [", [], "not valid YAML"),
         ("model: {path: no/such/folder}", [], "no/such/folder"),
         ("tasks: {format: concept1k, path: nowhere}", [], "nowhere/dataset.txt"),
-        ("", ["resources.use_gpu=true", "resources.num_workers=99"], "resources.use_gpu: "),
+        (
+            "",
+            ["resources.gpus_per_worker=1", "resources.num_workers=99"],
+            "resources.gpus_per_worker: ",
+        ),
         ("", ["evaluation.set=unknown"], "evaluation.set: "),
     ],
 )

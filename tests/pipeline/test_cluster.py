@@ -52,20 +52,23 @@ def test_workers_are_counted_by_node(grown):
     assert cluster.side_by_side(wide, two_by_three) == 2  # Not 3, though 6 CPUs are there.
     assert cluster.side_by_side(Resources(num_workers=4), two_by_three) == 1
     gpus = grown(HEAD, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0})
-    assert cluster.side_by_side(Resources(use_gpu=True), gpus) == 2
+    assert cluster.side_by_side(Resources(gpus_per_worker=1), gpus) == 2
+    shared = Resources(gpus_per_worker=0.1)
+    assert cluster.side_by_side(shared, grown({"CPU": 64.0, "GPU": 1.0})) == 10  # 1 // 0.1 is 9.
 
 
 def test_a_cluster_that_grows_counts_as_grown(grown):
     says = '{"count": 8, "CPU": 16, "GPU": 1}'
-    resources = Resources(num_workers=2, cpus_per_worker=4, use_gpu=True)
+    resources = Resources(num_workers=2, cpus_per_worker=4, gpus_per_worker=1)
     assert cluster.side_by_side(resources, grown(HEAD, says=says)) == 4
     # Those that are up already are among the eight.
     assert cluster.side_by_side(resources, grown(HEAD, {"CPU": 16, "GPU": 1}, says=says)) == 4
 
 
 def test_what_never_fits_is_one_line_with_the_way_out(grown):
+    resources = Resources(gpus_per_worker=1, cpus_per_worker=4)
     with pytest.raises(InputError) as refused:
-        cluster.side_by_side(Resources(use_gpu=True, cpus_per_worker=4), grown(HEAD, {"CPU": 2.0}))
+        cluster.side_by_side(resources, grown(HEAD, {"CPU": 2.0}))
     line = str(refused.value)
     assert line.startswith("resources: ")
     assert "room for 0 of 1 workers that need 4 CPU and 1 GPU each" in line

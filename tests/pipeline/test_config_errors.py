@@ -79,7 +79,7 @@ def problem(tmp_path):
         (f"evaluation.text={'x/' * 3000}", "evaluation.text: "),
         (f"name={'x' * 101}", "name: "),
         ("tracking.uri=''", "tracking.uri: "),
-        ("resources.use_gpu=3", "resources.use_gpu: "),
+        ("resources.gpus_per_worker=3", "resources.gpus_per_worker: "),
         ("storage=5", "storage: "),
         ("name=", "name: "),
         ("name=a/b", "name: "),
