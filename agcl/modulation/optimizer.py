@@ -1,6 +1,6 @@
 """AdamW whose whole step is gated and projected, weight decay included."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,9 @@ from agcl.modulation.projection import taken_out
 from agcl.sharding import placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
-_GATE_STEPS = 255
+_STEPS = 255
+_PART_ENTRIES = 2**24
+"""Weights whose step is taken at once on a GPU: a copy of them is 64 MB."""
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -50,16 +52,17 @@ class GatedAdamW(torch.optim.AdamW):
         named = list(params)
         super().__init__(named, lr, betas, eps, weight_decay, foreach=False)
         self.on = on
-        self.gate: dict[nn.Parameter, Tensor] = {}
-        self.basis: dict[nn.Parameter, Tensor] = {}
-        self.transposed: set[nn.Parameter] = set()
+        self.held: dict[Tensor, Tensor] = {}
+        """How much of a gated weight's step is taken back: 1 - gate, in steps of 1/255."""
+        self.basis: dict[Tensor, Tensor] = {}
+        self.transposed: set[Tensor] = set()
         by_name = dict(named)
         for name, tensor in (gate or {}).items():
             parameter = by_name.get(name)
             if parameter is None or tensor.shape != parameter.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
-            steps = tensor.to(parameter.device).mul(_GATE_STEPS).round_()
-            self.gate[parameter] = placed_like(steps.to(torch.uint8), parameter)
+            steps = (1 - tensor.to(parameter.device)).mul_(_STEPS).round_()
+            self.held[parameter] = placed_like(steps.to(torch.uint8), parameter)
         for name, tensor in (basis or {}).items():
             parameter = by_name.get(name)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
@@ -77,51 +80,64 @@ class GatedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
+            moving: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            gated = [p for p in moving if p in self.held]
+            projected = [p for p in moving if p in self.basis and p not in self.held]
+            protected = {*gated, *projected}
+            free = [p for p in moving if p not in protected]
+            self._adamw(free, _gradients(free), group, group["weight_decay"])
+            for part in (*_parts(gated), *_parts(projected)):
+                self._protected(part, group)
         return loss
 
-    def _step_one(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        stored, basis = self.gate.get(parameter), self.basis.get(parameter)
-        if stored is None and basis is None:
-            self._adamw(parameter, gradient, group, group["weight_decay"])
-            return
-        gate = None if stored is None else stored.to(parameter.dtype).div_(_GATE_STEPS)
-        before = parameter.clone()
+    def _protected(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of parameters that all have a gate, or all have only a basis."""
+        before = [p.clone() for p in parameters]
+        held = [self.held[p].to(p.dtype).div_(_STEPS) for p in parameters if p in self.held]
+        gradients, decay = _gradients(parameters), group["weight_decay"]
         # lerp returns its ends exactly for weights 0 and 1.
-        if gate is not None and self.on == "gradient":
-            decayed = before * (1 - group["lr"] * group["weight_decay"])
-            torch.lerp(before, decayed, gate, out=parameter)
-            self._adamw(parameter, gradient * gate, group, weight_decay=0.0)
+        if held and self.on == "gradient":
+            torch._foreach_mul_(parameters, 1 - group["lr"] * decay)
+            torch._foreach_lerp_(parameters, before, held)
+            passed = [g * (1 - share) for g, share in zip(gradients, held, strict=True)]
+            self._adamw(parameters, passed, group, weight_decay=0.0)
         else:
-            self._adamw(parameter, gradient, group, group["weight_decay"])
-            if gate is not None:
-                torch.lerp(before, parameter, gate, out=parameter)
-        if basis is not None:
-            back = before.sub_(parameter)  # The step with its sign turned.
-            parameter.add_(taken_out(back, basis, transposed=parameter in self.transposed))
+            self._adamw(parameters, gradients, group, decay)
+            if held:
+                torch._foreach_lerp_(parameters, before, held)
+        based = [(p, old) for p, old in zip(parameters, before, strict=True) if p in self.basis]
+        if based:
+            now, back = [p for p, _ in based], [old for _, old in based]
+            torch._foreach_sub_(back, now)  # The step with its sign turned.
+            taken = [
+                taken_out(step, self.basis[p], transposed=p in self.transposed)
+                for p, step in zip(now, back, strict=True)
+            ]
+            torch._foreach_add_(now, taken)
 
     def _adamw(
         self,
-        parameter: nn.Parameter,
-        gradient: Tensor,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
         group: dict[str, Any],
         weight_decay: float,
     ) -> None:
-        """Torch's own fused AdamW: one pass over weight, gradient and state."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        """Torch's own fused AdamW: one pass over weights, gradients and states."""
+        if not parameters:
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
         adamw(
-            [parameter],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"]],
+            [state["step"] for state in states],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -131,3 +147,22 @@ class GatedAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """On a GPU many at once, as starting its work takes longer than the work; else one by one.
+
+    A copy of a part is what protection adds to the memory of a step.
+    """
+    part: list[Tensor] = []
+    for parameter in parameters:
+        part.append(parameter)
+        if not parameter.is_cuda or sum(p.numel() for p in part) >= _PART_ENTRIES:
+            yield part
+            part = []
+    if part:
+        yield part

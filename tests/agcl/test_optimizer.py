@@ -98,7 +98,7 @@ def test_any_gate_is_kept_in_a_byte_to_half_a_step(llama):
     steps(free, GatedAdamW(free.named_parameters(), **OPTIONS), last=1)
     optimizer = GatedAdamW(held.named_parameters(), gate=gate, **OPTIONS)
     steps(held, optimizer, last=1)
-    (kept,) = optimizer.gate.values()
+    (kept,) = optimizer.held.values()
     assert kept.element_size() == 1
     share = (weights(held)[UP] - before) / (weights(free)[UP] - before)
     torch.testing.assert_close(share, gate[UP], rtol=0, atol=0.5 / 255 + 1e-4)
@@ -196,3 +196,28 @@ def test_a_closure_is_called_with_gradients_on():
 
     assert optimizer.step(closure) == 4.0
     assert (parameter < 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on", SIDES)
+def test_on_a_gpu_many_parameters_at_once_take_the_cpus_steps(llama, on):
+    generator = torch.Generator().manual_seed(0)
+    names = [n for n, p in llama.named_parameters() if p.dim() == 2 and "embed" not in n]
+    shapes = {n: llama.get_parameter(n).shape for n in names}
+    gate = {n: torch.rand(shapes[n], generator=generator) for n in names[::2]}
+    basis = {
+        n: torch.linalg.qr(torch.randn(shapes[n][1], 3, generator=generator))[0] for n in names[::3]
+    }
+    after = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(llama)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.data = parameter.data.to(device)
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.grad = drawn.to(device)
+        options = {"gate": gate, "basis": basis, "on": on, "lr": 0.1, "weight_decay": 0.1}
+        optimizer = GatedAdamW(model.named_parameters(), **options)
+        for _ in range(3):
+            optimizer.step()
+        after.append({n: p.detach().cpu() for n, p in model.named_parameters()})
+    torch.testing.assert_close(after[1], after[0], rtol=1e-4, atol=1e-5)
