@@ -175,6 +175,13 @@ def test_damage_inside_a_file_is_found_by_verify_and_named(folder, damage, said)
         verify(folder)
 
 
+def test_of_files_that_nobody_reads_the_contents_are_not_looked_at(folder):
+    flip(folder)
+    verify(folder, ["a.txt", "not-there.json"])
+    with pytest.raises(CorruptArtifact, match=r"deep/b\.bin"):
+        verify(folder, ["deep/b.bin"])
+
+
 def test_a_fingerprint_depends_on_every_value_and_not_on_the_order_of_keys():
     one = artifact.fingerprint({"a": 1, "b": [1, 2], "c": {"d": "é"}})
     assert one == artifact.fingerprint({"c": {"d": "é"}, "b": [1, 2], "a": 1})

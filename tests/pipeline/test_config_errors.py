@@ -92,6 +92,11 @@ def test_a_bad_value_names_its_key(problem, override, start):
     assert problem("tasks: {format: facts}\n", override).startswith(start)
 
 
+def test_several_workers_do_not_share_a_gpu(problem):
+    message = problem("", "resources.num_workers=2", "resources.gpus_per_worker=0.5")
+    assert message.startswith("resources.gpus_per_worker: must be 0 or 1 with several workers")
+
+
 @pytest.mark.parametrize("other", ["training.compile=true", "adapter={rank: 4}"])
 def test_a_shared_model_says_what_it_does_not_go_with(problem, other):
     method = "method: sequential\n" if "compile" in other else "method: lora\n"
