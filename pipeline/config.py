@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
 
@@ -114,6 +114,15 @@ class Resources(Section):
     """How often training is written down inside a task, three times the model's size, so that a
     worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _written_by_earlier_versions(cls, given: Any) -> Any:
+        """`use_gpu` stands in the config of every run of version 0.4.1 and before."""
+        if isinstance(given, dict) and isinstance(given.get("use_gpu"), bool):
+            rest = {key: value for key, value in given.items() if key != "use_gpu"}
+            return {"gpus_per_worker": float(given["use_gpu"]), **rest}
+        return given
+
 
 class Tracking(Section):
     """Where MLflow records runs."""
@@ -170,7 +179,9 @@ class Config(Section):
         return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
     @model_validator(mode="after")
-    def _one_gpu_each(self) -> "Config":
+    def _gpus_can_be_had(self) -> "Config":
+        if 0 < self.resources.gpus_per_worker < 0.01:
+            raise ValueError("resources.gpus_per_worker: must be 0, or from 0.01 to 1")
         if self.resources.num_workers > 1 and self.resources.gpus_per_worker not in (0, 1):
             raise ValueError(
                 "resources.gpus_per_worker: must be 0 or 1 with several workers; nccl refuses two "

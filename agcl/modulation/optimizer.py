@@ -13,7 +13,7 @@ from agcl.sharding import placed_like, replicated_like
 GateOn = Literal["update", "gradient"]
 _STEPS = 255
 _PART_ENTRIES = 2**24
-"""Weights whose step is taken at once on a GPU: a copy of them is 64 MB."""
+"""Weights, about, whose step is taken at once on a GPU: a copy of them is 64 MB."""
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -156,7 +156,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """On a GPU many at once, as starting its work takes longer than the work; else one by one.
 
-    A copy of a part is what protection adds to the memory of a step.
+    Copies of a part and of its gates are what protection adds to the memory of a step.
     """
     part: list[Tensor] = []
     for parameter in parameters:

@@ -80,6 +80,8 @@ def problem(tmp_path):
         (f"name={'x' * 101}", "name: "),
         ("tracking.uri=''", "tracking.uri: "),
         ("resources.gpus_per_worker=3", "resources.gpus_per_worker: "),
+        ("resources.gpus_per_worker=0.001", "resources.gpus_per_worker: "),
+        ("resources.use_gpu=5", "resources.use_gpu: "),
         ("storage=5", "storage: "),
         ("name=", "name: "),
         ("name=a/b", "name: "),
