@@ -198,9 +198,8 @@ def test_a_closure_is_called_with_gradients_on():
     assert (parameter < 1).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("on", SIDES)
-def test_on_a_gpu_many_parameters_at_once_take_the_cpus_steps(llama, on):
+def protected_steps(llama, on, device="cpu"):
+    """Weights after three steps with gates, bases, both or neither."""
     generator = torch.Generator().manual_seed(0)
     names = [n for n, p in llama.named_parameters() if p.dim() == 2 and "embed" not in n]
     shapes = {n: llama.get_parameter(n).shape for n in names}
@@ -208,16 +207,27 @@ def test_on_a_gpu_many_parameters_at_once_take_the_cpus_steps(llama, on):
     basis = {
         n: torch.linalg.qr(torch.randn(shapes[n][1], 3, generator=generator))[0] for n in names[::3]
     }
-    after = []
-    for device in ("cpu", "cuda"):
-        model = copy.deepcopy(llama)
-        for number, parameter in enumerate(model.parameters()):
-            parameter.data = parameter.data.to(device)
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.grad = drawn.to(device)
-        options = {"gate": gate, "basis": basis, "on": on, "lr": 0.1, "weight_decay": 0.1}
-        optimizer = GatedAdamW(model.named_parameters(), **options)
-        for _ in range(3):
-            optimizer.step()
-        after.append({n: p.detach().cpu() for n, p in model.named_parameters()})
-    torch.testing.assert_close(after[1], after[0], rtol=1e-4, atol=1e-5)
+    model = copy.deepcopy(llama)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data = parameter.data.to(device)
+        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.grad = drawn.to(device)
+    options = {"gate": gate, "basis": basis, "on": on, "lr": 0.1, "weight_decay": 0.1}
+    optimizer = GatedAdamW(model.named_parameters(), **options)
+    for _ in range(3):
+        optimizer.step()
+    return {n: p.detach().cpu() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("on", SIDES)
+def test_many_parameters_at_once_take_the_steps_of_each_alone(llama, on, monkeypatch):
+    alone = protected_steps(llama, on)
+    monkeypatch.setattr("agcl.modulation.optimizer._parts", lambda parameters: [parameters])
+    torch.testing.assert_close(protected_steps(llama, on), alone, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on", SIDES)
+def test_on_a_gpu_steps_are_those_on_a_cpu(llama, on):
+    found, expected = protected_steps(llama, on, "cuda"), protected_steps(llama, on)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
