@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from agcl import adapter, models, sharding
-from agcl.forward import activation_checkpointing, compiled
+from agcl.forward import activation_checkpointing, compiled, quick_attention
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
@@ -268,6 +268,7 @@ def _fit(
         transposed=stored_transposed(model) if basis else (),
     )
     with (
+        quick_attention(model, config["precision"]),
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
     ):
