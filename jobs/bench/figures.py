@@ -113,7 +113,7 @@ def compiled_step(setting: Setting) -> Figure:
 
 
 def attention_step(setting: Setting) -> Figure:
-    """A training step in bfloat16 with attention in float32, where that is quicker, against without.
+    """A training step in bfloat16 with attention in float32, if that is quicker, against without.
 
     All rows in one micro-batch.
     """
