@@ -28,10 +28,15 @@ from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
 from pipeline.tasks import open_task
 
-_BATCHES, _TRAIN_STAGES = 3, 2
-"""Batches of every task that are run, and train stages: with something to protect, and without."""
-_SESSION_SECONDS = 12.0
-"""Start of a Ray Train session on two cores, measured."""
+_BATCHES = 3
+"""Batches of every task that are run."""
+_SESSION_SECONDS = {"prepare": 13.0, "report": 9.0}
+_TRAIN_SESSION_SECONDS = 12.0
+"""Starts of Ray Data and Ray Train, and the report; on two cores, measured."""
+_BESIDE_RAY = 1.15
+"""Times as long as alone a stage takes on a CPU whose cores are all the workers': Ray's processes
+wake some hundred times a second, each in the way of a thread that the others then wait for. On two
+cores, measured."""
 _KINDS = {"pretrain": pretrain, "train": train, "attribute": attribute, "evaluate": evaluate}
 
 
@@ -59,7 +64,7 @@ class Needs:
     checkpoint_bytes: int = 0
     """While a task trains, for what it would go on from: weights and the two states of Adam."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By kind of stage; `start` is that of Ray's sessions."""
+    """By kind of stage; `start` is of Ray's sessions, with the report."""
 
 
 def estimate(run: Run, device: str = "cpu") -> Needs:
@@ -118,16 +123,27 @@ def _for_all_stages(
             if stage.fn is prepare:
                 needs.disk_bytes += sizes[stage.name.partition("/")[2]].stored_bytes
             continue
-        cost = costs[kind]
+        cost = costs[_key(stage)]
         taken = cost.fixed_seconds + cost.seconds_a_row * _rows(stage, sizes) / workers
+        if not run.config.resources.gpus_per_worker:
+            taken *= _BESIDE_RAY
         needs.seconds[kind] = needs.seconds.get(kind, 0.0) + taken
         needs.disk_bytes += cost.fixed_bytes
         if kind == "train" and run.config.resources.checkpoint_minutes:
             needs.checkpoint_bytes = 3 * cost.fixed_bytes
-    starts = len({stage.session for stage in open_stages if stage.train})
+    train_sessions = {stage.session for stage in open_stages if stage.train}
+    others = {stage.session for stage in open_stages if not stage.train}
+    starts = len(train_sessions) * _TRAIN_SESSION_SECONDS
+    starts += sum(_SESSION_SECONDS[name] for name in others)
     if starts:
-        needs.seconds["start"] = starts * _SESSION_SECONDS
+        needs.seconds["start"] = starts
     return needs
+
+
+def _key(stage: Stage) -> str:
+    """What costs alike: a kind of stage, and training with something to protect apart."""
+    kind = next(kind for kind, fn in _KINDS.items() if fn is stage.fn)
+    return f"{kind} protected" if stage.config.get("protect") else kind
 
 
 def _rows(stage: Stage, sizes: Mapping[str, Size]) -> float:
@@ -167,13 +183,12 @@ def _probe(config: Config, device: str, end: Any) -> None:
 
 
 class _Sampled:
-    """The stages of a plan on a few rows, as far as their inputs are among them."""
+    """The stages of a plan on a few rows: the first of every kind, and what it needs."""
 
     def __init__(self, run: Run, scratch: Path, device: torch.device) -> None:
         self.real, self.scratch = run, scratch
         self.context = Context(device=device)
         self.made: dict[str, Path] = {}
-        self.num_trained = {True: 0, False: 0}
         self.costs: dict[str, Cost] = {}
         self.sizes: dict[str, Size] = {}
         training, importance = run.config.training, run.config.importance
@@ -192,26 +207,28 @@ class _Sampled:
             for role, source in stage.inputs.items()
         }
         known = {role: path for role, path in inputs.items() if path is not None}
-        if len(known) < len(inputs):
+        is_kind = any(stage.fn is fn for fn in _KINDS.values())
+        if len(known) < len(inputs) or (is_kind and self._is_known(stage)):
+            return
+        if not (is_kind or stage.fn in (make_tokenizer, prepare)):
             return
         out_dir = self.scratch / str(len(self.made))
         out_dir.mkdir()
-        if stage.fn is make_tokenizer:
-            stage.fn(stage.config, known, out_dir, self.context)
+        if is_kind:
+            self._timed(stage, known, out_dir)
         elif stage.fn is prepare:
             self._prepare(stage, known, out_dir)
-        elif any(stage.fn is fn for fn in _KINDS.values()):
-            protects = bool(stage.config.get("protect"))
-            self.num_trained[protects] += stage.fn is train
-            if stage.fn is train and self.num_trained[protects] > _TRAIN_STAGES:
-                return
-            self._timed(stage, known, out_dir)
         else:
-            return
+            stage.fn(stage.config, known, out_dir, self.context)
         self.made[stage.name] = out_dir
 
+    def _is_known(self, stage: Stage) -> bool:
+        """Whether a stage like it was timed; an evaluation would say once how long it took, so the
+        one that warms up is none to time."""
+        trained = any(key.startswith("train") for key in self.costs)
+        return _key(stage) in self.costs or (stage.fn is evaluate and not trained)
+
     def _timed(self, stage: Stage, inputs: Mapping[str, Path], out_dir: Path) -> None:
-        kind = next(kind for kind, fn in _KINDS.items() if fn is stage.fn)
         at: list[float] = []
         self.context.log = lambda metrics, step: at.append(time.perf_counter())
         self.context.folder = out_dir
@@ -226,7 +243,7 @@ class _Sampled:
         # The first step warms up; a log that is written once says only how long all took.
         inner = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else taken
         inner = min(inner, taken)
-        self.costs[kind] = Cost(
+        self.costs[_key(stage)] = Cost(
             seconds_a_row=inner / rows,
             fixed_seconds=taken - inner,
             fixed_bytes=sum(f.stat().st_size for f in out_dir.rglob("*") if f.is_file()),
