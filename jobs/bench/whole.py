@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from agcl import models
 from agcl.attribution import attribute
@@ -211,6 +212,7 @@ def _train_stage(inputs: dict[str, Path]) -> tuple[float, float]:
 
 
 def _in_own_process(inputs: dict[str, Path], end: Any) -> None:
+    logging.disable_progress_bar()
     torch.set_num_threads(2)
     config = _config(inputs["model"], Path(), 2)
     settings = {
