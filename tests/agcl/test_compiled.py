@@ -8,7 +8,7 @@ from reference import families, tiny
 
 from agcl.batches import collate, pack
 from agcl.errors import InputError
-from agcl.forward import activation_checkpointing, autocast, compiled
+from agcl.forward import activation_checkpointing, autocast, compiled, quick_attention
 from agcl.train import summed_loss
 
 BATCHES = [tiny.random_rows(5), tiny.random_rows(3, seed=1), tiny.random_rows(4, seed=2)]
@@ -32,7 +32,7 @@ def training(architecture):
 def check_same(model, batching, backend, *, checkpointing=False, precision="float32"):
     tolerance = 1e-4 if precision == "float32" else 3e-2
     batches = [batching(rows) for rows in BATCHES]
-    with activation_checkpointing(model, checkpointing):
+    with quick_attention(model, precision), activation_checkpointing(model, checkpointing):
         expected = [loss_and_gradients(model, batch, precision) for batch in batches]
         with compiled(model, backend=backend):
             found = [loss_and_gradients(model, batch, precision) for batch in batches]
