@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.probe import ProbeFailed, estimate
 from pipeline.run import open_run
+from pipeline.stages.train import IMPORTANCE_FILE
 
 pytestmark = pytest.mark.ray
 
@@ -24,6 +25,19 @@ def test_what_is_done_needs_nothing_more(finished):
     needs = estimate(finished.runs["gradient"])
     assert needs.disk_bytes == 0
     assert needs.seconds == {}
+
+
+def test_a_run_that_protects_from_its_first_task_on_is_foretold_too(
+    finished, tiny_config, tmp_path
+):
+    """It has no plain training to tell from."""
+    works = finished.runs["gradient"].works
+    settings = [
+        f"model.path={works['pretrain'].folder}",
+        f"importance.past=[{works['attribute/1-harbour'].folder / IMPORTANCE_FILE}]",
+    ]
+    run = open_run(tiny_config(tmp_path / "storage", *settings, method="gate"))
+    assert set(estimate(run).seconds) == {"train", "attribute", "evaluate", "start"}
 
 
 def test_a_stage_that_fails_is_named_with_its_error(tiny_config, tmp_path):
