@@ -118,10 +118,9 @@ def _for_all_stages(
     workers = run.config.resources.num_workers
     open_stages = [s for s in run.plan.stages if not run.works[s.name].is_complete()]
     for stage in open_stages:
-        kind = next((kind for kind, fn in _KINDS.items() if fn is stage.fn), None)
-        if kind is None:
-            if stage.fn is prepare:
-                needs.disk_bytes += sizes[stage.name.partition("/")[2]].stored_bytes
+        if stage.fn is prepare:
+            needs.disk_bytes += sizes[stage.name.partition("/")[2]].stored_bytes
+        if not (kind := _kind(stage)):
             continue
         cost = costs[_key(stage)]
         taken = cost.fixed_seconds + cost.seconds_a_row * _rows(stage, sizes) / workers
@@ -140,10 +139,14 @@ def _for_all_stages(
     return needs
 
 
+def _kind(stage: Stage) -> str | None:
+    """Of a stage that is timed."""
+    return next((kind for kind, fn in _KINDS.items() if fn is stage.fn), None)
+
+
 def _key(stage: Stage) -> str:
     """What costs alike: a kind of stage, and training with something to protect apart."""
-    kind = next(kind for kind, fn in _KINDS.items() if fn is stage.fn)
-    return f"{kind} protected" if stage.config.get("protect") else kind
+    return f"{_kind(stage)}{' protected' if stage.config.get('protect') else ''}"
 
 
 def _rows(stage: Stage, sizes: Mapping[str, Size]) -> float:
@@ -207,14 +210,14 @@ class _Sampled:
             for role, source in stage.inputs.items()
         }
         known = {role: path for role, path in inputs.items() if path is not None}
-        is_kind = any(stage.fn is fn for fn in _KINDS.values())
-        if len(known) < len(inputs) or (is_kind and self._is_known(stage)):
+        timed = _kind(stage) is not None
+        if len(known) < len(inputs) or (timed and self._is_known(stage)):
             return
-        if not (is_kind or stage.fn in (make_tokenizer, prepare)):
+        if not (timed or stage.fn in (make_tokenizer, prepare)):
             return
         out_dir = self.scratch / str(len(self.made))
         out_dir.mkdir()
-        if is_kind:
+        if timed:
             self._timed(stage, known, out_dir)
         elif stage.fn is prepare:
             self._prepare(stage, known, out_dir)

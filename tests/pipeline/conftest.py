@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 from reference.driver import Driver
+from reference.stored import move_to
 from rich.console import Console
 
 from agcl.tasks import encode
-from pipeline import loading
+from pipeline import loading, object_store
 from pipeline.run import execute, open_run
 from pipeline.session import run_works
 from pipeline.stages import prepare
@@ -136,6 +137,32 @@ def driver(finished, copy_stages, tmp_path):
     driver = Driver(finished.configs["gradient"], tmp_path / "storage", tmp_path)
     copy_stages(finished.storage, driver.storage, ("tokenizer", "prepare"))
     return driver
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A real server of the S3 protocol."""
+    from reference.object_store import Server  # Imports that few tests need.
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path):
+    """A new bucket, and an empty cache on this machine."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(object_store, "_PAUSES", (0.0, 0.0))
+    move_to(tmp_path / "one", monkeypatch)
+    return server.bucket()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Go on as on another machine."""
+    return lambda: move_to(tmp_path / "two", monkeypatch)
 
 
 def read_json(file: Path):

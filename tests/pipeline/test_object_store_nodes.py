@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 from reference.nodes import Cluster, wait_until
-from reference.object_store import Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture
