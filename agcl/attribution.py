@@ -32,6 +32,7 @@ def attribute(
     rules: RuleSet = "attnlrp",
     moments: MomentWeighting | None = None,
     unit_inputs: bool = True,
+    entries: bool = True,
     correct_only: bool = True,
     split: Split = "samples",
     running_values: Precision = "float32",
@@ -54,6 +55,10 @@ def attribute(
     else a few tokens with massive activations (Sun 2024, arXiv 2402.17762) are all of a layer's
     moment.
 
+    Without `entries` it is the moments alone that are collected, all that a projection needs: no
+    products of single samples and no running values, and where tokens do not weigh by their
+    relevance no backward pass.
+
     Other estimators use the ordinary gradient whatever `rules` says: `grad_x_param` in the same
     formula; `fisher` the mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the
     empirical Fisher matrix at the given answers (EWC, Kirkpatrick 2017); `das` |tanh| of the mean
@@ -62,7 +67,7 @@ def attribute(
 
     The result does not depend on batch size, order of rows or number of workers, up to rounding.
     Raises `NothingToAttribute` where `correct_only` leaves no sample, `ValueError` for a sharded
-    model split by samples.
+    model split by samples, and where neither entries nor moments are asked for.
     """
     by_relevance = estimator in ("lrp", "grad_x_param")
     rules = rules if estimator == "lrp" else "gradient"
@@ -71,11 +76,14 @@ def attribute(
     linears = attributed_linears(model)
     own = _own(model, list(linears), split)
     collectors = {
-        n: Collector(linears[n], estimator, top_k, moments, unit_inputs, running_values)
+        n: Collector(
+            linears[n], estimator, top_k, moments, unit_inputs, running_values, entries=entries
+        )
         for n in own
     }
     seen = used = 0
-    with relevance_backward(model, rules):
+    backward = _needs_backward(moments, entries=entries)
+    with torch.set_grad_enabled(backward), relevance_backward(model, rules):
         handles = [linears[n].register_forward_hook(collectors[n].hook) for n in own]
         try:
             for batch in batches:
@@ -85,7 +93,7 @@ def attribute(
                 chosen = _chosen(batch, correct, moments)
                 for collector in collectors.values():
                     collector.start(chosen)
-                if len(chosen.rows):
+                if len(chosen.rows) and backward:
                     target(logits, batch, correct).backward()
                 seen += len(correct)
                 used += len(chosen.rows)
@@ -103,10 +111,10 @@ def attribute(
         )
     for collector in collectors.values():
         collector.finish(merge=split == "samples")
-    found = {n: c.entries() for n, c in collectors.items()}
+    found = {n: c.entries() for n, c in collectors.items()} if entries else {}
     second = {n: c.second_moment() for n, c in collectors.items()} if moments else {}
     if split == "layers":
-        shapes = {n: cast(Tensor, m.weight).shape for n, m in linears.items()}
+        shapes = {n: cast(Tensor, m.weight).shape for n, m in linears.items()} if entries else {}
         widths = {n: weight_of(m).shape[1] for n, m in linears.items()} if moments else {}
         found = _from_owners(found, shapes, model)
         second = _from_owners(second, {n: (w, w) for n, w in widths.items()}, model)
@@ -126,6 +134,12 @@ def attribute(
             "rows_attributed": int(counts[1]),
         },
     )
+
+
+def _needs_backward(moments: MomentWeighting | None, *, entries: bool) -> bool:
+    if not (entries or moments):
+        raise ValueError("neither entries nor moments: there is nothing to collect")
+    return entries or moments == "relevance"
 
 
 def _own(model: PreTrainedModel, layers: Sequence[str], split: Split) -> Sequence[str]:

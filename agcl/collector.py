@@ -43,6 +43,8 @@ class Collector:
         moments: MomentWeighting | None,
         unit_inputs: bool,
         running_values: Precision,
+        *,
+        entries: bool = True,
     ) -> None:
         weight = weight_of(layer).detach()
         self.transposed = isinstance(layer, Conv1D)
@@ -51,8 +53,10 @@ class Collector:
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         kept_in = torch.bfloat16 if running_values == "bfloat16" else dtype
-        self.top = TopK(top_k, weight.to(dtype), kept_in) if top_k else None
-        self.sum = torch.zeros(() if top_k else weight.shape, dtype=dtype, device=self.device)
+        self.has_entries = entries
+        self.top = TopK(top_k, weight.to(dtype), kept_in) if top_k and entries else None
+        summed = entries and not top_k
+        self.sum = torch.zeros(weight.shape if summed else (), dtype=dtype, device=self.device)
         self.count = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         width = weight.shape[1] if moments else 0
@@ -93,6 +97,13 @@ class Collector:
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
         x, z, g = (self.chosen.of(tensor) for tensor in (x, z, g))
+        if self.has_entries:
+            self._add_entries(x, z, g)
+        if self.weighting == "relevance":
+            self._add_moment(x.flatten(0, 1), (z * g).sum(-1).abs().flatten())
+            self.unweighted = None
+
+    def _add_entries(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         match self.estimator:
             case "fisher":
                 for x_row, g_row in zip(x, g, strict=True):
@@ -101,9 +112,6 @@ class Collector:
                 self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
             case _:
                 self._add_relevance(x, z, g)
-        if self.weighting == "relevance":
-            self._add_moment(x.flatten(0, 1), (z * g).sum(-1).abs().flatten())
-            self.unweighted = None
 
     def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
         """tokens (tokens, in), weights (tokens,)."""

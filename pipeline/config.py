@@ -1,6 +1,7 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,9 +224,20 @@ class Config(Section):
         kinds = [item.kind for item in self.protect]
         if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
             raise ValueError("protect: one of each kind at most, and project last")
+        if not self.importance.entries:
+            self._check_without_entries(kinds)
         if self.model.path == "builtin" and self.importance.past:
             raise ValueError("importance.past: needs a model folder, not the builtin model")
         return self
+
+    def _check_without_entries(self, kinds: Sequence[str]) -> None:
+        needing = [f"protect kind {kind}" for kind in kinds if kind != "project"]
+        if self.importance.permuted:
+            needing.append("importance.permuted")
+        if self.importance.estimator in ("magnitude", "random"):
+            needing.append(f"estimator {self.importance.estimator}")
+        if needing:
+            raise ValueError(f"importance.entries: must be true for {needing[0]}")
 
     def _check_adapter(self, adapter: Adapter) -> None:
         if adapter.orthogonal and not adapter.fresh:

@@ -85,7 +85,8 @@ def plots(runs: Sequence[RunResult]) -> list[Plot]:
     if curves:
         add("held-out", "", "", partial(_held_out, curves))
     for group in all_groups:
-        seeds = [run.importance for run in group.runs if run.importance is not None]
+        measured = [run.importance for run in group.runs if run.importance is not None]
+        seeds = [each for each in measured if "overlap" in each]
         if seeds:
             of = [str(name) for name in seeds[0]["tasks"]]
             add("importance", group.label, "", partial(_importance, of, seeds, group.label))

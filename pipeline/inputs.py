@@ -31,8 +31,14 @@ def check_inputs(config: Config) -> None:
     _check_layers(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(model_folder(config)))
+        kinds = {item.kind for item in config.protect}
         for file in config.importance.past:
-            check_file(file.expanduser().absolute(), linears)
+            check_file(
+                file.expanduser().absolute(),
+                linears,
+                entries=bool(kinds - {"project"}),
+                moments="project" in kinds,
+            )
 
 
 def _check_text(file: Path | None) -> None:

@@ -178,6 +178,7 @@ def attribute_stage(
             "top_k": settings.top_k,
             "running_values": settings.running_values,
             "permuted": settings.permuted,
+            **({} if settings.entries else {"entries": False}),
             "samples": settings.samples,
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,

@@ -4,7 +4,6 @@ Matplotlib is loaded only when a report is written.
 """
 
 import base64
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -254,16 +253,13 @@ def _shared_provenance(runs: Sequence[RunResult]) -> dict[str, str]:
 
 
 def _importances(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Give each run with importances its rows attributed per task and its gate's summary."""
+    """Give each run with importances its rows attributed per task."""
     return [
         {
             "label": label,
             "rows": list(
                 zip(run.importance["tasks"], run.importance["rows_attributed"], strict=True)
             ),
-            "gate": json.dumps(run.importance["gate"], indent=2, default=str, ensure_ascii=False)
-            if run.importance.get("gate") is not None
-            else "",
         }
         for label, run in zip(labels(runs), runs, strict=True)
         if run.importance is not None

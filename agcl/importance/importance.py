@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from agcl import tensor_file
 from agcl.errors import InputError
+from agcl.lrp import weight_of
 
 _KIND = "importance"
 _ENTRIES, _MOMENTS = "entries/", "moments/"
@@ -21,7 +22,8 @@ class Importance:
     """What one task's right answers used. Keys are parameter names of the unwrapped model."""
 
     entries: Mapping[str, Tensor]
-    """In the weight's own shape: unscaled mean of the top-K relevances over samples; signed."""
+    """In the weight's own shape: unscaled mean of the top-K relevances over samples; signed. Empty
+    where only moments were collected."""
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     """(in, in) a weight: second moment of the layer's inputs, scaled to length 1 or as they are,
     summed over tokens with weights of mean 1. Empty where it was not collected."""
@@ -47,9 +49,14 @@ class Importance:
             keys = sorted(stored.keys())
         return cls(_Stored(file, _ENTRIES, keys), _Stored(file, _MOMENTS, keys), header)
 
+    @property
+    def weights(self) -> list[str]:
+        """Names of the weights that it tells of."""
+        return list(self.entries or self.moments)
+
     def is_zero(self) -> bool:
-        """Whether no entry carries any relevance."""
-        return not any(bool(entry.any()) for entry in self.entries.values())
+        """Whether no weight carries any relevance."""
+        return not any(bool(found.any()) for found in (self.entries or self.moments).values())
 
     def check_finite(self) -> None:
         """Raise `ValueError` naming the first tensor with a NaN or an infinity."""
@@ -81,28 +88,42 @@ class _Stored(Mapping[str, Tensor]):
         return len(self.keys_of)
 
 
-def check_file(file: Path, linears: Mapping[str, nn.Module]) -> None:
-    """Check that a file is undamaged and belongs to a model with these linear layers.
+def check_file(
+    file: Path, linears: Mapping[str, nn.Module], *, entries: bool = True, moments: bool = False
+) -> None:
+    """Check that a file is undamaged, belongs to a model with these linear layers, and holds
+    `entries` and `moments` as far as they are asked for.
 
     Reads a tensor at a time, and the values only once a process. Raises `InputError` naming the
     file and the first weight that is missing or differs in shape.
     """
     stored, _ = tensor_file.open_file(file, _KIND)
     with stored:
-        shapes = {
-            key.removeprefix(_ENTRIES): tuple(stored.get_slice(key).get_shape())
-            for key in stored.keys()  # noqa: SIM118
-            if key.startswith(_ENTRIES)
-        }
-    for name in [*linears, *shapes]:
-        expected = tuple(cast(Tensor, linears[name].weight).shape) if name in linears else None
-        if shapes.get(name) != expected:
-            raise InputError(
-                f"{file}: importance of another model ({name} is {shapes.get(name) or 'absent'} "
-                f"in the file and {expected or 'absent'} in the model)"
-            )
+        shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    found = [part for part in (_ENTRIES, _MOMENTS) if any(key.startswith(part) for key in shapes)]
+    if entries and found == [_MOMENTS]:
+        raise InputError(f"{file}: no relevance of single weights, which gate and penalty need")
+    if moments and found == [_ENTRIES]:
+        raise InputError(f"{file}: no moments of inputs, which a projection needs")
+    asked = [part for part, is_asked in ((_ENTRIES, entries), (_MOMENTS, moments)) if is_asked]
+    for part in asked or found[:1] or [_ENTRIES]:
+        in_file = {k.removeprefix(part): shape for k, shape in shapes.items() if k.startswith(part)}
+        for name in [*linears, *in_file]:
+            expected = _shape(linears[name], part) if name in linears else None
+            if in_file.get(name) != expected:
+                raise InputError(
+                    f"{file}: importance of another model ({part}{name} is "
+                    f"{in_file.get(name) or 'absent'} in the file and {expected or 'absent'} in "
+                    "the model)"
+                )
     status = file.stat()
     _verify_as_of(file, status.st_size, status.st_mtime_ns)
+
+
+def _shape(layer: nn.Module, part: str) -> tuple[int, ...]:
+    if part == _ENTRIES:
+        return tuple(cast(Tensor, layer.weight).shape)
+    return (weight_of(layer).shape[1],) * 2
 
 
 @cache

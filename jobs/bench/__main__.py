@@ -21,6 +21,7 @@ from jobs.bench.measure import Figure, Setting, prepared_rows, random_rows
 
 SINGLE = {
     "attribute": figures.attribution_against_training,
+    "moments": figures.moments_against_training,
     "attribute_loop": figures.attribution_against_a_loop,
     "gated_step": figures.gated_step,
     "projected_step": figures.projected_step,

@@ -19,14 +19,14 @@ _BATCHES = 4
 
 def attribution_against_training(setting: Setting) -> Figure:
     """Attributing batches, K = 4, against a plain forward and backward of each."""
-    model, batch = setting.model, setting.batch
-
-    def plain() -> None:
-        for _ in range(_BATCHES):
-            summed_loss(model, batch).backward()
-            model.zero_grad()
-
+    plain = _plain(setting)
     return pairs("attribute", _attributed(setting), plain, setting, 1.3, "forward + backward")
+
+
+def moments_against_training(setting: Setting) -> Figure:
+    """What a projection alone needs of attribution, against a plain forward and backward."""
+    moments = _attributed(setting, entries=False, moments="relevance")
+    return pairs("moments", moments, _plain(setting), setting, 1.0, "forward + backward")
 
 
 def attribution_against_a_loop(setting: Setting) -> Figure:
@@ -176,10 +176,21 @@ def _step(setting: Setting, **options: Any) -> Run:
     return lambda: train_task(model, setting.rows, optimizer, **options)
 
 
-def _attributed(setting: Setting) -> Run:
+def _plain(setting: Setting) -> Run:
+    model, batch = setting.model, setting.batch
+
+    def run() -> None:
+        for _ in range(_BATCHES):
+            summed_loss(model, batch).backward()
+            model.zero_grad()
+
+    return run
+
+
+def _attributed(setting: Setting, **options: Any) -> Run:
     batch = setting.batch
 
     def run() -> None:
-        attribute(setting.model, [batch] * _BATCHES, top_k=4, correct_only=False)
+        attribute(setting.model, [batch] * _BATCHES, top_k=4, correct_only=False, **options)
 
     return run

@@ -46,6 +46,7 @@ def attribute(
         rules=config["rules"],
         moments=config["moments"],
         unit_inputs=config["unit_inputs"],
+        entries=config.get("entries", True),
         # Of a long answer that is scored in part, hardly any is right to the letter.
         correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
         split=split,

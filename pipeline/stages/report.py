@@ -55,15 +55,14 @@ def report(
         importances = [
             Importance.load(folder / IMPORTANCE_FILE, verify=False) for folder in files.values()
         ]
-        write_json(
-            out_dir / IMPORTANCE_SUMMARY,
-            {
-                "tasks": list(files),
-                "by_layer_and_module": [by_layer_and_module(i) for i in importances],
-                "overlap": overlap(importances),
-                "rows_attributed": [i.header["rows_attributed"] for i in importances],
-            },
-        )
+        summary = {
+            "tasks": list(files),
+            "rows_attributed": [i.header["rows_attributed"] for i in importances],
+        }
+        if all(i.entries for i in importances):
+            summary["by_layer_and_module"] = [by_layer_and_module(i) for i in importances]
+            summary["overlap"] = overlap(importances)
+        write_json(out_dir / IMPORTANCE_SUMMARY, summary)
     checks = {
         role.removeprefix("model/"): json.loads((folder / CHECKS).read_text(encoding="utf-8"))
         for role, folder in inputs.items()

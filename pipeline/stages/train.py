@@ -114,7 +114,7 @@ def protect(
                     dict(model.named_parameters()), past, strength=item["strength"]
                 )
         if item["ungated"] == "freeze" and (item.get("strength") or item.get("energy")):
-            protection.only = set(past[0].entries)
+            protection.only = set(past[0].weights)
     protection.remember(model)
     return protection
 

@@ -52,6 +52,14 @@ def test_moments_may_be_absent(tmp_path):
     assert loaded.header == {}
 
 
+def test_entries_may_be_absent(tmp_path):
+    Importance({}, small().moments).save(tmp_path / "file")
+    loaded = Importance.load(tmp_path / "file")
+    assert (dict(loaded.entries), loaded.weights) == ({}, ["a.weight"])
+    assert not loaded.is_zero()
+    assert Importance({}, {"a.weight": torch.zeros(2, 2)}).is_zero()
+
+
 def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
     file = tmp_path / "importance.safetensors"
 
@@ -161,3 +169,21 @@ def test_header_is_json(tmp_path, llama):
     assert made.header["architecture"] == "LlamaForCausalLM"
     assert made.header["rules"] == "cp"
     assert made.header["top_k"] is None
+
+
+def test_a_file_without_what_is_asked_for_or_with_moments_of_another_model_is_refused(
+    tmp_path, llama
+):
+    file = tmp_path / "importance.safetensors"
+    linears = attributed_linears(llama)
+    moments = {n: torch.eye(m.weight.shape[1]) for n, m in linears.items()}
+    Importance({}, moments).save(file)
+    check_file(file, linears, entries=False, moments=True)
+    with pytest.raises(InputError, match=f"{file}: no relevance of single weights"):
+        check_file(file, linears)
+    others = attributed_linears(tiny.llama(width=32))
+    with pytest.raises(InputError, match=r"another model .*layers\.0\.self_attn\.q_proj"):
+        check_file(file, others, entries=False, moments=True)
+    Importance({n: torch.ones_like(m.weight) for n, m in linears.items()}).save(file)
+    with pytest.raises(InputError, match=f"{file}: no moments of inputs"):
+        check_file(file, linears, entries=False, moments=True)

@@ -44,6 +44,28 @@ def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
         )
 
 
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
+def test_without_entries_the_moments_are_the_same_bits(llama, rows, weighting, rules, monkeypatch):
+    batches = [collate(rows[:4]), collate(rows[4:])]
+    options = {"moments": weighting, "rules": rules}
+    whole = attribute(llama, batches, **options)
+    backward, calls = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t: calls.append(1) or backward(t))
+    alone = attribute(llama, batches, entries=False, **options)
+    assert len(calls) == (2 if weighting == "relevance" else 0)
+    assert alone.entries == {}
+    assert alone.weights == whole.weights == list(whole.moments)
+    assert all(torch.equal(alone.moments[n], moment) for n, moment in whole.moments.items())
+    assert not alone.is_zero()
+    assert alone.header == whole.header
+
+
+def test_neither_entries_nor_moments_are_nothing_to_ask_for(llama, rows):
+    with pytest.raises(ValueError, match="nothing to collect"):
+        attribute(llama, [collate(rows)], entries=False)
+
+
 def test_weighting_by_relevance_differs_from_uniform(llama, rows):
     weighted, uniform = (moments(llama, rows, moments=w) for w in ("relevance", "uniform"))
     assert not any(torch.allclose(weighted[n], uniform[n], rtol=1e-2) for n in uniform)

@@ -53,6 +53,18 @@ def test_importance_is_bit_equal_when_two_workers_share_the_layers(workers, llam
             assert torch.equal(other[1][name], tensor), name
 
 
+@pytest.mark.parametrize("split", ["samples", "layers"])
+def test_moments_without_entries_are_the_same_for_two_workers(workers, llama, split):
+    rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
+    options = {"moments": "relevance", "entries": False}
+    entries, moments, header = remote.attribute_batches(rows, 3, MODEL, **options)
+    assert entries == {}
+    for other in workers.run(remote.attribute_batches, rows, 3, MODEL, split=split, **options):
+        assert (other[0], other[2]) == ({}, header)
+        for name, tensor in moments.items():
+            torch.testing.assert_close(other[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_mean_importance_is_the_same_for_two_workers(workers, llama, rules):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))

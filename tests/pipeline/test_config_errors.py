@@ -94,6 +94,20 @@ def test_a_bad_value_names_its_key(problem, override, start):
     assert problem("tasks: {format: facts}\n", override).startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["protect=[{kind: gate}]"], "protect kind gate"),
+        (["protect=[{kind: penalty}, {kind: project}]"], "protect kind penalty"),
+        (["importance.permuted=true"], "importance.permuted"),
+        (["importance.estimator=random"], "estimator random"),
+    ],
+)
+def test_what_needs_entries_is_named_where_there_are_none(problem, settings, named):
+    message = problem("", "importance.entries=false", *settings)
+    assert message.startswith(f"importance.entries: must be true for {named}")
+
+
 def test_several_workers_do_not_share_a_gpu(problem):
     message = problem("", "resources.num_workers=2", "resources.gpus_per_worker=0.5")
     assert message.startswith("resources.gpus_per_worker: must be 0 or 1 with several workers")

@@ -69,6 +69,18 @@ def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method,
     assert same_bits(weights(run_method(method, *settings)), weights(run_method("sequential")))
 
 
+def test_a_projection_needs_no_entries(run_method):
+    whole, alone = run_method("agcl"), run_method("agcl", "importance.entries=false")
+    assert whole["train/2-valley"].folder != alone["train/2-valley"].folder
+    assert same_bits(weights(whole), weights(alone))
+    shown, few = (
+        json.loads((works["report"].folder / "importance.json").read_text())
+        for works in (whole, alone)
+    )
+    assert shown.keys() - few.keys() == {"by_layer_and_module", "overlap"}
+    assert few == {key: shown[key] for key in ("tasks", "rows_attributed")}
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "same_as"),
     [

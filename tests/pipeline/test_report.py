@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -325,6 +326,14 @@ def test_importance_of_all_zeros_and_of_uneven_layers_is_drawn():
     }
     changed = RunResult(run().metrics, "", [], importance, {})
     assert figures([changed])["importance-agcl.png"].startswith(b"\x89PNG")
+
+
+def test_without_relevance_of_single_weights_the_rows_attributed_are_shown_alone(page):
+    changed = run(**FEW)
+    importance = {"tasks": changed.metrics["tasks"], "rows_attributed": [48, 41, 7]}
+    shown = page(replace(changed, importance=importance))
+    assert ["valley", "41"] in [row for table in shown.tables for row in table]
+    assert not any("importance" in image["alt"] for image in shown.images())
 
 
 def test_evaluation_sets_whose_names_give_one_file_name_stay_apart():
