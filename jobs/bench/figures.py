@@ -19,14 +19,14 @@ _BATCHES = 4
 
 def attribution_against_training(setting: Setting) -> Figure:
     """Attributing batches, K = 4, against a plain forward and backward of each."""
-    plain = _plain(setting)
-    return pairs("attribute", _attributed(setting), plain, setting, 1.3, "forward + backward")
+    plain = plain_passes(setting)
+    return pairs("attribute", attributed(setting), plain, setting, 1.3, "forward + backward")
 
 
 def moments_against_training(setting: Setting) -> Figure:
     """What a projection alone needs of attribution, against a plain forward and backward."""
-    moments = _attributed(setting, entries=False, moments="relevance")
-    return pairs("moments", moments, _plain(setting), setting, 1.0, "forward + backward")
+    moments = attributed(setting, entries=False, moments="relevance")
+    return pairs("moments", moments, plain_passes(setting), setting, 1.0, "forward + backward")
 
 
 def attribution_against_a_loop(setting: Setting) -> Figure:
@@ -51,7 +51,7 @@ def attribution_against_a_loop(setting: Setting) -> Figure:
                     value = low
             model.zero_grad()
 
-    return pairs("attribute_loop", _attributed(setting), loop, setting, 0.35, "single samples")
+    return pairs("attribute_loop", attributed(setting), loop, setting, 0.35, "single samples")
 
 
 def gated_step(setting: Setting) -> Figure:
@@ -176,7 +176,8 @@ def _step(setting: Setting, **options: Any) -> Run:
     return lambda: train_task(model, setting.rows, optimizer, **options)
 
 
-def _plain(setting: Setting) -> Run:
+def plain_passes(setting: Setting) -> Run:
+    """A forward and backward of each batch that `attributed` attributes."""
     model, batch = setting.model, setting.batch
 
     def run() -> None:
@@ -187,10 +188,11 @@ def _plain(setting: Setting) -> Run:
     return run
 
 
-def _attributed(setting: Setting, **options: Any) -> Run:
+def attributed(setting: Setting, top_k: int = 4, **options: Any) -> Run:
+    """An attribution of all rows, several times over."""
     batch = setting.batch
 
     def run() -> None:
-        attribute(setting.model, [batch] * _BATCHES, top_k=4, correct_only=False, **options)
+        attribute(setting.model, [batch] * _BATCHES, top_k=top_k, correct_only=False, **options)
 
     return run

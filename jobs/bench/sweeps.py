@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from agcl.attribution import Split, attribute
 from agcl.batches import collate
-from agcl.train import summed_loss
-from jobs.bench.figures import exact_match_both_ways
+from jobs.bench.figures import attributed, exact_match_both_ways, plain_passes
 from jobs.bench.measure import Run, Setting, random_rows, seconds
 from jobs.bench.whole import train_stage_seconds
 
@@ -81,19 +80,9 @@ SWEEPS: dict[str, Callable[[Setting], dict[int, Point]]] = {
 
 
 def _both(setting: Setting, top_k: int = 4) -> Point:
-    model, batch = setting.model, setting.batch
-
-    def attributed() -> None:
-        attribute(model, [batch] * 4, top_k=top_k, correct_only=False)
-
-    def plain() -> None:
-        for _ in range(4):
-            summed_loss(model, batch).backward()
-            model.zero_grad()
-
     return {
-        "attribute": _median(attributed, setting),
-        "forward_backward": _median(plain, setting),
+        "attribute": _median(attributed(setting, top_k), setting),
+        "forward_backward": _median(plain_passes(setting), setting),
     }
 
 
