@@ -30,12 +30,14 @@ def tune(
     """
     console = Console()
     settings = {method: tuning.candidates(load([], method), trials) for method in methods}
-    runs = {
-        f"{method}-{number}": open_run(
-            tuning.trial(load(more, method), number), folder / "tuning" / f"{method}-{number}"
-        )
+    configs = {
+        method: [tuning.trial(load(more, method), n) for n, more in enumerate(settings[method])]
         for method in methods
-        for number, more in enumerate(settings[method])
+    }
+    runs = {
+        f"{method}-{number}": open_run(config, folder / "tuning" / f"{method}-{number}")
+        for method in methods
+        for number, config in enumerate(configs[method])
     }
     console.print(f"[bold]tuning[/]: {trials} trials a method, {len(runs)} in all", highlight=False)
     results = execute_trials(
@@ -47,6 +49,7 @@ def tune(
     table.add_column("score", justify="right")
     chosen: dict[str, list[str]] = {}
     record = {}
+    at_edge: dict[str, list[str]] = {}
     for method in methods:
         labels = {number: f"{method}-{number}" for number in range(trials)}
         scores = {n: tuning.score(results[name]) for n, name in labels.items() if name in results}
@@ -55,8 +58,13 @@ def tune(
         number = tuning.best(scores)
         chosen[method] = settings[method][number]
         table.add_row(method, " ".join(chosen[method]) or "defaults", f"{scores[number]:.3f}")
+        rates = {n: configs[method][n].training.learning_rate for n in scores}
+        edge = tuning.edge(rates, number)
+        if edge:
+            at_edge.setdefault(edge, []).append(method)
         record[method] = {
             "chosen": number,
+            "edge": edge,
             "trials": [
                 {"settings": more, "score": scores.get(n)}
                 for n, more in enumerate(settings[method])
@@ -64,4 +72,10 @@ def tune(
         }
     write_json(folder / "tuning" / CHOSEN_FILE, record)
     console.print(table)
+    for edge, names in at_edge.items():
+        console.print(
+            f"The {edge} learning rate tried was the best of {', '.join(names)}: "
+            f"a still {edge.replace('est', 'er')} one may be better.",
+            highlight=False,
+        )
     return chosen

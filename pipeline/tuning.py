@@ -60,6 +60,17 @@ def score(result: RunResult) -> float:
     return fmean(values["average_performance"] for values in sets.values())
 
 
+def edge(rates: Mapping[int, float], chosen: int) -> str | None:
+    """`smallest` or `largest` where the chosen trial's learning rate is that of all tried.
+
+    The method might then do better still beyond it. None of fewer than three trials.
+    """
+    if len(rates) < 3:
+        return None
+    ends = {min(rates.values()): "smallest", max(rates.values()): "largest"}
+    return ends.get(rates[chosen])
+
+
 def best(scores: Mapping[int, float]) -> int:
     """Number of the best trial, the first of equals. Failed ones are not in `scores`."""
     return min(scores, key=lambda number: (-scores[number], number))

@@ -99,6 +99,23 @@ def test_every_method_takes_its_best_trial_and_all_are_written_down(trials, tmp_
     assert written["agcl"]["chosen"] == 1
 
 
+def test_a_rate_at_the_end_of_what_was_tried_is_told():
+    rates = {0: 1e-3, 1: 3e-3, 3: 2.5e-4}
+    assert [tuning.edge(rates, n) for n in rates] == [None, "largest", "smallest"]
+    assert tuning.edge({0: 1e-3, 1: 3e-3}, 1) is None
+
+
+def test_methods_whose_best_rate_is_the_last_tried_are_named(load, monkeypatch, tmp_path, capsys):
+    rates = [s[0].split("=")[1] for s in tuning.candidates(load([], "sequential"), 4)[1:]]
+    number = 1 + rates.index(min(rates, key=float))
+    results = {f"sequential-{n}": result(set=0.9 if n == number else 0.1) for n in range(4)}
+    monkeypatch.setattr(job, "execute_trials", lambda *_, **__: results)
+    (tmp_path / "compare" / "tuning").mkdir(parents=True)
+    job.tune(load, ["sequential"], 4, tmp_path / "compare", "agcl test")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The smallest learning rate tried was the best of sequential: a still smaller" in said
+
+
 def test_a_method_without_a_finished_trial_is_named(trials):
     with pytest.raises(InputError, match="every trial of method agcl failed"):
         trials({"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": None})
