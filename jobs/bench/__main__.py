@@ -51,7 +51,7 @@ def _measure_all(given: argparse.Namespace) -> int:
         if given.rows_of
         else random_rows(given.rows, given.tokens)
     )
-    setting = Setting(_model(given.model, given.device), rows, given.pairs)
+    setting = Setting(_model(given.model, given.device), rows, given.pairs, given.batches)
     size = sum(parameter.numel() for parameter in setting.model.parameters())
     print(
         f"{given.model}: {size / 1e6:.1f}M parameters, {len(rows)} rows of at most "
@@ -91,6 +91,12 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=7, help="measurements (default: 7)")
     parser.add_argument("--rows", type=int, default=8, help="rows a batch (default: 8)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens a row (default: 24)")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=4,
+        help="batches an attribution; a task of 96 rows has 12 of 8 (default: 4)",
+    )
     parser.add_argument(
         "--rows-of", type=Path, help="a prepare stage's .arrow file to take the rows from instead"
     )

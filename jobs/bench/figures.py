@@ -13,9 +13,6 @@ from agcl.modulation import GatedAdamW, random_bases
 from agcl.train import summed_loss, train_task
 from jobs.bench.measure import Figure, Run, Setting, pairs
 
-_BATCHES = 4
-"""Batches an attribution, so that setting up its running values counts as little as in a run."""
-
 
 def attribution_against_training(setting: Setting) -> Figure:
     """Attributing batches, K = 4, against a plain forward and backward of each."""
@@ -38,7 +35,7 @@ def attribution_against_a_loop(setting: Setting) -> Figure:
     parameters = dict(model.named_parameters())
 
     def loop() -> None:
-        for row in setting.rows * _BATCHES:
+        for row in setting.rows * setting.batches:
             summed_loss(model, collate([row]).to(model.device)).backward()
             for name, stack in top.items():
                 gradient = parameters[name].grad
@@ -181,7 +178,7 @@ def plain_passes(setting: Setting) -> Run:
     model, batch = setting.model, setting.batch
 
     def run() -> None:
-        for _ in range(_BATCHES):
+        for _ in range(setting.batches):
             summed_loss(model, batch).backward()
             model.zero_grad()
 
@@ -190,9 +187,9 @@ def plain_passes(setting: Setting) -> Run:
 
 def attributed(setting: Setting, top_k: int = 4, **options: Any) -> Run:
     """An attribution of all rows, several times over."""
-    batch = setting.batch
+    batches = [setting.batch] * setting.batches
 
     def run() -> None:
-        attribute(setting.model, [batch] * _BATCHES, top_k=top_k, correct_only=False, **options)
+        attribute(setting.model, batches, top_k=top_k, correct_only=False, **options)
 
     return run

@@ -40,6 +40,9 @@ class Setting:
     model: PreTrainedModel
     rows: list[Encoded]
     pairs: int
+    batches: int = 4
+    """Of these rows, in an attribution: the more, the less it counts that it makes and empties its
+    running values."""
 
     @property
     def batch(self) -> Batch:
