@@ -97,13 +97,14 @@ class Collector:
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
         x, z, g = (self.chosen.of(tensor) for tensor in (x, z, g))
+        through = z * g  # The relevance of every output.
         if self.has_entries:
-            self._add_entries(x, z, g)
+            self._add_entries(x, g, through)
         if self.weighting == "relevance":
-            self._add_moment(x.flatten(0, 1), (z * g).sum(-1).abs().flatten())
+            self._add_moment(x.flatten(0, 1), through.sum(-1).abs().flatten())
             self.unweighted = None
 
-    def _add_entries(self, x: Tensor, z: Tensor, g: Tensor) -> None:
+    def _add_entries(self, x: Tensor, g: Tensor, through: Tensor) -> None:
         match self.estimator:
             case "fisher":
                 for x_row, g_row in zip(x, g, strict=True):
@@ -111,7 +112,7 @@ class Collector:
             case "das":
                 self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
             case _:
-                self._add_relevance(x, z, g)
+                self._add_relevance(x, g, through)
 
     def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
         """tokens (tokens, in), weights (tokens,)."""
@@ -121,9 +122,9 @@ class Collector:
             weights = torch.where(squares > 0, weights / squares, 0)
         self.moment.addmm_(tokens.T, tokens * weights.unsqueeze(1))
 
-    def _add_relevance(self, x: Tensor, z: Tensor, g: Tensor) -> None:
+    def _add_relevance(self, x: Tensor, g: Tensor, through: Tensor) -> None:
         weight = weight_of(self.layer).detach()  # A sharded one is whole at this moment.
-        flow = (z * g).abs().sum((1, 2))
+        flow = through.abs().sum((1, 2))
         # Where nothing flows, a row has no relevance here.
         g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
         if self.top is None:

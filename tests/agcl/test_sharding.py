@@ -71,7 +71,13 @@ def test_scores_are_those_of_a_whole_model(workers, architecture):
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Phi3ForCausalLM"])
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 2, "moments": "relevance"}, {"top_k": None, "rules": "cp"}, {"estimator": "fisher"}],
+    [
+        {"top_k": 2, "moments": "relevance"},
+        {"top_k": None, "rules": "cp"},
+        {"estimator": "fisher"},
+        {"moments": "relevance", "entries": False},
+        {"moments": "uniform", "entries": False},
+    ],
 )
 def test_importance_is_that_of_a_whole_model(workers, architecture, options):
     entries, moments, header, _ = sharded.importance(architecture, ROWS, **options)
