@@ -28,8 +28,8 @@ class Importance(Section):
     attribution, 2 in place of 4 times `top_k` bytes a weight, and rounds them once."""
     entries: bool = True
     """Measure every single weight. With false only the moments of the layers' inputs are collected,
-    all that a projection needs: attribution then takes less than a plain pass over the rows, and
-    none of the memory for `top_k` values a weight; the report shows no importances."""
+    all that a projection needs, in about half the time and without the memory for `top_k` values a
+    weight; the report then shows no importances."""
     permuted: bool = False
     """A control: shuffle the entries of each tensor."""
     samples: Positive | None = None
