@@ -75,8 +75,6 @@ def test_scores_are_those_of_a_whole_model(workers, architecture):
         {"top_k": 2, "moments": "relevance"},
         {"top_k": None, "rules": "cp"},
         {"estimator": "fisher"},
-        {"moments": "relevance", "entries": False},
-        {"moments": "uniform", "entries": False},
     ],
 )
 def test_importance_is_that_of_a_whole_model(workers, architecture, options):
@@ -85,6 +83,15 @@ def test_importance_is_that_of_a_whole_model(workers, architecture, options):
         assert found[2] == header
         assert found[3], "weights or their flags are not as before"
         assert_close(found[0], entries)
+        assert_close(found[1], moments)
+
+
+@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+def test_moments_without_entries_are_those_of_a_whole_model(workers, weighting):
+    options = {"moments": weighting, "entries": False}
+    _, moments, _, _ = sharded.importance(LLAMA, ROWS, **options)
+    for found in workers.run(sharded.importance, LLAMA, ROWS, split="layers", **options):
+        assert found[0] == {}
         assert_close(found[1], moments)
 
 

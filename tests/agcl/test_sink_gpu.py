@@ -86,7 +86,9 @@ def test_on_a_gpu_it_gives_what_the_cpu_gives(k):
     torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("k", "kept_in"), [(4, "fp32"), (8, "bf16")])
+@pytest.mark.parametrize(
+    ("k", "kept_in"), [(4, "fp32"), pytest.param(8, "bf16", marks=pytest.mark.slow)]
+)
 def test_it_compiles_for_a_gpu_without_one(tmp_path, k, kept_in):
     """In a process of its own: here Triton interprets."""
     done = subprocess.run(
