@@ -27,7 +27,7 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Longer than a lost node takes to be replaced; then `run_session` looks whether there is hope.
+    # Longer than a lost node takes to be replaced; then `run_group` looks whether there is hope.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20

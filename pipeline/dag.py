@@ -41,7 +41,7 @@ class Stage:
     session: str = ""
     """Stages with the same session name and owners run in one session."""
     train: bool = False
-    """Runs on Ray Train workers; otherwise in one plain Ray task."""
+    """Needs Ray Train workers; a session of others runs in one plain Ray task."""
     reads: tuple[str, ...] | None = None
     """The only files that it reads of its inputs; None for all."""
 
@@ -208,7 +208,7 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path | str) -> list[
             Session(
                 name=name(group),
                 works=tuple(works[key] for key in keys),
-                train=stage_of[keys[0]].train,
+                train=any(stage_of[key].train for key in keys),
                 owners=group[1],
                 after=frozenset(name(g) for g in before if g != group),
             )

@@ -259,6 +259,6 @@ def report_stage(
             **{f"importance/{task}": stage for task, stage in measured.items()},
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
-        session="report",
+        session="sequence",  # If nothing else of that is left, it needs no Ray Train workers.
         reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
     )

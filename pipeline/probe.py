@@ -19,20 +19,21 @@ from transformers.utils import logging
 
 from pipeline.artifact import write_json
 from pipeline.config import Config
-from pipeline.dag import External, Stage
+from pipeline.dag import External, Stage, StageFunction
 from pipeline.plan import Run
 from pipeline.stages.attribute import attribute
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
+from pipeline.stages.report import report
 from pipeline.stages.train import pretrain, train
 from pipeline.tasks import open_task
 
 _BATCHES = 3
 """Batches of every task that are run."""
-_SESSION_SECONDS = {"prepare": 13.0, "report": 9.0}
-_TRAIN_SESSION_SECONDS = 12.0
-"""Starts of Ray Data and Ray Train, and the report; on two cores, measured."""
+_WORKERS_SECONDS = 12.0
+_SECONDS_ONCE: Mapping[StageFunction, float] = {prepare: 13.0, report: 7.0}
+"""Starts of Ray Train and Ray Data, and the report; on two cores, measured."""
 _BESIDE_RAY = 1.15
 """Times as long as alone a stage takes on a CPU whose cores are all the workers': Ray's processes
 wake some hundred times a second, each in the way of a thread that the others then wait for. On two
@@ -130,10 +131,8 @@ def _for_all_stages(
         needs.disk_bytes += cost.fixed_bytes
         if kind == "train" and run.config.resources.checkpoint_minutes:
             needs.checkpoint_bytes = 3 * cost.fixed_bytes
-    train_sessions = {stage.session for stage in open_stages if stage.train}
-    others = {stage.session for stage in open_stages if not stage.train}
-    starts = len(train_sessions) * _TRAIN_SESSION_SECONDS
-    starts += sum(_SESSION_SECONDS[name] for name in others)
+    starts = _WORKERS_SECONDS if any(stage.train for stage in open_stages) else 0.0
+    starts += sum(_SECONDS_ONCE.get(fn, 0.0) for fn in {stage.fn for stage in open_stages})
     if starts:
         needs.seconds["start"] = starts
     return needs

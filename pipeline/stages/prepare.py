@@ -75,13 +75,14 @@ def _encoded(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.target_max_block_size = _BLOCK_BYTES
+    # Without a claim to CPUs, which workers may hold already while they wait for these rows.
     dataset = ray.data.read_datasource(
-        _source_of(partial(_blocks, source)), override_num_blocks=1
+        _source_of(partial(_blocks, source)), override_num_blocks=1, num_cpus=0
     ).map_batches(
         partial(_encode_block, tokenizer=tokenizer, chat=chat),
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=0.5,
+        num_cpus=0,
     )
     for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
         yield table.cast(SCHEMA)

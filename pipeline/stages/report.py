@@ -28,6 +28,8 @@ def report(
     method, seed, task names, held-out names, the main evaluation set, the share of rows that are
     for validation and whether `only` they were scored; then they stand for the others too.
     """
+    if not context.is_first_worker:
+        return
     tasks, held_out, share = config["tasks"], config["held_out"], config["validation"]
     only = config.get("only_validation", False)
     scores = [_scores(inputs[f"scores/{i}"], share, only=only) for i in range(len(tasks) + 1)]

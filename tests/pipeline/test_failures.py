@@ -72,9 +72,8 @@ def test_a_worker_killed_in_a_stage_is_started_again(driver, finished):
     assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
 
 
-@pytest.mark.parametrize(
-    "kind", ["driver", *(pytest.param(k, marks=pytest.mark.slow) for k in chaos.KINDS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", chaos.KINDS)
 def test_a_kill_at_a_random_moment_changes_nothing(finished, copy_stages, tmp_path, kind):
     """`tests/chaos.py` in small: one kill, against the runs that are finished already."""
     config = loading.dump(finished.configs["gradient"])
@@ -96,9 +95,15 @@ def test_random_kills_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_workers_give_what_one_gives(driver, finished, shared):
-    code, _, err = driver.finish("resources.num_workers=2", f"resources.shard_model={shared}")
+def test_two_workers_killed_in_between_give_what_one_gives_undisturbed(driver, finished, shared):
+    settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
+    assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL
+    wait_until_no_process_is_left(driver.storage)
+    before = driver.finished()
+    code, _, err = driver.finish(*settings)
     assert code == 0, err
+    assert before.items() <= driver.finished().items()
+    assert not list(driver.storage.rglob("*.part"))
     two = json.loads((driver.run / "metrics.json").read_text())
     assert two == finished.metrics("gradient")
     for stage in ("pretrain", "train-1-harbour", "train-2-valley"):

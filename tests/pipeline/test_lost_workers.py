@@ -17,17 +17,21 @@ from pipeline.failures import misses_others, why_lost
 from pipeline.object_store import StoreFailed
 from pipeline.progress import StageProgress
 from pipeline.runner import run_sessions
-from pipeline.session import LOSSES
+from pipeline.worker_group import LOSSES, Mailbox
 
 pytestmark = pytest.mark.ray
 
 
 def run_on_a_cluster(folder, train, sessions):
-    """Run stages by session: how often each was called, the records, and the failures by stage."""
+    """Run stages by session: how often each was called, the records, and the failures by stage.
+
+    Beside each file of calls one names the worker group of the last of them.
+    """
 
     # Nested, since Ray sends such functions to its workers by value.
     def run(config, inputs, out_dir, context):
         file = folder / config["name"]
+        file.with_suffix(".group").write_text(ray.get_runtime_context().get_task_id())
         with file.open("a") as calls:
             calls.write("x")
         call = file.stat().st_size
@@ -42,12 +46,13 @@ def run_on_a_cluster(folder, train, sessions):
             raise ValueError("row 3 is empty")
 
     def session(name, configs):
+        after = {config["after"] for config in configs if "after" in config}
         stages, last = [], {}
         for config in configs:
             stages.append(Stage(config["name"], run, config, last))
             last = {"before": stages[-1]}
         works = tuple(resolve(stages, folder / "storage").values())
-        return Session(name, works, train, ("one",), frozenset())
+        return Session(name, works, train, ("one",), frozenset(after))
 
     records = []
     with pytest.MonkeyPatch.context() as patch:
@@ -66,16 +71,23 @@ def run_on_a_cluster(folder, train, sessions):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toys")
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
     """Sessions that lose processes they work with, or fail by themselves."""
     twice = [1, LOSSES - 1]
     sessions = {
         "wrong": [{"name": "c", "wrong": True}],
         "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
         "long": [{"name": "g", "loses_others": [*range(1, LOSSES + 2)], "checkpoints": True}],
+        "first": [{"name": "h"}],
+        "second": [{"name": "i", "after": "first"}],
         "slow": [{"name": "e", "loses_others": twice}, {"name": "f", "loses_others": twice}],
     }
-    return run_on_a_cluster(tmp_path_factory.mktemp("toys"), False, sessions)
+    return run_on_a_cluster(folder, False, sessions)
 
 
 def of(records, name):
@@ -119,6 +131,42 @@ def test_losses_count_from_the_last_checkpoint_on(ran):
     assert of(records, "g")[-1] == "finished"
 
 
+def test_a_group_stays_for_the_next_session(ran, folder):
+    groups = {file.stem: file.read_text() for file in folder.glob("*.group")}
+    assert groups.pop("i") in groups.values()
+
+
+@pytest.fixture
+def mailbox():
+    """The mailbox itself, in this process."""
+    return Mailbox.__ray_metadata__.modified_class()
+
+
+def test_a_group_gets_its_sessions_in_order_and_every_worker_the_same(mailbox):
+    assert mailbox.next("one", 0) is None
+    mailbox.give("one", ["a"])
+    mailbox.give("two", ["b"])
+    assert mailbox.next("one", 0) == mailbox.next("one", 0) == ["a"]
+    assert mailbox.next("one", 1) is None
+    mailbox.finish("one")
+    mailbox.give("one", [])
+    assert (mailbox.number_done("one"), mailbox.next("one", 1)) == (1, [])
+    assert mailbox.take() == ([], ["one"])
+    assert mailbox.take() == ([], [])
+
+
+def test_only_what_is_not_begun_can_be_taken_back(mailbox):
+    mailbox.give("starting", ["a"])
+    mailbox.give("at work", ["b"])
+    mailbox.next("at work", 0)
+    assert mailbox.take_back(["at work", "none"]) is None
+    assert mailbox.take_back(["at work", "starting"]) == "starting"
+    assert mailbox.next("starting", 0) is None
+    assert mailbox.take_back(["at work", "starting"]) is None
+    mailbox.give("starting", ["c"])
+    assert mailbox.next("starting", 0) == ["c"]
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -152,5 +200,5 @@ def test_in_a_log_progress_is_plain_lines():
 
 def test_a_store_that_does_not_answer_is_no_lost_worker():
     error = StoreFailed("s3://bucket/stages: no answer")
-    raised = ray.exceptions.RayTaskError("run_session", "Traceback", error).as_instanceof_cause()
+    raised = ray.exceptions.RayTaskError("run_group", "Traceback", error).as_instanceof_cause()
     assert why_lost(raised) == str(error)

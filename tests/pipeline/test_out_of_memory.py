@@ -12,7 +12,7 @@ import pytest
 from reference.driver import Driver, processes_below
 
 from pipeline.failures import LESS_MEMORY
-from pipeline.session import LOSSES
+from pipeline.worker_group import LOSSES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

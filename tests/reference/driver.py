@@ -56,9 +56,9 @@ class Driver:
             assert time.monotonic() < deadline, f"{stage} never started"
             time.sleep(0.02)
 
-    def stop_at(self, stage, number):
+    def stop_at(self, stage, number, *settings):
         """Send a signal as soon as the stage writes its artifact; the exit code."""
-        process = self.start()
+        process = self.start(*settings)
         self.wait_for(stage, process)
         process.send_signal(number)
         process.communicate(timeout=60)

@@ -1,0 +1,250 @@
+"""Worker groups: processes that run one session after another, as the driver gives them.
+
+Starting a Ray Train worker group costs more than many a session, so a group stays for the next one.
+"""
+
+import platform
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+import torch
+from agcl.errors import InputError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline import artifact, mirror
+from pipeline.cluster import needs, nodes, side_by_side
+from pipeline.config import Resources
+from pipeline.dag import Session, Work
+from pipeline.failures import kernel_kills, why_lost
+from pipeline.secrets import masked
+from pipeline.session import run_works
+from pipeline.stages.context import Context, Emit
+
+LOSSES = 3
+"""Times that a session is lost at the same place before it counts as failed."""
+_POLL_SECONDS = 0.2
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Carries sessions from the driver to worker groups, and back what becomes of them."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, list[Any]] = {}
+        self.begun: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.finished: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.failed: set[str] = set()
+
+    def give(self, group: str, session: list[Any]) -> None:
+        """Give a group its next session, a reference in a list; an empty one ends the group."""
+        self.given.setdefault(group, []).append(session)
+
+    def next(self, group: str, index: int) -> Any:
+        """The session that a group got as its `index`-th; None while it has none."""
+        given = self.given.get(group, [])
+        if index >= len(given):
+            return None
+        self.begun[group] = index + 1
+        return given[index]
+
+    def take_back(self, groups: list[str]) -> str | None:
+        """Take the last session back from one that has not begun it; which one, if any."""
+        for group in groups:
+            if len(self.given.get(group, [])) > self.begun.get(group, 0):
+                self.given[group].pop()
+                return group
+        return None
+
+    def finish(self, group: str) -> None:
+        """A group tells that it is done with a session."""
+        self.done[group] = self.number_done(group) + 1
+        self.finished.append(group)
+
+    def number_done(self, group: str) -> int:
+        """How many sessions a group is done with."""
+        return self.done.get(group, 0)
+
+    def put(self, records: list[dict[str, Any]]) -> None:
+        """Add records of stages."""
+        self.records += records
+        self.failed |= {each["artifact"] for each in records if each.get("state") == "failed"}
+
+    def take(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """All records since the last call, and the groups that finished a session."""
+        taken = self.records, self.finished
+        self.records, self.finished = [], []
+        return taken
+
+    def has_failed(self, artifacts: set[str]) -> bool:
+        """Whether a stage that makes one of them failed, so far."""
+        return bool(self.failed & artifacts)
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Places on the caller's node what must not be lost with another one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def run_group(
+    group: str, on_workers: bool, resources: Resources, mailbox: Any, scratch: Path
+) -> None:
+    """Run the sessions that the driver gives a group: on Ray Train workers, or else right here.
+
+    `scratch` is a folder that all nodes see (or with an object store this one); Ray Train keeps its
+    own records there. A group that loses a worker is started again and its session goes on at its
+    first unfinished stage, until that was lost `LOSSES` times without finishing one or coming to
+    another checkpoint of it. Where no node is left that could take its workers, it waits for
+    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
+    """
+
+    def emit(records: list[Any]) -> None:
+        # Waiting keeps records in order, and in hand before a failing worker dies.
+        ray.get(mailbox.put.remote(records))
+
+    losses, reached = 0, None
+    while True:
+        kills = kernel_kills()
+        try:
+            first = ray.get(mailbox.number_done.remote(group))
+            if on_workers:
+                _on_workers(group, first, resources, mailbox, emit, scratch)
+            else:
+                _run_given(group, first, mailbox, Context, emit)
+            return
+        except Exception as error:
+            left = _unfinished(group, mailbox)
+            if not left:
+                return
+            if ray.get(mailbox.has_failed.remote({work.folder.name for work in left})):
+                raise
+            if _found_no_room(error):
+                _check_room(resources, left[0], emit)
+                continue
+            before, reached = reached, _reached(left[0])
+            losses = losses + 1 if reached == before else 1
+            why = why_lost(error, kernel_killed=kernel_kills() > kills)
+            record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
+            if losses == LOSSES:
+                emit([{**record, "state": "failed", "traceback": masked(traceback.format_exc())}])
+                raise
+            emit([record])
+
+
+def _run_given(
+    group: str, first: int, mailbox: Any, context: Callable[[], Context], emit: Emit
+) -> None:
+    """Run a group's sessions from that one on, each in a context of its own, until its end.
+
+    Every worker of the group does, and each asks by itself: a wait for the others may time out.
+    """
+    for session in _given(group, first, mailbox):
+        in_session = context()
+        run_works(session.works, in_session, emit)
+        if in_session.is_first_worker:
+            ray.get(mailbox.finish.remote(group))
+        del in_session  # With the model that it holds: the next session may be long in coming.
+        torch.cuda.empty_cache()
+
+
+def _given(group: str, first: int, mailbox: Any) -> Iterator[Session]:
+    for index in count(first):
+        while (given := ray.get(mailbox.next.remote(group, index))) is None:
+            time.sleep(_POLL_SECONDS)
+        if not given:
+            return
+        yield ray.get(given[0])
+
+
+def _unfinished(group: str, mailbox: Any) -> Sequence[Work]:
+    """What is left of the session that a group is at work on."""
+    given = ray.get(mailbox.next.remote(group, ray.get(mailbox.number_done.remote(group))))
+    return [work for work in ray.get(given[0]).works if not work.is_complete()] if given else []
+
+
+def _reached(work: Work) -> tuple[Path, int]:
+    """How far a group is that has this stage to do next: something else after every step ahead.
+
+    Compared for equality alone, as whoever writes the checkpoint may have another clock.
+    """
+    checkpoint = artifact.checkpoint_of(work.folder)
+    if work.store:  # Its worker may be on another node.
+        return work.folder, mirror.modified(work.store, checkpoint)
+    return work.folder, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+
+def _on_workers(
+    group: str, first: int, resources: Resources, mailbox: Any, emit: Emit, scratch: Path
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer, get_device
+
+    from pipeline.process_group import ReachableConfig
+
+    def context() -> Context:
+        return Context(
+            get_device(),
+            shard_model=resources.shard_model and resources.num_workers > 1,
+            checkpoint_minutes=resources.checkpoint_minutes,
+        )
+
+    def loop() -> None:
+        torch.set_num_threads(resources.cpus_per_worker)
+        _check_scratch(group, mailbox, emit, scratch)
+        _run_given(group, first, mailbox, context, emit)
+
+    TorchTrainer(
+        loop,
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=needs(resources),
+        ),
+        torch_config=ReachableConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name=f"group-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            # Ray Train cannot tell a stage's own error, which comes again, from a lost worker.
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=0, controller_failure_limit=0
+            ),
+        ),
+    ).fit()
+
+
+def _check_scratch(group: str, mailbox: Any, emit: Emit, scratch: Path) -> None:
+    """Refuse to work on a node that does not see the folder that Ray Train made on the driver's."""
+    left = [] if scratch.is_dir() else _unfinished(group, mailbox)
+    if left and not left[0].store:
+        why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
+        _refuse(why, left[0], emit)
+
+
+def _found_no_room(error: Exception) -> bool:
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    )
+
+
+def _check_room(resources: Resources, work: Work, emit: Emit) -> None:
+    """Refuse to go on if no node could take the workers even when nothing else runs."""
+    try:
+        side_by_side(resources, nodes())
+    except InputError as error:
+        _refuse(str(error), work, emit)
+
+
+def _refuse(why: str, work: Work, emit: Emit) -> NoReturn:
+    emit([{"artifact": work.folder.name, "state": "failed", "error": why, "traceback": why}])
+    raise InputError(why)
