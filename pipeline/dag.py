@@ -1,8 +1,8 @@
 """The DAG: stages, what is done already, and running the rest in sessions.
 
-A *session* is one group of workers that runs stages one after the other with the model kept in
-memory, since starting a Ray Train session costs more than many a stage. Every stage still writes
-its own artifact, so an interrupted session goes on at its first unfinished stage.
+A *session* is stages that one group of workers runs one after the other with the model kept in
+memory. Every stage still writes its own artifact, so an interrupted session goes on at its first
+unfinished stage.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""How the workers of a session find each other over the network."""
+"""How the workers of a group find each other over the network."""
 
 import os
 from typing import Any

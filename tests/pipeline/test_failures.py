@@ -31,7 +31,11 @@ STOPS = (
 @pytest.mark.slow
 def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finished):
     before = driver.finished()
+    stopped = 0
     for stage, number in STOPS:
+        if any(name.startswith(stage) for name in before):
+            continue  # By workers that outlived the driver, see below.
+        stopped += 1
         code = -number if number == signal.SIGKILL else 130
         assert driver.stop_at(stage, number) == code
         # After SIGKILL the workers go on until they notice, and may finish a stage or two.
@@ -39,6 +43,7 @@ def test_a_run_stopped_again_and_again_ends_as_the_undisturbed_one(driver, finis
         after = driver.finished()
         assert before.items() <= after.items()
         before = after
+    assert stopped > len(STOPS) / 2
     code, out, err = driver.finish()
     assert code == 0, err
     assert before.items() <= driver.finished().items()
