@@ -117,7 +117,7 @@ def test_two_workers_killed_in_between_give_what_one_gives_undisturbed(driver, f
             for run in (finished.folder / "gradient", driver.run)
         )
         assert len(one) > 1
-        assert two == pytest.approx(one, rel=1e-5)
+        assert two == pytest.approx(one, rel=1e-4 if shared else 1e-5)
     one, two = (
         Importance.load(run / "attribute-1-harbour" / "importance.safetensors").entries
         for run in (finished.folder / "gradient", driver.run)
