@@ -65,10 +65,11 @@ def cluster(resources: Resources) -> Iterator[int]:
             environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code elsewhere.
             ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
         else:
+            cpus = max(os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker)
+            # Ray warns of four times as many, and a group of workers is five processes.
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
-                num_cpus=max(
-                    os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker
-                ),
+                num_cpus=cpus,
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
