@@ -7,7 +7,7 @@ import platform
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,7 +118,8 @@ def run_group(
             if on_workers:
                 _on_workers(group, first, resources, mailbox, emit, scratch)
             else:
-                _run_given(group, first, mailbox, Context, emit)
+                for session in _given(group, first, mailbox):
+                    _run(session, group, mailbox, Context(), emit)
             return
         except Exception as error:
             left = _unfinished(group, mailbox)
@@ -139,23 +140,17 @@ def run_group(
             emit([record])
 
 
-def _run_given(
-    group: str, first: int, mailbox: Any, context: Callable[[], Context], emit: Emit
-) -> None:
-    """Run a group's sessions from that one on, each in a context of its own, until its end.
-
-    Every worker of the group does, and each asks by itself: a wait for the others may time out.
-    """
-    for session in _given(group, first, mailbox):
-        in_session = context()
-        run_works(session.works, in_session, emit)
-        if in_session.is_first_worker:
-            ray.get(mailbox.finish.remote(group))
-        del in_session  # With the model that it holds: the next session may be long in coming.
-        torch.cuda.empty_cache()
+def _run(session: Session, group: str, mailbox: Any, context: Context, emit: Emit) -> None:
+    run_works(session.works, context, emit)
+    if context.is_first_worker:
+        ray.get(mailbox.finish.remote(group))
 
 
 def _given(group: str, first: int, mailbox: Any) -> Iterator[Session]:
+    """The group's sessions from that one on, as they come, until the driver ends it.
+
+    Every worker of the group asks by itself: waiting for each other, they might time out.
+    """
     for index in count(first):
         while (given := ray.get(mailbox.next.remote(group, index))) is None:
             time.sleep(_POLL_SECONDS)
@@ -189,17 +184,18 @@ def _on_workers(
 
     from pipeline.process_group import ReachableConfig
 
-    def context() -> Context:
-        return Context(
-            get_device(),
-            shard_model=resources.shard_model and resources.num_workers > 1,
-            checkpoint_minutes=resources.checkpoint_minutes,
-        )
-
     def loop() -> None:
         torch.set_num_threads(resources.cpus_per_worker)
-        _check_scratch(group, mailbox, emit, scratch)
-        _run_given(group, first, mailbox, context, emit)
+        for session in _given(group, first, mailbox):
+            _check_scratch(scratch, session.works[0], emit)
+            context = Context(
+                get_device(),
+                shard_model=resources.shard_model and resources.num_workers > 1,
+                checkpoint_minutes=resources.checkpoint_minutes,
+            )
+            _run(session, group, mailbox, context, emit)
+            del context  # With the model that it holds: the next session may be long in coming.
+            torch.cuda.empty_cache()
 
     TorchTrainer(
         loop,
@@ -220,12 +216,11 @@ def _on_workers(
     ).fit()
 
 
-def _check_scratch(group: str, mailbox: Any, emit: Emit, scratch: Path) -> None:
+def _check_scratch(scratch: Path, work: Work, emit: Emit) -> None:
     """Refuse to work on a node that does not see the folder that Ray Train made on the driver's."""
-    left = [] if scratch.is_dir() else _unfinished(group, mailbox)
-    if left and not left[0].store:
+    if not work.store and not scratch.is_dir():
         why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
-        _refuse(why, left[0], emit)
+        _refuse(why, work, emit)
 
 
 def _found_no_room(error: Exception) -> bool:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import chaos
 import pytest
-import torch
 from reference.driver import processes_below, wait_until_no_process_is_left
 
-from agcl.importance import Importance
 from pipeline import loading
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -97,33 +95,6 @@ def test_a_kill_at_a_random_moment_changes_nothing(finished, copy_stages, tmp_pa
 @pytest.mark.timeout(1200)
 def test_random_kills_change_nothing(tmp_path):
     assert chaos.main(["--kills", "3", "--storage", str(tmp_path)]) == 0
-
-
-@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_workers_killed_in_between_give_what_one_gives_undisturbed(driver, finished, shared):
-    settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
-    assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL
-    wait_until_no_process_is_left(driver.storage)
-    before = driver.finished()
-    code, _, err = driver.finish(*settings)
-    assert code == 0, err
-    assert before.items() <= driver.finished().items()
-    assert not list(driver.storage.rglob("*.part"))
-    two = json.loads((driver.run / "metrics.json").read_text())
-    assert two == finished.metrics("gradient")
-    for stage in ("pretrain", "train-1-harbour", "train-2-valley"):
-        one, two = (
-            [json.loads(line)["loss"] for line in (run / stage / "log.jsonl").open()]
-            for run in (finished.folder / "gradient", driver.run)
-        )
-        assert len(one) > 1
-        assert two == pytest.approx(one, rel=1e-4 if shared else 1e-5)
-    one, two = (
-        Importance.load(run / "attribute-1-harbour" / "importance.safetensors").entries
-        for run in (finished.folder / "gradient", driver.run)
-    )
-    for name, entry in one.items():
-        torch.testing.assert_close(two[name], entry, rtol=0.02, atol=1e-7)  # Stored in bfloat16.
 
 
 @pytest.mark.slow

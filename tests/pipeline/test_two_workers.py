@@ -1,0 +1,50 @@
+"""Two Ray Train workers, killed in between, against plain functions in this process."""
+
+import json
+import signal
+
+import pytest
+import torch
+from reference.driver import Driver, wait_until_no_process_is_left
+
+from agcl.importance import Importance
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_workers_killed_in_between_give_what_one_process_gives(
+    tiny_config, run_in_process, copy_stages, tmp_path, shared
+):
+    gate = ["protect.0.kind=gate", "protect.0.on=gradient"]
+    config = tiny_config(tmp_path / "alone", *gate)
+    alone = {name: work.folder for name, work in run_in_process(config).items()}
+    driver = Driver(config, tmp_path / "storage", tmp_path)
+    copy_stages(tmp_path / "alone", driver.storage, ("tokenizer", "prepare"))
+    settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
+    assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL
+    wait_until_no_process_is_left(driver.storage)
+    before = driver.finished()
+    code, _, err = driver.finish(*settings)
+    assert code == 0, err
+    assert before.items() <= driver.finished().items()
+    assert not list(driver.storage.rglob("*.part"))
+    one, two = (
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (alone["report"], driver.run)
+    )
+    assert one.items() <= two.items()
+    folders = {name: driver.run / name.replace("/", "-") for name in alone}
+    for stage in ("pretrain", "train/1-harbour", "train/2-valley"):
+        one, two = (
+            [json.loads(line)["loss"] for line in (run[stage] / "log.jsonl").open()]
+            for run in (alone, folders)
+        )
+        assert len(one) > 1
+        assert two == pytest.approx(one, rel=1e-4 if shared else 1e-5)
+    one, two = (
+        Importance.load(run["attribute/1-harbour"] / "importance.safetensors").entries
+        for run in (alone, folders)
+    )
+    for name, entry in one.items():
+        torch.testing.assert_close(two[name], entry, rtol=0.02, atol=1e-7)  # Stored in bfloat16.
