@@ -142,7 +142,7 @@ class _Group:
 
 
 class _Groups:
-    """The worker groups of one `run_sessions`; at most `most` that train, and as many others."""
+    """The worker groups of one `run_sessions`: at most `most` that train, and as many others."""
 
     def __init__(self, scratch: Path, resources: Resources, most: int) -> None:
         self.scratch, self.resources, self.most = scratch, resources, most
