@@ -1,7 +1,10 @@
 """Two real gloo processes, started once a test session, and what the tests let them do."""
 
+import faulthandler
 import os
 import pickle
+import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
@@ -20,17 +23,17 @@ class Workers:
     """`run` calls the same function in both processes and returns both results."""
 
     def __init__(self, folder: Path) -> None:
-        context = get_context("spawn")
-        self.ends, self.processes = [], []
-        for rank in range(2):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, folder, theirs), daemon=True)
-            process.start()
-            self.ends.append(ours)
-            self.processes.append(process)
+        self.folder, self.started = folder, 0
+        self.ends: list[Any] = []
+        self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """Results in rank order; an exception in a worker is raised here, the first one."""
+        """Results in rank order; an exception in a worker is raised here, the first one.
+
+        After one that left a worker without an answer, the next call gets new processes.
+        """
+        if not self.processes:
+            self._start()
         for end in self.ends:
             # Plain pickles: multiprocessing's own would share tensors' memory among processes.
             end.send_bytes(pickle.dumps((function, args, options)))
@@ -39,7 +42,9 @@ class Workers:
         while waiting := [end for end in self.ends if end not in results]:
             # One that failed may have left the other waiting for it.
             if not (ready := wait(waiting, 10 if failure else PATIENCE)):
-                raise failure or TimeoutError(f"a worker gave no answer in {PATIENCE} s")
+                stuck = f"no answer in {PATIENCE} s; where the workers are:\n{self._stacks()}"
+                self.close()
+                raise failure or TimeoutError(stuck)
             for end in ready:
                 results[end] = pickle.loads(end.recv_bytes())
                 if isinstance(results[end], Exception):
@@ -48,20 +53,42 @@ class Workers:
             raise failure
         return [results[end] for end in self.ends]
 
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self.started += 1
+        meeting = self.folder / f"rendezvous-{self.started}"
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            args = (rank, meeting, self._stack_file(rank), theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            self.ends.append(ours)
+            self.processes.append(process)
+
+    def _stack_file(self, rank: int) -> Path:
+        return self.folder / f"stacks-{self.started}-{rank}"
+
+    def _stacks(self) -> str:
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n".join(self._stack_file(rank).read_text() for rank in range(2))
+
     def close(self) -> None:
+        """End the processes."""
         for end in self.ends:
             end.close()
         for process in self.processes:
             process.join(10)
             process.kill()
+        self.ends, self.processes = [], []
 
 
-def _serve(rank: int, folder: Path, end: Any) -> None:
+def _serve(rank: int, meeting: Path, stacks: Path, end: Any) -> None:
+    faulthandler.register(signal.SIGUSR1, stacks.open("w"))
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     while True:
         try:
             function, args, options = pickle.loads(end.recv_bytes())
