@@ -70,9 +70,7 @@ def cluster(resources: Resources) -> Iterator[int]:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
                 num_cpus=cpus,
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=0,
+                include_dashboard=False,  # Eleven processes more, and nothing shows its address.
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

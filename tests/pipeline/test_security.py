@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -324,14 +323,14 @@ def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_passw
     assert "hunter2" not in console.file.getvalue()
 
 
-def test_a_local_cluster_has_its_dashboard_on_loopback(monkeypatch):
+def test_a_local_cluster_serves_no_dashboard_and_logs_no_environment(monkeypatch):
     started = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda **settings: started.update(settings))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1}}])
     with cluster.cluster(Resources()):
-        assert started["dashboard_host"] == "127.0.0.1"
+        assert started["include_dashboard"] is False
     # Ray writes the workers' environment into its logs.
     assert started["runtime_env"]["env_vars"].keys() <= cluster.WORKER_ENVIRONMENT.keys()
 
@@ -343,10 +342,11 @@ def test_a_local_cluster_answers_nobody_without_the_token(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with cluster.cluster(Resources()):
-        address = ray._private.worker._global_node.webui_url
-        host, _, port = address.partition(":")
-        assert host == "127.0.0.1"
-        assert listeners(int(port)) == {"0100007F"}
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://{address}/api/jobs/")
-        assert refused.value.code == 401
+        address = ray.get_runtime_context().gcs_address
+        status = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+        for token, allowed in [({}, True), ({"RAY_AUTH_TOKEN": 64 * "0"}, False)]:
+            asked = subprocess.run(
+                status, env={**os.environ, **token}, capture_output=True, text=True, timeout=120
+            )
+            assert (asked.returncode == 0) == allowed
+            assert ("AuthenticationError" in asked.stderr) != allowed
