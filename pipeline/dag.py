@@ -9,14 +9,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import agcl
 
 from pipeline import artifact, mirror, object_store
-from pipeline.stages.context import Context
 
-StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, Context], None]
+if TYPE_CHECKING:
+    from pipeline.stages.context import Context
+
+StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, "Context"], None]
 """`fn(config, inputs, out_dir, context)`: reads input folders, writes into out_dir."""
 
 

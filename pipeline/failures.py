@@ -1,4 +1,7 @@
-"""What is said of a failure, in one line, and whose failure it was."""
+"""What is said of a failure, in one line, and whose failure it was.
+
+Imports torch where a stage's error is looked at: the processes that start workers need none of it.
+"""
 
 import os
 import traceback
@@ -6,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
-import torch
 
 from pipeline.dag import Work
 from pipeline.object_store import StoreFailed
@@ -29,6 +31,8 @@ _NO_MEMORY = (
 
 def explain(error: BaseException, work: Work) -> str:
     """One line for the user."""
+    import torch
+
     if "No space left on device" in str(error):
         return f"no space left on device for {work.folder}"
     if isinstance(error, StoreFailed):
@@ -59,6 +63,8 @@ def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
 
 def misses_others(error: BaseException) -> bool:
     """Whether the error is not the stage's own, but that of a process it worked with and lost."""
+    import torch
+
     if isinstance(error, ray.exceptions.RayError):
         own = (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError)
         return not isinstance(error, own)

@@ -14,10 +14,11 @@ from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session
 from pipeline.failures import why_lost
+from pipeline.mailbox import Mailbox
 from pipeline.progress import StageProgress
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
-from pipeline.worker_group import Mailbox, here, run_group
+from pipeline.worker_group import here, run_group
 
 Observe = Callable[[list[Record]], None]
 """Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`."""

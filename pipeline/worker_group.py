@@ -1,6 +1,7 @@
 """Worker groups: processes that run one session after another, as the driver gives them.
 
 Starting a Ray Train worker group costs more than many a session, so a group stays for the next one.
+What the stages need is imported by those who run them: a process that starts workers is up sooner.
 """
 
 import platform
@@ -10,10 +11,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
-import torch
 from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,69 +23,13 @@ from pipeline.config import Resources
 from pipeline.dag import Session, Work
 from pipeline.failures import kernel_kills, why_lost
 from pipeline.secrets import masked
-from pipeline.session import run_works
-from pipeline.stages.context import Context, Emit
+
+if TYPE_CHECKING:
+    from pipeline.stages.context import Context, Emit
 
 LOSSES = 3
 """Times that a session is lost at the same place before it counts as failed."""
 _POLL_SECONDS = 0.2
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Carries sessions from the driver to worker groups, and back what becomes of them."""
-
-    def __init__(self) -> None:
-        self.given: dict[str, list[Any]] = {}
-        self.begun: dict[str, int] = {}
-        self.done: dict[str, int] = {}
-        self.finished: list[str] = []
-        self.records: list[dict[str, Any]] = []
-        self.failed: set[str] = set()
-
-    def give(self, group: str, session: list[Any]) -> None:
-        """Give a group its next session, a reference in a list; an empty one ends the group."""
-        self.given.setdefault(group, []).append(session)
-
-    def next(self, group: str, index: int) -> Any:
-        """The session that a group got as its `index`-th; None while it has none."""
-        given = self.given.get(group, [])
-        if index >= len(given):
-            return None
-        self.begun[group] = index + 1
-        return given[index]
-
-    def take_back(self, groups: list[str]) -> str | None:
-        """Take the last session back from one that has not begun it; which one, if any."""
-        for group in groups:
-            if len(self.given.get(group, [])) > self.begun.get(group, 0):
-                self.given[group].pop()
-                return group
-        return None
-
-    def finish(self, group: str) -> None:
-        """A group tells that it is done with a session."""
-        self.done[group] = self.number_done(group) + 1
-        self.finished.append(group)
-
-    def number_done(self, group: str) -> int:
-        """How many sessions a group is done with."""
-        return self.done.get(group, 0)
-
-    def put(self, records: list[dict[str, Any]]) -> None:
-        """Add records of stages."""
-        self.records += records
-        self.failed |= {each["artifact"] for each in records if each.get("state") == "failed"}
-
-    def take(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """All records since the last call, and the groups that finished a session."""
-        taken = self.records, self.finished
-        self.records, self.finished = [], []
-        return taken
-
-    def has_failed(self, artifacts: set[str]) -> bool:
-        """Whether a stage that makes one of them failed, so far."""
-        return bool(self.failed & artifacts)
 
 
 def here() -> NodeAffinitySchedulingStrategy:
@@ -118,8 +62,7 @@ def run_group(
             if on_workers:
                 _on_workers(group, first, resources, mailbox, emit, scratch)
             else:
-                for session in _given(group, first, mailbox):
-                    _run(session, group, mailbox, Context(), emit)
+                _right_here(group, first, mailbox, emit)
             return
         except Exception as error:
             left = _unfinished(group, mailbox)
@@ -140,7 +83,16 @@ def run_group(
             emit([record])
 
 
-def _run(session: Session, group: str, mailbox: Any, context: Context, emit: Emit) -> None:
+def _right_here(group: str, first: int, mailbox: Any, emit: "Emit") -> None:
+    from pipeline.stages.context import Context
+
+    for session in _given(group, first, mailbox):
+        _run(session, group, mailbox, Context(), emit)
+
+
+def _run(session: Session, group: str, mailbox: Any, context: "Context", emit: "Emit") -> None:
+    from pipeline.session import run_works
+
     run_works(session.works, context, emit)
     if context.is_first_worker:
         ray.get(mailbox.finish.remote(group))
@@ -177,7 +129,7 @@ def _reached(work: Work) -> tuple[Path, int]:
 
 
 def _on_workers(
-    group: str, first: int, resources: Resources, mailbox: Any, emit: Emit, scratch: Path
+    group: str, first: int, resources: Resources, mailbox: Any, emit: "Emit", scratch: Path
 ) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
@@ -185,6 +137,10 @@ def _on_workers(
     from pipeline.process_group import ReachableConfig
 
     def loop() -> None:
+        import torch
+
+        from pipeline.stages.context import Context
+
         torch.set_num_threads(resources.cpus_per_worker)
         for session in _given(group, first, mailbox):
             _check_scratch(scratch, session.works[0], emit)
@@ -216,7 +172,7 @@ def _on_workers(
     ).fit()
 
 
-def _check_scratch(scratch: Path, work: Work, emit: Emit) -> None:
+def _check_scratch(scratch: Path, work: Work, emit: "Emit") -> None:
     """Refuse to work on a node that does not see the folder that Ray Train made on the driver's."""
     if not work.store and not scratch.is_dir():
         why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
@@ -232,7 +188,7 @@ def _found_no_room(error: Exception) -> bool:
     )
 
 
-def _check_room(resources: Resources, work: Work, emit: Emit) -> None:
+def _check_room(resources: Resources, work: Work, emit: "Emit") -> None:
     """Refuse to go on if no node could take the workers even when nothing else runs."""
     try:
         side_by_side(resources, nodes())
@@ -240,6 +196,6 @@ def _check_room(resources: Resources, work: Work, emit: Emit) -> None:
         _refuse(str(error), work, emit)
 
 
-def _refuse(why: str, work: Work, emit: Emit) -> NoReturn:
+def _refuse(why: str, work: Work, emit: "Emit") -> NoReturn:
     emit([{"artifact": work.folder.name, "state": "failed", "error": why, "traceback": why}])
     raise InputError(why)

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import pyarrow as pa
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from agcl.tasks.task import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA = pa.schema(
     [
@@ -29,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], *, chat: bool = False
+    tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Row], *, chat: bool = False
 ) -> pa.Table:
     """Tokenize rows into a table of `SCHEMA`.
 
@@ -66,7 +67,7 @@ def encode(
     )
 
 
-def _as_message(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _as_message(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
     return cast(
         str,
         tokenizer.apply_chat_template(
@@ -121,5 +122,7 @@ class MixedRows:
 
 def sample(num_rows: int, count: int, *, seed: int) -> list[int]:
     """`count` of that many row indices, ascending, drawn by the seed; all if there are fewer."""
+    import torch  # Here, as whoever reads a config imports this module.
+
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(num_rows, generator=generator)[:count].tolist())

@@ -3,21 +3,27 @@
 import io
 import os
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import ray
 import torch
 from rich.console import Console
 
+from agcl.errors import InputError
 from pipeline import artifact
 from pipeline.cluster import cluster
 from pipeline.config import Resources
 from pipeline.dag import Session, Stage, resolve
 from pipeline.failures import misses_others, why_lost
+from pipeline.mailbox import Mailbox
 from pipeline.object_store import StoreFailed
 from pipeline.progress import StageProgress
 from pipeline.runner import run_sessions
-from pipeline.worker_group import LOSSES, Mailbox
+from pipeline.session import run_works
+from pipeline.worker_group import LOSSES, _check_scratch
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +68,7 @@ def run_on_a_cluster(folder, train, sessions):
                 [session(name, configs) for name, configs in sessions.items()],
                 folder / "scratch",
                 Resources(),
-                len(sessions),
+                2,
                 records.extend,
                 keep_going=True,
             )
@@ -134,6 +140,27 @@ def test_losses_count_from_the_last_checkpoint_on(ran):
 def test_a_group_stays_for_the_next_session(ran, folder):
     groups = {file.stem: file.read_text() for file in folder.glob("*.group")}
     assert groups.pop("i") in groups.values()
+
+
+def test_what_starts_workers_imports_nothing_that_only_stages_need():
+    code = (
+        "import sys, pipeline.worker_group\n"
+        "assert not {'torch', 'transformers', 'boto3', 'mlflow'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_node_that_does_not_see_the_storage_folder_is_named(tmp_path):
+    records = []
+    stage = Stage("train/1-x", run_works, {})
+    (work,) = resolve([stage], tmp_path / "storage").values()
+    _check_scratch(tmp_path, work, records.extend)
+    assert not records
+    with pytest.raises(InputError, match=f"^storage: node .* does not see {tmp_path}/run of"):
+        _check_scratch(tmp_path / "run" / "scratch", work, records.extend)
+    assert [(r["artifact"], r["state"]) for r in records] == [(work.folder.name, "failed")]
+    stored = replace(work, store="s3://bucket/runs")
+    _check_scratch(tmp_path / "run" / "scratch", stored, records.extend)
 
 
 @pytest.fixture
