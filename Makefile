@@ -22,8 +22,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		|| { echo "agcl needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --no-compile torch
+	$(PIP) --no-compile --editable '.[dev]'
+	# pip would compile on one core. It fails on templates that some packages hold, which nobody imports.
+	-@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1
 	touch $@
 
 # Known vulnerabilities of the pinned versions; asks PyPI, and is no part of the tests.
