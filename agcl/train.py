@@ -13,6 +13,7 @@ from agcl import distributed, sharding
 from agcl.batches import Batch, answer_tokens, collate, pack, shuffled
 from agcl.checkpoint import Checkpoint
 from agcl.forward import Precision, answer_logits, autocast
+from agcl.schedule import Schedule, rate_factor, scale_rates
 from agcl.tasks import Rows
 
 Log = Callable[[dict[str, float], int], None]
@@ -32,6 +33,8 @@ def train_task(
     batch_size: int,
     micro_batch_size: int,
     seed: int,
+    schedule: Schedule = "constant",
+    warmup: float = 0.0,
     precision: Precision = "float32",
     packing: bool = False,
     max_gradient_norm: float = 1.0,
@@ -43,11 +46,12 @@ def train_task(
 
     A global batch is cut into micro-batches that the workers take in turn, and its loss is
     divided by its number of answer tokens over all workers; so order, batches and loss are the
-    same for any number of workers. `penalise` adds a penalty's gradient to `.grad`, the same on
-    every worker, and gives its value; the logged loss is without it. `packing` spares a
-    micro-batch's padding, with the same numbers to rounding. With a `checkpoint` it goes on after
-    the steps of that, which are logged again; the result is the same to the bit. Raises
-    `NonFiniteLoss`.
+    same for any number of workers. `schedule` and `warmup` are those of
+    `rate_factor`; the optimizer's learning rate is the height. `penalise` adds a penalty's gradient
+    to `.grad`, the same on every worker, and gives its value; the logged loss is without it.
+    `packing` spares a micro-batch's padding, with the same numbers to rounding. With a `checkpoint`
+    it goes on after the steps of that, which are logged again; the result is the same to the bit.
+    Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device
@@ -88,6 +92,7 @@ def train_task(
                     f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
                     f"{num_steps}; lower training.learning_rate or use precision float32"
                 )
+            scale_rates(optimizer, rate_factor(step, num_steps, schedule=schedule, warmup=warmup))
             optimizer.step()
             metrics = {"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}
             if penalise is not None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from agcl.schedule import Schedule
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
 
 from pipeline.method_config import Adapter, Freeze, Gate, Importance, Penalty, Project, Replay
 from pipeline.object_store import cache_of
 from pipeline.search_config import Search
 from pipeline.secrets import masked
-from pipeline.section import Place, Positive, Precision, Section, Seed, Storage, usable_path
+from pipeline.section import Place, Positive, Precision, Section, Seed, Share, Storage, usable_path
 from pipeline.task_config import FactsTasks, TaskFormat
 
 UNPROTECTED = ("sequential", "joint", "solo")
@@ -42,10 +43,15 @@ class Model(Section):
 
 
 class Training(Section):
-    """How each task is trained. A fresh optimizer for every task, constant learning rate."""
+    """How each task is trained. A fresh optimizer for every task."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """AdamW."""
+    """AdamW's, at its height."""
+    schedule: Schedule = "constant"
+    """How the learning rate goes over each task's steps: it stays, or falls towards 0, `linear` or
+    by half a `cosine`."""
+    warmup: Share = 0.0
+    """Share of each task's steps over which the learning rate first rises from 0."""
     epochs: Positive = 8
     """Passes over each task's training rows."""
     batch_size: Positive = 16

@@ -14,6 +14,7 @@ from pipeline.stages.report import report
 from pipeline.stages.train import CHECKS, IMPORTANCE_FILE, pretrain, train
 from pipeline.tasks import BASE_TASK, Source, held_out_sources, selection
 
+_SCHEDULE = {"schedule", "warmup"}
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
 
@@ -73,7 +74,7 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(),
+            **config.training.model_dump(exclude=_SCHEDULE),
             "learning_rate": settings.learning_rate,
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
@@ -88,8 +89,11 @@ def base_model_stage(
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings of training task `index` with nothing to keep; the same for all methods."""
+    training = config.training
+    # What was made before there were schedules stays what a run without one needs.
+    unscheduled = training.schedule == "constant" and not training.warmup
     return {
-        **config.training.model_dump(),
+        **training.model_dump(exclude=_SCHEDULE if unscheduled else None),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "replay": 0.0,

@@ -280,6 +280,8 @@ def _fit(
             batch_size=config["batch_size"],
             micro_batch_size=config["micro_batch_size"],
             seed=config["seed"],
+            schedule=config.get("schedule", "constant"),
+            warmup=config.get("warmup", 0.0),
             precision=config["precision"],
             packing=config["packing"],
             max_gradient_norm=config["max_gradient_norm"],

@@ -145,10 +145,17 @@ MEASURED = {"attribute/1-harbour", "attribute/2-valley"}
         "training.learning_rate=1e-2",
         "training.batch_size=4",
         "training.micro_batch_size=2",
+        "training.schedule=linear",
+        "training.warmup=0.1",
     ],
 )
 def test_training_settings_change_what_is_trained_but_no_preparation(stages, override):
     assert changed(stages(), stages(override)) == TRAINED | MEASURED | {"report"}
+
+
+def test_a_run_without_a_schedule_is_what_it_was_before_there_were_any(stages):
+    """Its fingerprints are the old ones."""
+    assert not {"schedule", "warmup"} & stages()["train/1-harbour"].config.keys()
 
 
 def test_the_seed_changes_models_but_no_data(stages):
