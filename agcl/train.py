@@ -94,7 +94,12 @@ def train_task(
                 )
             scale_rates(optimizer, rate_factor(step, num_steps, schedule=schedule, warmup=warmup))
             optimizer.step()
-            metrics = {"loss": loss.item(), "gradient_norm": norm.item(), "of_steps": num_steps}
+            metrics = {
+                "loss": loss.item(),
+                "gradient_norm": norm.item(),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "of_steps": num_steps,
+            }
             if penalise is not None:
                 metrics["penalty"] = penalty.item()
             log(metrics, step)

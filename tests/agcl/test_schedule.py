@@ -42,7 +42,7 @@ def test_no_step_is_without_a_rate_and_one_has_all_of_it(schedule, warmup, num_s
 def test_every_group_of_the_optimizer_follows_it(llama):
     first, *others = llama.parameters()
     optimizer = torch.optim.SGD([{"params": [first], "lr": 0.3}, {"params": others, "lr": 0.1}])
-    rates = []
+    rates, logged = [], []
     optimizer.register_step_pre_hook(
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
@@ -56,6 +56,8 @@ def test_every_group_of_the_optimizer_follows_it(llama):
         seed=0,
         schedule="linear",
         warmup=0.25,
+        log=lambda metrics, step: logged.append(metrics["learning_rate"]),
     )
     expected = [1, 1, 2 / 3, 1 / 3]
     assert rates == [pytest.approx([0.3 * factor, 0.1 * factor]) for factor in expected]
+    assert logged == [first for first, _ in rates]
