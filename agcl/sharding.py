@@ -47,6 +47,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This worker's share of a sharded tensor, in the same memory; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that all workers have, of a parameter's shape, on its device and sharded like it."""
     if not isinstance(parameter, DTensor):

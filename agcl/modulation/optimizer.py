@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from agcl.modulation.projection import taken_out
-from agcl.sharding import placed_like, replicated_like
+from agcl.sharding import local, placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
 _STEPS = 255
@@ -92,8 +92,11 @@ class GatedAdamW(torch.optim.AdamW):
 
     def _protected(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """The step of parameters that all have a gate, or all have only a basis."""
-        before = [p.clone() for p in parameters]
-        held = [self.held[p].to(p.dtype).div_(_STEPS) for p in parameters if p in self.held]
+        before = _copies(parameters, like=parameters)
+        gated = [p for p in parameters if p in self.held]
+        held = _copies([self.held[p] for p in gated], like=gated)
+        if held:
+            torch._foreach_div_(held, _STEPS)
         gradients, decay = _gradients(parameters), group["weight_decay"]
         # lerp returns its ends exactly for weights 0 and 1.
         if held and self.on == "gradient":
@@ -147,6 +150,14 @@ class GatedAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _copies(tensors: list[Tensor], *, like: list[Tensor]) -> list[Tensor]:
+    """Copies of the type of others, which on a GPU are made all at once."""
+    made = [torch.empty_like(each) for each in like]
+    if made:
+        torch._foreach_copy_([local(each) for each in made], [local(each) for each in tensors])
+    return made
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
