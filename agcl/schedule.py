@@ -1,9 +1,13 @@
-"""How the learning rate goes over a task's steps."""
+"""How the learning rate goes over a task's steps.
+
+The config names the schedules, so torch is not imported here.
+"""
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch.optim import Optimizer
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 Schedule = Literal["constant", "linear", "cosine"]
 """After warming up: stay, or fall towards 0 by a line or by half a cosine."""
@@ -28,7 +32,7 @@ def rate_factor(step: int, num_steps: int, *, schedule: Schedule, warmup: float)
             return 0.5 * (1 - math.cos(math.pi * left))
 
 
-def scale_rates(optimizer: Optimizer, factor: float) -> None:
+def scale_rates(optimizer: "Optimizer", factor: float) -> None:
     """Set every group's learning rate to that factor of the one it began with."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
