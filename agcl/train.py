@@ -46,12 +46,12 @@ def train_task(
 
     A global batch is cut into micro-batches that the workers take in turn, and its loss is
     divided by its number of answer tokens over all workers; so order, batches and loss are the
-    same for any number of workers. `schedule` and `warmup` are those of
-    `rate_factor`; the optimizer's learning rate is the height. `penalise` adds a penalty's gradient
-    to `.grad`, the same on every worker, and gives its value; the logged loss is without it.
-    `packing` spares a micro-batch's padding, with the same numbers to rounding. With a `checkpoint`
-    it goes on after the steps of that, which are logged again; the result is the same to the bit.
-    Raises `NonFiniteLoss`.
+    same for any number of workers. `schedule` and `warmup` are those of `rate_factor`; the
+    optimizer's learning rate is the height. `penalise` adds a penalty's gradient to `.grad`, the
+    same on every worker, and gives its value; the logged loss is without it. `packing` spares a
+    micro-batch's padding, with the same numbers to rounding. With a `checkpoint` it goes on after
+    the steps of that, which are logged again; the result is the same to the bit. Raises
+    `NonFiniteLoss`.
     """
     model.train()
     device = model.device
