@@ -12,7 +12,11 @@ from agcl.checkpoint import Checkpoint
 from agcl.modulation import GatedAdamW
 from agcl.train import train_task
 
-OPTIONS = {"epochs": 3, "batch_size": 4, "micro_batch_size": 2, "seed": 5} | {
+OPTIONS = {
+    "epochs": 3,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "seed": 5,
     "schedule": "cosine",
     "warmup": 0.3,
 }
