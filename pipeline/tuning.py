@@ -14,22 +14,26 @@ VALIDATION = 0.3
 """Share of the scored rows for validation, where the config says none."""
 LEARNING_RATE = 4.0
 """Trials go from the config's learning rate divided by this to it multiplied."""
-
-# Steps of the R2 sequence (Roberts 2018), which fills the unit square evenly for any number.
-_STEPS = (0.7548776662466927, 0.5698402909980532)
+ADAPTER_LEARNING_RATE = 10.0
+"""Trials of LoRA go about this many times the config's rate: what it needs to learn as full
+fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`, Concept-1K)."""
 
 
 def candidates(config: Config, trials: int) -> list[list[str]]:
     """Settings of each of a method's trials: its defaults first, then spread evenly.
 
     Every trial moves the learning rate and, where the method has one, its own knob
-    (`methods.METHODS`). The same for any method with the same knob, and for any order.
+    (`methods.METHODS`), by the Halton sequence (1960): half the rate, then twice of it, so that
+    few trials look both ways. The same for any method with the same knob, and for any order.
     """
+    from scipy.stats import qmc  # Half a second, and only here.
+
     knob = METHODS[config.method].knob
+    middle = config.training.learning_rate * (ADAPTER_LEARNING_RATE if config.adapter else 1.0)
     found: list[list[str]] = [[]]
-    for trial in range(1, trials):
-        x, y = ((0.5 + trial * step) % 1 for step in _STEPS)
-        rate = config.training.learning_rate * LEARNING_RATE ** (2 * x - 1)
+    # Point 0 is a corner and point 1 the middle, in whose place the defaults are.
+    for x, y in qmc.Halton(d=2, scramble=False).random(trials + 1)[2:].tolist():
+        rate = middle * LEARNING_RATE ** (2 * x - 1)
         settings = [f"training.learning_rate={_rounded(rate)}"]
         if knob:
             settings.append(f"{knob.key}={_rounded(_between(knob, y))}")

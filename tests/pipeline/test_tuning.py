@@ -29,8 +29,10 @@ def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
     configs = [load(settings, method) for settings in tried]  # All are valid settings.
     rates = [each.training.learning_rate for each in configs]
     assert len(set(rates)) == 5
-    assert all(rates[0] / 4 <= rate <= rates[0] * 4 for rate in rates)
-    assert tuning.candidates(load([], "sequential"), 5)[3][0] == tried[3][0]
+    middle = rates[0] * (10 if config.adapter else 1)
+    assert all(middle / 4 <= rate <= middle * 4 for rate in rates[1:])
+    alike = "lora" if config.adapter else "sequential"
+    assert tuning.candidates(load([], alike), 5)[3][0] == tried[3][0]
     knob = METHODS[method].knob
     if knob:
         values = [float(settings[1].removeprefix(f"{knob.key}=")) for settings in tried[1:]]
@@ -41,6 +43,12 @@ def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
     config = load([], "agcl")
     assert tuning.candidates(config, 3) == tuning.candidates(config, 9)[:3]
+
+
+@pytest.mark.parametrize(("method", "middle"), [("sequential", 1e-3), ("lora", 1e-2)])
+def test_three_trials_look_below_and_above(load, method, middle):
+    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], method), 3)
+    assert tried == [[], *([f"training.learning_rate={middle * x:.2e}"] for x in (0.5, 2))]
 
 
 def test_the_rates_of_a_large_budget_fill_the_range(load):
