@@ -44,22 +44,18 @@ class TopK:
 
             sink_products_on_gpu(self.values, weight, x, g)
             return
-        if compiled := self._can_be_compiled(weight):
+        if self._can_be_compiled(weight):
             from agcl.importance.sink import sink_products  # Numba takes a second to load.
 
-            if self.values.dtype == self.computed_in:
-                sink_products(self.values, weight, x, g)
-                return
+            sink_products(self.values, weight, x, g)
+            return
         rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
             kept = self.values[:, part]
             # bfloat16 is widened and rounded again, a few rows at a time.
             wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
-            if compiled:
-                sink_products(wide, weight[part], x, g[:, :, part])
-            else:
-                _sink_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
+            _sink_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
             if wide is not kept:
                 kept.copy_(wide)
 
@@ -77,6 +73,7 @@ class TopK:
     def _can_be_compiled(self, weight: Tensor) -> bool:
         return (
             self.values.device.type == "cpu"
+            and self.values.dtype in (torch.float32, torch.bfloat16)
             and self.computed_in == weight.dtype == torch.float32
             and weight.is_contiguous()
         )

@@ -72,7 +72,7 @@ def test_nothing_inserted_means_zeros():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 4, 6])
 @pytest.mark.parametrize("tile", [1, 100, 2**18])
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(5, 17, 11), (16, 600, 4), (19, 3, 1)])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(5, 17, 11), (16, 600, 21), (19, 3, 1)])
 def test_products_are_those_of_every_sample_alone(
     monkeypatch, dtype, k, tile, tokens, inputs, outputs
 ):
@@ -106,8 +106,8 @@ def test_bfloat16_keeps_the_rounded_largest_whatever_the_order(monkeypatch, k, t
     monkeypatch.setattr("agcl.importance.top_k._TILE_ENTRIES", tile)
     monkeypatch.setattr(TopK, "_can_be_compiled", lambda self, weight: compiled)
     generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(9, 5, n, generator=generator) for n in (17, 11))
-    weight = torch.randn(11, 17, generator=generator)
+    x, g = (torch.randn(9, 5, n, generator=generator) for n in (70, 19))
+    weight = torch.randn(19, 70, generator=generator)
     wide, halved, backwards = (TopK(k, weight, dtype) for dtype in (None, *[torch.bfloat16] * 2))
     for b in range(9):
         wide.insert_products(weight, x[b : b + 1], g[b : b + 1])
@@ -126,7 +126,7 @@ def test_bfloat16_keeps_the_rounded_largest_whatever_the_order(monkeypatch, k, t
 def test_without_gnus_openmp_one_thread_does_it(monkeypatch, tmp_path):
     from agcl.importance import sink
 
-    x, g, weight = torch.randn(2, 5, 17), torch.randn(2, 5, 11), torch.randn(11, 17)
+    x, g, weight = torch.randn(2, 5, 40), torch.randn(2, 5, 43), torch.randn(43, 40)
     top, alone = TopK(2, weight), TopK(2, weight)
     top.insert_products(weight, x, g)
     monkeypatch.setattr(sink.torch, "__file__", str(tmp_path / "__init__.py"))
@@ -135,9 +135,18 @@ def test_without_gnus_openmp_one_thread_does_it(monkeypatch, tmp_path):
     assert torch.equal(top.values, alone.values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entry_is_the_same_within_a_tile_and_alone(dtype):
+    x, g, weight = torch.randn(3, 5, 64), torch.randn(3, 5, 16), torch.randn(16, 64)
+    tiles, alone = TopK(2, weight, dtype), TopK(2, weight[:3, :7], dtype)
+    tiles.insert_products(weight, x, g)
+    alone.insert_products(weight[:3, :7].contiguous(), x[:, :, :7], g[:, :, :3])
+    assert torch.equal(tiles.values[:, :3, :7], alone.values)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_share_the_rows_and_are_left_as_they_were(threads):
-    x, g, weight = torch.randn(2, 5, 17), torch.randn(2, 5, 11), torch.randn(11, 17)
+    x, g, weight = torch.randn(2, 5, 40), torch.randn(2, 5, 43), torch.randn(43, 40)
     alone, top = TopK(2, weight), TopK(2, weight)
     alone.insert_products(weight, x, g)
     before = torch.get_num_threads()
