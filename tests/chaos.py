@@ -97,6 +97,9 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
+    def complete(self) -> bool:
+        return (self.folder / "metrics.json").exists()
+
     def processes(self) -> dict[int, bytes]:
         """Command lines of the run's processes, by id."""
         mark = f"{MARK}={self.mark}".encode()
@@ -151,9 +154,12 @@ def strike(run: Run, driver: subprocess.Popen[str], kind: str) -> bool:
     return True
 
 
-def judge_end(kind: str, code: int, err: str) -> Iterator[str]:
+def judge_end(kind: str, code: int, err: str, *, complete: bool) -> Iterator[str]:
     """What is wrong with how a command ended that was struck."""
     expected = {"driver": (-9,), "everything": (-9,), "worker": (0,)}.get(kind, (130,))
+    if complete and kind in ("SIGINT", "SIGTERM"):
+        # Python, as it ends, takes its own handlers away.
+        expected = (*expected, -signal.Signals[kind])
     lines = err.splitlines()
     if code not in expected:
         yield f"after {kind}: exit code {code}, expected {expected}: {err.strip()[-600:]}"
@@ -170,7 +176,7 @@ def disturbed(run: Run, kinds: list[str], longest: float, seen: Seen) -> None:
         struck = False
         if kind:
             wait_for_moment(run, driver, longest)
-            at_kill = run.manifests()
+            at_kill, complete = run.manifests(), run.complete()
             struck = strike(run, driver, kind)
         _, err = driver.communicate(timeout=SECONDS_TO_END)
         after = run.manifests()
@@ -181,7 +187,7 @@ def disturbed(run: Run, kinds: list[str], longest: float, seen: Seen) -> None:
             kinds.pop(0)
             seen.kills[kind] += 1
             seen.finished += len(at_kill)
-            seen.wrong += judge_end(kind, driver.returncode, err)
+            seen.wrong += judge_end(kind, driver.returncode, err, complete=complete)
             print(
                 f"{kind:<11} at {len(at_kill):2} finished stages: exit {driver.returncode} "
                 f"{err.strip()[-150:]}",
