@@ -1,4 +1,4 @@
-"""Two Ray Train workers, killed in between, against plain functions in this process."""
+"""Two Ray Train workers, killed in between or not, against plain functions in this process."""
 
 import json
 import signal
@@ -12,9 +12,16 @@ from agcl.importance import Importance
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_workers_killed_in_between_give_what_one_process_gives(
-    tiny_config, run_in_process, copy_stages, tmp_path, shared
+@pytest.mark.parametrize(
+    ("killed", "shared"),
+    [
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_two_workers_give_what_one_process_gives(
+    tiny_config, run_in_process, copy_stages, tmp_path, killed, shared
 ):
     gate = ["protect.0.kind=gate", "protect.0.on=gradient"]
     config = tiny_config(tmp_path / "alone", *gate)
@@ -22,8 +29,9 @@ def test_two_workers_killed_in_between_give_what_one_process_gives(
     driver = Driver(config, tmp_path / "storage", tmp_path)
     copy_stages(tmp_path / "alone", driver.storage, ("tokenizer", "prepare"))
     settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
-    assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL
-    wait_until_no_process_is_left(driver.storage)
+    if killed:
+        assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL
+        wait_until_no_process_is_left(driver.storage)
     before = driver.finished()
     code, _, err = driver.finish(*settings)
     assert code == 0, err
