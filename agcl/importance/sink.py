@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from torch import Tensor
 
-from agcl.importance.sink_tile import COLUMNS, JOB, ROWS, sink_entry, sink_tile
+from agcl.importance.sink_tile import COLUMNS, JOB, ROWS, sink_share
 
 
 def sink_products(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
@@ -48,7 +48,7 @@ def _team() -> Callable[[Any, int], None]:
     """What runs a job: all threads of torch's OpenMP, or this one alone where that is not GNU's."""
     library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
     if library is None:
-        return lambda job, threads: _share(job, 0, 1)
+        return lambda job, threads: sink_share(job, 0, 1)
     gomp = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)
     index, number = gomp.omp_get_thread_num, gomp.omp_get_num_threads
     parallel = gomp.GOMP_parallel  # What compilers make of `#pragma omp parallel`.
@@ -58,24 +58,6 @@ def _team() -> Callable[[Any, int], None]:
 
     @cfunc(types.void(types.CPointer(types.int64)))  # type: ignore[untyped-decorator]
     def run(job: Any) -> None:
-        _share(carray(job, len(JOB)), index(), number())
+        sink_share(carray(job, len(JOB)), index(), number())
 
     return lambda job, threads: parallel(run.address, job.ctypes.data, threads, 0)
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _share(job: Any, part: int, parts: int) -> None:
-    """One of equal parts of a job's output rows, tile by tile; entry by entry at the edges."""
-    kept, rows, width = job[0], job[1], job[2]
-    slots = np.empty(kept * ROWS * COLUMNS, np.float32)
-    at, free = job.ctypes.data, slots.ctypes.data
-    groups = (rows + ROWS - 1) // ROWS
-    for group in range(groups * part // parts, groups * (part + 1) // parts):
-        row = group * ROWS
-        for column in range(0, width, COLUMNS):
-            if row + ROWS <= rows and column + COLUMNS <= width:
-                sink_tile(at, free, row, column)
-            else:
-                for r in range(row, min(row + ROWS, rows)):
-                    for c in range(column, min(column + COLUMNS, width)):
-                        sink_entry(at, free, r, c)

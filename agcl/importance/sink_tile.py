@@ -1,4 +1,4 @@
-"""The inner loop of `sink`: one tile of relevances, made in registers and sunk from there.
+"""The inner loop of `sink`: tiles of relevances, made in registers and sunk from there.
 
 No compiler keeps so many numbers in vector registers by itself, so this is written in LLVM's
 instructions. On a machine with shorter vectors LLVM makes several of one.
@@ -7,13 +7,14 @@ instructions. On a machine with shorter vectors LLVM makes several of one.
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-_WIDE = bool(get_host_cpu_features().get("avx512f"))
+_WIDE = "+avx512f" in get_host_cpu_features()
 _LANES = 16 if _WIDE else 8
 ROWS, COLUMNS = 8 if _WIDE else 4, 2 * _LANES
 """Output rows and input features of a tile: its products take half of the registers."""
@@ -174,6 +175,25 @@ def _bytes(element: Any) -> int:
     return 2 if element == _SHORT else 4
 
 
-sink_tile, sink_entry = _function(_LANES), _function(1)
-"""For compiled code, of a job's address, that of K free tiles, and the tile's first row and column:
-insert all samples' products of the whole tile, or of that entry alone, into the values."""
+_tile, _entry = _function(_LANES), _function(1)
+"""Of a job's address, that of K free tiles, and the first row and column: insert all samples'
+products of the whole tile, or of that entry alone."""
+
+
+# Numba's cache only sees changes of this file: what is called from here has to be in it.
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def sink_share(job: Any, part: int, parts: int) -> None:
+    """One of equal parts of a job's output rows, tile by tile; entry by entry at the edges."""
+    kept, rows, width = job[0], job[1], job[2]
+    slots = np.empty(kept * ROWS * COLUMNS, np.float32)
+    at, free = job.ctypes.data, slots.ctypes.data
+    groups = (rows + ROWS - 1) // ROWS
+    for group in range(groups * part // parts, groups * (part + 1) // parts):
+        row = group * ROWS
+        for column in range(0, width, COLUMNS):
+            if row + ROWS <= rows and column + COLUMNS <= width:
+                _tile(at, free, row, column)
+            else:
+                for r in range(row, min(row + ROWS, rows)):
+                    for c in range(column, min(column + COLUMNS, width)):
+                        _entry(at, free, r, c)
