@@ -4,7 +4,7 @@ No compiler keeps so many numbers in vector registers by itself, so this is writ
 instructions. On a machine with shorter vectors LLVM makes several of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,24 +62,19 @@ class _Tile:
 
     def write(self) -> None:
         """The values into slots, every sample's products through these, the slots into values."""
-        narrow = self.build.trunc(self.job["narrow"], ir.IntType(1))
-        with self.build.if_else(narrow) as (yes, no):
-            with yes:
-                for value, slot in self.every_slot(_SHORT):
-                    self.store(self.widened(self.load(value)), slot)
-            with no:
-                for value, slot in self.every_slot(_FLOAT):
-                    self.store(self.load(value), slot)
+        self.for_every_slot(self.fill)
         with cgutils.for_range(self.build, self.job["samples"]) as sample:
             self.multiply(sample.index)
             self.insert()
-        with self.build.if_else(narrow) as (yes, no):
-            with yes:
-                for value, slot in self.every_slot(_SHORT):
-                    self.store(self.narrowed(self.load(slot)), value)
-            with no:
-                for value, slot in self.every_slot(_FLOAT):
-                    self.store(self.load(slot), value)
+        self.for_every_slot(self.empty)
+
+    def fill(self, value: Any, slot: Any) -> None:
+        kept = self.load(value)
+        self.store(self.widened(kept) if value.type.pointee == _SHORT else kept, slot)
+
+    def empty(self, value: Any, slot: Any) -> None:
+        kept = self.load(slot)
+        self.store(self.narrowed(kept) if value.type.pointee == _SHORT else kept, value)
 
     def multiply(self, sample: Any) -> None:
         """W times the sum of g x over the sample's tokens."""
@@ -111,14 +106,17 @@ class _Tile:
                 self.store(build.select(greater, new, kept), slot)
                 build.store(build.select(greater, kept, new), total)
 
-    def every_slot(self, element: Any) -> Iterator[tuple[Any, Any]]:
-        """A loop over the K slots: pointers to a cell's values, of this type, and to its slot."""
+    def for_every_slot(self, move: Callable[[Any, Any], None]) -> None:
+        """Loops over the K slots, for bfloat16 and float32: pointers to a cell's value and slot."""
         plane = self.build.mul(self.job["rows"], self.job["width"])
-        with cgutils.for_range(self.build, self.job["kept"]) as loop:
-            for cell in self.cells:
-                place = self.build.mul(loop.index, plane), *self.entry_of(cell)
-                value = self.pointer(self.job["values"], element, *place)
-                yield value, self.slot_of(loop.index, cell)
+        narrow = self.build.trunc(self.job["narrow"], ir.IntType(1))
+        with self.build.if_else(narrow) as branches:
+            for branch, element in zip(branches, (_SHORT, _FLOAT), strict=True):
+                with branch, cgutils.for_range(self.build, self.job["kept"]) as loop:
+                    for cell in self.cells:
+                        place = self.build.mul(loop.index, plane), *self.entry_of(cell)
+                        value = self.pointer(self.job["values"], element, *place)
+                        move(value, self.slot_of(loop.index, cell))
 
     def slot_of(self, number: Any, cell: tuple[int, int]) -> Any:
         place = self.cells.index(cell) * self.lanes
@@ -154,7 +152,7 @@ class _Tile:
         return self.build.shuffle_vector(first, self.zero, self.integers(0))
 
     def widened(self, cell: Any) -> Any:
-        """float32 of bfloat16: its upper half."""
+        """float32 of bfloat16, which is its upper half."""
         bits = self.build.zext(cell, self.integers(0).type)
         return self.build.bitcast(self.build.shl(bits, self.integers(16)), self.zero.type)
 
