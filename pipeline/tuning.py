@@ -22,23 +22,31 @@ fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`
 def candidates(config: Config, trials: int) -> list[list[str]]:
     """Settings of each of a method's trials: its defaults first, then spread evenly.
 
-    Every trial moves the learning rate and, where the method has one, its own knob
-    (`methods.METHODS`), by the Halton sequence (1960): half the rate, then twice of it, so that
-    few trials look both ways. The same for any method with the same knob, and for any order.
+    For LoRA these are its defaults at LoRA's rate next. Every further trial moves the learning rate
+    and, where the method has one, its own knob (`methods.METHODS`), by the Halton sequence (1960):
+    half the rate, then twice of it, so that few trials look both ways. The same for any method with
+    the same knob, and for any order.
     """
     from scipy.stats import qmc  # Half a second, and only here.
 
     knob = METHODS[config.method].knob
-    middle = config.training.learning_rate * (ADAPTER_LEARNING_RATE if config.adapter else 1.0)
+    middle = config.training.learning_rate
     found: list[list[str]] = [[]]
+    if config.adapter:
+        middle *= ADAPTER_LEARNING_RATE
+        found.append([_learning_rate(middle)])
     # Point 0 is a corner and point 1 the middle, in whose place the defaults are.
     for x, y in qmc.Halton(d=2, scramble=False).random(trials + 1)[2:].tolist():
         rate = middle * LEARNING_RATE ** (2 * x - 1)
-        settings = [f"training.learning_rate={_rounded(rate)}"]
+        settings = [_learning_rate(rate)]
         if knob:
             settings.append(f"{knob.key}={_rounded(_between(knob, y))}")
         found.append(settings)
-    return found
+    return found[:trials]
+
+
+def _learning_rate(rate: float) -> str:
+    return f"training.learning_rate={_rounded(rate)}"
 
 
 def _between(knob: Knob, share: float) -> float:

@@ -35,8 +35,9 @@ def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
     assert tuning.candidates(load([], alike), 5)[3][0] == tried[3][0]
     knob = METHODS[method].knob
     if knob:
-        values = [float(settings[1].removeprefix(f"{knob.key}=")) for settings in tried[1:]]
-        assert len(set(values)) == 4
+        own = [settings[1] for settings in tried if len(settings) == 2]
+        values = [float(setting.removeprefix(f"{knob.key}=")) for setting in own]
+        assert len(set(values)) == (3 if config.adapter else 4)
         assert all(knob.low <= value <= knob.high for value in values)
 
 
@@ -45,10 +46,21 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
     assert tuning.candidates(config, 3) == tuning.candidates(config, 9)[:3]
 
 
-@pytest.mark.parametrize(("method", "middle"), [("sequential", 1e-3), ("lora", 1e-2)])
-def test_three_trials_look_below_and_above(load, method, middle):
-    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], method), 3)
-    assert tried == [[], *([f"training.learning_rate={middle * x:.2e}"] for x in (0.5, 2))]
+def rates(tried):
+    return [float(settings[0].split("=")[1]) for settings in tried]
+
+
+def test_three_trials_look_below_and_above(load):
+    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "agcl"), 3)
+    assert tried[0] == []
+    assert rates(tried[1:]) == [5e-4, 2e-3]
+
+
+def test_trials_of_lora_go_about_ten_times_the_rate_and_its_defaults_are_tried_there(load):
+    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 4)
+    assert tried[:2] == [[], ["training.learning_rate=1.00e-02"]]
+    assert rates(tried[2:]) == [5e-3, 2e-2]
+    assert tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 2) == tried[:2]
 
 
 def test_the_rates_of_a_large_budget_fill_the_range(load):
