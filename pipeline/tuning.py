@@ -22,10 +22,10 @@ fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`
 def candidates(config: Config, trials: int) -> list[list[str]]:
     """Settings of each of a method's trials: its defaults first, then spread evenly.
 
-    For LoRA these are its defaults at LoRA's rate next. Every further trial moves the learning rate
-    and, where the method has one, its own knob (`methods.METHODS`), by the Halton sequence (1960):
-    half the rate, then twice of it, so that few trials look both ways. The same for any method with
-    the same knob, and for any order.
+    With an adapter the second trial is the defaults at `ADAPTER_LEARNING_RATE` times the config's
+    rate. Every further one moves the learning rate and, where the method has one, its own knob
+    (`methods.METHODS`), by the Halton sequence (1960): half the rate, then twice of it, so that few
+    trials look both ways. The same for any method with the same knob, and for any order.
     """
     from scipy.stats import qmc  # Half a second, and only here.
 

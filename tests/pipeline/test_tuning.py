@@ -46,20 +46,20 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
     assert tuning.candidates(config, 3) == tuning.candidates(config, 9)[:3]
 
 
-def rates(tried):
+def rates_of(tried):
     return [float(settings[0].split("=")[1]) for settings in tried]
 
 
 def test_three_trials_look_below_and_above(load):
     tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "agcl"), 3)
     assert tried[0] == []
-    assert rates(tried[1:]) == [5e-4, 2e-3]
+    assert rates_of(tried[1:]) == [5e-4, 2e-3]
 
 
 def test_trials_of_lora_go_about_ten_times_the_rate_and_its_defaults_are_tried_there(load):
     tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 4)
     assert tried[:2] == [[], ["training.learning_rate=1.00e-02"]]
-    assert rates(tried[2:]) == [5e-3, 2e-2]
+    assert rates_of(tried[2:]) == [5e-3, 2e-2]
     assert tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 2) == tried[:2]
 
 
