@@ -13,6 +13,7 @@ test: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup --no-loadscope-reorder
 
 install: $(VENV)/installed

@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from agcl import distributed, sharding
-from agcl.batches import Batch, answer_tokens, collate, pack, shuffled
-from agcl.checkpoint import Checkpoint
-from agcl.forward import Precision, answer_logits, autocast
+from agcl.files.checkpoint import Checkpoint
+from agcl.model.forward import Precision, answer_logits, autocast
+from agcl.parallel import distributed, sharding
 from agcl.schedule import Schedule, rate_factor, scale_rates
 from agcl.tasks import Rows
+from agcl.tasks.batches import Batch, answer_tokens, collate, pack, shuffled
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics and the step they belong to."""

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
     from pipeline.errors import RayFailed
-    from pipeline.object_store import StoreFailed
     from pipeline.secrets import masked
+    from pipeline.storage.object_store import StoreFailed
 
     try:
         return int(parsed.job(parsed, masked("agcl " + " ".join(arguments))) or OK)
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--methods",
         default="sequential,agcl",
-        help="by comma, or all (default: %(default)s); pipeline/methods.py says what each sets",
+        help="by comma, or all (default: %(default)s); pipeline/config/presets.py lists them",
     )
     sub.add_argument("--seeds", type=_positive, default=1, help="seeds a method, from the config's")
     sub.add_argument(

@@ -8,10 +8,11 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from agcl.errors import InputError
     from jobs.execution import execute_runs
     from jobs.tuning import tune
-    from pipeline import loading, tuning
-    from pipeline.config import Config
-    from pipeline.methods import METHODS
+    from pipeline.config import loading
+    from pipeline.config.config import Config
+    from pipeline.config.presets import METHODS
     from pipeline.run import open_run
+    from pipeline.search import tuning
 
     methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
     methods = list(dict.fromkeys(methods))

@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import mirror, object_store
-from pipeline.comparison import BASELINE, COMPARED, Estimate, compare
-from pipeline.config import Config
-from pipeline.model_card import MODEL
-from pipeline.plan import Run
-from pipeline.results import RunResult, evaluation_sets, groups
+from pipeline.config.config import Config
+from pipeline.errors import StageFailed
+from pipeline.plan.plan import Run
+from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare
+from pipeline.results.model_card import MODEL
+from pipeline.results.results import RunResult, evaluation_sets, groups
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
-from pipeline.runner import StageFailed
 from pipeline.secrets import masked
+from pipeline.storage import mirror, object_store
 
 METRIC_COLUMNS = {
     "average_performance": "average",

@@ -4,8 +4,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.config import Resources
-    from pipeline.probe import Needs
+    from pipeline.config.config import Resources
+    from pipeline.estimate import Needs
 
 
 def main(arguments: argparse.Namespace, command: str) -> int:
@@ -13,7 +13,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from pipeline import loading
+    from pipeline.config import loading
     from pipeline.run import open_run
 
     run = open_run(loading.load(arguments.config, arguments.settings))
@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
 
     import torch
 
-    from pipeline.probe import ProbeFailed, estimate
+    from pipeline.estimate import ProbeFailed, estimate
 
     gpu = run.config.resources.gpus_per_worker
     if gpu and not torch.cuda.is_available():

@@ -6,7 +6,7 @@ import argparse
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Run and print the matrix and the metrics."""
     from jobs.execution import execute_runs
-    from pipeline import loading
+    from pipeline.config import loading
     from pipeline.run import open_run
 
     config = loading.load(arguments.config, arguments.settings)

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.rounds import Observe
-    from pipeline.trials import Trial
+    from pipeline.search.rounds import Observe
+    from pipeline.search.trial import Trial
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTH, _WIDTH_OF_SETTING = 54, 13
@@ -25,10 +25,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from rich.markup import escape
 
     from jobs.execution import places_beside, print_matrices, print_metrics
-    from pipeline import loading
-    from pipeline.runner import StageFailed
-    from pipeline.search_run import BEST_CONFIG, execute_search, open_search
-    from pipeline.search_space import own_point
+    from pipeline.config import loading
+    from pipeline.errors import StageFailed
+    from pipeline.search.search_run import BEST_CONFIG, execute_search, open_search
+    from pipeline.search.space import own_point
 
     console = Console(highlight=False)
     config = loading.load(arguments.config, arguments.settings)
@@ -136,7 +136,7 @@ class TrialTable:
 
     def _outlook(self) -> str:
         """How many are done, the best so far, and the time left."""
-        from pipeline.trials import best
+        from pipeline.search.trial import best
 
         done = sum(trial.state != "running" for trial in self.trials.values())
         parts = [f"{done}/{self.num_trials} done"]
@@ -155,7 +155,7 @@ def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from pipeline.trials import best
+    from pipeline.search.trial import best
 
     winner = best(trials)
     keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]

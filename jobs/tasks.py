@@ -17,12 +17,12 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from agcl import models
+    from agcl.model import models
     from agcl.tasks import TRAIN, EncodedRows
-    from pipeline import loading
+    from pipeline.config import loading
+    from pipeline.errors import StageFailed
+    from pipeline.results.run_folder import summaries
     from pipeline.run import open_run, prepare_tasks
-    from pipeline.run_folder import summaries
-    from pipeline.runner import StageFailed
 
     console = Console(highlight=False)
     run = open_run(loading.load(arguments.config, arguments.settings))

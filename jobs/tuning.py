@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from agcl.errors import InputError
-from pipeline import tuning
-from pipeline.artifact import write_json
-from pipeline.config import Config
+from pipeline.config.config import Config
 from pipeline.run import execute_trials, open_run
+from pipeline.search import tuning
+from pipeline.storage.artifact import write_json
 
 CHOSEN_FILE = "tuning.json"
 

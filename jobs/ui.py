@@ -5,6 +5,6 @@ import argparse
 
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Serve until interrupted."""
-    from pipeline.tracking import serve
+    from pipeline.tracking.client import serve
 
     return serve(arguments.storage.expanduser().absolute(), arguments.port)

@@ -9,21 +9,29 @@ from agcl.errors import InputError
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import artifact, loading, mirror, object_store
-from pipeline.cluster import check_address
-from pipeline.config import Config
-from pipeline.dag import Work, resolve, sessions
-from pipeline.inputs import check_inputs
-from pipeline.model_card import MODEL, write_model_folder
-from pipeline.plan import Run, plan
-from pipeline.recorder import Recording, connect, open_recording, warn
-from pipeline.report import write_report
-from pipeline.results import RunResult, left_out
-from pipeline.run_folder import CONFIG_FILE, check_folder, open_folder, write_log, write_results
-from pipeline.runner import StageFailed, run_with_progress
+from pipeline.config import loading
+from pipeline.config.check import check_inputs
+from pipeline.config.config import Config
+from pipeline.errors import StageFailed
+from pipeline.execution.cluster import check_address
+from pipeline.execution.scheduler import run_with_progress
+from pipeline.plan.plan import Run, plan
+from pipeline.plan.stage import Work, resolve, sessions
+from pipeline.results.model_card import MODEL, write_model_folder
+from pipeline.results.report import write_report
+from pipeline.results.results import RunResult, left_out
+from pipeline.results.run_folder import (
+    CONFIG_FILE,
+    check_folder,
+    open_folder,
+    write_log,
+    write_results,
+)
+from pipeline.stages.metrics import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
-from pipeline.stages.report import METRICS
-from pipeline.tracking import Content, Tracker
+from pipeline.storage import artifact, mirror, object_store
+from pipeline.tracking.client import Content, Tracker
+from pipeline.tracking.recorder import Recording, connect, open_recording, warn
 
 REPORT_FILE = "report.html"
 REPORTS_EACH = 4

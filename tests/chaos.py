@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 from reference.record import check_whole
 
-from pipeline import loading
+from pipeline.config import loading
 from pipeline.run import open_run
-from pipeline.tracking import default_uri
+from pipeline.tracking.client import default_uri
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

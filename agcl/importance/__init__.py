@@ -3,11 +3,9 @@
 from agcl.importance.combine import by_layer_and_module, overlap, past_maximum, scaled
 from agcl.importance.controls import magnitude, permuted, random
 from agcl.importance.importance import Importance, check_file
-from agcl.importance.top_k import TopK
 
 __all__ = [
     "Importance",
-    "TopK",
     "by_layer_and_module",
     "check_file",
     "magnitude",

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from agcl import sharding
 from agcl.importance.importance import Importance
+from agcl.parallel import sharding
 
 
 def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Importance:

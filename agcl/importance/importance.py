@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from agcl import tensor_file
 from agcl.errors import InputError
+from agcl.files import tensor_file
 from agcl.lrp import weight_of
 
 _KIND = "importance"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from agcl.modulation.projection import taken_out
-from agcl.sharding import local, placed_like, replicated_like
+from agcl.parallel.sharding import local, placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
 _STEPS = 255

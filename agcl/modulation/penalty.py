@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from agcl.importance import Importance
-from agcl.sharding import placed_like, whole
+from agcl.parallel.sharding import placed_like, whole
 
 
 def quadratic_penalty(

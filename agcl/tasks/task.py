@@ -32,7 +32,7 @@ class Task:
     scored: Mapping[str, str] = field(default_factory=lambda: {TEST: TEST})
     """Evaluation set -> split that it scores; the first one is the main one."""
     scorer: str = "exact_match"
-    """How predictions are scored, by the name in `agcl/scorers.py` or by import path."""
+    """How predictions are scored, by the name in `agcl/scoring/scorers.py` or by import path."""
     memorized: bool = False
     """What is scored are the trained rows (or paraphrases), which nobody could answer untrained."""
 

@@ -1,1 +1,1 @@
-"""The stages: `fn(config, inputs, out_dir, context)`, callable without Ray."""
+"""What one stage does: `fn(config, inputs, out_dir, context)`, callable without Ray."""

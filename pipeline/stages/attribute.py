@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agcl import adapter, distributed
-from agcl.attribution import Split
 from agcl.attribution import attribute as attribute_batches
-from agcl.batches import collate, in_order
+from agcl.attribution.attribute import Split
 from agcl.importance import magnitude, permuted, random
 from agcl.lrp import attributed_linears
-from agcl.scorers import RIGHT_OR_WRONG
+from agcl.model import adapter
+from agcl.parallel import distributed
+from agcl.scoring.scorers import RIGHT_OR_WRONG
 from agcl.tasks import TRAIN, EncodedRows, sample
+from agcl.tasks.batches import collate, in_order
 
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY

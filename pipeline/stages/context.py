@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from agcl import distributed, models, sharding
-from agcl.checkpoint import Checkpoint
+from agcl.files.checkpoint import Checkpoint
+from agcl.model import models
+from agcl.parallel import distributed, sharding
 from agcl.train import Log
 from transformers import PreTrainedModel
 

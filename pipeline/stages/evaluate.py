@@ -10,17 +10,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from agcl import adapter, models
-from agcl.evaluate import predict, text_loss
-from agcl.generate import generate
-from agcl.scorers import TEACHER_FORCED, score, scorer_named
+from agcl.model import adapter, models
+from agcl.scoring.evaluate import predict, text_loss
+from agcl.scoring.generate import generate
+from agcl.scoring.scorers import TEACHER_FORCED, score, scorer_named
 from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifact import write_json
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import SUMMARY
 from pipeline.stages.train import ADAPTER
+from pipeline.storage.artifact import write_json
 
 SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from agcl import models
+from agcl.model import models
 from agcl.tasks import SCHEMA, Row, RowSource, encode, is_empty
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifact import write_json
+from pipeline.config.sources import open_task
 from pipeline.stages.context import Context
-from pipeline.tasks import open_task
+from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
 """Rows that are read, and text that is tokenized, at a time: what bounds memory."""

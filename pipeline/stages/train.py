@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agcl import adapter, models, sharding
-from agcl.forward import activation_checkpointing, compiled, quick_attention
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
-from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
+from agcl.model import adapter, models
+from agcl.model.forward import activation_checkpointing, compiled, quick_attention
+from agcl.modulation import GatedAdamW, GateOn, bases, gates, lora, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
+from agcl.parallel import sharding
 from agcl.tasks import TRAIN, EncodedRows, MixedRows, Rows, sample
 from agcl.train import train_task
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.artifact import write_json
 from pipeline.stages.context import Context
+from pipeline.storage.artifact import write_json
 
 IMPORTANCE_FILE, CHECKS, ADAPTER = "importance.safetensors", "checks.json", "adapter"
 
@@ -171,13 +172,13 @@ def _train_adapter(
     if settings["fresh"] and past:
         (item,) = config["protect"]  # A projection: nothing else can be said of fresh factors.
         basis = basis_of(item, past, config["seed"], model.device)
-        protection.basis = adapter.keep_away(peft_model, basis)
+        protection.basis = lora.keep_away(peft_model, basis)
         protection.remember(model)
     else:
         protection = protect(model, past, config["protect"], config["seed"])
-    earlier = adapter.directions([path / ADAPTER for path in _named("adapter/", inputs)])
+    earlier = lora.directions([path / ADAPTER for path in _named("adapter/", inputs)])
     if earlier:
-        overlap = adapter.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
+        overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
         protection.penalise = partial(_backward, overlap)
     _freeze(model, protection, config["freeze"])
     _fit(model, config, rows, context, protection)

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from agcl import models
+from agcl.model import models
 from agcl.tasks import facts
 from jobs import cli
 

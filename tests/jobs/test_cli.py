@@ -11,7 +11,7 @@ from reference import tiny
 from safetensors.torch import save_file
 
 from agcl.attribution import attribute
-from agcl.batches import collate
+from agcl.tasks.batches import collate
 from jobs import cli
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from jobs import cli
 from jobs.search import TrialTable, trial_table
-from pipeline.trials import Progress, Trial
+from pipeline.search.trial import Progress, Trial
 
 HALF = Progress(average=0.5, learned=0.75, retained=None)
 DONE = Progress(average=0.625, learned=0.75, retained=0.5)

@@ -8,8 +8,8 @@ import pytest
 from reference import trace_files
 
 from jobs import cli
-from pipeline import loading
-from pipeline.inputs import check_inputs
+from pipeline.config import loading
+from pipeline.config.check import check_inputs
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from agcl.metrics import summary
 from jobs import cli, execution, tasks
-from pipeline import loading
-from pipeline.model_card import card
-from pipeline.progress import StageProgress
-from pipeline.results import RunResult
+from pipeline.config import loading
+from pipeline.execution.progress import StageProgress
+from pipeline.results.model_card import card
+from pipeline.results.results import RunResult
 
 NAMES = ["[red]a[/red]", "[/b]", "a`|<script>alert(1)</script>"]
 """Of tasks. The second one is an error in rich's markup."""

@@ -12,11 +12,12 @@ from reference.stored import move_to
 from rich.console import Console
 
 from agcl.tasks import encode
-from pipeline import loading, object_store
+from pipeline.config import loading
+from pipeline.execution.session import run_works
 from pipeline.run import execute, open_run
-from pipeline.session import run_works
 from pipeline.stages import prepare
 from pipeline.stages.context import Context
+from pipeline.storage import object_store
 
 TINY = """
 name: {name}

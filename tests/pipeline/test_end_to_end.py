@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.importance import Importance
 from agcl.tasks import EncodedRows, facts
-from pipeline import artifact, loading
+from pipeline.config import loading
+from pipeline.storage import artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -18,17 +18,18 @@ import ray
 import torch
 import yaml
 
-from agcl import models
 from agcl.errors import InputError
+from agcl.model import models
 from agcl.tasks import TRAIN, check_names, huggingface
-from pipeline import cluster, loading
-from pipeline.config import Resources, Tracking
-from pipeline.dag import Work
+from pipeline.config import loading
+from pipeline.config.config import Resources, Tracking
+from pipeline.execution import cluster
+from pipeline.execution.session import run_works
+from pipeline.plan.stage import Work
 from pipeline.run import execute, open_run
 from pipeline.secrets import masked
-from pipeline.session import run_works
 from pipeline.stages.context import Context
-from pipeline.tracking import Tracker, TrackingFailed
+from pipeline.tracking.client import Tracker, TrackingFailed
 
 ROOT = Path(__file__).parent.parent.parent
 PASSWORD = "hunter2/with@signs"

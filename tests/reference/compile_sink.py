@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agcl.importance import sink_gpu
+from agcl.attribution.kernels import gpu as sink_gpu
 
 capability, num_kept, kept_in = sys.argv[1:]
 tile = {"num_kept": int(num_kept)} | {

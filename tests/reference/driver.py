@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import artifact, loading
+from pipeline.config import loading
+from pipeline.storage import artifact
 
 ROOT = Path(__file__).parent.parent.parent
 

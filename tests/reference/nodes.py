@@ -16,7 +16,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 from reference.driver import processes_below
 
-from pipeline import artifact
+from pipeline.storage import artifact
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"

@@ -18,7 +18,7 @@ def main(rows: Path, folder: Path, cap: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     import ray
 
-    from agcl import models
+    from agcl.model import models
     from agcl.tasks import facts
     from pipeline.stages.context import Context
     from pipeline.stages.prepare import prepare

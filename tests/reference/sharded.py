@@ -10,17 +10,18 @@ import torch
 from reference import families, tiny
 from torch import Tensor
 
-from agcl import checkpoint as checkpoints
-from agcl import distributed, models, sharding
 from agcl.attribution import attribute
-from agcl.batches import collate, in_order
-from agcl.evaluate import exact_match, text_loss
-from agcl.forward import activation_checkpointing
-from agcl.generate import generate
+from agcl.files import checkpoint as checkpoints
 from agcl.importance import Importance
 from agcl.lrp import stored_transposed
+from agcl.model import models
+from agcl.model.forward import activation_checkpointing
 from agcl.modulation import GatedAdamW, quadratic_penalty
+from agcl.parallel import distributed, sharding
+from agcl.scoring.evaluate import exact_match, text_loss
+from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
+from agcl.tasks.batches import collate, in_order
 from agcl.train import train_task
 
 SETTINGS = {"epochs": 2, "batch_size": 5, "micro_batch_size": 2, "seed": 3}
@@ -157,8 +158,8 @@ def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[in
 
 def stages_of(config: Any) -> None:
     """Run a config's missing stages that train, the model shared, with a checkpoint a step."""
+    from pipeline.execution.session import run_works
     from pipeline.run import open_run
-    from pipeline.session import run_works
     from pipeline.stages.context import Context
 
     context = Context(shard_model=True, checkpoint_minutes=1e-9)

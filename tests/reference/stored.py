@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import artifact, mirror, object_store
-from pipeline.object_store import cache_of
+from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage.object_store import cache_of
 
 FILES = {"a.txt": b"one", "deep/b é.bin": bytes(range(256)) * 4000, "empty": b""}
 FINGERPRINT = "f00d"

@@ -105,9 +105,9 @@ def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **optio
     """Attribute this worker's share of whole batches, taken in turn, or of the layers."""
     from reference import tiny
 
-    from agcl import distributed
     from agcl.attribution import attribute
-    from agcl.batches import collate, in_order
+    from agcl.parallel import distributed
+    from agcl.tasks.batches import collate, in_order
 
     batches = in_order(len(rows), batch_size)
     if options.get("split") != "layers":
@@ -142,9 +142,9 @@ def train_with_checkpoint(
     """`train_rows`, up to a step or to the end, with a checkpoint a step in the worker's folder."""
     from reference import tiny
 
-    from agcl import checkpoint as checkpoints
-    from agcl import distributed
+    from agcl.files import checkpoint as checkpoints
     from agcl.modulation import GatedAdamW
+    from agcl.parallel import distributed
     from agcl.train import train_task
 
     class Interrupted(Exception):
@@ -173,14 +173,14 @@ def train_with_checkpoint(
 def verdicts(rows: Any, model: dict[str, Any], **options: Any) -> list[bool]:
     from reference import tiny
 
-    from agcl.evaluate import exact_match
+    from agcl.scoring.evaluate import exact_match
 
     return exact_match(tiny.llama(**model), rows, **options)
 
 
 def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Tensors of two types and shapes summed over the workers, and one gathered from them."""
-    from agcl import distributed
+    from agcl.parallel import distributed
 
     mine = distributed.rank() + 1
     tensors = [
@@ -196,6 +196,6 @@ def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def generated(prompts: Any, model: dict[str, Any], **options: Any) -> list[list[int]]:
     from reference import tiny
 
-    from agcl.generate import generate
+    from agcl.scoring.generate import generate
 
     return generate(tiny.llama(**model), prompts, **options)

@@ -1,0 +1,170 @@
+"""What one linear layer keeps while a task is attributed: running values, sums and moments."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from agcl.attribution.top_k import TopK
+from agcl.lrp import weight_of
+from agcl.model.forward import Precision
+from agcl.parallel import distributed
+
+MomentWeighting = Literal["relevance", "uniform", "answer"]
+Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
+"""What an entry's value is: its relevance by LRP or by the ordinary gradient, its diagonal Fisher
+information, or its standardised gradient."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of a batch is attributed; found once for all layers."""
+
+    rows: Tensor
+    """Indices, (chosen rows,)."""
+    tokens: Tensor
+    """Indices of the tokens whose inputs may count, into the flattened (rows, tokens)."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The chosen rows of a tensor; itself where that is all of them."""
+        return tensor if len(self.rows) == len(tensor) else tensor[self.rows]
+
+
+class Collector:
+    """Running sums of one linear layer `z = W x + b`, W (out, in), fed by its forward hook."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        estimator: Estimator,
+        top_k: int | None,
+        moments: MomentWeighting | None,
+        unit_inputs: bool,
+        running_values: Precision,
+        *,
+        entries: bool = True,
+    ) -> None:
+        weight = weight_of(layer).detach()
+        self.transposed = isinstance(layer, Conv1D)
+        self.layer, self.device, self.weighting = layer, weight.device, moments
+        self.estimator, self.unit_inputs = estimator, unit_inputs
+        # Computed in float32, or in float64 for a float64 model.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        kept_in = torch.bfloat16 if running_values == "bfloat16" else dtype
+        self.has_entries = entries
+        self.top = TopK(top_k, weight.to(dtype), kept_in) if top_k and entries else None
+        summed = entries and not top_k
+        self.sum = torch.zeros(weight.shape if summed else (), dtype=dtype, device=self.device)
+        self.count = 0
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        width = weight.shape[1] if moments else 0
+        self.moment = torch.zeros(width, width, dtype=dtype, device=self.device)
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Sum of r_t, number of tokens."""
+        self.inputs: Tensor | None = None
+        self.unweighted: Tensor | None = None
+
+    def hook(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        """The layer's forward hook: x and z are (rows, tokens, in) and (rows, tokens, out)."""
+        inputs = args[0].detach()
+        self.inputs = inputs
+        if output.requires_grad:
+            values = output.detach()
+            output.register_hook(lambda gradient: self._backward(inputs, values, gradient))
+
+    def start(self, chosen: Chosen) -> None:
+        """Take what is chosen of the batch just forwarded, before its backward."""
+        self._add_unweighted()
+        self.chosen = chosen
+        self.count += len(chosen.rows)
+        inputs, self.inputs = self.inputs, None
+        if self.weighting and inputs is not None:
+            self.unweighted = inputs.flatten(0, 1)
+            self.totals[1] += len(chosen.tokens)
+
+    def _add_unweighted(self) -> None:
+        """Count the tokens of a batch whose relevance was not asked for or never came here.
+
+        The rule set cp cuts some layers off; their inputs are protected with equal weights.
+        """
+        if self.unweighted is not None:
+            tokens = self.unweighted[self.chosen.tokens]
+            self._add_moment(tokens, torch.ones_like(tokens[:, 0]))
+        self.unweighted = None
+
+    def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
+        """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
+        x, z, g = (self.chosen.of(tensor) for tensor in (x, z, g))
+        through = z * g  # The relevance of every output.
+        if self.has_entries:
+            self._add_entries(x, g, through)
+        if self.weighting == "relevance":
+            self._add_moment(x.flatten(0, 1), through.sum(-1).abs().flatten())
+            self.unweighted = None
+
+    def _add_entries(self, x: Tensor, g: Tensor, through: Tensor) -> None:
+        match self.estimator:
+            case "fisher":
+                for x_row, g_row in zip(x, g, strict=True):
+                    self.sum += (g_row.T @ x_row).square()
+            case "das":
+                self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
+            case _:
+                self._add_relevance(x, g, through)
+
+    def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
+        """tokens (tokens, in), weights (tokens,)."""
+        self.totals[0] += weights.sum()
+        if self.unit_inputs:
+            squares = tokens.square().sum(-1)
+            weights = torch.where(squares > 0, weights / squares, 0)
+        self.moment.addmm_(tokens.T, tokens * weights.unsqueeze(1))
+
+    def _add_relevance(self, x: Tensor, g: Tensor, through: Tensor) -> None:
+        weight = weight_of(self.layer).detach()  # A sharded one is whole at this moment.
+        flow = through.abs().sum((1, 2))
+        # Where nothing flows, a row has no relevance here.
+        g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
+        if self.top is None:
+            self.sum += weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
+        else:
+            self.finite &= torch.isfinite(flow).all()
+            self.top.insert_products(weight, x, g_scaled)
+
+    def finish(self, *, merge: bool) -> None:
+        """Take in the last batch; reduce over workers, if each had batches of its own."""
+        self._add_unweighted()
+        if self.top is not None and not self.finite:
+            self.top.values.fill_(torch.nan)  # Comparisons lost it.
+        if not merge:
+            return
+        count = torch.tensor([self.top.count if self.top else self.count], device=self.device)
+        counts = [int(part) for part in distributed.gather(count)]
+        if self.top is None:
+            distributed.sum_in_place([self.sum])
+            self.count = sum(counts)
+        else:
+            parts = distributed.gather(self.top.values)
+            for other, values in enumerate(parts):
+                if other != distributed.rank():
+                    self.top.merge(values, counts[other])
+        distributed.sum_in_place([self.moment, self.totals])
+
+    def entries(self) -> Tensor:
+        """The importance of every entry, in the parameter's own shape."""
+        found = self._entries()
+        return found.T.contiguous() if self.transposed else found
+
+    def _entries(self) -> Tensor:
+        mean = self.sum / self.count if self.top is None else self.top.mean()
+        if self.estimator != "das":
+            return mean
+        # The spread of equal entries is 0, and none of them stands out then.
+        return ((mean - mean.mean()) / mean.std().clamp(min=1e-30)).tanh().abs()
+
+    def second_moment(self) -> Tensor:
+        """Σ_t r_t x_t x_tᵀ with r_t of mean 1, (in, in)."""
+        relevance, tokens = self.totals.tolist()
+        return self.moment * (tokens / relevance) if relevance else self.moment

@@ -1,0 +1,1 @@
+"""Kernels that insert a batch's products into a running top-K."""

@@ -1,0 +1,102 @@
+"""The K largest values per entry of a stream of equally shaped tensors, mergeable."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_TILE_ENTRIES = 2**20
+"""Entries of all samples together that are made at a time where nothing is compiled: 4 MB."""
+_MOST_KEPT_ON_GPU = 8
+"""Running values that fit into a GPU's registers beside a tile of products."""
+
+
+class TopK:
+    """Running K largest values of every entry, in descending order.
+
+    A reduction: the state after any sequence of `insert` and `merge` depends only on the multiset
+    of inserted tensors, never on their order or grouping, bit for bit. That holds in bfloat16 too,
+    since rounding keeps the order: what is kept are the rounded K largest.
+    """
+
+    def __init__(self, k: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is what values are kept in, that of `like` (which is computed in) by default."""
+        shape, self.computed_in = (k, *like.shape), like.dtype
+        self.values = torch.full(shape, -torch.inf, dtype=dtype or like.dtype, device=like.device)
+        """(k, *shape); slots not yet filled hold -inf."""
+        self.count = 0
+
+    def insert(self, value: Tensor) -> None:
+        """Insert one tensor of the entries' shape. Overwrites `value`."""
+        _sink(self.values, value.to(self.values.dtype))
+        self.count += 1
+
+    def insert_products(self, weight: Tensor, x: Tensor, g: Tensor) -> None:
+        """Insert W ⊙ (gᵀx) of every sample, without holding more than some rows of them.
+
+        weight (out, in), x (samples, tokens, in), g (samples, tokens, out); all finite.
+        """
+        samples, _, width = x.shape
+        x, g = x.to(self.computed_in), g.to(self.computed_in)
+        self.count += samples
+        if _fits_the_gpu_kernel(self.values, weight):
+            from agcl.attribution.kernels.gpu import sink_products_on_gpu
+
+            sink_products_on_gpu(self.values, weight, x, g)
+            return
+        if self._can_be_compiled(weight):
+            from agcl.attribution.kernels.cpu import sink_products  # Numba takes a second to load.
+
+            sink_products(self.values, weight, x, g)
+            return
+        rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
+        for first in range(0, len(weight), rows):
+            part = slice(first, first + rows)
+            kept = self.values[:, part]
+            # bfloat16 is widened and rounded again, a few rows at a time.
+            wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
+            _sink_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
+            if wide is not kept:
+                kept.copy_(wide)
+
+    def merge(self, values: Tensor, count: int) -> None:
+        """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
+        _sink_all(self.values, values[: min(count, len(values))].clone())
+        self.count += count
+
+    def mean(self) -> Tensor:
+        """Mean of the min(k, count) largest values; zeros where nothing was inserted."""
+        filled = self.values[: min(self.count, len(self.values))].to(self.computed_in)
+        zeros = torch.zeros(self.values.shape[1:], dtype=self.computed_in, device=filled.device)
+        return filled.mean(0) if len(filled) else zeros
+
+    def _can_be_compiled(self, weight: Tensor) -> bool:
+        return (
+            self.values.device.type == "cpu"
+            and self.values.dtype in (torch.float32, torch.bfloat16)
+            and self.computed_in == weight.dtype == torch.float32
+            and weight.is_contiguous()
+        )
+
+
+def _sink_all(slots: Tensor, values: Tensor) -> None:
+    for value in values:
+        _sink(slots, value)
+
+
+def _sink(slots: Tensor, value: Tensor) -> None:
+    """Insert into descending slots, (k, *shape); overwrites `value`."""
+    spare = torch.empty_like(value)
+    for slot in slots:
+        torch.minimum(slot, value, out=spare)
+        torch.maximum(slot, value, out=slot)
+        value, spare = spare, value
+
+
+def _fits_the_gpu_kernel(values: Tensor, weight: Tensor) -> bool:
+    return (
+        values.device.type == "cuda"
+        and weight.dtype == torch.float32
+        and len(values) <= _MOST_KEPT_ON_GPU
+        and find_spec("triton") is not None  # It comes with torch's CUDA builds.
+    )

@@ -1,0 +1,1 @@
+"""Tensor files and training checkpoints on disk."""

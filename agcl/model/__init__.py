@@ -1,0 +1,1 @@
+"""Loading, forwarding and adapting Hugging Face models."""

@@ -1,0 +1,1 @@
+"""Collectives and sharding over workers."""

@@ -1,0 +1,202 @@
+"""Scorers: plain functions (prediction, reference) -> number in [0, 1].
+
+One that needs the question has a third parameter, `prompt`.
+"""
+
+import importlib
+import inspect
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from rapidfuzz import fuzz
+from rapidfuzz.distance import LCSseq
+
+from agcl.errors import InputError
+
+Scorer = Callable[..., float]
+TEACHER_FORCED = "exact_match"
+"""The one scorer that needs no text: one forward pass tells whether greedy decoding would give
+exactly the answer's tokens (`agcl/scoring/evaluate.py`)."""
+RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match")
+"""Scorers that count a whole answer as right or wrong; others give part of the score."""
+
+# Chinese and Japanese are not written with spaces: a character is a word.
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_ARTICLES = {"a", "an", "the"}
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where both are the same but for white space around them."""
+    return float(prediction.strip() == reference.strip())
+
+
+def normalised_exact_match(prediction: str, reference: str) -> float:
+    """1 where both are the same without case, punctuation and white space (O-LoRA's benchmark)."""
+    return float(_normalised(prediction) == _normalised(reference))
+
+
+def first_character(prediction: str, reference: str) -> float:
+    """1 where both begin with the same character (TRACE, ScienceQA: the letter of the choice)."""
+    return float(prediction.strip()[:1] == reference.strip()[:1])
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of their words without case, punctuation and articles (SQuAD, Rajpurkar 2016)."""
+    predicted, expected = (
+        Counter(word for word in words(text) if word not in _ARTICLES and not _is_punctuation(word))
+        for text in (prediction, reference)
+    )
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (predicted & expected).total()
+    return _f1(shared / predicted.total(), shared / expected.total())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words."""
+    predicted, expected = (
+        [word for word in words(text) if not _is_punctuation(word)]
+        for text in (prediction, reference)
+    )
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = LCSseq.similarity(predicted, expected)
+    return _f1(common / len(predicted), common / len(expected))
+
+
+def edit_similarity(prediction: str, reference: str) -> float:
+    """1 minus insertions and deletions over the summed lengths (TRACE, Py150: `fuzz.ratio`)."""
+    return fuzz.ratio(prediction.strip(), reference.strip()) / 100
+
+
+def sari(prediction: str, reference: str, prompt: str) -> float:
+    """SARI of a simplification of `prompt` (Xu 2016, eqs. 3-8), n-grams of 1 to 4 words.
+
+    The mean of three scores: words kept (F1), deleted (precision) and added (F1), each counted
+    against the reference. An empty denominator counts as 1, as in the implementation of Hugging
+    Face's `evaluate`.
+    """
+    return sari_of(prompt, prediction, [reference])
+
+
+def sari_of(source: str, prediction: str, references: Sequence[str]) -> float:
+    """SARI against several references."""
+    of_source, predicted = words(source), words(prediction)
+    of_references = [words(reference) for reference in references]
+    return fmean(
+        fmean(
+            _sari_n(
+                _ngrams(of_source, n), _ngrams(predicted, n), [_ngrams(r, n) for r in of_references]
+            )
+        )
+        for n in (1, 2, 3, 4)
+    )
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact_match": exact_match,
+    "normalised_exact_match": normalised_exact_match,
+    "first_character": first_character,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "sari": sari,
+    "edit_similarity": edit_similarity,
+}
+
+
+def scorer_named(name: str, key: str = "scorer") -> Scorer:
+    """The scorer of that name, or a user's own by `package.module:function`.
+
+    Raises `InputError`, beginning with the config's `key`, where there is none.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputError(
+            f"{key}: no scorer {name!r} (there are {', '.join(SCORERS)}; your own is "
+            "package.module:function)"
+        )
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # Of the user's module, or of a name that is none.
+        raise InputError(f"{key}: {module!r} cannot be imported ({error})") from None
+    found: Any = getattr(imported, function, None)
+    if found is None:
+        raise InputError(f"{key}: module {module!r} has no function {function!r}")
+    try:
+        inspect.signature(found).bind("", "", *([""] if _takes_prompt(found) else []))
+    except (TypeError, ValueError):
+        raise InputError(f"{key}: {name} does not take (prediction, reference)") from None
+    return found  # type: ignore[no-any-return]
+
+
+def score(scorer: Scorer, prediction: str, reference: str, prompt: str) -> float:
+    """What a scorer says of one answer."""
+    arguments = (
+        (prediction, reference, prompt) if _takes_prompt(scorer) else (prediction, reference)
+    )
+    return float(scorer(*arguments))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, and punctuation marks."""
+    return _WORDS.findall(text.lower())
+
+
+def _takes_prompt(scorer: Scorer) -> bool:
+    return "prompt" in inspect.signature(scorer).parameters
+
+
+def _is_punctuation(text: str) -> bool:
+    return all(c in string.punctuation or unicodedata.category(c)[0] == "P" for c in text)
+
+
+def _normalised(text: str) -> str:
+    return "".join(c for c in text.lower() if not c.isspace() and not _is_punctuation(c))
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+
+def _sari_n(
+    source: Counter[tuple[str, ...]],
+    predicted: Counter[tuple[str, ...]],
+    references: Sequence[Counter[tuple[str, ...]]],
+) -> tuple[float, float, float]:
+    """Scores of what is kept, deleted and added, for n-grams of one length."""
+    expected = sum(references, Counter())
+    # Counts are compared with those of all references together.
+    source_all, predicted_all = (
+        Counter({gram: count * len(references) for gram, count in grams.items()})
+        for grams in (source, predicted)
+    )
+    kept, to_keep = source_all & predicted_all, source_all & expected
+    rightly_kept = kept & expected
+    keep = _f1(
+        _mean_share(rightly_kept, kept),
+        rightly_kept.total() / to_keep.total() if to_keep else 1.0,
+    )
+    deleted = source_all - predicted_all
+    delete = _mean_share(deleted - expected, deleted)
+    added, to_add = set(predicted) - set(source), set(expected) - set(source)
+    rightly_added = len(added & to_add)
+    add = _f1(
+        rightly_added / len(added) if added else 1.0,
+        rightly_added / len(to_add) if to_add else 1.0,
+    )
+    return keep, delete, add
+
+
+def _mean_share(good: Counter[tuple[str, ...]], of: Counter[tuple[str, ...]]) -> float:
+    return fmean(good[gram] / count for gram, count in of.items()) if of else 1.0

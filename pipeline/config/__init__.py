@@ -1,0 +1,1 @@
+"""What a user may write, and whether it can be done."""

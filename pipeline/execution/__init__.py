@@ -1,0 +1,1 @@
+"""Runs sessions of stages on Ray."""

@@ -1,0 +1,1 @@
+"""From a config to the stages that are missing."""

@@ -1,0 +1,268 @@
+"""The stages of a plan, one function a kind: which settings and inputs each depends on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config.check import is_builtin, model_folder
+from pipeline.config.config import Config
+from pipeline.config.method import Freeze, Project
+from pipeline.config.sources import BASE_TASK, Source, held_out_sources, selection
+from pipeline.plan.stage import External, Stage
+from pipeline.stages.attribute import attribute
+from pipeline.stages.evaluate import PREDICTIONS, TEXT, evaluate
+from pipeline.stages.metrics import report
+from pipeline.stages.prepare import FILES, make_tokenizer, prepare
+from pipeline.stages.train import CHECKS, IMPORTANCE_FILE, pretrain, train
+
+_SCHEDULE = {"schedule", "warmup"}
+_TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
+_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
+
+
+def looking_at(base: Stage | External, adapter: Stage) -> dict[str, Stage | External]:
+    """Inputs of a stage that looks at an adapter on its base model."""
+    return {"model": base, "adapter": adapter}
+
+
+def measures_solos(config: Config) -> bool:
+    """Whether every task is also trained alone, for its importance."""
+    return bool(config.protect) and config.importance.source == "solo"
+
+
+def first_session(config: Config) -> str:
+    """Where the base model is made: apart from the sequence where solo models come in between."""
+    return "base" if is_builtin(config) and measures_solos(config) else "sequence"
+
+
+def tokenizer_stage(config: Config) -> Stage | External:
+    """The stage that makes the built-in model's tokenizer, or the files of the given model's."""
+    if not is_builtin(config):
+        return External(model_folder(config), _TOKENIZER_FILES)
+    return Stage(
+        name="tokenizer",
+        fn=make_tokenizer,
+        config={"task": held_out_sources(config)[0].settings},
+        session="prepare",
+    )
+
+
+def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
+    """A task's rows, tokenized."""
+    files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
+    return Stage(
+        name=f"prepare/{source.name}",
+        fn=prepare,
+        config={
+            "task": source.settings,
+            "selection": selection(config, source),
+            "max_length": config.tasks.max_length,
+            "chat_template": config.tasks.chat_template,
+        },
+        inputs={"tokenizer": tokenizer, **files},
+        session="prepare",
+    )
+
+
+def base_model_stage(
+    config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
+) -> Stage | External:
+    """The stage that pretrains the built-in model, or the files of the given one."""
+    if not is_builtin(config):
+        return External(model_folder(config), _MODEL_FILES)
+    settings = config.model.pretraining
+    return Stage(
+        name="pretrain",
+        fn=pretrain,
+        config={
+            **config.training.model_dump(exclude=_SCHEDULE),
+            "learning_rate": settings.learning_rate,
+            "epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+            "micro_batch_size": settings.batch_size,
+            "seed": config.seed,
+        },
+        inputs={"tokenizer": tokenizer, "rows": rows[BASE_TASK]},
+        session=first_session(config),
+        train=True,
+    )
+
+
+def training_settings(config: Config, index: int) -> dict[str, Any]:
+    """Settings of training task `index` with nothing to keep; the same for all methods."""
+    training = config.training
+    # What was made before there were schedules stays what a run without one needs.
+    unscheduled = training.schedule == "constant" and not training.warmup
+    return {
+        **training.model_dump(exclude=_SCHEDULE if unscheduled else None),
+        "seed": config.seed * 1000 + index,
+        "protect": [],
+        "replay": 0.0,
+        "freeze": None,
+        "adapter": config.adapter and config.adapter.model_dump(),
+    }
+
+
+def train_stage(
+    config: Config,
+    index: int,
+    task: str,
+    base: Stage | External,
+    models: list[Stage],
+    rows: Mapping[str, Stage],
+    importances: Mapping[str, Stage],
+) -> Stage:
+    """Task `index` (1 to T). With nothing to protect yet, all methods share the stage."""
+    settings = training_settings(config, index)
+    inputs: dict[str, Stage | External] = {"model": models[-1] if models else base}
+    inputs["rows"] = rows[task]
+    if config.protect:
+        for i, file in enumerate(config.importance.past):
+            inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
+        inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
+        if len(inputs) > 2:
+            settings["protect"] = [item.model_dump() for item in config.protect]
+    earlier = list(rows)[: len(models)]
+    if config.replay.fraction and models:
+        settings["replay"] = config.replay.fraction
+        inputs |= {f"replay/{name}": rows[name] for name in earlier}
+    if config.freeze != Freeze() and models:
+        settings["freeze"] = config.freeze.model_dump()
+    if config.adapter and models:
+        if not config.adapter.fresh:
+            # The adapter lies beside weights that it is merged into; it goes on upon the base.
+            inputs |= {"model": base, "adapter": models[-1]}
+        elif config.adapter.orthogonal:
+            inputs |= {
+                f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
+            }
+    return Stage(
+        name=f"train/{index}-{task}",
+        fn=train,
+        config=settings,
+        inputs=inputs,
+        session="sequence",
+        train=True,
+    )
+
+
+def solo_stages(
+    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+) -> dict[str, Stage]:
+    """Per task a model trained from the base on it alone, for `importance.source: solo`."""
+    if not measures_solos(config):
+        return {}
+    alone = config.model_copy(update={"protect": ()})
+    stages = {}
+    for index, task in enumerate(tasks, start=1):
+        stage = train_stage(alone, index, task, base, [], rows, {})
+        stages[task] = _renamed(stage, f"solo/{index}-{task}", f"solo-{index}")
+    return stages
+
+
+def _renamed(stage: Stage, name: str, session: str) -> Stage:
+    return Stage(name, stage.fn, stage.config, stage.inputs, session, stage.train)
+
+
+def attribute_stage(
+    config: Config,
+    index: int,
+    task: str,
+    session: str,
+    inputs: Mapping[str, Stage | External],
+) -> Stage:
+    """The importance of task `index` for the model in `inputs`."""
+    settings = config.importance
+    projection = next((p for p in config.protect if isinstance(p, Project)), None)
+    return Stage(
+        name=f"attribute/{index}-{task}",
+        fn=attribute,
+        config={
+            "estimator": settings.estimator,
+            "rules": settings.rules,
+            "top_k": settings.top_k,
+            "running_values": settings.running_values,
+            "permuted": settings.permuted,
+            **({} if settings.entries else {"entries": False}),
+            "samples": settings.samples,
+            "correct_only": settings.correct_only,
+            "batch_size": settings.batch_size,
+            "split": settings.split,
+            "moments": projection and projection.weighting,
+            "unit_inputs": projection is None or projection.unit_inputs,
+            "seed": config.seed * 1000 + index,
+        },
+        inputs=inputs,
+        session=session,
+        train=True,
+    )
+
+
+def evaluate_stage(
+    config: Config,
+    name: str,
+    model: Stage | External,
+    rows: Mapping[str, Stage],
+    session: str,
+    base: Stage | External | None = None,
+) -> Stage:
+    """Score `model`, which may be an adapter that is not merged into its `base`."""
+    text = config.evaluation.text
+    apart = config.adapter is not None and not config.adapter.merge
+    looked_at = (
+        looking_at(base, model) if apart and base and isinstance(model, Stage) else {"model": model}
+    )
+    return Stage(
+        name=f"evaluate/{name}",
+        fn=evaluate,
+        config={
+            "batch_size": config.evaluation.batch_size,
+            "precision": config.evaluation.precision,
+            "scorers": list(config.evaluation.scorers),
+            "max_new_tokens": config.evaluation.max_new_tokens,
+            **({"text_tokens": config.evaluation.text_tokens} if text else {}),
+            **_only_validation(config, validation=config.evaluation.validation),
+        },
+        inputs={
+            **looked_at,
+            **{f"rows/{task}": stage for task, stage in rows.items()},
+            **({"text": External(text.expanduser().absolute())} if text else {}),
+        },
+        session=session,
+        train=True,
+    )
+
+
+def _only_validation(config: Config, **settings: Any) -> dict[str, Any]:
+    """Settings of a run whose test rows are left alone."""
+    return settings if config.evaluation.rows == "validation" else {}
+
+
+def report_stage(
+    config: Config,
+    tasks: list[str],
+    held_out: list[str],
+    scores: list[Stage],
+    chain: list[Stage],
+) -> Stage:
+    """Metrics, overlap of importances and checks, from all scores, importances and models."""
+    measured = {s.name.partition("-")[2]: s for s in chain if s.fn is attribute}
+    return Stage(
+        name="report",
+        fn=report,
+        config={
+            "method": config.method,
+            "seed": config.seed,
+            "tasks": tasks,
+            "held_out": held_out,
+            "evaluation_set": config.evaluation.set,
+            "validation": config.evaluation.validation,
+            **_only_validation(config, only_validation=True),
+        },
+        inputs={
+            **{f"scores/{i}": stage for i, stage in enumerate(scores)},
+            **{f"importance/{task}": stage for task, stage in measured.items()},
+            **{f"model/{s.name}": s for s in chain if s.fn is train},
+        },
+        session="sequence",  # If nothing else of that is left, it needs no Ray Train workers.
+        reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
+    )

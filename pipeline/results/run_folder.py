@@ -1,0 +1,122 @@
+"""A run's own folder: its config, its results, links to its artifacts, and logs of failures."""
+
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+
+from pipeline.config import loading
+from pipeline.config.config import Config
+from pipeline.errors import StageFailed
+from pipeline.plan.plan import Run
+from pipeline.results.results import RunResult, StageRecord
+from pipeline.stages.metrics import IMPORTANCE_SUMMARY, METRICS
+from pipeline.stages.prepare import SUMMARY
+from pipeline.stages.train import CHECKS
+from pipeline.storage import artifact, object_store
+from pipeline.storage.artifact import folder_name
+
+CONFIG_FILE = "config.yaml"
+_RUN_AGAIN = {"resources", "tracking", "search"}
+"""Sections that a rerun into the same folder may change: they do not change results."""
+
+
+def check_folder(config: Config, folder: Path) -> None:
+    """A run folder keeps one config: another one's results would be lost. Raises `InputError`."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return
+    try:
+        stored = loading.load(file)  # Keys that came with a later version have their defaults.
+    except InputError as error:
+        raise InputError(f"{file}: {error}; delete it to write it again") from None
+    for section in Config.model_fields:
+        if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
+            place = object_store.place_of(config.storage, folder)
+            raise InputError(
+                f"name: {place} holds a run with another {section!r} section; choose another "
+                f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
+            )
+
+
+def open_folder(run: Run) -> None:
+    """Make the run's folder, with its config in it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    artifact.write_text(run.folder / CONFIG_FILE, loading.dump(run.config))
+
+
+def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
+    """Write the run's own files from its artifacts."""
+    for stage, work in run.works.items():
+        if work.folder.exists():  # From an object store only what was needed is here.
+            _link(run.folder / folder_name(stage), work.folder)
+        artifact.remove_leftovers(work.folder)
+    report = run.works["report"]
+    prepared = summaries(run)
+    metrics = {
+        "name": run.config.name,
+        **(_json(report.read(METRICS)) or {}),
+        "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
+    }
+    artifact.write_json(run.folder / METRICS, metrics)
+    manifests = {stage: work.manifest() or {} for stage, work in run.works.items()}
+    provenance = artifact.provenance()
+    return RunResult(
+        metrics=metrics,
+        config_yaml=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        stages=[
+            StageRecord(
+                name=stage,
+                fingerprint=work.fingerprint,
+                seconds=float(manifests[stage].get("seconds", 0)),
+                reused=work.folder in done_before,
+            )
+            for stage, work in run.works.items()
+        ],
+        importance=_json(report.read(IMPORTANCE_SUMMARY)),
+        checks=_json(report.read(CHECKS)),
+        rows={task: summary["splits"] for task, summary in prepared.items()},
+        provenance={
+            "command": command,
+            "git": provenance["git"],
+            **provenance["versions"],
+            "seed": str(run.config.seed),
+        },
+    )
+
+
+def summaries(run: Run) -> dict[str, dict[str, Any]]:
+    """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
+    return {
+        task: _json(run.works[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
+    }
+
+
+def write_log(folder: Path, failure: StageFailed) -> None:
+    """Write why a stage failed, and name the file in the failure."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    file = folder / "logs" / f"{folder_name(failure.stage)}-{stamp}.log"
+    with suppress(OSError):  # The disk may be full, and why the stage failed says more.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(failure.traceback, encoding="utf-8")
+        failure.log = file
+
+
+def _link(link: Path, target: Path) -> None:
+    """Point a symbolic link at an artifact, by a relative path, replacing an older one."""
+    aside = link.with_name(link.name + ".part")
+    with suppress(FileNotFoundError):
+        aside.unlink()
+    aside.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    aside.replace(link)
+
+
+def _json(content: bytes | None) -> dict[str, Any] | None:
+    return None if content is None else json.loads(content)

@@ -1,0 +1,1 @@
+"""Many configs as trials that share stages."""

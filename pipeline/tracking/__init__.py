@@ -1,0 +1,1 @@
+"""MLflow mirrors the storage."""

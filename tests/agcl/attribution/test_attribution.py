@@ -1,0 +1,150 @@
+"""Importance of weights: which samples count, and that grouping them does not."""
+
+import pytest
+import torch
+from reference import slow_importance, tiny
+
+from agcl.attribution import attribute
+from agcl.attribution.attribute import NothingToAttribute
+from agcl.tasks.batches import collate, in_order
+
+ROWS = 9
+WRONG = (1, 5)
+
+
+def batches(rows, batch_size):
+    return [collate([rows[i] for i in chunk]) for chunk in in_order(len(rows), batch_size)]
+
+
+@pytest.fixture
+def rows(llama):
+    return tiny.answered_rows(llama, ROWS, wrong=WRONG)
+
+
+@pytest.fixture
+def right(rows):
+    return [row for index, row in enumerate(rows) if index not in WRONG]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, None, 7, 50])
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_importance_is_the_mean_of_each_entrys_largest_row_relevances(
+    llama, rows, right, top_k, rules
+):
+    expected = slow_importance.importance(llama, right, top_k=top_k, rules=rules)
+    found = attribute(llama, batches(rows, 4), top_k=top_k, rules=rules)
+    assert found.entries.keys() == expected.keys()
+    for name, entries in found.entries.items():
+        assert entries.dtype == torch.float32
+        torch.testing.assert_close(entries, expected[name].float(), rtol=2e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, None])
+def test_importance_does_not_depend_on_batch_size(llama, rows, top_k):
+    one_by_one = attribute(llama, batches(rows, 1), top_k=top_k)
+    for batch_size in (3, 8):
+        found = attribute(llama, batches(rows, batch_size), top_k=top_k)
+        for name, entries in found.entries.items():
+            torch.testing.assert_close(
+                entries, one_by_one.entries[name], rtol=1e-4, atol=1e-7, msg=name
+            )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, None])
+def test_importance_does_not_depend_on_the_order_of_rows(llama, rows, top_k):
+    found = attribute(llama, batches(rows, 3), top_k=top_k, moments="relevance")
+    shuffled = [rows[i] for i in (4, 8, 0, 5, 3, 7, 1, 6, 2)]
+    other = attribute(llama, batches(shuffled, 3), top_k=top_k, moments="relevance")
+    for name, entries in found.entries.items():
+        torch.testing.assert_close(entries, other.entries[name], rtol=1e-4, atol=1e-7, msg=name)
+    for name, moment in found.moments.items():
+        torch.testing.assert_close(moment, other.moments[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_fewer_rows_than_k_are_averaged_over_the_rows_there_are(llama, right):
+    two = right[:2]
+    singles = [attribute(llama, batches([row], 1), top_k=1).entries for row in two]
+    found = attribute(llama, batches(two, 2), top_k=4)
+    for name, entries in found.entries.items():
+        mean = (singles[0][name] + singles[1][name]) / 2
+        torch.testing.assert_close(entries, mean, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_wrongly_answered_rows_do_not_count(llama, rows, right):
+    mixed = attribute(llama, batches(rows, 3), top_k=2, moments="relevance")
+    alone = attribute(llama, batches(right, 3), top_k=2, moments="relevance")
+    for name, entries in mixed.entries.items():
+        torch.testing.assert_close(entries, alone.entries[name], rtol=1e-4, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            mixed.moments[name], alone.moments[name], rtol=1e-4, atol=1e-4, msg=name
+        )
+    assert mixed.header["rows"] == ROWS
+    assert mixed.header["rows_attributed"] == ROWS - len(WRONG)
+
+
+@pytest.mark.parametrize("top_k", [3, None])
+def test_wrong_rows_count_where_the_user_asks_for_all(llama, rows, top_k):
+    expected = slow_importance.importance(llama, rows, top_k=top_k)
+    found = attribute(llama, batches(rows, 4), top_k=top_k, correct_only=False)
+    assert found.header["rows_attributed"] == ROWS
+    for name, entries in found.entries.items():
+        torch.testing.assert_close(entries, expected[name].float(), rtol=2e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_no_right_answer_is_an_error_that_says_so(llama, rules):
+    rows = tiny.answered_rows(llama, 5, wrong=(0, 1, 2, 3, 4))
+    with pytest.raises(NothingToAttribute, match="none of the 5 rows"):
+        attribute(llama, batches(rows, 2), rules=rules)
+
+
+def test_layers_that_cp_cuts_off_have_no_importance(llama, rows):
+    for top_k in (2, None):
+        found = attribute(llama, batches(rows, 4), top_k=top_k, rules="cp")
+        for name, entries in found.entries.items():
+            cut = any(part in name for part in slow_importance.CUT_OFF_BY_CP)
+            assert bool(entries.any()) != cut, name
+
+
+def test_the_model_is_as_before_afterwards_also_after_an_exception(llama, rows, gradients):
+    llama.train()
+    slopes = gradients(llama)
+
+    def breaking_off():
+        yield from batches(rows[:3], 3)
+        raise OSError("disk gone")
+
+    attribute(llama, batches(rows, 3))
+    with pytest.raises(OSError, match="disk gone"):
+        attribute(llama, breaking_off())
+
+    assert llama.training
+    assert all(p.requires_grad and p.grad is None for p in llama.parameters())
+    for name, slope in gradients(llama).items():
+        assert torch.equal(slope, slopes[name]), name
+
+
+def test_progress_counts_rows(llama, rows):
+    done = []
+    attribute(llama, batches(rows, 4), log=done.append)
+    assert done == [4, 8, 9]
+
+
+def test_importances_carry_no_graph_and_own_their_memory(llama, rows):
+    found = attribute(llama, batches(rows, 4), moments="uniform")
+    weights = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    for tensor in [*found.entries.values(), *found.moments.values()]:
+        assert not tensor.requires_grad
+        tensor.zero_()
+    assert all(torch.equal(p, weights[name]) for name, p in llama.named_parameters())
+
+
+@pytest.mark.parametrize("top_k", [2, None])
+def test_a_layer_that_outputs_zeros_has_zero_importance_not_nan(llama, top_k):
+    """New blocks of an expanded model start with such layers."""
+    llama.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    llama.lm_head.weight.data.mul_(1e3)  # large gradients arrive
+    rows = tiny.answered_rows(llama, 3)
+    found = attribute(llama, batches(rows, 3), top_k=top_k, moments="relevance")
+    found.check_finite()
+    assert not found.entries["model.layers.1.self_attn.o_proj.weight"].any()

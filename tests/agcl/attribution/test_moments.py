@@ -1,0 +1,129 @@
+"""Second moments of layer inputs, against a loop over tokens."""
+
+import pytest
+import torch
+from reference import slow_importance, tiny
+
+from agcl.attribution import attribute
+from agcl.tasks.batches import collate, in_order
+
+WRONG = (2, 3, 4)
+"""A whole batch of three is wrong if batches start at row 2, and two of one if they do not."""
+
+
+def moments(model, rows, batch_size=3, **options):
+    batches = [collate([rows[i] for i in b]) for b in in_order(len(rows), batch_size)]
+    return attribute(model, batches, **options).moments
+
+
+@pytest.fixture
+def rows(llama):
+    return tiny.answered_rows(llama, 9, wrong=WRONG)
+
+
+@pytest.fixture
+def right(rows):
+    return [row for index, row in enumerate(rows) if index not in WRONG]
+
+
+@pytest.mark.parametrize(("top_k", "unit"), [(2, True), (None, False)])
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
+    llama, rows, right, weighting, rules, top_k, unit, batch_size
+):
+    options = {"rules": rules, "unit_inputs": unit}
+    expected = slow_importance.second_moments(llama, right, weighting=weighting, **options)
+    found = moments(llama, rows, batch_size, moments=weighting, top_k=top_k, **options)
+    assert found.keys() == expected.keys()
+    for name, moment in found.items():
+        scale = float(expected[name].diagonal().mean())
+        torch.testing.assert_close(
+            moment.double(), expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name
+        )
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
+def test_without_entries_the_moments_are_the_same_bits(llama, rows, weighting, rules, monkeypatch):
+    batches = [collate(rows[:4]), collate(rows[4:])]
+    options = {"moments": weighting, "rules": rules}
+    whole = attribute(llama, batches, **options)
+    backward, calls = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda t: calls.append(1) or backward(t))
+    alone = attribute(llama, batches, entries=False, **options)
+    assert len(calls) == (2 if weighting == "relevance" else 0)
+    assert alone.entries == {}
+    assert alone.weights == whole.weights == list(whole.moments)
+    assert all(torch.equal(alone.moments[n], moment) for n, moment in whole.moments.items())
+    assert not alone.is_zero()
+    assert alone.header == whole.header
+
+
+def test_neither_entries_nor_moments_are_nothing_to_ask_for(llama, rows):
+    with pytest.raises(ValueError, match="nothing to collect"):
+        attribute(llama, [collate(rows)], entries=False)
+
+
+def test_weighting_by_relevance_differs_from_uniform(llama, rows):
+    weighted, uniform = (moments(llama, rows, moments=w) for w in ("relevance", "uniform"))
+    assert not any(torch.allclose(weighted[n], uniform[n], rtol=1e-2) for n in uniform)
+
+
+def test_of_unit_inputs_every_token_counts_alike(llama, right):
+    tokens = sum(len(row.input_ids) - 1 for row in right)
+    for name, moment in moments(llama, right, moments="uniform").items():
+        assert float(moment.trace()) == pytest.approx(tokens, rel=1e-4), name
+    for name, moment in moments(llama, right, moments="uniform", unit_inputs=False).items():
+        assert float(moment.trace()) != pytest.approx(tokens, rel=1e-2), name
+
+
+def test_under_cp_layers_without_relevance_weigh_tokens_equally(llama, rows):
+    weighted = moments(llama, rows, moments="relevance", rules="cp")
+    uniform = moments(llama, rows, moments="uniform", rules="cp")
+    for name in uniform:
+        cut = any(part in name for part in slow_importance.CUT_OFF_BY_CP)
+        assert torch.allclose(weighted[name], uniform[name], rtol=1e-5) == cut, name
+
+
+def test_moments_of_two_sets_of_rows_add_up(llama, right):
+    first, second, both = (
+        moments(llama, rows, moments="uniform") for rows in (right[:2], right[2:], right)
+    )
+    for name, moment in both.items():
+        torch.testing.assert_close(
+            moment, first[name] + second[name], rtol=1e-4, atol=1e-4, msg=name
+        )
+
+
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
+def test_rows_seen_twice_count_twice(llama, right, weighting):
+    once = moments(llama, right, moments=weighting)
+    twice = moments(llama, [*right, *right], moments=weighting)
+    for name, moment in twice.items():
+        torch.testing.assert_close(moment, 2 * once[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_last_batch_without_right_answers_adds_nothing(llama):
+    rows = tiny.answered_rows(llama, 6, wrong=(3, 4, 5))
+    for rules in ("attnlrp", "cp"):
+        alone = moments(llama, rows[:3], moments="relevance", rules=rules)
+        found = moments(llama, rows, moments="relevance", rules=rules)
+        for name, moment in found.items():
+            assert torch.equal(moment, alone[name]), name
+
+
+def test_moments_are_symmetric_and_absent_unless_asked_for(llama, rows):
+    for name, moment in moments(llama, rows, moments="relevance").items():
+        torch.testing.assert_close(moment, moment.T, rtol=1e-4, atol=1e-4, msg=name)
+    assert not moments(llama, rows)
+
+
+@pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
+def test_moments_of_a_float64_model(exact_llama, weighting):
+    rows = tiny.answered_rows(exact_llama, 3)
+    expected = slow_importance.second_moments(exact_llama, rows, weighting=weighting)
+    found = moments(exact_llama, rows, moments=weighting)
+    for name, moment in found.items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-4, msg=name)

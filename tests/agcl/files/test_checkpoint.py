@@ -1,0 +1,189 @@
+"""Checkpoints inside a task: what goes on from one ends as if nothing had happened."""
+
+import math
+
+import pytest
+import torch
+from reference import tiny
+from reference import workers as remote
+
+from agcl.files import checkpoint as checkpoints
+from agcl.files.checkpoint import Checkpoint
+from agcl.modulation import GatedAdamW
+from agcl.train import train_task
+
+OPTIONS = {
+    "epochs": 3,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "seed": 5,
+    "schedule": "cosine",
+    "warmup": 0.3,
+}
+STEPS = 9
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class CountedRows(list):
+    """Rows that count how often they are looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, index):
+        self.looked_at += 1
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """Checkpoints may take all the time."""
+    monkeypatch.setattr(checkpoints, "_LARGEST_SHARE", math.inf)
+
+
+def protected():
+    """A model with dropout, and all that its optimizer can hold."""
+    model = tiny.llama(dropout=0.5)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gate = {n: torch.rand(p.shape, generator=torch.manual_seed(1)) for n, p in trained.items()}
+    return model, GatedAdamW(trained.items(), lr=1e-2, gate=gate)
+
+
+def train(checkpoint=None, *, stop=None, rows=None):
+    """Train anew, perhaps up to a step; the weights, what was logged, and the rows."""
+    model, optimizer = protected()
+    rows = CountedRows(rows or tiny.random_rows(10))
+    logged = []
+
+    def log(metrics, step):
+        logged.append((dict(metrics), step))
+
+    def penalise():
+        if stop is not None and len(logged) == stop:
+            raise Interrupted
+        return torch.zeros(())
+
+    interrupted = False
+    try:
+        train_task(
+            model, rows, optimizer, checkpoint=checkpoint, penalise=penalise, log=log, **OPTIONS
+        )
+    except Interrupted:
+        interrupted = True
+    assert interrupted == (stop is not None)
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, logged, rows.looked_at
+
+
+def make(folder, identity="a task", seconds=0.0):
+    return Checkpoint(folder / "of-a-task.checkpoint", identity, seconds)
+
+
+def assert_same(found, expected):
+    assert found[1] == expected[1]
+    for name, weight in expected[0].items():
+        assert torch.equal(found[0][name], weight), name
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_training_goes_on_where_it_was_cut_off_to_the_same_bits(tmp_path, every_step, stop):
+    whole = train()
+    train(make(tmp_path), stop=stop)
+    assert [file.name for file in tmp_path.iterdir()] == ["of-a-task.checkpoint"]
+    rest = train(make(tmp_path))
+    assert_same(rest, whole)
+    # Ten rows an epoch: four, four and two.
+    assert rest[2] == 30 - [0, 4, 8, 10, 14, 18, 20, 24, 28][stop]
+
+
+def test_it_can_be_cut_off_again_and_again(tmp_path, every_step):
+    whole = train()
+    for stop in (2, 5, 7):
+        train(make(tmp_path), stop=stop)
+    assert_same(train(make(tmp_path)), whole)
+
+
+def test_a_finished_task_is_not_trained_again(tmp_path, every_step):
+    whole = train(make(tmp_path))
+    again = train(make(tmp_path))
+    assert_same(again, whole)
+    assert again[2] == 0
+
+
+@pytest.mark.parametrize("damage", ["identity", "cut", "flipped", "importance", "empty"])
+def test_what_is_no_checkpoint_of_the_task_is_passed_over(tmp_path, every_step, damage):
+    whole = train()
+    train(make(tmp_path, "another task" if damage == "identity" else "a task"), stop=4)
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:-7])
+    if damage == "flipped":
+        content[-7] ^= 1
+        file.write_bytes(content)
+    if damage == "importance":
+        from agcl.importance import Importance
+
+        Importance({"a": torch.ones(1, 2)}).save(file)
+    if damage == "empty":
+        file.write_bytes(b"")
+    again = train(make(tmp_path))
+    assert_same(again, whole)
+    assert again[2] == 30
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, every_step, monkeypatch):
+    def disk_full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    whole = train()
+    train(make(tmp_path), stop=4)
+    monkeypatch.setattr(checkpoints.tensor_file, "save_file", disk_full)
+    assert_same(train(make(tmp_path)), whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_they_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    """Steps of a second, checkpoints of three: one every minute, though one a second is asked."""
+    now = [0.0]
+    written = []
+
+    def write(file, *of):
+        now[0] += 3
+        written.append(now[0])
+
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoints.tensor_file, "write", write)
+    checkpoint = make(tmp_path, seconds=1.0)
+    for _ in range(200):
+        now[0] += 1
+        checkpoint.write_if_due({}, torch.optim.SGD([torch.zeros(1)]), [])
+    assert written == [4, 67, 130, 193]
+
+
+def test_two_workers_go_on_together_though_one_sees_the_file(workers, tmp_path):
+    """The second worker is given another folder, as if its node did not share the disk."""
+    rows = tiny.random_rows(10)
+    whole = workers.run(remote.train_rows, rows, {}, **OPTIONS)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    stopped = workers.run(remote.train_with_checkpoint, rows, folders, stop=5, **OPTIONS)
+    assert [len(losses) for losses, _ in stopped] == [5, 5]
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 0]
+    rest = workers.run(remote.train_with_checkpoint, rows, folders, **OPTIONS)
+    for (losses, weights), (expected, expected_weights) in zip(rest, whole, strict=True):
+        assert losses == expected
+        for name, weight in expected_weights.items():
+            assert torch.equal(weights[name], weight), name
+
+
+def test_dropout_is_the_same_for_two_workers(workers):
+    rows = tiny.random_rows(10)
+    alone, _ = remote.train_rows(rows, {"dropout": 0.5}, **OPTIONS)
+    assert alone != pytest.approx(remote.train_rows(rows, {}, **OPTIONS)[0], rel=1e-3)
+    for losses, _ in workers.run(remote.train_rows, rows, {"dropout": 0.5}, **OPTIONS):
+        assert losses == pytest.approx(alone, rel=1e-4)

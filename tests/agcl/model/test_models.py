@@ -1,0 +1,172 @@
+"""The built-in model, folders that plain transformers loads, and checks before loading."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agcl.errors import InputError
+from agcl.lrp import attributed_linears, relevance_backward
+from agcl.model import models
+
+TEXTS = ["Question: Where does Bako live?\nShort answer: Rome", "Who is Tola?"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.builtin_tokenizer(TEXTS, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return models.builtin_model(len(tokenizer), seed=0)
+
+
+@pytest.fixture
+def folder(tmp_path, model, tokenizer):
+    models.save(model, tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_builtin_tokenizer_is_deterministic_and_encodes_any_text(tokenizer):
+    again = models.builtin_tokenizer(iter(TEXTS), vocab_size=300)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    for text in ("Rome", " Žofie 🦔\n\t漢字", "", "<<end>"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id is not None
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_the_builtin_model_depends_on_its_seed_alone(model, tokenizer):
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    same, other = (models.builtin_model(len(tokenizer), seed=s) for s in (0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = list(zip(model.parameters(), same.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_builtin_model_can_be_attributed_and_ends_with_its_tokenizers_end(model, tokenizer):
+    with relevance_backward(model):
+        assert len(attributed_linears(model)) == 4 * 7
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
+    assert models.check_folder(folder)["architectures"] == ["LlamaForCausalLM"]
+    loaded, words = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+    assert words(TEXTS[0])["input_ids"] == ids[0].tolist()
+    assert words.eos_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path, tokenizer):
+    half = models.builtin_model(len(tokenizer), seed=0).bfloat16()
+    models.save(half, tokenizer, tmp_path)
+    loaded = models.load_model(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    for name, weight in half.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight.float()), name
+    assert models.load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_an_empty_model_has_the_names_and_shapes_and_no_memory(folder, model):
+    empty = models.empty_model(folder)
+    shapes = {name: p.shape for name, p in empty.named_parameters()}
+    assert shapes == {name: p.shape for name, p in model.named_parameters()}
+    assert all(p.is_meta for p in empty.parameters())
+    assert list(attributed_linears(empty)) == list(attributed_linears(model))
+
+
+def change_config(folder, **keys):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"model\.path: no folder .*gone"):
+        models.check_folder(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_a_folder_without_a_needed_file_is_refused(folder, lacks, reason):
+    (folder / lacks).unlink()
+    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b""])
+def test_a_config_that_is_no_json_object_is_refused(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported"),
+        ({"architectures": []}, "not supported"),
+        ({"architectures": None}, "not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
+    change_config(folder, **keys)
+    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "x"},
+        {"model_type": ["llama"]},
+        {"model_type": "nope"},
+        {"num_attention_heads": 0},
+        {"rope_scaling": 5},
+        {"vocab_size": -4},
+        {"hidden_size": 1e30},
+        {"num_hidden_layers": None},
+        {"hidden_act": "nope"},
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused_in_one_line(folder, values):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, **values}))
+    with pytest.raises(InputError, match=r"config\.json makes no model \(.+\)$"):
+        models.check_folder(folder)
+
+
+def test_weights_that_are_not_all_there_are_refused(folder, model):
+    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "up_proj" not in k}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lack \d of the model's, such as model.layers.0.mlp"):
+        models.load_model(folder)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder):
+    file = folder / "tokenizer_config.json"
+    keys = json.loads(file.read_text())
+    file.write_text(json.dumps({**keys, "eos_token": None}))
+    for name in ("special_tokens_map.json",):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="no end-of-sequence"):
+        models.load_tokenizer(folder)

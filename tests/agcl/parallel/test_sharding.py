@@ -1,0 +1,134 @@
+"""A model that two workers share gives the numbers of a whole one."""
+
+import pytest
+import torch
+from reference import families, sharded, tiny
+
+from agcl.lrp import attributed_linears
+from agcl.model import models
+from agcl.modulation import random_bases
+
+ROWS = tiny.random_rows(11)
+LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
+
+
+def assert_close(found, expected, tolerance=1e-4):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def protections(architecture):
+    """A gate of many values, a basis of a third of the inputs, and a Fisher information."""
+    generator = torch.Generator().manual_seed(1)
+    model = families.model(architecture, dtype=torch.float32)
+    shapes = {name: layer.weight.shape for name, layer in attributed_linears(model).items()}
+    transposed = architecture == GPT2
+    return {
+        "gate": {n: torch.rand(s, generator=generator) for n, s in shapes.items()},
+        "basis": random_bases(
+            {n: torch.empty(s[not transposed], s[not transposed] // 3) for n, s in shapes.items()},
+            seed=2,
+        ),
+        "fisher": {n: torch.rand(s, generator=generator) for n, s in shapes.items()},
+    }
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Gemma2ForCausalLM"])
+@pytest.mark.parametrize("kinds", [(), ("gate",), ("basis",), ("fisher",), ("gate", "basis")])
+def test_training_is_that_of_a_whole_model(workers, architecture, kinds):
+    """Eleven rows in threes of micro-batches: the second worker has none for some."""
+    chosen = {kind: protections(architecture)[kind] for kind in kinds}
+    steps, weights = sharded.task(architecture, ROWS, **chosen)
+    for found, shared in workers.run(sharded.task, architecture, ROWS, **chosen):
+        for each, expected in zip(found, steps, strict=True):
+            assert each == pytest.approx(expected, rel=1e-6)
+        assert_close(shared, weights, 1e-6)
+
+
+@pytest.mark.parametrize("setting", ["checkpointing", "packed"])
+def test_a_frozen_weight_keeps_its_bits_whatever_saves_memory(workers, setting):
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    steps, weights = sharded.task(LLAMA, ROWS, frozen=frozen)
+    before = sharded.weights_of(families.model(LLAMA))
+    for found, shared in workers.run(sharded.task, LLAMA, ROWS, frozen=frozen, **{setting: True}):
+        assert torch.equal(shared[frozen], before[frozen])
+        assert found[-1] == pytest.approx(steps[-1], rel=1e-6)
+        assert_close(shared, weights, 1e-6)
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+def test_scores_are_those_of_a_whole_model(workers, architecture):
+    """Seven rows in twos: the second worker takes one batch again, and nobody waits forever."""
+    rows = tiny.answered_rows(families.model(architecture, dtype=torch.float32), 7, wrong=(0, 4))
+    verdicts, texts, loss = sharded.scores(architecture, rows)
+    assert verdicts == [index not in (0, 4) for index in range(7)]
+    for found in workers.run(sharded.scores, architecture, rows):
+        assert found[:2] == (verdicts, texts)
+        assert found[2] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Phi3ForCausalLM"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 2, "moments": "relevance"},
+        {"top_k": None, "rules": "cp"},
+        {"estimator": "fisher"},
+    ],
+)
+def test_importance_is_that_of_a_whole_model(workers, architecture, options):
+    entries, moments, header, _ = sharded.importance(architecture, ROWS, **options)
+    for found in workers.run(sharded.importance, architecture, ROWS, split="layers", **options):
+        assert found[2] == header
+        assert found[3], "weights or their flags are not as before"
+        assert_close(found[0], entries)
+        assert_close(found[1], moments)
+
+
+@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+def test_moments_without_entries_are_those_of_a_whole_model(workers, weighting):
+    options = {"moments": weighting, "entries": False}
+    _, moments, _, _ = sharded.importance(LLAMA, ROWS, **options)
+    for found in workers.run(sharded.importance, LLAMA, ROWS, split="layers", **options):
+        assert found[0] == {}
+        assert_close(found[1], moments)
+
+
+def test_samples_cannot_be_split_where_every_worker_needs_the_others(workers):
+    with pytest.raises(ValueError, match="split by layers"):
+        workers.run(sharded.importance, LLAMA, ROWS, split="samples")
+
+
+def test_stages_follow_each_other_on_one_sharded_model(workers):
+    losses = sharded.stages(ROWS)
+    for found in workers.run(sharded.stages, ROWS):
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_checkpoint_goes_on_sharded_or_whole(workers, tmp_path):
+    losses, weights = sharded.with_checkpoint(ROWS, tmp_path)
+    (tmp_path / "file").unlink()
+    for found, _ in workers.run(sharded.with_checkpoint, ROWS, tmp_path, stop=3):
+        assert found == pytest.approx(losses[:3], rel=1e-5)
+    written = (tmp_path / "file").read_bytes()
+    whole = sharded.with_checkpoint(ROWS, tmp_path)
+    (tmp_path / "file").write_bytes(written)
+    for found, shared in [whole, *workers.run(sharded.with_checkpoint, ROWS, tmp_path)]:
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert_close(shared, weights)
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
+def test_what_is_saved_is_whole_and_what_is_held_is_a_share(workers, architecture, tmp_path):
+    """Gemma's embeddings are its head too."""
+    tokenizer = models.builtin_tokenizer(["some text"], vocab_size=300)
+    shares = workers.run(sharded.saved, architecture, tokenizer, tmp_path)
+    expected = sharded.weights_of(families.model(architecture, dtype=torch.float32))
+    loaded = models.load_model(tmp_path)
+    assert type(loaded).__name__ == architecture
+    found = dict(loaded.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        assert [share[name][0] for share in shares] == [(len(weight) + 1) // 2, len(weight) // 2]

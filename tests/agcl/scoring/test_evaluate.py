@@ -1,0 +1,105 @@
+"""Exact match by one forward pass: the verdict of greedy decoding."""
+
+import pytest
+import torch
+from reference import tiny
+
+from agcl.modulation import GatedAdamW
+from agcl.scoring.evaluate import answered_correctly, exact_match, text_loss
+from agcl.tasks.batches import answer_places, collate
+from agcl.train import train_task
+
+
+@pytest.fixture(scope="module")
+def half_trained():
+    """A model that learned the first half of the rows."""
+    model, rows = tiny.llama(width=32), tiny.random_rows(16)
+    optimizer = GatedAdamW(model.named_parameters(), lr=1e-2)
+    train_task(model, rows[:8], optimizer, epochs=12, batch_size=8, micro_batch_size=8, seed=0)
+    return model.eval(), rows
+
+
+def generated(model, row):
+    """What greedy decoding makes of the prompt, up to the end token."""
+    prompt = torch.tensor([row.input_ids[: row.prompt_tokens]])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=len(row.input_ids) - row.prompt_tokens,
+        do_sample=False,
+        eos_token_id=tiny.END,
+        pad_token_id=0,
+    )
+    return output[0, row.prompt_tokens :].tolist()
+
+
+def test_verdicts_equal_greedy_decoding_row_by_row(half_trained):
+    model, rows = half_trained
+    expected = [generated(model, row) == row.input_ids[row.prompt_tokens :] for row in rows]
+    assert 3 <= sum(expected) <= len(rows) - 3, "both kinds must occur"
+    assert exact_match(model, rows, batch_size=5) == expected
+
+
+def test_verdicts_do_not_depend_on_batch_size_or_order(half_trained):
+    model, rows = half_trained
+    expected = exact_match(model, rows, batch_size=1)
+    for batch_size in (3, 16, 100):
+        assert exact_match(model, rows, batch_size=batch_size) == expected
+    assert exact_match(model, rows[::-1], batch_size=3) == expected[::-1]
+
+
+def test_evaluation_ignores_dropout_and_keeps_the_training_mode(half_trained):
+    model, rows = half_trained
+    expected = exact_match(model, rows, batch_size=4)
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    try:
+        assert exact_match(model, rows, batch_size=4) == expected
+        assert model.training
+    finally:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        model.eval()
+    exact_match(model, rows, batch_size=4)
+    assert not model.training
+
+
+def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
+    rows = [tiny.Encoded([5, 6, 7, 8, 9], 2), tiny.Encoded([5, 6, 7], 2)]
+    batch = collate(rows)
+    right = torch.nn.functional.one_hot(batch.input_ids, tiny.VOCABULARY).float().roll(-1, 1)
+
+    def verdict(logits):
+        return answered_correctly(logits[:, :-1][answer_places(batch)], batch).tolist()
+
+    assert verdict(right) == [True, True]
+    # Positions 1, 2 and 3 predict row 0's answer; only position 1 predicts row 1's.
+    for place, verdicts in enumerate(
+        ([True, True], [False, False], [False, True], [False, True], [True, True])
+    ):
+        wrong = right.clone()
+        wrong[:, place] = torch.nn.functional.one_hot(torch.tensor(2), tiny.VOCABULARY).float()
+        assert verdict(wrong) == verdicts, place
+
+
+def test_no_rows_have_no_verdicts(half_trained):
+    assert exact_match(half_trained[0], [], batch_size=4) == []
+
+
+@pytest.mark.parametrize("length", [2, 64, 65, 66, 300])
+def test_text_loss_is_the_mean_over_all_tokens_but_the_first_of_each_window(length):
+    model = tiny.llama(width=32)  # takes 64 tokens
+    ids = torch.randint(2, tiny.VOCABULARY, (length,)).tolist()
+    losses = []
+    for start in range(0, length, 64):
+        window = torch.tensor([ids[start : start + 64]])
+        with torch.no_grad():
+            chances = model(window).logits.double().log_softmax(-1)[0]
+        losses += [-float(chances[i, window[0, i + 1]]) for i in range(window.shape[1] - 1)]
+    assert text_loss(model, ids) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_a_text_of_one_token_has_no_loss():
+    with pytest.raises(ValueError, match="nothing to predict"):
+        text_loss(tiny.llama(), [3])

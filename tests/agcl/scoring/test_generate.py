@@ -1,0 +1,70 @@
+"""Batched greedy decoding against one row at a time without a cache."""
+
+import pytest
+import torch
+from reference import tiny
+from reference import workers as remote
+
+from agcl.scoring.generate import generate
+
+LONGEST = 8
+PROMPTS = [[(7 * i + 3 * j) % 38 + 2 for j in range(1 + (5 * i) % 11)] for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama(dtype=torch.float64)
+
+
+def one_by_one(model, prompt, end):
+    """Arg-max token after token, every time over the whole text."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + LONGEST:
+            best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if best == end:
+                break
+            ids.append(best)
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def end(model):
+    """A token that the model comes to after some tokens, for some prompts and not for others."""
+    free = [one_by_one(model, prompt, None) for prompt in PROMPTS]
+    counts = {t: sum(t in ids[1:] for ids in free) for ids in free for t in ids[1:]}
+    return next(t for t, count in counts.items() if 1 < count < len(PROMPTS) - 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+def test_batches_decode_as_one_row_at_a_time(model, end, batch_size):
+    expected = [one_by_one(model, prompt, end) for prompt in PROMPTS]
+    assert len({len(ids) for ids in expected}) > 1
+    found = generate(model, PROMPTS, end=end, max_new_tokens=LONGEST, batch_size=batch_size)
+    assert found == expected
+
+
+def test_what_the_models_folder_says_of_decoding_does_not_count(model, end):
+    expected = generate(model, PROMPTS, end=end, max_new_tokens=LONGEST, batch_size=4)
+    configured = model.generation_config
+    configured.do_sample, configured.temperature, configured.repetition_penalty = True, 9.0, 5.0
+    configured.eos_token_id, configured.num_beams, configured.min_new_tokens = 3, 2, 7
+    model.train()
+    try:
+        found = generate(model, PROMPTS, end=end, max_new_tokens=LONGEST, batch_size=4)
+        assert found == expected
+        assert model.generation_config is configured
+        assert model.training
+    finally:
+        model.eval()
+        model.generation_config = tiny.llama().generation_config
+
+
+def test_nothing_to_continue_is_nothing(model):
+    assert generate(model, [], end=1, max_new_tokens=3, batch_size=2) == []
+
+
+def test_two_workers_give_what_one_gives(workers):
+    options = {"end": tiny.END, "max_new_tokens": LONGEST, "batch_size": 2}
+    expected = remote.generated(PROMPTS, {"seed": 0}, **options)
+    assert workers.run(remote.generated, PROMPTS, {"seed": 0}, **options) == [expected, expected]

@@ -1,0 +1,105 @@
+"""Scorers on published examples and on values worked out by hand."""
+
+import sys
+import types
+
+import pytest
+
+from agcl.errors import InputError
+from agcl.scoring.scorers import SCORERS, sari_of, score, scorer_named
+
+
+def value(name, prediction, reference, prompt=""):
+    return score(SCORERS[name], prediction, reference, prompt)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("text", ["New York", "Ja, das ist gut.", "立场 支持", "x = f ( y )"])
+def test_an_answer_that_is_right_scores_one_and_an_empty_one_little(name, text):
+    assert value(name, text, text, prompt=f"{text} more") == pytest.approx(1.0)
+    # An empty simplification deletes rightly and adds nothing wrong.
+    assert value(name, "", text, prompt="else") <= (0.9 if name == "sari" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "reference", "expected"),
+    [
+        ("exact_match", " Rome\n", "Rome", 1),
+        ("exact_match", "rome", "Rome", 0),
+        ("normalised_exact_match", "Science, or technology!", "Science or Technology", 1),
+        ("normalised_exact_match", "very-positive", "very positive", 1),
+        ("normalised_exact_match", "positive", "very positive", 0),
+        ("first_character", " B because", "B\nThe line says so", 1),
+        ("first_character", "A", "B", 0),
+        ("first_character", "", "B", 0),
+        # Two of three words right, two of four found; "the" does not count.
+        (
+            "token_f1",
+            "the red old house",
+            "red house on hill",
+            2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4),
+        ),
+        ("token_f1", "the", "a", 1),
+        ("token_f1", "yes yes", "yes", 2 / 3),
+        # Longest common subsequence "the cat on mat": 4 of 4, and 4 of 6 words.
+        ("rouge_l", "the cat on mat", "The cat sat on the mat.", 0.8),
+        (
+            "rouge_l",
+            "mat the on",
+            "the cat sat on the mat",
+            2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6),
+        ),
+        ("rouge_l", "支持学校", "学校", 2 * (2 / 4) / (2 / 4 + 1)),
+        # fuzz.ratio of the documentation of rapidfuzz.
+        ("edit_similarity", "this is a test", "this is a test!", 0.96551724137931),
+        ("edit_similarity", "abc", "xyz", 0),
+    ],
+)
+def test_values(name, prediction, reference, expected):
+    assert value(name, prediction, reference) == pytest.approx(expected)
+
+
+def test_sari_of_the_example_that_hugging_face_documents():
+    found = sari_of(
+        "About 95 species are currently accepted.",
+        "About 95 you now get in.",
+        [
+            "About 95 species are currently known.",
+            "About 95 species are now accepted.",
+            "95 species are now accepted.",
+        ],
+    )
+    assert found == pytest.approx(0.26953601953601954)
+
+
+def test_sari_worked_out_by_hand():
+    # 1-grams: source a b c, prediction a d, reference a d e.
+    # keep: {a} of {a}, {a} of {a} -> 1; delete {b, c}, both right -> 1; add {d} of {d}, of {d, e}.
+    add = [2 * 1 * 0.5 / 1.5]
+    # 2-grams: source ab bc, prediction ad, reference ad de: nothing kept or to keep -> 1.
+    add.append(2 * 1 * 0.5 / 1.5)
+    # 3-grams: source abc, none predicted (precision 1), reference ade not found -> 0.
+    # 4-grams: none at all -> 1 each.
+    by_n = [(2 + add[0]) / 3, (2 + add[1]) / 3, (1 + 1 + 0) / 3, 1]
+    assert value("sari", "a d", "a d e", prompt="a b c") == pytest.approx(sum(by_n) / 4)
+
+
+def test_a_users_scorer_is_imported(monkeypatch):
+    module = types.ModuleType("their_scorers")
+    module.half = lambda prediction, reference: 0.5
+    module.asks = lambda prediction, reference, prompt: float(prompt == "?")
+    module.one = lambda prediction: 1.0
+    module.number = 3
+    monkeypatch.setitem(sys.modules, "their_scorers", module)
+    assert score(scorer_named("their_scorers:half"), "a", "b", "?") == 0.5
+    assert score(scorer_named("their_scorers:asks"), "a", "b", "?") == 1
+    for name, said in [
+        ("their_scorers:none", "no function 'none'"),
+        ("their_scorers:one", "does not take"),
+        ("their_scorers:number", "does not take"),
+        ("their_scorers:", "no function ''"),
+        ("no_such_module:f", "'no_such_module' cannot be imported"),
+        ("rouge", r"no scorer 'rouge' \(there are exact_match"),
+    ]:
+        with pytest.raises(InputError, match=f"evaluation.scorers: .*{said}"):
+            scorer_named(name, "evaluation.scorers")

@@ -1,0 +1,92 @@
+"""Rows to tokens: where the answer starts, what closes it, and the memory-mapped file."""
+
+import pyarrow as pa
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from agcl.model.models import builtin_tokenizer
+from agcl.tasks import SCHEMA, Encoded, EncodedRows, Row, encode
+
+ROWS = [
+    Row("Question: Where does Bako live?\nShort answer:", " Rome"),
+    Row("Wo wohnt Žofie 🦔?", " München"),
+    Row("2+2=", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return builtin_tokenizer([row.prompt + row.answer for row in ROWS] * 4, vocab_size=300)
+
+
+@pytest.fixture
+def framing_tokenizer():
+    """Puts a start and an end token around every text, as some pretrained ones do."""
+    tokenizer = builtin_tokenizer([row.prompt for row in ROWS], vocab_size=300)
+    tokenizer.add_special_tokens({"bos_token": "<start>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A <end>",
+        special_tokens=[
+            ("<start>", tokenizer.bos_token_id),
+            ("<end>", tokenizer.eos_token_id),
+        ],
+    )
+    return tokenizer
+
+
+def encoded(table):
+    return [Encoded(r["input_ids"], r["prompt_tokens"]) for r in table.to_pylist()]
+
+
+def write(file, *tables):
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return file
+
+
+def test_prompt_answer_and_end_follow_each_other(tokenizer):
+    table = encode(tokenizer, iter(ROWS))
+    assert table.schema == SCHEMA
+    for row, (ids, prompt_tokens) in zip(ROWS, encoded(table), strict=True):
+        assert tokenizer.decode(ids[:prompt_tokens]) == row.prompt
+        assert tokenizer.decode(ids[prompt_tokens:-1]) == row.answer
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in ids[:-1]
+    assert table["prompt"].to_pylist() == [row.prompt for row in ROWS]
+    assert table["answer"].to_pylist() == [row.answer for row in ROWS]
+
+
+def test_the_prompts_tokens_are_those_at_generation(tokenizer):
+    """Also where prompt and answer would merge into one token if they were encoded together."""
+    merging = builtin_tokenizer(["abab abab abab"] * 50, vocab_size=280)
+    [(ids, prompt_tokens)] = encoded(encode(merging, [Row("a", "b")]))
+    assert ids[:prompt_tokens] == merging("a")["input_ids"]
+    assert ids != [*merging("ab")["input_ids"], merging.eos_token_id]
+
+
+def test_special_tokens_stand_before_the_prompt_and_after_the_answer_only(framing_tokenizer):
+    start, end = framing_tokenizer.bos_token_id, framing_tokenizer.eos_token_id
+    for ids, prompt_tokens in encoded(encode(framing_tokenizer, ROWS)):
+        assert ids[0] == start
+        assert start not in ids[1:]
+        assert ids[-1] == end
+        assert end not in ids[:-1]
+        assert 1 < prompt_tokens < len(ids) - 1
+
+
+def test_rows_come_back_from_a_memory_mapped_file(tmp_path, tokenizer):
+    table = encode(tokenizer, ROWS)
+    rows = EncodedRows(write(tmp_path / "rows.arrow", table, table.slice(1)))
+    expected = encoded(table) + encoded(table)[1:]
+    assert len(rows) == 5
+    assert list(rows) == expected
+    assert [rows[i] for i in (4, 0, -1)] == [expected[i] for i in (4, 0, -1)]
+    with pytest.raises(IndexError):
+        rows[5]
+
+
+def test_an_empty_table_round_trips(tmp_path, tokenizer):
+    table = encode(tokenizer, [])
+    assert table.schema == SCHEMA
+    assert len(EncodedRows(write(tmp_path / "rows.arrow", table))) == 0

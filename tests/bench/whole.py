@@ -1,0 +1,231 @@
+"""What the pipeline adds to the work of its stages, and what a long sequence costs."""
+
+import io
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from agcl.attribution import attribute
+from agcl.importance import Importance
+from agcl.lrp import attributed_linears
+from agcl.model import models
+from agcl.modulation import GatedAdamW, bases
+from agcl.scoring.evaluate import exact_match
+from agcl.tasks import TRAIN, Encoded, encode, facts
+from agcl.tasks.batches import collate, in_order
+from agcl.train import train_task
+from bench.measure import Figure, figure
+from pipeline.config.config import Config
+from pipeline.config.sources import open_task, selection, sources
+from pipeline.estimate import peak_memory
+from pipeline.execution.cluster import cluster
+from pipeline.execution.scheduler import run_with_progress
+from pipeline.plan.stage import sessions
+from pipeline.run import open_run
+from pipeline.stages.context import Context
+from pipeline.stages.train import IMPORTANCE_FILE, train
+
+TASKS = 3
+ENERGY = 0.8
+
+
+def whole_pipeline(model: str, num_pairs: int, threads: int, device: str) -> tuple[Figure, float]:
+    """A run of three tasks once Ray is up, against the same work in one plain loop.
+
+    Both prepare, train with a projection, attribute and evaluate every task after each. Also
+    gives the seconds that a stage costs beyond its work, Ray's sessions included.
+    """
+    taken, stages = [], 1
+    with TemporaryDirectory() as scratch:
+        base = _model_folder(model, Path(scratch))
+        configs = [
+            _config(base, Path(scratch) / str(i), threads, gpus=int(device != "cpu"))
+            for i in range(num_pairs)
+        ]
+        with cluster(configs[0].resources) as side_by_side:
+            for config in configs:
+                run = open_run(config)
+                todo = sessions({"bench": run.plan.stages}, config.storage)
+                stages = sum(len(session.works) for session in todo)
+                started = time.perf_counter()
+                failures = run_with_progress(
+                    todo,
+                    run.folder,
+                    config.resources,
+                    lambda records: None,
+                    Console(file=io.StringIO()),
+                    side_by_side=side_by_side,
+                )
+                for failure in failures:
+                    raise failure
+                between = time.perf_counter()
+                _plain_loop(config, base, device)
+                taken.append((between - started, time.perf_counter() - between))
+    found = figure("pipeline", taken, 1.25, "the same work in one plain loop")
+    return found, (found.values[0] - found.values[1]) / stages
+
+
+def late_task(num_pairs: int) -> list[Figure]:
+    """Time and memory of training task 30 against task 2, on the built-in model.
+
+    Each is the train stage in a process of its own, with the importances of all tasks before it.
+    """
+    times, memory = [], []
+    with TemporaryDirectory() as scratch:
+        inputs = _inputs_of_task(30, Path(scratch))
+        few = dict(list(inputs.items())[:3])
+        _train_stage(few)  # Reads into the disk's cache what both need.
+        for _ in range(num_pairs):
+            late, early = _train_stage(inputs), _train_stage(few)
+            times.append((late[0], early[0]))
+            memory.append((late[1], early[1]))
+    return [
+        figure("task_30_time", times, 1.1, "task 2"),
+        figure("task_30_memory", memory, 1.1, "task 2", "MB"),
+    ]
+
+
+def train_stage_seconds(tasks: Sequence[int]) -> dict[int, float]:
+    """Seconds of the train stage of the given task numbers."""
+    with TemporaryDirectory() as scratch:
+        inputs = list(_inputs_of_task(max(tasks), Path(scratch)).items())
+        return {number: _train_stage(dict(inputs[: number + 1]))[0] for number in tasks}
+
+
+def _model_folder(model: str, scratch: Path) -> Path:
+    if model != models.BUILTIN:
+        return Path(model)
+    models.save(*_builtin(), scratch / "base")
+    return scratch / "base"
+
+
+def _builtin() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = models.builtin_tokenizer(row.prompt + row.answer for row in _rows_of(0))
+    return models.builtin_model(len(tokenizer), seed=0), tokenizer
+
+
+def _rows_of(index: int) -> list[Any]:
+    return list(facts.task(index, entities=12, base_entities=0, seed=0).splits[TRAIN]())
+
+
+def _config(base: Path, storage: Path, threads: int, gpus: int = 0) -> Config:
+    return Config.model_validate(
+        {
+            "name": "bench",
+            "storage": storage,
+            "model": {"path": str(base)},
+            "tasks": {"format": "facts", "count": TASKS, "entities": 12},
+            "training": {"epochs": 4, "batch_size": 16, "learning_rate": 1e-4},
+            "importance": {"correct_only": False},
+            "protect": [{"kind": "project", "energy": ENERGY}],
+            "resources": {"cpus_per_worker": threads, "gpus_per_worker": gpus},
+        }
+    )
+
+
+def _plain_loop(config: Config, base: Path, device: str) -> None:
+    model, tokenizer = models.load_model(base).to(device), models.load_tokenizer(base)
+    rows: list[dict[str, list[Encoded]]] = []
+    for source in sources(config):
+        task = open_task(source.settings, source.files, selection(config, source))
+        encoded = {name: _encoded(tokenizer, list(split())) for name, split in task.splits.items()}
+        rows.append(encoded)
+    options = config.training.model_dump()
+    rate, decay = options.pop("learning_rate"), options.pop("weight_decay")
+    del options["activation_checkpointing"], options["compile"]
+
+    def evaluate() -> None:
+        for splits in rows:
+            for scored in splits.values():
+                exact_match(model, scored, batch_size=config.evaluation.batch_size)
+
+    evaluate()
+    past: list[Importance] = []
+    for number, splits in enumerate(rows, start=1):
+        names = set(attributed_linears(model)) if past else set(dict(model.named_parameters()))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        basis = bases(past, energy=ENERGY, device=device) if past else None
+        named = [(n, p) for n, p in model.named_parameters() if n in names]
+        optimizer = GatedAdamW(named, basis=basis, lr=rate, weight_decay=decay)
+        train_task(model, splits[TRAIN], optimizer, seed=number, **options)
+        model.requires_grad_(True)
+        batches = in_order(len(splits[TRAIN]), config.importance.batch_size)
+        past.append(
+            attribute(
+                model,
+                (collate([splits[TRAIN][i] for i in indices]) for indices in batches),
+                top_k=config.importance.top_k,
+                moments="relevance",
+                correct_only=False,
+            )
+        )
+        evaluate()
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, rows: list[Any]) -> list[Encoded]:
+    table = encode(tokenizer, rows)
+    columns = (table[name].to_pylist() for name in ("input_ids", "prompt_tokens"))
+    return [Encoded(*row) for row in zip(*columns, strict=True)]
+
+
+def _inputs_of_task(number: int, folder: Path) -> dict[str, Path]:
+    """Model, rows and the importances of all earlier tasks, as the train stage takes them."""
+    model, tokenizer = _builtin()
+    models.save(model, tokenizer, folder / "model")
+    table = encode(tokenizer, _rows_of(1))
+    (folder / "rows").mkdir()
+    with (
+        pa.OSFile(str(folder / "rows" / f"{TRAIN}.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    inputs = {"model": folder / "model", "rows": folder / "rows"}
+    rows = _encoded(tokenizer, _rows_of(1))
+    found = attribute(model, [collate(rows)], moments="relevance", correct_only=False)
+    for task in range(1, number):
+        inputs[f"importance/{task}"] = folder / f"importance-{task}"
+        inputs[f"importance/{task}"].mkdir()
+        found.save(inputs[f"importance/{task}"] / IMPORTANCE_FILE)
+    return inputs
+
+
+def _train_stage(inputs: dict[str, Path]) -> tuple[float, float]:
+    """Seconds of the train stage, and the most memory its process had, in MB."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_in_own_process, args=(inputs, theirs))
+    process.start()
+    theirs.close()
+    taken: tuple[float, float] = ours.recv()
+    process.join()
+    return taken
+
+
+def _in_own_process(inputs: dict[str, Path], end: Any) -> None:
+    logging.disable_progress_bar()
+    torch.set_num_threads(2)
+    config = _config(inputs["model"], Path(), 2)
+    settings = {
+        **config.training.model_dump(),
+        "epochs": 25,
+        "seed": 0,
+        "protect": [item.model_dump() for item in config.protect],
+        "replay": 0.0,
+        "freeze": None,
+        "adapter": None,
+    }
+    started = time.perf_counter()
+    with TemporaryDirectory() as out_dir:
+        train(settings, inputs, Path(out_dir), Context())
+    taken = time.perf_counter() - started
+    end.send((taken, peak_memory() / 1e6))

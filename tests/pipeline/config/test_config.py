@@ -1,0 +1,249 @@
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from agcl.errors import InputError
+from pipeline.config import loading
+from pipeline.config.method import Gate, Project
+from pipeline.config.presets import METHODS
+
+FULL = """
+name: mine
+method: agcl
+seed: 3
+storage: {storage}
+model:
+  path: builtin
+  pretraining: {{entities: 9}}
+tasks:
+  format: facts
+  count: 2
+training:
+  learning_rate: 1e-4
+  epochs: 5
+importance:
+  top_k: 7
+  source: solo
+protect:
+  - kind: gate
+    strength: 0.25
+  - kind: project
+    energy: 0.5
+evaluation: {{batch_size: 3}}
+resources: {{num_workers: 2}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(FULL.format(storage=tmp_path / "storage"))
+    return file
+
+
+def write(tmp_path, text):
+    file = tmp_path / "other.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_values_of_the_file_are_read_into_their_types(file, tmp_path):
+    config = loading.load(file)
+    assert (config.name, config.seed, config.storage) == ("mine", 3, tmp_path / "storage")
+    assert config.training.learning_rate == 1e-4  # YAML 1.1 reads "1e-4" as text
+    assert config.protect == (Gate(kind="gate", strength=0.25), Project(kind="project", energy=0.5))
+    assert config.importance.top_k == 7
+    assert config.importance.source == "solo"
+    assert config.resources.num_workers == 2
+
+
+def test_an_empty_file_is_the_default_method_with_its_preset(tmp_path):
+    config = loading.load(write(tmp_path, ""))
+    assert config.method == "agcl"
+    assert config.protect == (Project(kind="project"),)
+
+
+def test_the_preset_of_sequential_protects_nothing(tmp_path):
+    assert loading.load(write(tmp_path, "method: sequential\n")).protect == ()
+
+
+def test_a_relative_storage_is_made_absolute_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loading.load(write(tmp_path, "storage: here\n")).storage == tmp_path / "here"
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert loading.load(write(tmp_path, "storage: ~/runs\n")).storage == tmp_path / "runs"
+
+
+def test_overrides_beat_the_file(file):
+    config = loading.load(file, ["training.epochs=9", "seed=4", "training.learning_rate=1e-2"])
+    assert (config.training.epochs, config.seed) == (9, 4)
+    assert config.training.learning_rate == 1e-2
+    assert config.importance.top_k == 7
+
+
+def test_the_last_of_two_overrides_of_a_key_wins(file):
+    assert loading.load(file, ["seed=5", "seed=6"]).seed == 6
+
+
+def test_an_override_may_open_a_section_that_the_file_lacks(file):
+    config = loading.load(file, ["tracking.enabled=false", "evaluation.set=null"])
+    assert config.tracking.enabled is False
+    assert config.evaluation.set is None
+
+
+def test_an_override_may_be_a_whole_section_or_list(file):
+    config = loading.load(file, ["protect=[{kind: gate}]", "evaluation={batch_size: 2}"])
+    assert config.protect == (Gate(kind="gate"),)
+    assert config.evaluation.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["protect.0.kind=gate", "protect.0.strength=0.5"],
+        ["protect.0.strength=0.5", "protect.0.kind=gate"],
+    ],
+)
+def test_items_of_a_list_are_set_in_any_order(tmp_path, overrides):
+    config = loading.load(write(tmp_path, "method: agcl\n"), overrides)
+    assert config.protect == (Gate(kind="gate", strength=0.5),)
+
+
+def test_a_new_kind_drops_the_settings_of_the_old_one_and_the_same_kind_keeps_them(file):
+    overrides = ["protect=[{kind: gate, strength: 0.25}]"]
+    again = loading.load(file, [*overrides, "protect.0.exponent=2"])
+    assert again.protect == (Gate(kind="gate", strength=0.25, exponent=2),)
+    config = loading.load(write(file.parent, "protect: [{kind: gate, strength: 0.25}]\n"))
+    assert config.protect[0].strength == 0.25
+    replaced = loading.load(file.parent / "other.yaml", ["protect.0.kind=project"])
+    assert replaced.protect == (Project(kind="project"),)
+    kept = loading.load(file.parent / "other.yaml", ["protect.0.kind=gate"])
+    assert kept.protect[0].strength == 0.25
+
+
+def test_an_item_after_the_last_is_appended(tmp_path):
+    file = write(tmp_path, "protect: [{kind: gate}]\n")
+    config = loading.load(file, ["protect.1.energy=0.5", "protect.1.kind=project"])
+    assert config.protect == (Gate(kind="gate"), Project(kind="project", energy=0.5))
+
+
+def test_a_list_is_emptied_and_filled_again_in_the_order_given(file):
+    config = loading.load(file, ["protect=[]", "protect.0.kind=gate"])
+    assert config.protect == (Gate(kind="gate"),)
+
+
+@pytest.mark.parametrize("how", ["argument", "override"])
+def test_another_method_drops_what_was_written_for_the_files_own(file, how):
+    config = (
+        loading.load(file, method="sequential")
+        if how == "argument"
+        else loading.load(file, ["method=sequential"])
+    )
+    assert config.method == "sequential"
+    assert config.protect == ()
+    assert (config.importance.top_k, config.importance.source) == (4, "sequential")
+    assert config.training.epochs == 5
+
+
+def test_the_files_own_method_keeps_its_sections(file):
+    assert loading.load(file, ["method=agcl"]) == loading.load(file)
+    assert loading.load(file, method="agcl") == loading.load(file)
+
+
+def test_settings_beside_another_method_are_added_to_its_preset(tmp_path):
+    file = write(tmp_path, "method: sequential\n")
+    config = loading.load(file, ["protect.0.energy=0.3", "importance.top_k=2"], method="agcl")
+    assert config.protect == (Project(kind="project", energy=0.3),)
+    assert config.importance.top_k == 2
+
+
+@pytest.mark.parametrize("method", [m for m, of in METHODS.items() if of.variant_of == "agcl"])
+def test_a_control_keeps_the_files_settings_of_what_it_controls(file, method):
+    ours, control = loading.load(file), loading.load(file, method=method)
+    assert control.protect != ours.protect
+    assert control.protect[0] == ours.protect[0]
+    changed = ours.protect[1].model_copy(update=METHODS[method].changes)
+    assert control.protect[1] == changed
+    assert control.importance == ours.importance
+
+
+@pytest.mark.parametrize("method", ["gate_permuted", "gate_random"])
+def test_a_control_of_another_method_is_that_ones_preset_but_for_its_change(file, method):
+    gate, control = loading.load(file, method="gate"), loading.load(file, method=method)
+    assert control.protect == gate.protect
+    assert control.importance == gate.importance.model_copy(update=METHODS[method].changes)
+    assert control.importance != gate.importance
+
+
+def test_a_control_of_what_is_not_there_is_refused(tmp_path):
+    file = write(tmp_path, "protect: [{kind: gate}]\n")
+    with pytest.raises(InputError, match="method: project_random needs an item of kind project"):
+        loading.load(file, method="project_random")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dumped_config_loads_as_the_same_config(file, method):
+    config = loading.load(file, ["name=other-1"], method)
+    again = file.with_name("again.yaml")
+    again.write_text(loading.dump(config), encoding="utf-8")
+    assert loading.load(again) == config
+    assert loading.dump(loading.load(again)) == loading.dump(config)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("false", 0), ("true", 1)])
+def test_configs_of_runs_before_gpus_could_be_shared_still_load(tmp_path, written, meant):
+    old = tmp_path / "old.yaml"
+    old.write_text(f"resources: {{use_gpu: {written}, num_workers: 2}}\n")
+    assert loading.load(old).resources.gpus_per_worker == meant
+    assert "use_gpu" not in loading.dump(loading.load(old))
+    assert loading.load(old, ["resources.gpus_per_worker=1"]).resources.gpus_per_worker == 1
+
+
+def test_a_dump_holds_every_setting_as_plain_yaml(file):
+    raw = yaml.safe_load(loading.dump(loading.load(file)))
+    assert raw["training"]["weight_decay"] == 0.01
+    assert raw["protect"][1] == {
+        "ungated": "freeze",
+        "kind": "project",
+        "energy": 0.5,
+        "weighting": "relevance",
+        "unit_inputs": True,
+        "directions": "leading",
+    }
+
+
+def test_formats_with_paths_survive_a_dump(tmp_path):
+    text = "tasks: {format: jsonl, sequence: [{name: Größe, train: a.jsonl, test: b.jsonl}]}\n"
+    config = loading.load(write(tmp_path, text))
+    again = tmp_path / "again.yaml"
+    again.write_text(loading.dump(config), encoding="utf-8")
+    assert loading.load(again) == config
+    assert config.tasks.sequence[0].name == "Größe"
+
+
+def test_a_config_is_frozen(file):
+    config = loading.load(file)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.epochs = 1
+
+
+def test_loading_does_not_change_the_presets(tmp_path):
+    file = write(tmp_path, "")
+    loading.load(file, ["protect.0.kind=gate", "protect.0.strength=0.5"])
+    assert loading.load(file).protect == (Project(kind="project"),)
+
+
+def test_a_setting_changes_one_of_two_places_that_share_an_alias(tmp_path):
+    file = write(tmp_path, "training: &rows {batch_size: 3}\nevaluation: *rows\n")
+    config = loading.load(file, ["training.batch_size=5"])
+    assert (config.training.batch_size, config.evaluation.batch_size) == (5, 3)
+
+
+def test_a_mapping_may_be_merged_into_another(tmp_path):
+    file = write(tmp_path, "training: &t {epochs: 3}\nevaluation: {<<: {batch_size: 4}}\n")
+    assert loading.load(file).evaluation.batch_size == 4

@@ -1,0 +1,247 @@
+"""Bad configs: `InputError` of one line that names the key."""
+
+import pytest
+
+from agcl.errors import InputError
+from pipeline.config import loading
+
+LAUGHS = (
+    "name: &l0 [ha, ha]\n"
+    + "".join(f"k{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 21))
+    + "protect: [{{kind: {last}}}]\n"
+)
+"""Twenty lines that are 9 ** 20 values."""
+
+
+@pytest.fixture
+def problem(tmp_path):
+    """The message for a YAML text and overrides."""
+
+    def of(text="", *overrides):
+        file = tmp_path / "config.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError) as caught:
+            loading.load(file, overrides)
+        message = str(caught.value)
+        assert message.strip() == message
+        assert len(message.splitlines()) == 1
+        return message
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("training.epochs=many", "training.epochs: "),
+        ("training.epochs=1.5", "training.epochs: "),
+        ("training.epochs=true", "training.epochs: "),
+        ("training.learning_rate=true", "training.learning_rate: "),
+        ("training.epochs=[1]", "training.epochs: "),
+        ("training.epochs=", "training.epochs: "),
+        ("training.epochs=0", "training.epochs: "),
+        ("training.batch_size=-1", "training.batch_size: "),
+        ("training.learning_rate=0", "training.learning_rate: "),
+        ("training.learning_rate=-1e-4", "training.learning_rate: "),
+        ("training.learning_rate=.nan", "training.learning_rate: "),
+        ("training.learning_rate=nan", "training.learning_rate: "),
+        ("training.learning_rate=.inf", "training.learning_rate: "),
+        ("training.weight_decay=-.inf", "training.weight_decay: "),
+        ("training.max_gradient_norm=1e999", "training.max_gradient_norm: "),
+        ("training.precision=float16", "training.precision: "),
+        ("training=5", "training: "),
+        ("training=", "training: "),
+        ("seed=-1", "seed: "),
+        ("seed=0.5", "seed: "),
+        ("method=magic", "method: "),
+        ("method=[agcl]", "method: "),
+        ("tasks.count=0", "tasks.count: "),
+        ("tasks.count=101", "tasks.count: "),
+        ("tasks.format=csv", "tasks"),
+        ("model.pretraining.entities=0", "model.pretraining.entities: "),
+        ("importance.top_k=0", "importance.top_k: "),
+        ("importance.estimator=guess", "importance.estimator: "),
+        ("importance.past=here", "importance.past: "),
+        ("importance.past=[a.safetensors]", "importance.past: "),
+        ("protect.0.energy=1.01", "protect.0.energy: "),
+        ("protect.0.energy=-0.1", "protect.0.energy: "),
+        ("protect.0.energy=.nan", "protect.0.energy: "),
+        ("protect.0.kind=wish", "protect.0"),
+        ("protect=5", "protect: "),
+        ("protect=[]", "protect: "),
+        ("evaluation.batch_size=0", "evaluation.batch_size: "),
+        ("resources.num_workers=0", "resources.num_workers: "),
+        ("seed=4294967296", "seed: "),
+        ("training.epochs=1000000000000", "training.epochs: "),
+        ("model.path=~nobody-here/model", "model.path: "),
+        ('storage="a\\0b"', "storage: "),
+        (f"storage={'x' * 300}", "storage: "),
+        (f"evaluation.text={'x/' * 3000}", "evaluation.text: "),
+        (f"name={'x' * 101}", "name: "),
+        ("tracking.uri=''", "tracking.uri: "),
+        ("resources.gpus_per_worker=3", "resources.gpus_per_worker: "),
+        ("resources.gpus_per_worker=0.001", "resources.gpus_per_worker: "),
+        ("resources.use_gpu=5", "resources.use_gpu: "),
+        ("storage=5", "storage: "),
+        ("name=", "name: "),
+        ("name=a/b", "name: "),
+        ("name=../up", "name: "),
+        ("name=.hidden", "name: "),
+        ("name=stages", "name: "),
+    ],
+)
+def test_a_bad_value_names_its_key(problem, override, start):
+    assert problem("tasks: {format: facts}\n", override).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["protect=[{kind: gate}]"], "protect kind gate"),
+        (["protect=[{kind: penalty}, {kind: project}]"], "protect kind penalty"),
+        (["importance.permuted=true"], "importance.permuted"),
+        (["importance.estimator=random"], "estimator random"),
+    ],
+)
+def test_what_needs_entries_is_named_where_there_are_none(problem, settings, named):
+    message = problem("", "importance.entries=false", *settings)
+    assert message.startswith(f"importance.entries: must be true for {named}")
+
+
+def test_several_workers_do_not_share_a_gpu(problem):
+    message = problem("", "resources.num_workers=2", "resources.gpus_per_worker=0.5")
+    assert message.startswith("resources.gpus_per_worker: must be 0 or 1 with several workers")
+
+
+@pytest.mark.parametrize("other", ["training.compile=true", "adapter={rank: 4}"])
+def test_a_shared_model_says_what_it_does_not_go_with(problem, other):
+    method = "method: sequential\n" if "compile" in other else "method: lora\n"
+    message = problem(method, "resources.shard_model=true", other)
+    assert message.startswith("resources.shard_model: cannot be used with ")
+
+
+def test_a_value_out_of_range_says_the_range_and_what_was_given(problem):
+    message = problem("", "protect.0.energy=1.5")
+    assert "less than or equal to 1" in message
+    assert "1.5" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggestion"),
+    [
+        ("training: {learning_rat: 1}\n", "training.learning_rat", "learning_rate"),
+        ("trainig: {}\n", "trainig", "training"),
+        ("protect: [{kind: gate, strenght: 1}]\n", "protect.0.strenght", "strength"),
+        ("model: {pretraining: {entitys: 3}}\n", "model.pretraining.entitys", "entities"),
+        ("tasks: {format: facts, cuont: 2}\n", "tasks.cuont", "count"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(problem, text, key, suggestion):
+    message = problem(text)
+    assert message.startswith(f"{key}: unknown key")
+    assert suggestion in message.split(key, 1)[1]
+
+
+@pytest.mark.parametrize("word", ["gate", "project", "facts", "concept1k", "jsonl"])
+def test_an_unknown_key_that_is_also_a_kind_is_named_in_full(problem, word):
+    assert problem(f"training: {{{word}: 1}}\n").startswith(f"training.{word}: unknown key")
+
+
+def test_a_key_of_another_kind_is_unknown(problem):
+    assert "protect.0.energy" in problem("protect: [{kind: gate, energy: 0.5}]\n")
+    assert "tasks.path" in problem("tasks: {format: facts, path: x}\n")
+
+
+def test_every_wrong_key_is_named_in_one_line(problem):
+    message = problem("seed: x\ntraining: {epochs: 0, wrong: 1}\n")
+    for key in ("seed", "training.epochs", "training.wrong"):
+        assert f"{key}: " in message
+
+
+def test_a_missing_key_is_named(problem):
+    message = problem("tasks: {format: concept1k}\n")
+    assert message.startswith("tasks.path: ")
+    assert "required" in message
+
+
+def test_a_missing_kind_is_named(problem):
+    assert problem("protect: [{strength: 1}]\n").startswith("protect.0.kind: ")
+
+
+@pytest.mark.parametrize(
+    "kinds", ["[project, gate]", "[gate, gate]", "[project, project]", "[gate, project, gate]"]
+)
+def test_projection_must_be_last_and_kinds_unique(problem, kinds):
+    items = ", ".join(f"{{kind: {kind}}}" for kind in kinds.strip("[]").split(", "))
+    message = problem(f"protect: [{items}]\n")
+    assert message.startswith("protect: ")
+    assert "project last" in message
+
+
+def test_a_method_that_protects_nothing_refuses_protections(problem):
+    message = problem("method: sequential\n", "protect.0.kind=gate")
+    assert message.startswith("protect: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1\n",
+        "a: b: c\n",
+        "\tname: x\n",
+        "a: 2024-13-45\n",
+        b"name: \xff\xfe\n",
+        b"name: \x00\n",
+        "a: !!python/object:os.system x\n",
+        "seed: 1\nseed: 2\n",
+        "training: {epochs: 1, epochs: 2}\n",
+        "seed: !!int many\n",
+        "tracking: {enabled: !!bool perhaps}\n",
+        "seed: 0x" + "f" * 5000,
+        "a: &a [*a]\n",
+        "a: " + "[" * 3000,
+        pytest.param(LAUGHS.format(last="[*l20]"), id="laughs"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named(problem, text):
+    assert "config.yaml: not valid YAML" in problem(text)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n", "5\n", "{1: 2}\n"])
+def test_a_file_that_is_no_mapping_is_named(problem, text):
+    assert "config.yaml: a config is a mapping" in problem(text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no config file .*nowhere\.yaml"):
+        loading.load(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="no config file"):
+        loading.load(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "", "--epochs"])
+def test_an_override_without_key_or_equals_is_quoted(problem, override):
+    message = problem("", override)
+    assert repr(override) in message
+    assert "key.path=value" in message
+
+
+@pytest.mark.parametrize("override", ["seed=[1", "seed={", "name=2024-13-45"])
+def test_an_override_whose_value_is_no_yaml_is_quoted(problem, override):
+    assert repr(override) in problem("", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("protect.2.kind=gate", "protect.2.kind"),
+        ("protect.first.kind=gate", "protect.first.kind"),
+        ("protect.-1.kind=gate", "protect.-1.kind"),
+        (f"protect.{'9' * 5000}.kind=gate", "is not an item of the list"),
+        ("seed.deep=1", "seed.deep"),
+        ("training.epochs.deep=1", "training.epochs"),
+        ("wrong.deep=1", "wrong: unknown key"),
+    ],
+)
+def test_an_override_of_no_such_place_names_it(problem, override, said):
+    assert said in problem("seed: 1\n", override)

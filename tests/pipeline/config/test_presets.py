@@ -1,0 +1,224 @@
+"""Every named method on a tiny sequence, run in this process without Ray."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agcl.metrics import summary
+from pipeline.config.presets import METHODS
+
+
+@pytest.fixture(scope="module")
+def run_method(tiny_config, run_in_process, tmp_path_factory):
+    """Runs a method, but for the stages that another one ran; gives its works by stage name."""
+    storage = tmp_path_factory.mktemp("methods") / "storage"
+
+    def run(method, *settings):
+        config = tiny_config(storage, *settings, method=method)
+        return run_in_process(config)
+
+    return run
+
+
+def metrics(works):
+    return json.loads((works["report"].folder / "metrics.json").read_text())
+
+
+def weights(works, stage="train/2-valley"):
+    return load_file(works[stage].folder / "model.safetensors")
+
+
+def same_bits(first, second):
+    return all(torch.equal(first[k].view(torch.int32), second[k].view(torch.int32)) for k in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_learns(run_method, method):
+    found = metrics(run_method(method))
+    assert found["method"] == method
+    assert found["learning_accuracy"] > (0.3 if "lora" in method or "random" in method else 0.6)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("sequential", "joint", "solo")])
+def test_every_method_differs_from_sequential_in_the_second_task(run_method, method):
+    plain, other = run_method("sequential"), run_method(method)
+    first = "train/1-harbour"
+    assert (plain[first].folder == other[first].folder) == ("lora" not in method)
+    assert not same_bits(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("agcl", ["protect.0.energy=0"]),
+        ("gate", ["protect.0.strength=0"]),
+        ("ewc", ["protect.0.strength=0"]),
+        ("das", ["protect.0.strength=0"]),
+        ("gate_permuted", ["protect.0.strength=0"]),
+        ("project_random", ["protect.0.energy=0"]),
+        ("replay", ["replay.fraction=0"]),
+        ("freeze", ["freeze.layers=[]"]),
+    ],
+)
+def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method, settings):
+    assert same_bits(weights(run_method(method, *settings)), weights(run_method("sequential")))
+
+
+def test_a_projection_needs_no_entries(run_method):
+    whole, alone = run_method("agcl"), run_method("agcl", "importance.entries=false")
+    assert whole["train/2-valley"].folder != alone["train/2-valley"].folder
+    assert same_bits(weights(whole), weights(alone))
+    shown, few = (
+        json.loads((works["report"].folder / "importance.json").read_text())
+        for works in (whole, alone)
+    )
+    assert shown.keys() - few.keys() == {"by_layer_and_module", "overlap"}
+    assert few == {key: shown[key] for key in ("tasks", "rows_attributed")}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "same_as"),
+    [
+        ("lora_agcl", ["protect.0.energy=0"], ("lora",)),
+        ("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
+        ("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
+        ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
+    ],
+)
+def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
+    run_method, method, settings, same_as
+):
+    assert same_bits(weights(run_method(method, *settings)), weights(run_method(*same_as)))
+
+
+def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_same(run_method):
+    merged, apart = run_method("lora_agcl"), run_method("lora_agcl", "adapter.merge=false")
+    folder = apart["train/2-valley"].folder
+    assert not list(folder.glob("*.safetensors"))
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    beside = load_file(merged["train/2-valley"].folder / "adapter" / "adapter_model.safetensors")
+    assert same_bits(adapter, beside)
+    assert metrics(apart)["evaluation_sets"] == metrics(merged)["evaluation_sets"]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").merge_and_unload()
+    theirs, ours = loaded.state_dict(), weights(merged)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor)
+
+
+def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
+    works = run_method("lora", "freeze.layers=[1,3]")
+    before, after = (
+        load_file(works[stage].folder / "adapter" / "adapter_model.safetensors")
+        for stage in ("train/1-harbour", "train/2-valley")
+    )
+    for name in before:
+        inside = ".layers.1." in name or ".layers.3." in name
+        assert torch.equal(before[name], after[name]) is inside, name
+
+
+@pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
+def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
+    works = run_method("freeze", f"freeze.layers={layers}")
+    before, after = weights(works, "train/1-harbour"), weights(works)
+    for name in before:
+        inside = any(name.startswith(f"model.layers.{index}.") for index in frozen)
+        assert torch.equal(before[name], after[name]) is inside, name
+
+
+def test_frozen_embeddings_leave_linear_layers_free(run_method):
+    works = run_method("frozen_embeddings")
+    before, after = weights(works, "train/1-harbour"), weights(works)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "_proj" in name}
+
+
+def test_replay_mixes_rows_of_earlier_tasks_in(run_method):
+    logs = {
+        method: (run_method(method)["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+        for method in ("sequential", "replay")
+    }
+    # 12 rows in batches of 8, and 1 of the 12 earlier ones: 13 rows are 2 batches as well.
+    assert len(logs["replay"]) == len(logs["sequential"])
+    more = run_method("replay", "replay.fraction=0.5")
+    log = (more["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+    assert len(log) == len(logs["sequential"]) * 3 / 2
+
+
+def test_joint_is_one_model_for_all_rows_of_the_matrix(run_method):
+    found = metrics(run_method("joint"))
+    _, after, again = found["accuracy_matrix"]
+    assert after == again
+    assert found["backward_transfer"] == 0
+    assert found["forward_transfer"] is None
+    assert [stage for stage in run_method("joint") if stage.startswith("train/")] == ["train/joint"]
+
+
+def test_solo_scores_every_task_by_its_own_model(run_method):
+    works = run_method("solo")
+    rows = [
+        json.loads((works[f"evaluate/{stage}"].folder / "scores.json").read_text())
+        for stage in ("0-base", "1-harbour", "2-valley")
+    ]
+    for name, values in metrics(works)["evaluation_sets"].items():
+        own = rows[1]["harbour"][name], rows[2]["valley"][name]
+        assert values["accuracy_matrix"][1] == [own[0], rows[1]["valley"][name]]
+        assert values["accuracy_matrix"][2] == list(own)
+    base, model = "pretrain", works["train/2-valley"]
+    assert model.inputs["model"] == works[base].folder
+
+
+def test_every_metric_can_be_computed_again_from_the_predictions(run_method):
+    works = run_method("agcl")
+    matrix = []
+    for stage in ("0-base", "1-harbour", "2-valley"):
+        table = pq.read_table(works[f"evaluate/{stage}"].folder / "predictions.parquet").to_pylist()
+        for row in table:
+            assert row["predicted"] == row["answer"] or not row["score"]
+        verdicts = {
+            task: [
+                row["score"]
+                for row in table
+                if row["task"] == task and row["evaluation_set"] == "memorization"
+            ]
+            for task in ("harbour", "valley")
+        }
+        matrix.append([sum(found) / len(found) for found in verdicts.values()])
+    found = metrics(works)
+    assert summary(matrix) == found["evaluation_sets"]["memorization"]
+
+
+def test_rows_to_choose_by_are_never_rows_to_report(run_method):
+    share = 0.4
+    whole, split = (
+        metrics(run_method("agcl")),
+        metrics(run_method("agcl", f"evaluation.validation={share}")),
+    )
+    assert "validation" not in whole
+    for name, values in whole["evaluation_sets"].items():
+        parts = split["evaluation_sets"][name], split["validation"][name]
+        for i, row in enumerate(values["accuracy_matrix"]):
+            for j, score in enumerate(row):
+                test, chosen_by = (part["accuracy_matrix"][i][j] for part in parts)
+                # Of 12 rows some number n is for validation; the counts of right ones must add up.
+                assert any(
+                    test * (12 - n) + chosen_by * n == pytest.approx(score * 12)
+                    for n in range(1, 12)
+                )
+
+
+def test_the_loss_on_a_text_is_measured_before_and_after_every_task(run_method, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Who lives in the harbour? " * 40)
+    works = run_method("sequential", f"evaluation.text={text}", "evaluation.text_tokens=200")
+    losses = metrics(works)["text_loss"]
+    assert len(losses) == 3
+    assert len(set(losses)) == 3
+    model = AutoModelForCausalLM.from_pretrained(works["train/2-valley"].folder)
+    tokenizer = AutoTokenizer.from_pretrained(works["train/2-valley"].folder)
+    ids = torch.tensor([tokenizer(text.read_text())["input_ids"][:200]])
+    assert losses[-1] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)

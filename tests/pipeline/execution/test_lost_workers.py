@@ -1,0 +1,231 @@
+"""Sessions whose workers die, on a cluster of this machine; test_submit.py kills whole nodes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import ray
+import torch
+from rich.console import Console
+
+from agcl.errors import InputError
+from pipeline.config.config import Resources
+from pipeline.execution.cluster import cluster
+from pipeline.execution.failures import misses_others, why_lost
+from pipeline.execution.mailbox import Mailbox
+from pipeline.execution.progress import StageProgress
+from pipeline.execution.scheduler import run_sessions
+from pipeline.execution.session import run_works
+from pipeline.execution.workers import LOSSES, _check_scratch
+from pipeline.plan.stage import Session, Stage, resolve
+from pipeline.storage import artifact
+from pipeline.storage.object_store import StoreFailed
+
+pytestmark = pytest.mark.ray
+
+
+def run_on_a_cluster(folder, train, sessions):
+    """Run stages by session: how often each was called, the records, and the failures by stage.
+
+    Beside each file of calls one names the worker group of the last of them.
+    """
+
+    # Nested, since Ray sends such functions to its workers by value.
+    def run(config, inputs, out_dir, context):
+        file = folder / config["name"]
+        file.with_suffix(".group").write_text(ray.get_runtime_context().get_task_id())
+        with file.open("a") as calls:
+            calls.write("x")
+        call = file.stat().st_size
+        (out_dir / "out.txt").write_text("x")
+        if call in config.get("killed", ()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config.get("checkpoints"):
+            artifact.checkpoint_of(context.folder).write_text("x" * call)
+        if call in config.get("loses_others", ()):
+            raise ray.exceptions.WorkerCrashedError
+        if config.get("wrong"):
+            raise ValueError("row 3 is empty")
+
+    def session(name, configs):
+        after = {config["after"] for config in configs if "after" in config}
+        stages, last = [], {}
+        for config in configs:
+            stages.append(Stage(config["name"], run, config, last))
+            last = {"before": stages[-1]}
+        works = tuple(resolve(stages, folder / "storage").values())
+        return Session(name, works, train, ("one",), frozenset(after))
+
+    records = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster(Resources()):
+            failures = run_sessions(
+                [session(name, configs) for name, configs in sessions.items()],
+                folder / "scratch",
+                Resources(),
+                2,
+                records.extend,
+                keep_going=True,
+            )
+    by_stage = {failure.stage: failure for failure in failures}
+    return lambda name: (folder / name).stat().st_size, records, by_stage
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toys")
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    """Sessions that lose processes they work with, or fail by themselves."""
+    twice = [1, LOSSES - 1]
+    sessions = {
+        "wrong": [{"name": "c", "wrong": True}],
+        "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
+        "long": [{"name": "g", "loses_others": [*range(1, LOSSES + 2)], "checkpoints": True}],
+        "first": [{"name": "h"}],
+        "second": [{"name": "i", "after": "first"}],
+        "slow": [{"name": "e", "loses_others": twice}, {"name": "f", "loses_others": twice}],
+    }
+    return run_on_a_cluster(folder, False, sessions)
+
+
+def of(records, name):
+    return [r["state"] for r in records if "state" in r and r["artifact"].startswith(f"{name}-")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_killed_worker_is_started_again_at_the_unfinished_stage(tmp_path):
+    killed = {"killed": [{"name": "a"}, {"name": "b", "killed": [1]}]}
+    calls, records, failures = run_on_a_cluster(tmp_path, True, killed)
+    assert calls("a") == 1
+    assert calls("b") == 2
+    assert of(records, "a") == ["started", "finished"]
+    assert of(records, "b") == ["started", "lost", "started", "finished"]
+    assert not failures
+
+
+def test_a_stages_own_error_is_not_tried_again(ran):
+    calls, _, failures = ran
+    assert calls("c") == 1
+    assert failures["c"].error == "row 3 is empty"
+
+
+def test_a_session_that_is_lost_without_progress_fails_in_the_end(ran):
+    calls, records, failures = ran
+    assert calls("d") == LOSSES
+    assert of(records, "d") == ["started", "lost"] * (LOSSES - 1) + ["started", "failed"]
+    assert "its workers were lost" in str(failures["d"])
+
+
+def test_losses_count_from_the_last_finished_stage_on(ran):
+    calls, _, failures = ran
+    assert calls("e") == calls("f") == LOSSES
+    assert set(failures) == {"c", "d"}
+
+
+def test_losses_count_from_the_last_checkpoint_on(ran):
+    calls, records, _ = ran
+    assert calls("g") == LOSSES + 2
+    assert of(records, "g")[-1] == "finished"
+
+
+def test_a_group_stays_for_the_next_session(ran, folder):
+    groups = {file.stem: file.read_text() for file in folder.glob("*.group")}
+    assert groups.pop("i") in groups.values()
+
+
+def test_what_starts_workers_imports_nothing_that_only_stages_need():
+    code = (
+        "import sys, pipeline.execution.workers\n"
+        "assert not {'torch', 'transformers', 'boto3', 'mlflow'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_node_that_does_not_see_the_storage_folder_is_named(tmp_path):
+    records = []
+    stage = Stage("train/1-x", run_works, {})
+    (work,) = resolve([stage], tmp_path / "storage").values()
+    _check_scratch(tmp_path, work, records.extend)
+    assert not records
+    with pytest.raises(InputError, match=f"^storage: node .* does not see {tmp_path}/run of"):
+        _check_scratch(tmp_path / "run" / "scratch", work, records.extend)
+    assert [(r["artifact"], r["state"]) for r in records] == [(work.folder.name, "failed")]
+    stored = replace(work, store="s3://bucket/runs")
+    _check_scratch(tmp_path / "run" / "scratch", stored, records.extend)
+
+
+@pytest.fixture
+def mailbox():
+    """The mailbox itself, in this process."""
+    return Mailbox.__ray_metadata__.modified_class()
+
+
+def test_a_group_gets_its_sessions_in_order_and_every_worker_the_same(mailbox):
+    assert mailbox.next("one", 0) is None
+    mailbox.give("one", ["a"])
+    mailbox.give("two", ["b"])
+    assert mailbox.next("one", 0) == mailbox.next("one", 0) == ["a"]
+    assert mailbox.next("one", 1) is None
+    mailbox.finish("one")
+    mailbox.give("one", [])
+    assert (mailbox.number_done("one"), mailbox.next("one", 1)) == (1, [])
+    assert mailbox.take() == ([], ["one"])
+    assert mailbox.take() == ([], [])
+
+
+def test_only_what_is_not_begun_can_be_taken_back(mailbox):
+    mailbox.give("starting", ["a"])
+    mailbox.give("at work", ["b"])
+    mailbox.next("at work", 0)
+    assert mailbox.take_back(["at work", "none"]) is None
+    assert mailbox.take_back(["at work", "starting"]) == "starting"
+    assert mailbox.next("starting", 0) is None
+    assert mailbox.take_back(["at work", "starting"]) is None
+    mailbox.give("starting", ["c"])
+    assert mailbox.next("starting", 0) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ray.exceptions.RayActorError(), True),
+        (ray.exceptions.TaskCancelledError(), False),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection reset by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("gloo"), False),
+        (ValueError("row 3 is empty"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_lost_worker_is_told_from_a_stages_own_error(error, lost):
+    assert misses_others(error) is lost
+
+
+def test_in_a_log_progress_is_plain_lines():
+    out = io.StringIO()
+    with StageProgress(Console(file=out, width=80), {"a-1": "train/1-x", "b-1": "report"}) as shown:
+        states = ["started", "lost", "started", "finished"]
+        shown.observe([{"artifact": "a-1", "state": state} for state in states])
+        shown.observe([{"artifact": "b-1", "state": "started"}])
+        shown.observe([{"artifact": "b-1", "state": "failed"}])
+    lost, done, failed = out.getvalue().splitlines()
+    assert lost.split() == "lost a worker in train/1-x; it is started again".split()
+    assert done.split()[:2] == ["done", "train/1-x"]
+    assert failed.split()[:2] == ["failed", "report"]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_store_that_does_not_answer_is_no_lost_worker():
+    error = StoreFailed("s3://bucket/stages: no answer")
+    raised = ray.exceptions.RayTaskError("run_group", "Traceback", error).as_instanceof_cause()
+    assert why_lost(raised) == str(error)

@@ -1,0 +1,309 @@
+"""Which stages a config asks for, and which of them configs share."""
+
+import pytest
+
+from pipeline.config import loading
+from pipeline.config.sources import sources
+from pipeline.plan.plan import plan
+from pipeline.plan.stage import resolve, sessions
+
+PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
+BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
+
+
+@pytest.fixture
+def stages(tiny_config, tmp_path):
+    """Works by stage name of a tiny config with overrides."""
+
+    def of(*overrides, **options):
+        config = tiny_config(tmp_path, *overrides, **options)
+        return resolve(plan(config).stages, tmp_path)
+
+    return of
+
+
+def changed(before, after):
+    """Names of the stages of `after` that are not artifacts of `before`."""
+    known = {work.fingerprint for work in before.values()}
+    return {name for name, work in after.items() if work.fingerprint not in known}
+
+
+def test_sequential_trains_and_evaluates_task_after_task(stages):
+    assert list(stages(method="sequential")) == [
+        *BASE,
+        "train/1-harbour",
+        "evaluate/1-harbour",
+        "train/2-valley",
+        "evaluate/2-valley",
+        "report",
+    ]
+
+
+def test_agcl_attributes_every_task_right_after_it(stages):
+    assert list(stages()) == [
+        *BASE,
+        "train/1-harbour",
+        "attribute/1-harbour",
+        "evaluate/1-harbour",
+        "train/2-valley",
+        "attribute/2-valley",
+        "evaluate/2-valley",
+        "report",
+    ]
+
+
+def test_agcl_from_solo_models_trains_one_for_every_task_but_the_first(stages):
+    names = list(stages("importance.source=solo"))
+    assert names.index("solo/2-valley") < names.index("train/2-valley")
+
+
+def inputs(works, name):
+    folders = {work.folder: stage for stage, work in works.items()}
+    return {role: folders[folder] for role, folder in works[name].inputs.items()}
+
+
+def test_each_task_starts_from_the_last_model_and_all_importances_so_far(stages):
+    works = stages("tasks.count=3")
+    assert inputs(works, "train/1-harbour") == {"model": "pretrain", "rows": "prepare/harbour"}
+    assert inputs(works, "train/3-island") == {
+        "model": "train/2-valley",
+        "rows": "prepare/island",
+        "importance/harbour": "attribute/1-harbour",
+        "importance/valley": "attribute/2-valley",
+    }
+    assert inputs(works, "attribute/2-valley") == {
+        "model": "train/2-valley",
+        "rows": "prepare/valley",
+    }
+
+
+def test_solo_importances_come_from_models_that_saw_the_task_alone(stages):
+    works = stages("importance.source=solo")
+    assert inputs(works, "solo/2-valley") == {"model": "pretrain", "rows": "prepare/valley"}
+    assert inputs(works, "attribute/2-valley")["model"] == "solo/2-valley"
+    assert inputs(works, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
+
+
+def test_every_model_is_scored_on_every_task_and_on_the_base_skill(stages):
+    works = stages()
+    for name, model in [
+        ("evaluate/0-base", "pretrain"),
+        ("evaluate/1-harbour", "train/1-harbour"),
+        ("evaluate/2-valley", "train/2-valley"),
+    ]:
+        assert inputs(works, name) == {
+            "model": model,
+            "rows/harbour": "prepare/harbour",
+            "rows/valley": "prepare/valley",
+            "rows/base": "prepare/base",
+        }
+
+
+def test_methods_share_everything_up_to_the_first_protected_task(stages):
+    sequential, agcl = stages(method="sequential"), stages("protect.0.kind=gate")
+    assert changed(sequential, agcl) == {
+        "attribute/1-harbour",
+        "attribute/2-valley",
+        "train/2-valley",
+        "evaluate/2-valley",
+        "report",
+    }
+    assert sequential["train/1-harbour"].folder == agcl["train/1-harbour"].folder
+
+
+def test_the_first_solo_model_is_the_first_model_of_any_sequence(stages):
+    works, sequential = stages("importance.source=solo"), stages(method="sequential")
+    measured = works["attribute/1-harbour"].inputs["model"]
+    assert measured == works["train/1-harbour"].folder == sequential["train/1-harbour"].folder
+    assert works["solo/2-valley"].folder != works["train/2-valley"].folder
+
+
+def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own(
+    tiny_config, tmp_path
+):
+    (tmp_path / "past.safetensors").write_bytes(b"past")
+    (tmp_path / "config.json").write_text("{}")
+    config = tiny_config(
+        tmp_path,
+        f"model.path={tmp_path}",
+        f"importance.past=[{tmp_path}/past.safetensors]",
+        "importance.source=solo",
+    )
+    works = resolve(plan(config).stages, tmp_path)
+    assert list(works["solo/1-harbour"].inputs) == ["model", "rows"]
+    assert list(works["train/1-harbour"].inputs) == ["model", "rows", "importance/past-0"]
+
+
+TRAINED = {"train/1-harbour", "train/2-valley", "evaluate/1-harbour", "evaluate/2-valley"}
+MEASURED = {"attribute/1-harbour", "attribute/2-valley"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.epochs=3",
+        "training.learning_rate=1e-2",
+        "training.batch_size=4",
+        "training.micro_batch_size=2",
+        "training.schedule=linear",
+        "training.warmup=0.1",
+    ],
+)
+def test_training_settings_change_what_is_trained_but_no_preparation(stages, override):
+    assert changed(stages(), stages(override)) == TRAINED | MEASURED | {"report"}
+
+
+def test_a_run_without_a_schedule_is_what_it_was_before_there_were_any(stages):
+    """Its fingerprints are the old ones."""
+    assert not {"schedule", "warmup"} & stages()["train/1-harbour"].config.keys()
+
+
+def test_the_seed_changes_models_but_no_data(stages):
+    before, after = stages(), stages("seed=1")
+    assert changed(before, after) == set(before) - set(PREPARED)
+
+
+def test_the_data_seed_changes_the_data(stages):
+    assert set(PREPARED) <= changed(stages(), stages("tasks.seed=1"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "protect.0.strength=0.5",
+        "protect.0.log_scale=1e3",
+        "protect.0.exponent=2",
+        "protect.0.on=gradient",
+        "protect.0.ungated=train",
+    ],
+)
+def test_how_importances_are_used_changes_no_attribution_of_the_first_task(stages, override):
+    gate = ["protect.0.kind=gate"]
+    different = changed(stages(*gate), stages(*gate, override))
+    assert different == {
+        "train/2-valley",
+        "attribute/2-valley",
+        "evaluate/2-valley",
+        "report",
+    }
+
+
+def test_how_importances_are_used_changes_no_solo_attribution_at_all(stages):
+    solo = ["protect.0.kind=gate", "importance.source=solo"]
+    different = changed(stages(*solo), stages(*solo, "protect.0.strength=0.5"))
+    assert different == {"train/2-valley", "evaluate/2-valley", "report"}
+
+
+@pytest.mark.parametrize(
+    "override", ["importance.top_k=2", "importance.rules=cp", "importance.samples=5"]
+)
+def test_how_importances_are_measured_changes_attributions_and_what_follows(stages, override):
+    assert changed(stages(), stages(override)) == {
+        *MEASURED,
+        "train/2-valley",
+        "evaluate/2-valley",
+        "report",
+    }
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources.num_workers=2",
+        "resources.cpus_per_worker=2",
+        "tracking.enabled=false",
+        "name=another",
+    ],
+)
+def test_where_and_under_which_name_a_run_runs_changes_nothing(stages, override):
+    assert changed(stages(), stages(override)) == set()
+
+
+def test_the_storage_does_not_change_fingerprints(tiny_config, tmp_path):
+    works = [
+        resolve(plan(tiny_config(tmp_path / place)).stages, tmp_path / place) for place in "ab"
+    ]
+    assert changed(*works) == set()
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A config of two JSON-lines tasks; their files are `one.jsonl` and `two.jsonl`."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"storage: {tmp_path}/storage\ntasks:\n  format: jsonl\n  sequence:\n"
+        f"    - {{name: first, train: {tmp_path}/one.jsonl}}\n"
+        f"    - {{name: second, train: {tmp_path}/two.jsonl}}\n"
+    )
+    return lambda *overrides: loading.load(file, overrides)
+
+
+def works_of(config):
+    return resolve(plan(config).stages, config.storage)
+
+
+def test_a_changed_data_file_changes_what_reads_it_and_what_follows(jsonl, tmp_path):
+    before = works_of(jsonl())
+    (tmp_path / "two.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
+    different = changed(before, works_of(jsonl()))
+    assert "prepare/second" in different
+    assert "train/2-second" in different
+    assert not different & {"prepare/first", "train/1-first", "attribute/1-first", "pretrain"}
+
+
+def test_a_moved_data_file_changes_nothing(jsonl, tmp_path):
+    before = works_of(jsonl())
+    (tmp_path / "two.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = jsonl(f"tasks.sequence.1.train={tmp_path}/moved.jsonl")
+    assert changed(before, works_of(moved)) == set()
+
+
+def test_the_stages_of_a_plan_name_their_task_sources(jsonl):
+    assert [source.name for source in sources(jsonl())] == ["first", "second"]
+
+
+def done_by(found):
+    """Run sessions in a legal order on paper; the folders in the order they were made."""
+    waiting, made = list(found), []
+    while waiting:
+        ready = [s for s in waiting if not s.after & {other.name for other in waiting}]
+        assert ready, f"sessions wait for each other: {[s.name for s in waiting]}"
+        # The worst case: independent sessions in the opposite order.
+        session = ready[-1]
+        waiting.remove(session)
+        for work in session.works:
+            to_make = {w.folder for s in found for w in s.works}
+            missing = [f for f in work.inputs.values() if f in to_make and f not in made]
+            assert not missing, f"{work.name} needs {missing}"
+            made.append(work.folder)
+    return made
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("num_tasks", [1, 2, 4])
+def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
+    tiny_config, tmp_path, num_tasks, order
+):
+    variants = {
+        "sequential": {"method": "sequential"},
+        "gate": {"settings": ["protect.0.kind=gate"]},
+        "project": {"settings": ["protect.0.kind=project"]},
+        "solo": {"settings": ["protect.0.kind=gate", "importance.source=solo"]},
+        "solo-project": {"settings": ["protect.0.kind=project", "importance.source=solo"]},
+        "other-seed": {"settings": ["seed=1", "importance.source=solo"]},
+    }
+    plans = {}
+    for label, how in list(variants.items())[::order]:
+        config = tiny_config(
+            tmp_path,
+            f"tasks.count={num_tasks}",
+            *how.get("settings", ()),
+            method=how.get("method"),
+        )
+        plans[label] = plan(config).stages
+    made = done_by(sessions(plans, tmp_path))
+    expected = {w.folder for s in plans.values() for w in resolve(s, tmp_path).values()}
+    assert set(made) == expected
+    assert len(made) == len(expected)

@@ -1,0 +1,147 @@
+"""What can be searched, and what no point of a search changes."""
+
+import pytest
+
+from agcl.errors import InputError
+from pipeline.config import loading
+from pipeline.search.search import Search, shared_stages
+from pipeline.search.space import (
+    corners,
+    default_space,
+    distributions,
+    own_point,
+    settings_of,
+    space_of,
+)
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path):
+    return lambda *settings, method="agcl": tiny_config(
+        tmp_path / "storage", *settings, method=method
+    )
+
+
+ENERGY = "{type: uniform, low: 0.5, high: 0.9}"
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("sequential", []),
+        ("agcl", ["protect.0.energy"]),
+        ("ewc", ["protect.0.strength"]),
+        (
+            "gate",
+            [
+                "protect.0.log_scale",
+                "protect.0.strength",
+                "protect.0.exponent",
+                "importance.top_k",
+            ],
+        ),
+    ],
+)
+def test_by_default_the_scaling_of_the_protections_is_searched_and_the_rate(config, method, keys):
+    of_method = config(method=method)
+    space = space_of(of_method)
+    assert list(space) == ["training.learning_rate", *keys]
+    rate = of_method.training.learning_rate
+    assert (space["training.learning_rate"].low, space["training.learning_rate"].high) == (
+        rate / 4,
+        rate * 4,
+    )
+
+
+def test_the_config_itself_is_a_point_and_a_point_gives_settings(config):
+    own = config("importance.top_k=4", method="gate")
+    space = default_space(own)
+    point = own_point(own, space)
+    assert point["importance.top_k"] == 1  # The second of its values.
+    assert settings_of(space, point) == {
+        "training.learning_rate": 1e-3,
+        "protect.0.log_scale": 1e5,
+        "protect.0.strength": 1.0,
+        "protect.0.exponent": 1.0,
+        "importance.top_k": 4,
+    }
+    for key, distribution in distributions(space).items():
+        assert distribution._contains(distribution.to_internal_repr(point[key]))
+    assert own_point(config("importance.top_k=3", method="gate"), space) is None
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ("{tasks.max_length: {type: int, low: 8, high: 9}}", "search.space.tasks.max_length: only"),
+        ("{seed: {type: int, low: 0, high: 9}}", "search.space.seed: only keys of training"),
+        ("{evaluation.validation: {type: choice, values: [0.1]}}", "only keys of"),
+        ("{training: {type: choice, values: [1]}}", "search.space.training: only keys of"),
+        ("{training.epoch: {type: int, low: 1, high: 2}}", "training.epoch: unknown key"),
+        (
+            "{training.epochs: {type: int, low: 0, high: 2}}",
+            "search.space.training.epochs: input should be",
+        ),
+        ("{protect.0.strength: {type: uniform, low: 0, high: 1}}", "protect.0.strength: unknown"),
+        ("{protect.3.energy: {type: uniform, low: 0, high: 1}}", "'3' is not an item of the list"),
+        ("{training.epochs: {type: ints, low: 1, high: 2}}", "type: must be one of 'uniform'"),
+        ("{training.epochs: {type: int, low: 2, high: 2}}", "low must be below high"),
+        ("{training.epochs: {type: int, low: 1}}", "search.space.training.epochs.high: field"),
+        ("{training.learning_rate: {type: loguniform, low: 0, high: 1}}", "learning_rate.low: "),
+        (
+            "{importance.rules: {type: choice, values: [cp, lrp]}}",
+            "search.space.importance.rules: input should be",
+        ),
+        ("{training.epochs: {type: choice, values: []}}", "training.epochs.values: "),
+    ],
+)
+def test_a_bad_space_is_one_line_that_names_the_key(config, space, said):
+    with pytest.raises(InputError) as error:
+        space_of(config(f"search.space={space}"))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def names(config, tmp_path):
+    search = Search(config, space_of(config), 1, tmp_path / "search")
+    return {stage.name for stage in shared_stages(search)}
+
+
+START = {"tokenizer", "pretrain", "evaluate/0-base"} | {
+    f"prepare/{task}" for task in ("base", "harbour", "valley")
+}
+
+
+def test_what_no_setting_changes_is_shared(config, tmp_path):
+    first = {"train/1-harbour", "evaluate/1-harbour"}
+    attributed = {"attribute/1-harbour"}
+    energy = f"search.space={{protect.0.energy: {ENERGY}}}"
+    top_k = "search.space={importance.top_k: {type: choice, values: [1, 2]}}"
+
+    assert names(config(), tmp_path) == START  # The learning rate changes every training.
+    assert names(config(energy), tmp_path) == START | first | attributed
+    assert names(config(top_k, method="gate"), tmp_path) == START | first
+
+
+def test_with_importances_of_solo_models_these_are_shared_too(config, tmp_path):
+    energy = f"search.space={{protect.0.energy: {ENERGY}}}"
+    solo = names(config(energy, "importance.source=solo"), tmp_path)
+    assert solo == START | {
+        "train/1-harbour",
+        "evaluate/1-harbour",
+        "attribute/1-harbour",
+        "solo/1-harbour",
+    }
+
+
+def test_corners_differ_in_every_dimension(config):
+    space = space_of(config(method="gate"))
+    one, other = corners(space)
+    assert all(one[key] != other[key] for key in space)
+
+
+def test_a_config_changed_by_settings_is_checked_like_a_file(config):
+    changed = loading.changed(config(), {"protect.0.energy": 0.7, "training.epochs": 3})
+    assert (changed.protect[0].energy, changed.training.epochs) == (0.7, 3)
+    with pytest.raises(InputError, match=r"protect.0.energy: input should be less"):
+        loading.changed(config(), {"protect.0.energy": 7})

@@ -1,0 +1,145 @@
+"""Every task format, streamed through Ray Data into tokens: what is kept, counted and refused."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from datasets import Dataset, DatasetDict
+from reference import trace_files
+
+from agcl.model import models
+from agcl.tasks import EncodedRows, facts
+from pipeline.config.check import check_inputs
+from pipeline.config.loading import validate
+from pipeline.plan.plan import plan
+from pipeline.stages.context import Context
+from pipeline.stages.prepare import FILES, prepare
+
+pytestmark = pytest.mark.ray
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = models.builtin_tokenizer(
+        row.prompt for row in facts.base(entities=8, seed=0).splits["train"]()
+    )
+    tokenizer.chat_template = CHAT
+    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def prepared(tmp_path, model_folder):
+    """Checks a config of these tasks and prepares the first; its texts by split, its summary."""
+
+    def of(tasks, **evaluation):
+        config = validate(
+            {
+                "method": "sequential",
+                "tasks": tasks,
+                "model": {"path": str(model_folder)},
+                "evaluation": evaluation,
+            }
+        )
+        check_inputs(config)
+        stage = next(s for s in plan(config).stages if s.fn is prepare)
+        inputs = {role: source.path for role, source in stage.inputs.items()}
+        assert all(role == "tokenizer" or role.startswith(FILES) for role in inputs)
+        out = tmp_path / "out"
+        out.mkdir()
+        # As it comes back from a manifest.
+        prepare(json.loads(json.dumps(stage.config)), inputs, out, Context())
+        tokenizer = models.load_tokenizer(model_folder)
+        texts = {}
+        for file in out.glob("*.arrow"):
+            rows = EncodedRows(file)
+            texts[file.stem] = [
+                (tokenizer.decode(ids[:prompt]), tokenizer.decode(ids[prompt:]))
+                for ids, prompt in map(rows.__getitem__, range(len(rows)))
+            ]
+        return texts, json.loads((out / "summary.json").read_text())
+
+    return of
+
+
+def lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_rows_too_long_or_empty_are_left_out_and_counted(prepared, tmp_path):
+    rows = [{"q": "a b", "a": "c"}, {"q": "long " * 100, "a": "c"}, {"q": "d", "a": " "}]
+    train = lines(tmp_path / "train.jsonl", [*rows, {"q": "e", "a": 7}, {"q": "", "a": "x"}])
+    item = {"name": "mine", "train": train, "prompt": "Q: {q}\n", "answer": "{a}"}
+    texts, summary = prepared({"format": "jsonl", "sequence": [item], "max_length": 50})
+    assert texts == {"train": [("Q: a b\n", "c<end>"), ("Q: e\n", "7<end>"), ("Q: \n", "x<end>")]}
+    counts = summary["splits"]["train"]
+    assert (counts["rows"], counts["too_long"], counts["empty"]) == (3, 1, 1)
+    assert counts["answer_tokens"] == 6
+    assert summary["scored"] == {"memorization": "train"}
+
+
+def test_a_folder_a_task_with_splits_by_file_name(prepared, tmp_path):
+    folder = tmp_path / "capitals"
+    folder.mkdir()
+    for split, count in (("train", 3000), ("test", 5), ("validation", 2)):
+        table = pa.table(
+            {"prompt": [f"{split} {i}:" for i in range(count)], "answer": ["a"] * count}
+        )
+        pq.write_table(table, folder / f"{split}.parquet")
+    tasks = {"format": "parquet", "sequence": [{"path": str(folder)}]}
+    texts, summary = prepared(tasks, validation=0.1)
+    assert [prompt for prompt, _ in texts["train"]] == [f"train {i}:" for i in range(3000)]
+    assert len(texts["validation"]) == 2
+    assert summary["scored"] == {"test": "test", "validation": "validation"}
+
+
+def test_validation_rows_come_from_the_training_rows_and_cuts_are_kept(prepared, tmp_path):
+    train = lines(tmp_path / "a.jsonl", [{"prompt": f"{i}?", "answer": "x"} for i in range(200)])
+    test = lines(tmp_path / "b.jsonl", [{"prompt": f"{i}!", "answer": "x"} for i in range(50)])
+    tasks = {"format": "jsonl", "sequence": [{"name": "n", "train": train, "test": test}]}
+    texts, _ = prepared({**tasks, "train_rows": 100, "test_rows": 10}, validation=0.2)
+    assert {split: len(rows) for split, rows in texts.items()} == {
+        "train": 100,
+        "test": 10,
+        "validation": 10,
+    }
+    assert not set(texts["train"]) & set(texts["validation"])
+
+
+def test_a_chat_template_renders_the_prompt_as_a_message(prepared, tmp_path):
+    train = lines(tmp_path / "a.jsonl", [{"prompt": "Hi?", "answer": " Yes"}])
+    tasks = {"format": "jsonl", "sequence": [{"name": "n", "train": train}], "chat_template": True}
+    texts, _ = prepared(tasks)
+    assert texts["train"] == [("[user] Hi?\n[assistant] ", "Yes<end>")]
+
+
+def test_trace_from_its_layout(prepared, tmp_path):
+    trace_files.write(tmp_path / "trace", rows=6)
+    texts, summary = prepared({"format": "trace", "path": str(tmp_path / "trace"), "order": 2})
+    assert texts["train"][0][0].startswith("Sam has")
+    assert {split: len(rows) for split, rows in texts.items()} == {"train": 6, "test": 2}
+    assert summary["scored"] == {"test": "test"}
+
+
+def test_a_hugging_face_data_set_in_a_folder(prepared, tmp_path):
+    data = Dataset.from_dict({"q": ["a", "b"], "n": [1, 2]})
+    DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "letters")
+    item = {"path": str(tmp_path / "letters"), "prompt": "{q} is", "answer": " {n}"}
+    texts, _ = prepared({"format": "huggingface", "sequence": [item]})
+    assert texts == {
+        "train": [("a is", " 1<end>"), ("b is", " 2<end>")],
+        "test": [("b is", " 2<end>")],
+    }

@@ -1,0 +1,161 @@
+"""Evaluate, attribute and report on tasks whose scorers need the model's own text."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from agcl.importance import Importance
+from agcl.model import models
+from agcl.tasks import EncodedRows, Row, encode
+from agcl.train import train_task
+from pipeline.stages.attribute import attribute
+from pipeline.stages.context import Context
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.metrics import report
+
+LEARNED = [
+    Row(f"What is {i}?", answer)
+    for i, answer in enumerate([" a Red house", " blue, blue sea", " an old dog", " green tea"])
+]
+ASKED = [
+    LEARNED[0],  # right
+    Row(LEARNED[1].prompt, " Blue blue sea!"),  # right but for case and punctuation
+    Row(LEARNED[2].prompt, " an old cat"),  # two words of three
+    Row(LEARNED[3].prompt, " something else, much longer than that"),
+]
+SETTINGS = {"batch_size": 3, "precision": "float32", "scorers": [], "max_new_tokens": None}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model that has learned four answers."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = models.builtin_tokenizer(row.prompt + row.answer for row in [*LEARNED, *ASKED])
+    model = models.builtin_model(len(tokenizer), seed=0)
+    write_rows(folder, tokenizer, {"train": LEARNED})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    options = {"epochs": 60, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
+    train_task(model, EncodedRows(folder / "train.arrow"), optimizer, **options)
+    models.save(model, tokenizer, folder)
+    return folder
+
+
+def write_rows(folder, tokenizer, splits, **summary):
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        table = encode(tokenizer, rows)
+        with (
+            pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def scored(tmp_path, model_folder):
+    """Evaluates the model on a task of two splits; scores, predictions by set, and the folder."""
+
+    def run(scorer, *, sets=(("test", "test"),), **changes):
+        tokenizer = models.load_tokenizer(model_folder)
+        splits = {"train": LEARNED, "test": ASKED, "validation": LEARNED[:2]}
+        rows = write_rows(tmp_path / "rows", tokenizer, splits, scored=dict(sets), scorer=scorer)
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        inputs = {"model": model_folder, "rows/one": rows}
+        evaluate({**SETTINGS, **changes}, inputs, out, Context())
+        table = pq.read_table(out / "predictions.parquet").to_pylist()
+        by_set = {}
+        for row in table:
+            by_set.setdefault(row["evaluation_set"], []).append(row)
+        return json.loads((out / "scores.json").read_text())["one"], by_set, out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        ("exact_match", [1, 0, 0, 0]),
+        ("normalised_exact_match", [1, 1, 0, 0]),
+        ("token_f1", [1, 1, 0.5, 0]),
+        ("rouge_l", [1, 1, 2 / 3, 0]),
+    ],
+)
+def test_every_row_is_scored_by_the_tasks_scorer(scored, scorer, expected):
+    scores, rows, _ = scored(scorer)
+    assert [row["score"] for row in rows["test"]] == pytest.approx(expected)
+    assert scores == {"test": pytest.approx(sum(expected) / 4)}
+    assert {row["scorer"] for row in rows["test"]} == {scorer}
+    if scorer != "exact_match":
+        assert [row["predicted"] for row in rows["test"]] == [row.answer for row in LEARNED]
+
+
+def test_decoding_stops_at_the_longest_answer_or_where_it_is_told_to(scored):
+    _, rows, _ = scored("rouge_l", max_new_tokens=2)
+    assert all(len(row["predicted"].split()) <= 2 for row in rows["test"][1:])
+
+
+def test_more_scorers_are_evaluation_sets_of_their_own(scored):
+    scores, rows, _ = scored("exact_match", scorers=["token_f1", "agcl.scoring.scorers:rouge_l"])
+    assert list(scores) == list(rows) == ["test", "test-token_f1", "test-rouge_l"]
+    assert scores["test"] == 0.25
+    assert scores["test-token_f1"] == pytest.approx(2.5 / 4)
+
+
+def test_a_score_that_is_none_is_refused_with_scorer_and_row(scored, monkeypatch):
+    monkeypatch.setattr("agcl.scoring.scorers.rouge_l", lambda prediction, reference: float("nan"))
+    with pytest.raises(ValueError, match=r"agcl\.scoring\.scorers:rouge_l gives nan for row 0"):
+        scored("agcl.scoring.scorers:rouge_l")
+
+
+def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tmp_path):
+    sets = [("test", "test"), ("validation", "validation")]
+    _, _, folder = scored("exact_match", sets=sets, scorers=["rouge_l"])
+    out = tmp_path / "report"
+    out.mkdir()
+    config = {
+        "method": "sequential",
+        "seed": 0,
+        "tasks": ["one"],
+        "held_out": [],
+        "evaluation_set": None,
+        "validation": 0.1,
+    }
+    report(config, {"scores/0": folder, "scores/1": folder}, out, Context())
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["evaluation_sets"]) == ["test", "test-rouge_l"]
+    assert metrics["average_performance"] == 0.25
+    assert {name: each["average_performance"] for name, each in metrics["validation"].items()} == {
+        "validation": 1.0,
+        "validation-rouge_l": 1.0,
+    }
+
+
+@pytest.mark.parametrize(("scorer", "rows"), [("normalised_exact_match", 1), ("rouge_l", 4)])
+def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
+    tmp_path, model_folder, scorer, rows
+):
+    tokenizer = models.load_tokenizer(model_folder)
+    folder = write_rows(tmp_path / "rows", tokenizer, {"train": ASKED}, scorer=scorer)
+    config = {
+        "estimator": "lrp",
+        "rules": "attnlrp",
+        "top_k": 1,
+        "running_values": "float32",
+        "permuted": False,
+        "split": "samples",
+        "samples": None,
+        "correct_only": True,
+        "batch_size": 2,
+        "moments": None,
+        "unit_inputs": True,
+        "seed": 0,
+    }
+    attribute(config, {"model": model_folder, "rows": folder}, tmp_path, Context())
+    header = Importance.load(tmp_path / "importance.safetensors").header
+    assert (header["rows"], header["rows_attributed"]) == (4, rows)

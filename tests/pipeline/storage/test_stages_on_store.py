@@ -1,0 +1,117 @@
+"""Stages and checkpoints whose artifacts are on an object store, and machines that come and go."""
+
+import pytest
+import torch
+from reference.stored import FINGERPRINT, folder_of
+
+from pipeline.execution.session import run_works
+from pipeline.plan.stage import Stage, resolve
+from pipeline.stages.context import Context
+from pipeline.storage import artifact, mirror
+from pipeline.storage.checkpoint import StoredCheckpoint
+from pipeline.storage.object_store import StoreFailed, cache_of
+
+
+class Toys:
+    """A chain of three stages that count their calls; `after` is called at the end of each."""
+
+    def __init__(self, uri):
+        self.uri, self.calls, self.after = uri, [], lambda name: None
+
+    def run(self, config, inputs, out_dir, context):
+        self.calls.append(config["name"])
+        text = "".join((folder / "out.txt").read_text() for folder in inputs.values())
+        (out_dir / "out.txt").write_text(text + config["name"])
+        self.after(config["name"])
+
+    def works(self):
+        stages, last = [], {}
+        for name in "abc":
+            stages.append(Stage(name, self.run, {"name": name}, last))
+            last = {"before": stages[-1]}
+        return list(resolve(stages, self.uri).values())
+
+    def start(self):
+        self.calls, records = [], []
+        try:
+            run_works(self.works(), Context(), records.extend)
+        except Exception as error:
+            return records, error
+        return records, None
+
+
+@pytest.fixture
+def toys(bucket):
+    return Toys(bucket.uri)
+
+
+def test_stages_that_another_machine_finished_are_neither_run_nor_downloaded(toys, elsewhere):
+    assert toys.start()[1] is None
+    assert toys.calls == ["a", "b", "c"]
+    elsewhere()
+    assert toys.start() == ([], None)
+    assert toys.calls == []
+    assert not list(cache_of(toys.uri).rglob("out.txt"))
+    assert [work.read("out.txt") for work in toys.works()] == [b"a", b"ab", b"abc"]
+
+
+def test_a_stage_downloads_what_it_reads_and_no_more(toys, bucket, elsewhere):
+    assert toys.start()[1] is None
+    last = toys.works()[-1].folder
+    bucket.delete(f"stages/{last.name}/manifest.json")
+    elsewhere()
+    assert toys.start()[1] is None
+    assert toys.calls == ["c"]
+    assert [work.folder.exists() for work in toys.works()] == [False, True, True]
+
+
+def test_an_upload_that_fails_fails_the_stage_and_is_made_good_without_computing_it_again(
+    toys, bucket, server
+):
+    def lose_bucket(name):
+        if name == "b":
+            for key in bucket.names():
+                bucket.delete(key)
+            server.client.delete_bucket(Bucket=bucket.name)
+
+    toys.after = lose_bucket
+    records, error = toys.start()
+    assert isinstance(error, StoreFailed)
+    (failed,) = [record for record in records if record.get("state") == "failed"]
+    assert failed["error"].startswith(f"storage: {bucket.uri}: ")
+    assert "NO_SUCH_BUCKET" in failed["error"]
+    assert [work.folder.exists() for work in toys.works()] == [True, True, False]
+    server.client.create_bucket(Bucket=bucket.name)
+    mirror._manifest.cache_clear()
+    toys.after = lambda name: None
+    records, error = toys.start()
+    assert error is None
+    assert toys.calls == ["c"]
+    assert [work.is_complete() for work in toys.works()] == [True] * 3
+
+
+def test_a_checkpoint_outlives_its_machine_until_it_is_not_needed(bucket, elsewhere):
+    def trained():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        file = artifact.checkpoint_of(folder_of(bucket.uri))
+        checkpoint = StoredCheckpoint(file, FINGERPRINT, 1e-9, bucket.uri)
+        return dict(model.named_parameters()), optimizer, checkpoint
+
+    weights, optimizer, checkpoint = trained()
+    assert checkpoint.restore(weights, optimizer) == []
+    checkpoint.file.parent.mkdir(parents=True)
+    weights["weight"].sum().backward()
+    optimizer.step()
+    checkpoint.write_if_due(weights, optimizer, [({"loss": 0.5}, 1)])
+    elsewhere()
+    others, optimizer, checkpoint = trained()
+    assert not torch.equal(others["weight"], weights["weight"])
+    assert checkpoint.restore(others, optimizer) == [({"loss": 0.5}, 1)]
+    assert torch.equal(others["weight"], weights["weight"])
+    assert optimizer.state[others["weight"]]["step"] == 1
+    checkpoint.remove()
+    assert not checkpoint.file.exists()
+    assert bucket.names() in ([], ["stages/"])  # pyarrow leaves the folder.
+    checkpoint.remove()
