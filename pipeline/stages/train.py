@@ -12,7 +12,7 @@ import torch
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model import adapter, models
-from agcl.model.forward import activation_checkpointing, compiled, quick_attention
+from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, lora, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
 from agcl.parallel import sharding
@@ -269,7 +269,6 @@ def _fit(
         transposed=stored_transposed(model) if basis else (),
     )
     with (
-        quick_attention(model, config["precision"]),
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
     ):

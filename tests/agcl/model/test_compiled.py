@@ -7,7 +7,7 @@ import torch
 from reference import families, tiny
 
 from agcl.errors import InputError
-from agcl.model.forward import activation_checkpointing, autocast, compiled, quick_attention
+from agcl.model.forward import activation_checkpointing, autocast, compiled
 from agcl.tasks.batches import collate, pack
 from agcl.train import summed_loss
 
@@ -32,7 +32,7 @@ def training(architecture):
 def check_same(model, batching, backend, *, checkpointing=False, precision="float32"):
     tolerance = 1e-4 if precision == "float32" else 3e-2
     batches = [batching(rows) for rows in BATCHES]
-    with quick_attention(model, precision), activation_checkpointing(model, checkpointing):
+    with activation_checkpointing(model, checkpointing):
         expected = [loss_and_gradients(model, batch, precision) for batch in batches]
         with compiled(model, backend=backend):
             found = [loss_and_gradients(model, batch, precision) for batch in batches]

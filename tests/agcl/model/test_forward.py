@@ -1,6 +1,5 @@
 """Logits only where answers are predicted: those of the whole pass, for every family."""
 
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from reference import families
 from torch.nn.functional import cross_entropy
 
 from agcl.lrp import FAMILIES
-from agcl.model.forward import activation_checkpointing, answer_logits, autocast, quick_attention
+from agcl.model.forward import activation_checkpointing, answer_logits
 from agcl.tasks import Encoded, batches
 from agcl.tasks.batches import IGNORED, answer_places, answer_tokens, by_length, collate, pack
 
@@ -133,49 +132,3 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(archit
     assert kept_again < 0.6 * kept
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
-
-
-def training_in_bfloat16(architecture, batch, *, quick):
-    """Loss, gradients, and the types of the queries that torch's fused attention was given."""
-    model = families.model(architecture, dtype=torch.float32, attention="sdpa")
-    types, fused = [], torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query, *args, **kwargs):
-        types.append((query.dtype, torch.is_autocast_enabled("cpu")))
-        return fused(query, *args, **kwargs)
-
-    with (
-        patch("torch.nn.functional.scaled_dot_product_attention", watched),
-        quick_attention(model, "bfloat16" if quick else "float32"),
-        autocast(model.device, "bfloat16"),
-    ):
-        loss = cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch))
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return [loss, *gradients], set(types)
-
-
-@pytest.mark.parametrize("batching", [collate, pack])
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel"]
-)
-def test_on_a_cpu_attention_is_in_float32_beside_bfloat16(architecture, batching):
-    batch = batching(long_rows())
-    plain, types = training_in_bfloat16(architecture, batch, quick=False)
-    assert all(autocasts for _, autocasts in types)
-    found, types = training_in_bfloat16(architecture, batch, quick=True)
-    assert types == {(torch.float32, False)}
-    for one, other in zip(found, plain, strict=True):
-        size = float(other.detach().abs().max())
-        torch.testing.assert_close(one, other, rtol=0, atol=3e-2 * max(size, 1e-3))
-
-
-def test_the_attention_is_as_before_even_after_an_error():
-    model = families.model("LlamaForCausalLM", dtype=torch.float32, attention="sdpa")
-
-    def fails():
-        with quick_attention(model, "bfloat16"):
-            raise ArithmeticError(model.config._attn_implementation)
-
-    with pytest.raises(ArithmeticError, match="agcl_float32"):
-        fails()
-    assert model.config._attn_implementation == "sdpa"
