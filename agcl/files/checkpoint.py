@@ -1,4 +1,4 @@
-"""Checkpoints inside a task, so that training that is cut off goes on where it was."""
+"""Checkpoints within a task, so that interrupted training resumes where it stopped."""
 
 import json
 import time
@@ -17,32 +17,32 @@ from agcl.parallel import distributed, sharding
 
 _KIND = "checkpoint"
 _WEIGHT, _STATE = "weight/", "state/"
-_LARGEST_SHARE = 1 / 20
-"""Of the time that goes into writing checkpoints."""
+_MAX_TIME_SHARE = 1 / 20
+"""Maximum fraction of the time spent writing checkpoints."""
 
 Steps = list[tuple[dict[str, float], int]]
-"""Metrics and number of every step so far."""
+"""Metrics and step number of every step so far."""
 
 
 class Checkpoint:
-    """A file that training writes now and then and goes on from.
+    """A file that training writes periodically and resumes from.
 
-    It holds the trained weights and the optimizer's state after a step, and what was logged up to
-    it. The first worker writes it and sends it to the others, who need not see the file.
+    It holds the trained weights and optimizer state after a step, and the metrics logged up to it.
+    Only rank 0 reads and writes it; it sends the content to the other ranks.
     """
 
     def __init__(self, file: Path, identity: str, seconds: float) -> None:
-        """`identity` says what is trained: a file of another one, or a damaged one, is none.
+        """A file with another `identity`, or a damaged one, is ignored.
 
-        It is written every `seconds`, and rarer where that would take a twentieth of the time.
+        Written every `seconds`, less often if that would cost more than 5 % of the time.
         """
         self.file, self.identity, self.seconds = file, identity, seconds
-        self.written, self.taken = time.monotonic(), 0.0
+        self.written, self.taken = time.monotonic(), 0.0  # Time of the last write, its duration.
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
-        """Set weights and optimizer state to those of the file; gives the steps before it.
+        """Load weights and optimizer state; return the steps before the checkpoint.
 
-        Gives none, and changes nothing, where there is no such file. Called by every worker.
+        Without a usable file, change nothing and return no steps. Collective: call on every rank.
         """
         tensors, steps = self._read(parameters) if distributed.rank() == 0 else ({}, [])
         steps, layout = distributed.broadcast_object(
@@ -64,14 +64,12 @@ class Checkpoint:
     def write_if_due(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        """Write the file, where enough time has passed and there is room for it.
-
-        Called by every worker.
-        """
+        """Write the file if it is due and the disk has room. Collective: call on every rank."""
         started = time.monotonic()
-        due = started - self.written >= max(self.seconds, self.taken / _LARGEST_SHARE)
+        interval = max(self.seconds, self.taken / _MAX_TIME_SHARE)
+        due = started - self.written >= interval
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-            due = distributed.broadcast_object(due)  # Gathering takes all workers.
+            due = distributed.broadcast_object(due)  # Gathering needs all ranks.
         elif distributed.rank() > 0:
             return
         if due:
@@ -80,7 +78,7 @@ class Checkpoint:
             self.taken = self.written - started
 
     def remove(self) -> None:
-        """Remove the file, if there is one."""
+        """Delete the file if it exists."""
         self.file.unlink(missing_ok=True)
 
     def _write(
@@ -90,17 +88,17 @@ class Checkpoint:
         for name, parameter in parameters.items():
             for entry, value in optimizer.state.get(parameter, {}).items():
                 held[f"{_STATE}{entry}/{name}"] = value
-        tensors = dict(sharding.on_first_worker(held.items()))
+        tensors = dict(sharding.on_rank_zero(held.items()))
         if distributed.rank() > 0:
             return
-        # As a tensor: the header's length is limited.
+        # Steps are stored as a tensor because the header's length is limited.
         tensors["steps"] = torch.frombuffer(
             bytearray(json.dumps(steps).encode()), dtype=torch.uint8
         )
         try:
             tensor_file.write(self.file, tensors, _KIND, {"identity": self.identity})
         except (OSError, SafetensorError):
-            self.remove()  # The room is needed for the result.
+            self.remove()  # Free the space: the stage's result needs it.
 
     def _read(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], Steps]:
         try:

@@ -1,4 +1,4 @@
-"""Importance of weights: the artifact, and how importances of several tasks combine."""
+"""Importance of weights: the artifact, combining several tasks, and controls."""
 
 from agcl.importance.combine import by_layer_and_module, overlap, past_maximum, scaled
 from agcl.importance.controls import magnitude, permuted, random

@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation as an ordinary backward pass with changed rules."""
+"""Layer-wise relevance propagation (LRP) as an ordinary backward pass with modified rules."""
 
 from agcl.lrp.composite import Trace, relevance_backward
 from agcl.lrp.families import (

@@ -1,4 +1,4 @@
-"""The gate: weights that past tasks relied on move less."""
+"""The gate: slows weights that past tasks relied on."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ def gates(
 ) -> dict[str, Tensor]:
     """G = 1 - min(1, α (max over past tasks of s)^γ) per weight, in [0, 1], float32.
 
-    α is `strength`, γ `exponent`, κ `log_scale` (see `importance.scaled`). The paper's eq. 12 is
-    α = γ = 1.
+    s is `importance.scaled` with κ = `log_scale`; α is `strength`, γ `exponent`. The paper's
+    eq. 12 has α = γ = 1.
     """
     return {
         name: past_maximum(past, name, log_scale)

@@ -62,5 +62,5 @@ def test_one_task_has_no_transfer_and_no_forgetting():
     ],
 )
 def test_a_matrix_of_another_shape_is_refused(matrix):
-    with pytest.raises(ValueError, match="one row more than columns"):
+    with pytest.raises(ValueError, match="one more row than columns"):
         metrics.summary(matrix)

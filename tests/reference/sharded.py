@@ -116,7 +116,7 @@ def stages(rows: Sequence[Encoded]) -> list[float]:
 
 def as_often_as_asked() -> AbstractContextManager[Any]:
     """Checkpoints whatever part of the time they take."""
-    return patch.object(checkpoints, "_LARGEST_SHARE", float("inf"))
+    return patch.object(checkpoints, "_MAX_TIME_SHARE", float("inf"))
 
 
 def with_checkpoint(

@@ -155,7 +155,7 @@ def train_with_checkpoint(
             raise Interrupted
         return torch.zeros(())
 
-    checkpoints._LARGEST_SHARE = float("inf")
+    checkpoints._MAX_TIME_SHARE = float("inf")
     trained, losses = tiny.llama(), []
     with suppress(Interrupted):
         train_task(

@@ -40,7 +40,7 @@ class CountedRows(list):
 @pytest.fixture
 def every_step(monkeypatch):
     """Checkpoints may take all the time."""
-    monkeypatch.setattr(checkpoints, "_LARGEST_SHARE", math.inf)
+    monkeypatch.setattr(checkpoints, "_MAX_TIME_SHARE", math.inf)
 
 
 def protected():

@@ -73,7 +73,7 @@ def test_parquet_gives_the_rows_of_json_lines(tmp_path):
     [
         (b'{"prompt": "a", "answer": ', "not JSON"),
         (b"prompt,answer", "not JSON"),
-        (b'{"prompt": "a"}', "no column 'answer' .there are prompt."),
+        (b'{"prompt": "a"}', "no column 'answer' .columns: prompt."),
         (b'{"answer": "a"}', "'prompt'"),
         (b'{"prompt": "a", "answer": [4]}', "'answer' is a list"),
         (b'{"prompt": {"a": 1}, "answer": "4"}', "'prompt' is an object"),

@@ -122,7 +122,7 @@ def test_another_safetensors_file_is_no_importance(tmp_path, metadata):
     file = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.ones(2)}, file, metadata=metadata)
     for call in (Importance.load, lambda file: check_file(file, {})):
-        with pytest.raises(InputError, match=r"model\.safetensors.*no importance file"):
+        with pytest.raises(InputError, match=r"model\.safetensors.*not an agcl importance file"):
             call(file)
 
 
@@ -185,5 +185,5 @@ def test_a_file_without_what_is_asked_for_or_with_moments_of_another_model_is_re
     with pytest.raises(InputError, match=r"another model .*layers\.0\.self_attn\.q_proj"):
         check_file(file, others, entries=False, moments=True)
     Importance({n: torch.ones_like(m.weight) for n, m in linears.items()}).save(file)
-    with pytest.raises(InputError, match=f"{file}: no moments of inputs"):
+    with pytest.raises(InputError, match=f"{file}: no input moments"):
         check_file(file, linears, entries=False, moments=True)

@@ -33,7 +33,7 @@ def test_they_and_their_gradients_are_those_of_the_whole_pass(architecture):
 @pytest.fixture(params=[8, 256])
 def packed_line(request, monkeypatch):
     """Short lines, some of them padded, and one line for all rows."""
-    monkeypatch.setattr(batches, "_LINE", request.param)
+    monkeypatch.setattr(batches, "_LINE_TOKENS", request.param)
 
 
 def long_rows():

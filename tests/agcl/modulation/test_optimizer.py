@@ -222,7 +222,7 @@ def protected_steps(llama, on, device="cpu"):
 @pytest.mark.parametrize("on", SIDES)
 def test_many_parameters_at_once_take_the_steps_of_each_alone(llama, on, monkeypatch):
     alone = protected_steps(llama, on)
-    monkeypatch.setattr("agcl.modulation.optimizer._parts", lambda parameters: [parameters])
+    monkeypatch.setattr("agcl.modulation.optimizer._chunks", lambda parameters: [parameters])
     torch.testing.assert_close(protected_steps(llama, on), alone, rtol=0, atol=0)
 
 

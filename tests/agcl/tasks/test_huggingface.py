@@ -53,7 +53,7 @@ def test_a_folder_of_data_files_is_loaded(tmp_path):
     ("options", "reason"),
     [
         ({"train": "dev"}, "dev"),
-        ({"prompt": "{question}"}, r"train row 1: no column 'question' .there are text, label"),
+        ({"prompt": "{question}"}, r"train row 1: no column 'question' .columns: text, label"),
     ],
 )
 def test_a_missing_split_or_column_is_named(tmp_path, options, reason):
