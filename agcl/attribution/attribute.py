@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from agcl.attribution.collector import Collector, Estimator, MomentWeighting, Selection
 from agcl.importance import Importance
-from agcl.lrp import RuleSet, architecture_of, attributed_linears, relevance_backward, weight_of
+from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
+from agcl.lrp.families import architecture_of
 from agcl.model.forward import Precision, answer_logits
 from agcl.parallel import distributed, sharding
 from agcl.scoring.evaluate import answered_correctly
@@ -66,6 +67,8 @@ def attribute(
     `NothingToAttribute` if `correct_only` leaves no sample, and `ValueError` for a sharded model
     split by samples or if neither entries nor moments are requested.
     """
+    if not (entries or moments):
+        raise ValueError("nothing to collect: request entries, moments or both")
     by_relevance = estimator in ("lrp", "grad_x_param")
     rules = rules if estimator == "lrp" else "gradient"
     top_k = top_k if by_relevance else None
@@ -78,7 +81,7 @@ def attribute(
         for n in _layers_of_rank(model, list(linears), split)
     }
     seen = used = 0
-    backward = _needs_backward(moments, entries=entries)
+    backward = entries or moments == "relevance"
     with torch.set_grad_enabled(backward), relevance_backward(model, rules):
         handles = [linears[n].register_forward_hook(c.hook) for n, c in collectors.items()]
         try:
@@ -134,12 +137,6 @@ def attribute(
             "rows_attributed": int(counts[1]),
         },
     )
-
-
-def _needs_backward(moments: MomentWeighting | None, *, entries: bool) -> bool:
-    if not (entries or moments):
-        raise ValueError("nothing to collect: request entries, moments or both")
-    return entries or moments == "relevance"
 
 
 def _layers_of_rank(model: PreTrainedModel, layers: Sequence[str], split: Split) -> Sequence[str]:

@@ -15,8 +15,7 @@ from agcl.errors import InputError
 from agcl.files import tensor_file
 from agcl.parallel import distributed, sharding
 
-_KIND = "checkpoint"
-_WEIGHT, _STATE = "weight/", "state/"
+_KIND, _WEIGHT = "checkpoint", "weight"
 _MAX_TIME_SHARE = 1 / 20
 """Maximum fraction of the time spent writing checkpoints."""
 
@@ -49,13 +48,13 @@ class Checkpoint:
             (steps, {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
         )
         for key, (shape, dtype) in layout.items():
-            kind, name, entry = _parts(key)
+            entry, _, name = key.partition("/")
             parameter = parameters[name]
             tensor = tensors.get(key, torch.empty(shape, dtype=dtype)).to(parameter.device)
             distributed.broadcast(tensor, 0)
             if tensor.shape == parameter.shape:
                 tensor = sharding.placed_like(tensor, parameter)
-            if kind == _WEIGHT:
+            if entry == _WEIGHT:
                 parameter.data.copy_(tensor)
             else:
                 optimizer.state[parameter][entry] = tensor
@@ -84,10 +83,11 @@ class Checkpoint:
     def _write(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        held: dict[str, Tensor] = {_WEIGHT + name: p for name, p in parameters.items()}
+        held: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
+            held[f"{_WEIGHT}/{name}"] = parameter
             for entry, value in optimizer.state.get(parameter, {}).items():
-                held[f"{_STATE}{entry}/{name}"] = value
+                held[f"{entry}/{name}"] = value
         tensors = dict(sharding.on_rank_zero(held.items()))
         if distributed.rank() > 0:
             return
@@ -102,8 +102,8 @@ class Checkpoint:
 
     def _read(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], Steps]:
         try:
+            tensor_file.verify(self.file, _KIND)
             stored, header = tensor_file.open_file(self.file, _KIND)
-            tensor_file.verify(self.file, stored, _KIND)
         except InputError:
             return {}, []
         with stored:
@@ -111,13 +111,5 @@ class Checkpoint:
                 return {}, []
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         steps: Steps = [tuple(each) for each in json.loads(bytes(tensors.pop("steps").numpy()))]
-        names = {_parts(key)[1] for key in tensors}
+        names = {key.partition("/")[2] for key in tensors}
         return (tensors, steps) if names == set(parameters) else ({}, [])
-
-
-def _parts(key: str) -> tuple[str, str, str]:
-    """Kind, parameter name and state entry of a key."""
-    if key.startswith(_WEIGHT):
-        return _WEIGHT, key.removeprefix(_WEIGHT), ""
-    entry, _, name = key.removeprefix(_STATE).partition("/")
-    return _STATE, name, entry

@@ -61,14 +61,16 @@ def open_file(file: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     return stored, header
 
 
-def verify(file: Path, stored: Any, kind: str) -> None:
+def verify(file: Path, kind: str) -> None:
     """Compare header and values with the checksum, one tensor at a time. Raises `InputError`."""
-    metadata = stored.metadata()
-    if _CHECKSUM not in metadata:
-        raise InputError(f"{file}: no checksum (written by an older version?); create it again")
-    tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
-    if _checksum(metadata[_key(kind)], tensors) != metadata[_CHECKSUM]:
-        raise InputError(f"{file}: damaged, its content does not match its checksum")
+    stored, _ = open_file(file, kind)
+    with stored:
+        metadata = stored.metadata()
+        if _CHECKSUM not in metadata:
+            raise InputError(f"{file}: no checksum (written by an older version?); create it again")
+        tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
+        if _checksum(metadata[_key(kind)], tensors) != metadata[_CHECKSUM]:
+            raise InputError(f"{file}: damaged, its content does not match its checksum")
 
 
 def _key(kind: str) -> str:

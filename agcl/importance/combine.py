@@ -1,4 +1,4 @@
-"""Combining the importances of several tasks: scaling, maximum, overlap, summaries."""
+"""Scaling an importance, the overlap of several tasks' importances, and summaries."""
 
 import re
 from collections.abc import Sequence
@@ -21,14 +21,6 @@ def scaled(entries: Tensor, log_scale: float) -> Tensor:
     return torch.log1p(positive / largest * log_scale) / torch.log1p(
         torch.tensor(log_scale, device=entries.device)
     )
-
-
-def past_maximum(past: Sequence[Importance], name: str, log_scale: float) -> Tensor:
-    """Element-wise maximum over past tasks of one weight tensor's scaled importance."""
-    maximum = scaled(past[0].entries[name], log_scale)
-    for importance in past[1:]:
-        torch.maximum(maximum, scaled(importance.entries[name], log_scale), out=maximum)
-    return maximum
 
 
 def overlap(importances: Sequence[Importance], share: float = 0.01) -> list[list[float]]:

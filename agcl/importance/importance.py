@@ -45,9 +45,9 @@ class Importance:
         """
         stored, header = tensor_file.open_file(file, _KIND)
         with stored:
-            if verify:
-                tensor_file.verify(file, stored, _KIND)
             keys = sorted(stored.keys())
+        if verify:
+            tensor_file.verify(file, _KIND)
         return cls(_Stored(file, _ENTRIES, keys), _Stored(file, _MOMENTS, keys), header)
 
     @property
@@ -127,6 +127,4 @@ def _shape(layer: nn.Module, part: str) -> tuple[int, ...]:
 
 @cache
 def _verify_once(file: Path, size: int, modified_ns: int) -> None:
-    stored, _ = tensor_file.open_file(file, _KIND)
-    with stored:
-        tensor_file.verify(file, stored, _KIND)
+    tensor_file.verify(file, _KIND)

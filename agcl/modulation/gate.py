@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from agcl.importance import Importance, past_maximum
+from agcl.importance import Importance, scaled
 
 
 def gates(
@@ -15,12 +16,11 @@ def gates(
     s is `importance.scaled` with κ = `log_scale`; α is `strength`, γ `exponent`. The paper's
     eq. 12 has α = γ = 1.
     """
-    return {
-        name: past_maximum(past, name, log_scale)
-        .pow_(exponent)
-        .mul_(strength)
-        .clamp_(max=1)
-        .neg_()
-        .add_(1)
-        for name in past[0].entries
-    }
+
+    def gate(name: str) -> Tensor:
+        maximum = scaled(past[0].entries[name], log_scale)
+        for importance in past[1:]:
+            torch.maximum(maximum, scaled(importance.entries[name], log_scale), out=maximum)
+        return maximum.pow_(exponent).mul_(strength).clamp_(max=1).neg_().add_(1)
+
+    return {name: gate(name) for name in past[0].entries}
