@@ -1,4 +1,4 @@
-"""The self-checks on real gated and projected steps, and on broken ones."""
+"""The self-checks on correct gated and projected steps, and on broken ones."""
 
 import pytest
 import torch

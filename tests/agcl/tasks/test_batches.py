@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from agcl.tasks import Encoded
-from agcl.tasks.batches import IGNORED, answer_places, answer_tokens, collate, in_order, pack, shuffled
+from agcl.tasks.batches import (
+    IGNORED,
+    answer_places,
+    answer_tokens,
+    collate,
+    in_order,
+    pack,
+    shuffled,
+)
 
 
 def test_rows_are_right_padded_and_only_answers_are_labeled():
@@ -54,7 +62,7 @@ def test_batches_in_order(rows, size, expected):
     assert in_order(rows, size) == expected
 
 
-def test_shuffled_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():
+def test_shuffled_batches_hold_every_row_once_ordered_by_seed_and_epoch():
     orders = {}
     for seed in range(3):
         for epoch in range(3):
