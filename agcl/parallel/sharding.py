@@ -66,7 +66,7 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Replicate a tensor that every rank has over the ranks of a parameter, on its device."""
+    """Put a tensor that every rank has on a parameter's device, replicated over its mesh."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device)
     mesh = parameter.device_mesh
