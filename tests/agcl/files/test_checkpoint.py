@@ -30,10 +30,10 @@ class Interrupted(BaseException):
 class CountedRows(list):
     """Rows that count how often they are read."""
 
-    looked_at = 0
+    reads = 0
 
     def __getitem__(self, index):
-        self.looked_at += 1
+        self.reads += 1
         return super().__getitem__(index)
 
 
@@ -74,7 +74,7 @@ def train(checkpoint=None, *, stop=None, rows=None):
     except Interrupted:
         interrupted = True
     assert interrupted == (stop is not None)
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, logged, rows.looked_at
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, logged, rows.reads
 
 
 def make(folder, identity="a task", seconds=0.0):

@@ -79,12 +79,12 @@ def rows_of(folder, kind, content):
 
 
 def check(folder, kind, content):
-    found, said = [], str(folder)
+    found, message = [], str(folder)
     try:
         found = rows_of(folder, kind, content)
     except InputError as error:
-        said = str(error)
-    assert str(folder) in said
+        message = str(error)
+    assert str(folder) in message
     for row in found:
         assert isinstance(row, Row)
         (row.prompt + row.answer).encode()  # Valid text that a tokenizer accepts.
@@ -154,12 +154,12 @@ def importance_file(folder):
 def load_damaged(file, content):
     """Whether the file still loads; if so, it must hold what was saved."""
     file.write_bytes(content)
-    loaded, said = None, str(file)
+    loaded, message = None, str(file)
     try:
         loaded = Importance.load(file)
     except InputError as error:
-        said = str(error)
-    assert str(file) in said
+        message = str(error)
+    assert str(file) in message
     assert loaded is None or same(loaded, SAVED)
     return loaded is not None
 

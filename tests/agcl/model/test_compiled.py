@@ -23,9 +23,8 @@ def loss_and_gradients(model, batch, precision="float32"):
 
 def training(architecture):
     model = families.model(architecture, dtype=torch.float32).train()
-    for (
-        module
-    ) in model.modules():  # Compiled dropout draws other random numbers than eager dropout.
+    # Compiled dropout draws other random numbers than eager dropout.
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model

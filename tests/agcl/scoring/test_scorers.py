@@ -93,7 +93,7 @@ def test_a_users_scorer_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "their_scorers", module)
     assert score(scorer_named("their_scorers:half"), "a", "b", "?") == 0.5
     assert score(scorer_named("their_scorers:asks"), "a", "b", "?") == 1
-    for name, said in [
+    for name, message in [
         ("their_scorers:none", "no function 'none'"),
         ("their_scorers:one", "does not take"),
         ("their_scorers:number", "does not take"),
@@ -101,5 +101,5 @@ def test_a_users_scorer_is_imported(monkeypatch):
         ("no_such_module:f", "'no_such_module' cannot be imported"),
         ("rouge", r"no scorer 'rouge' \(choose exact_match"),
     ]:
-        with pytest.raises(InputError, match=f"evaluation.scorers: .*{said}"):
+        with pytest.raises(InputError, match=f"evaluation.scorers: .*{message}"):
             scorer_named(name, "evaluation.scorers")
