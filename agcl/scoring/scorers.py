@@ -118,7 +118,7 @@ def scorer_named(name: str, key: str = "scorer") -> Scorer:
     module, colon, function = name.partition(":")
     if not colon:
         raise InputError(
-            f"{key}: no scorer {name!r} (choose {', '.join(SCORERS)}, or your own as "
+            f"{key}: no scorer {name!r} (choose from {', '.join(SCORERS)}, or your own as "
             "package.module:function)"
         )
     try:

@@ -83,7 +83,7 @@ def _fact(file: Path, lines: list[str], start: int) -> Fact:
     if len(header) < 3 or labels not in (["Q1", "A1", "Q2", "Q2"], ["Q1", "A1", "Q2", "A2"]):
         raise InputError(
             f"{file}, line {start + 1}: expected (Concept, Relation, Object), then Q1, A1, Q2 and "
-            f"A2; found {labels}"
+            f"its answer; found {labels}"
         )
     question, answer, paraphrase, second_answer = (text.strip() for _, _, text in body)
     if answer != second_answer:

@@ -99,7 +99,7 @@ def test_a_users_scorer_is_imported(monkeypatch):
         ("their_scorers:number", "does not take"),
         ("their_scorers:", "no function ''"),
         ("no_such_module:f", "'no_such_module' cannot be imported"),
-        ("rouge", r"no scorer 'rouge' \(choose exact_match"),
+        ("rouge", r"no scorer 'rouge' \(choose from exact_match"),
     ]:
         with pytest.raises(InputError, match=f"evaluation.scorers: .*{message}"):
             scorer_named(name, "evaluation.scorers")
