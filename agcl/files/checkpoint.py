@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,10 @@ Steps = list[tuple[dict[str, float], int]]
 """Metrics and step number of every step so far."""
 
 
+def _nothing(file: Path) -> None:
+    pass
+
+
 class Checkpoint:
     """A file that training writes periodically and resumes from.
 
@@ -30,13 +34,24 @@ class Checkpoint:
     Only rank 0 reads and writes it; it sends the content to the other ranks.
     """
 
-    def __init__(self, file: Path, identity: str, seconds: float) -> None:
+    def __init__(
+        self,
+        file: Path,
+        identity: str,
+        seconds: float,
+        *,
+        download: Callable[[Path], None] = _nothing,
+        upload: Callable[[Path], None] = _nothing,
+        delete: Callable[[Path], None] = _nothing,
+    ) -> None:
         """A file with another `identity`, or a damaged one, is ignored.
 
-        Written every `seconds`, less often if that would cost more than 5 % of the time.
+        Written every `seconds`, less often if that would cost more than 5 % of the time. The three
+        functions keep a copy of the file elsewhere, in case this machine is lost.
         """
         self.file, self.identity, self.seconds = file, identity, seconds
-        self.written, self.taken = time.monotonic(), 0.0  # Time of the last write, its duration.
+        self.download, self.upload, self.delete = download, upload, delete
+        self.last_write, self.write_seconds = time.monotonic(), 0.0
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
         """Load weights and optimizer state; return the steps before the checkpoint.
@@ -65,20 +80,21 @@ class Checkpoint:
     ) -> None:
         """Write the file if it is due and the disk has room. Collective: call on every rank."""
         started = time.monotonic()
-        interval = max(self.seconds, self.taken / _MAX_TIME_SHARE)
-        due = started - self.written >= interval
+        interval = max(self.seconds, self.write_seconds / _MAX_TIME_SHARE)
+        due = started - self.last_write >= interval
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             due = distributed.broadcast_object(due)  # Gathering needs all ranks.
         elif distributed.rank() > 0:
             return
         if due:
             self._write(parameters, optimizer, steps)
-            self.written = time.monotonic()
-            self.taken = self.written - started
+            self.last_write = time.monotonic()
+            self.write_seconds = self.last_write - started
 
     def remove(self) -> None:
-        """Delete the file if it exists."""
+        """Delete the file, if it exists, and its copy elsewhere."""
         self.file.unlink(missing_ok=True)
+        self.delete(self.file)
 
     def _write(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
@@ -97,10 +113,13 @@ class Checkpoint:
         )
         try:
             tensor_file.write(self.file, tensors, _KIND, {"identity": self.identity})
+            self.upload(self.file)
         except (OSError, SafetensorError):
             self.remove()  # Free the space: the stage's result needs it.
 
     def _read(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], Steps]:
+        if not self.file.exists():
+            self.download(self.file)
         try:
             tensor_file.verify(self.file, _KIND)
             stored, header = tensor_file.open_file(self.file, _KIND)
