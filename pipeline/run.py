@@ -30,8 +30,8 @@ from pipeline.results.run_folder import (
 from pipeline.stages.metrics import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.storage import artifact, mirror, object_store
-from pipeline.tracking.client import Content, Tracker
-from pipeline.tracking.recorder import Recording, connect, open_recording, warn
+from pipeline.tracking.client import Content
+from pipeline.tracking.sync import Mirror, warn
 
 REPORT_FILE = "report.html"
 REPORTS_EACH = 4
@@ -75,22 +75,21 @@ def execute(
     """
     config = _any_config(runs)
     check_address()
-    tracker = connect(config, console)
-    with _alone(folder, console), mirror.results(config.storage, folder):
-        return _execute(runs, folder, tracker, title, command, console, above)
+    recording = _mirror(runs, folder, title, console, above)
+    with _alone(folder, console), mirror.results(config.storage, folder), recording:
+        return _execute(runs, folder, recording, title, command, console)
 
 
 def _execute(
     runs: Mapping[str, Run],
     folder: Path,
-    tracker: Tracker | None,
+    recording: Mirror,
     title: str,
     command: str,
     console: Console,
-    above: str | None,
 ) -> list[RunResult]:
     done_before = _complete(runs)
-    recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
+    _run_missing(runs, folder, recording, console)
     results = [write_results(run, command, done_before) for run in runs.values()]
     for line in dict.fromkeys(line for result in results for line in left_out(result)):
         warn(console, line)
@@ -121,10 +120,10 @@ def execute_trials(
     """
     config = _any_config(runs)
     check_address()
-    tracker = connect(config, console)
-    with _alone(folder, console), mirror.results(config.storage, folder):
+    recording = _mirror(runs, folder, title, console)
+    with _alone(folder, console), mirror.results(config.storage, folder), recording:
         done_before = _complete(runs)
-        recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
+        failures = _run_missing(runs, folder, recording, console, keep_going=True)
         for failure in failures:
             console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
         results = {
@@ -141,6 +140,13 @@ def execute_trials(
 def _any_config(runs: Mapping[str, Run]) -> Config:
     """Storage, resources and tracking are the same for all."""
     return next(iter(runs.values())).config
+
+
+def _mirror(
+    runs: Mapping[str, Run], folder: Path, title: str, console: Console, above: str | None = None
+) -> Mirror:
+    kind = "comparison" if len(runs) > 1 else None
+    return Mirror(_any_config(runs), folder, title, console, kind=kind, above=above)
 
 
 def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
@@ -166,39 +172,31 @@ def _complete(runs: Mapping[str, Run]) -> set[Path]:
 def _run_missing(
     runs: Mapping[str, Run],
     folder: Path,
-    tracker: Tracker | None,
-    title: str,
+    recording: Mirror,
     console: Console,
     *,
     keep_going: bool = False,
-    above: str | None = None,
-) -> tuple[Recording, list[StageFailed]]:
+) -> list[StageFailed]:
     """Open the runs' folders and run their unfinished stages; raises `StageFailed`."""
     first = _any_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
-    kind = "comparison" if len(runs) > 1 else None
-    recording = open_recording(tracker, folder, title, console, kind=kind, above=above)
     for label, run in runs.items():
         check_folder(run.config, run.folder)  # Again: we may have waited for another.
         open_folder(run)
-        recording.add(label, run, name=label if len(runs) > 1 else title)
+        recording.add(label, run)
     mirror.push_results(first.storage, folder)  # A killed one is then known to other machines.
     try:
-        try:
-            failures = run_with_progress(
-                todo, folder, first.resources, recording.observe, console, keep_going=keep_going
-            )
-        except StageFailed as of_all:
-            failures, keep_going = [of_all], False
-        for failure in failures:
-            write_log(folder, failure)
-        if failures and not keep_going:
-            raise failures[0]
-        recording.try_again(now=True)
-    except BaseException as error:
-        recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
-        raise
-    return recording, failures
+        failures = run_with_progress(
+            todo, folder, first.resources, recording.observe, console, keep_going=keep_going
+        )
+    except StageFailed as of_all:
+        failures, keep_going = [of_all], False
+    for failure in failures:
+        write_log(folder, failure)
+    if failures and not keep_going:
+        raise failures[0]
+    recording.sync(now=True)
+    return failures
 
 
 def prepare_tasks(run: Run, console: Console) -> None:

@@ -26,8 +26,7 @@ from pipeline.search.space import Settings, space_of
 from pipeline.search.trial import Trial
 from pipeline.search.tuning import VALIDATION
 from pipeline.storage import artifact, mirror, object_store
-from pipeline.tracking.client import Tracker
-from pipeline.tracking.recorder import Recording, connect, open_recording
+from pipeline.tracking.sync import Mirror
 
 SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -100,20 +99,19 @@ def execute_search(
     """
     config = search.config
     check_address()
-    tracker = connect(config, console)
-    with mirror.results(config.storage, search.folder):
-        return _execute(search, tracker, command, console, watch)
+    recording = Mirror(config, search.folder, search.folder.name, console, kind="search")
+    with mirror.results(config.storage, search.folder), recording:
+        return _execute(search, recording, command, console, watch)
 
 
 def _execute(
     search: Search,
-    tracker: Tracker | None,
+    recording: Mirror,
     command: str,
     console: Console,
     watch: AbstractContextManager[Observe],
 ) -> Found:
     config = search.config
-    recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
     mirror.push_results(config.storage, search.folder)
     shared = shared_stages(search)
@@ -125,31 +123,27 @@ def _execute(
         "run; starting Ray",
         highlight=False,
     )
-    try:
-        with cluster(config.resources) as side_by_side:
-            failures = run_with_progress(
-                todo,
-                search.folder,
-                config.resources,
-                lambda _: None,
-                console,
-                side_by_side=side_by_side,
-            )
-            if failures:
-                failures[0].log = search.folder / "error.log"
-                artifact.write_text(failures[0].log, failures[0].traceback)
-                raise failures[0]
-            with watch as observe:
+    with cluster(config.resources) as side_by_side:
+        failures = run_with_progress(
+            todo,
+            search.folder,
+            config.resources,
+            lambda _: None,
+            console,
+            side_by_side=side_by_side,
+        )
+        if failures:
+            failures[0].log = search.folder / "error.log"
+            artifact.write_text(failures[0].log, failures[0].traceback)
+            raise failures[0]
+        with watch as observe:
 
-                def on_change(trial: Trial) -> None:
-                    observe(trial)
-                    records.observe(trial)
+            def on_change(trial: Trial) -> None:
+                observe(trial)
+                records.observe(trial)
 
-                found = run_trials(search, side_by_side, on_change)
-    except BaseException as error:
-        recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
-        raise
-    recording.try_again(now=True)
+            found = run_trials(search, side_by_side, on_change)
+    recording.sync(now=True)
     pq.write_table(trials.table(found), search.folder / TABLE)
     best = trials.best(found)
     result = _score(search, best, recording, command, console) if best else None
@@ -160,7 +154,7 @@ def _execute(
 class _Records:
     """The MLflow side: a run for every trial, with the stages that only it has below."""
 
-    def __init__(self, search: Search, recording: Recording, shared: set[str]) -> None:
+    def __init__(self, search: Search, recording: Mirror, shared: set[str]) -> None:
         self.search, self.recording, self.shared = search, recording, shared
         self.opened: set[int] = set()
 
@@ -175,7 +169,7 @@ class _Records:
             open_folder(run)
             self.recording.add(label, run, kind="trial", without=self.shared)
         else:
-            self.recording.catch_up(label)
+            self.recording.sync(label)
         if trial.state != "running":
             scores = (
                 {k: v for k, v in asdict(trial.last).items() if v is not None} if trial.last else {}
@@ -184,7 +178,7 @@ class _Records:
 
 
 def _score(
-    search: Search, best: Trial, recording: Recording, command: str, console: Console
+    search: Search, best: Trial, recording: Mirror, command: str, console: Console
 ) -> RunResult:
     """Write the winner's config and run it: trained already, it is scored on the test rows."""
     run = best_run(search, best)
@@ -213,9 +207,7 @@ def _forget_another(search: Search, winner: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finish(
-    search: Search, found: Sequence[Trial], best: Trial | None, recording: Recording
-) -> None:
+def _finish(search: Search, found: Sequence[Trial], best: Trial | None, recording: Mirror) -> None:
     """Draw the figures, and give everything to MLflow."""
     from pipeline.search.figures import search_figures
 

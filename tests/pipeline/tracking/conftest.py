@@ -1,0 +1,85 @@
+"""A finished run, replayed stage by stage: the mirror sees what a driver would, without Ray."""
+
+import io
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from pipeline.results.run_folder import open_folder
+from pipeline.run import open_run
+from pipeline.tracking.client import Tracker, default_uri
+from pipeline.tracking.sync import Mirror
+
+
+@pytest.fixture(scope="session")
+def original(tiny_config, run_in_process, tmp_path_factory):
+    """A run computed in this process, and an empty MLflow database; both are slow to make."""
+    root = tmp_path_factory.mktemp("original")
+    gate = ["protect.0.kind=gate", "protect.0.on=gradient", "training.epochs=4"]
+    works = run_in_process(tiny_config(root / "storage", *gate))
+    Tracker(root, None)
+    return SimpleNamespace(works=works, settings=gate, database=root / "mlflow.db")
+
+
+class Replay:
+    """The original run's stages, finished one by one in another storage."""
+
+    def __init__(self, original, config_of, storage):
+        self.original, self.config_of, self.storage = original, config_of, storage
+        self.output = io.StringIO()
+        self.console = Console(file=self.output, width=60)
+        self.use(None)
+
+    def use(self, uri, *settings):
+        """Use another MLflow, or other settings."""
+        where = [f"tracking.uri={uri}"] if uri else []
+        self.uri = uri or default_uri(self.storage)
+        config = self.config_of(self.storage, *self.original.settings, *where, *settings)
+        self.run = open_run(config)
+        open_folder(self.run)
+
+    def mirror(self):
+        return Mirror(self.run.config, self.run.folder, "tiny", self.console)
+
+    def said(self):
+        """Lines printed so far."""
+        return [line.strip() for line in self.output.getvalue().splitlines()]
+
+    def metrics(self, stage):
+        """The records of a stage's log."""
+        work = self.original.works[stage]
+        lines = (work.folder / "log.jsonl").read_text().splitlines()
+        return [{"artifact": work.folder.name, **json.loads(line)} for line in lines]
+
+    def state(self, stage, state, **more):
+        return {"artifact": self.run.works[stage].folder.name, "state": state, **more}
+
+    def complete(self, *kinds):
+        """Finish the stages whose names start with these, unobserved."""
+        for stage, work in self.run.works.items():
+            if stage.startswith(kinds) and not work.folder.exists():
+                shutil.copytree(self.original.works[stage].folder, work.folder)
+
+    def play(self, mirror, *kinds):
+        """Run the stages whose names start with these, observed."""
+        for stage in [stage for stage in self.run.works if stage.startswith(kinds)]:
+            mirror.observe([self.state(stage, "started")])
+            mirror.observe(self.metrics(stage))
+            self.complete(stage)
+            mirror.observe([self.state(stage, "finished")])
+
+    def finish(self, mirror):
+        report = self.run.works["report"].folder / "metrics.json"
+        mirror.sync(now=True)
+        mirror.finish_run("tiny", json.loads(report.read_text()), {"metrics.json": report})
+
+
+@pytest.fixture
+def replay(original, tiny_config, tmp_path):
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    shutil.copy(original.database, storage)
+    return Replay(original, tiny_config, storage)
