@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -280,7 +280,7 @@ class _MirroredRun:
             elif stage and self.works[stage].fingerprint not in self.recorded:
                 if stage not in self.live:  # MLflow was down when it started.
                     self.live[stage] = self._start(tracker, stage)
-                tracker.metrics(self.live[stage], group)
+                self._log(tracker, stage, self.live[stage], group)
 
     def _change(self, tracker: Tracker, stage: str, record: Record) -> None:
         child, is_whole = self.live.pop(stage, None), stage in self.whole
@@ -330,15 +330,27 @@ class _MirroredRun:
         started, ended = _times(work)
         child = self._start(tracker, stage, started)
         lines = (work.read(LOG_FILE) or b"").splitlines()
-        tracker.metrics(child, [json.loads(line) for line in lines], ended)
+        self._log(tracker, stage, child, map(json.loads, lines), ended)
         self._finish(tracker, stage, child, ended)
+
+    def _log(
+        self,
+        tracker: Tracker,
+        stage: str,
+        child: str,
+        records: Iterable[Record],
+        at: float | None = None,
+    ) -> None:
+        """Log metrics; scores by the run's tasks, so that one chart can show run and stages."""
+        step = {"step": _task_index(stage)} if stage.startswith("evaluate/") else {}
+        tracker.metrics(child, [{**record, **step} for record in records], at)
 
     def _finish(self, tracker: Tracker, stage: str, child: str, at: float | None = None) -> None:
         """Log what a stage made on the run, and finish the stage's child."""
         assert self.id
         work, (kind, _, task) = self.works[stage], stage.partition("/")
         if kind == "evaluate":
-            scores = self._scores(work, int(task.partition("-")[0]))
+            scores = self._scores(work, _task_index(stage))
             tracker.metrics(self.id, [scores], _times(work)[1])
         elif kind == "attribute":
             tracker.artifacts(self.id, _importance(work, f"importance/{task}"))
@@ -379,6 +391,11 @@ class _MirroredRun:
             for child in self.live.values():
                 tracker.end(child, status)
             tracker.end(self.id, status, error)
+
+
+def _task_index(stage: str) -> int:
+    """How many tasks of the sequence were trained before `evaluate/2-rivers`."""
+    return int(stage.partition("/")[2].partition("-")[0])
 
 
 def _times(work: Work) -> tuple[float, float]:

@@ -43,11 +43,11 @@ def shown(replay):
 
 @pytest.fixture
 def steps(replay, shown):
-    """The steps of a stage's loss that MLflow shows."""
+    """The steps of a stage's metric that MLflow shows."""
 
-    def find(stage):
+    def find(stage, key="loss"):
         client = mlflow.MlflowClient(replay.uri)
-        points = client.get_metric_history(shown()[stage].info.run_id, "loss")
+        points = client.get_metric_history(shown()[stage].info.run_id, key)
         return sorted(point.step for point in points)
 
     return find
@@ -114,21 +114,26 @@ def test_a_database_that_fails_within_a_stage_misses_nothing(replay, steps, monk
     check_whole(replay.uri, replay.run)
 
 
-def test_what_a_killed_driver_left_is_recorded_once_with_its_own_times(replay, shown):
+def test_what_a_killed_driver_left_is_recorded_once_with_its_own_times(replay, shown, steps):
     replay.complete(*BASE)
     killed = replay.mirror().__enter__()
     killed.add("tiny", replay.run)
     killed.observe([replay.state(TRAIN, "started"), *replay.metrics(TRAIN)])
     replay.complete(TRAIN)  # And nobody has said so.
+    replay.play(killed, "evaluate/1")  # Its scores are there, and its child is not finished yet.
+    evaluated = shown()["evaluate/1-harbour"].info.run_id
+    mlflow.MlflowClient(replay.uri).update_run(evaluated, status="RUNNING")
     with replay.mirror() as mirror:
         mirror.add("tiny", replay.run)
-        replay.play(mirror, "attribute", "evaluate/1", "train/2", "evaluate/2", "report")
+        replay.play(mirror, "attribute", "train/2", "evaluate/2", "report")
         replay.finish(mirror)
     with replay.mirror() as mirror:
         mirror.add("tiny", replay.run)
         replay.finish(mirror)
     check_whole(replay.uri, replay.run)
     assert replay.said() == []
+    for index, stage in enumerate(["evaluate/1-harbour", "evaluate/2-valley"], start=1):
+        assert steps(stage, "memorization/valley") == [index]  # As on the run.
     runs, manifest = shown(), replay.run.works[TRAIN].manifest()
     assert runs[TRAIN].info.start_time == int(manifest["started"] * 1000)
     assert runs[TRAIN].info.end_time == int((manifest["started"] + manifest["seconds"]) * 1000)
