@@ -3,6 +3,10 @@
 import io
 import json
 import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -10,18 +14,31 @@ from rich.console import Console
 
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
-from pipeline.tracking.client import Tracker, default_uri
+from pipeline.tracking.client import default_uri
 from pipeline.tracking.sync import Mirror
 
 
 @pytest.fixture(scope="session")
+def raced(tmp_path_factory):
+    """An MLflow database that two processes make where a third was killed while making it."""
+    storage = tmp_path_factory.mktemp("raced")
+    with closing(sqlite3.connect(storage / "mlflow.db.part")) as half:
+        half.execute("CREATE TABLE runs (half_made)")
+    (storage / "mlflow.db.lock").touch()
+    code = "import sys; from pathlib import Path; from pipeline.tracking.client import Tracker\n"
+    code += "Tracker(Path(sys.argv[1]), None)"
+    one, two = (subprocess.Popen([sys.executable, "-c", code, storage]) for _ in range(2))
+    codes = one.wait(), two.wait()
+    return SimpleNamespace(codes=codes, files=sorted(storage.iterdir()), file=storage / "mlflow.db")
+
+
+@pytest.fixture(scope="session")
 def original(tiny_config, run_in_process, tmp_path_factory):
-    """A run computed in this process, and an empty MLflow database; both are slow to make."""
+    """A run computed in this process."""
     root = tmp_path_factory.mktemp("original")
     gate = ["protect.0.kind=gate", "protect.0.on=gradient", "training.epochs=4"]
     works = run_in_process(tiny_config(root / "storage", *gate))
-    Tracker(root, None)
-    return SimpleNamespace(works=works, settings=gate, database=root / "mlflow.db")
+    return SimpleNamespace(works=works, settings=gate)
 
 
 class Replay:
@@ -78,8 +95,8 @@ class Replay:
 
 
 @pytest.fixture
-def replay(original, tiny_config, tmp_path):
+def replay(original, raced, tiny_config, tmp_path):
     storage = tmp_path / "storage"
     storage.mkdir()
-    shutil.copy(original.database, storage)
+    shutil.copy(raced.file, storage)  # Making one takes seconds.
     return Replay(original, tiny_config, storage)

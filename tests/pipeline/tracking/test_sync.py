@@ -183,6 +183,15 @@ def test_a_run_that_ends_while_mlflow_is_down_is_closed_when_it_is_back(replay, 
     assert set(shown()) == {"tiny", TRAIN}
 
 
+def test_no_stage_is_running_after_its_run_ended(replay, shown):
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        mirror.observe([replay.state(TRAIN, "started")])
+        replay.complete(TRAIN)  # And its worker was lost before it could say so.
+        mirror.end("tiny", {})
+        assert shown()[TRAIN].info.status == "FINISHED"
+
+
 def test_a_stage_that_another_command_finishes_is_recorded_within_a_minute(
     replay, shown, monkeypatch
 ):
