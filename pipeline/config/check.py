@@ -21,7 +21,7 @@ def check_inputs(config: Config) -> None:
 
     Raises `InputError` of one line that names the file, row or key.
     """
-    _check_storage(config.local_storage)
+    _check_storage(config.storage.root)
     _check_devices(config)
     if not is_builtin(config):
         models.check_folder(model_folder(config))

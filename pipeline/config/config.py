@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from agcl.schedule import Schedule
@@ -17,12 +16,11 @@ from pipeline.config.section import (
     Section,
     Seed,
     Share,
-    Storage,
+    StoragePlace,
     usable_path,
 )
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.secrets import masked
-from pipeline.storage.object_store import cache_of
 
 UNPROTECTED = ("sequential", "joint", "solo")
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
@@ -167,7 +165,7 @@ class Config(Section):
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/config/presets.py`)."""
     seed: Seed = 0
-    storage: Storage = Field(
+    storage: StoragePlace = Field(
         default_factory=lambda: os.environ.get("AGCL_STORAGE", "storage"), validate_default=True
     )
     """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
@@ -187,12 +185,6 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
-
-    @property
-    def local_storage(self) -> Path:
-        """Where runs and artifacts are on this machine: the storage folder or an object store's
-        cache."""
-        return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
     @model_validator(mode="after")
     def _gpus_can_be_had(self) -> "Config":
@@ -231,7 +223,7 @@ class Config(Section):
             )
         if self.name in RESERVED_NAMES:
             raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
-        if isinstance(self.storage, str) and self.tracking.enabled and self.tracking.uri is None:
+        if self.tracking.enabled and not (self.tracking.uri or self.storage.tracking_uri):
             raise ValueError(
                 "tracking.uri: must be set where storage is an object store, which has no place "
                 "for MLflow's sqlite file; or set tracking.enabled=false"

@@ -15,7 +15,7 @@ from pipeline.config.config import Config
 from pipeline.execution.cluster import check_address, cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import sessions
+from pipeline.plan.schedule import sessions
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
 from pipeline.run import execute, open_run
@@ -25,7 +25,7 @@ from pipeline.search.search import Search, run_trials, shared_stages
 from pipeline.search.space import Settings, space_of
 from pipeline.search.trial import Trial
 from pipeline.search.tuning import VALIDATION
-from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage import artifact
 from pipeline.tracking.sync import Mirror
 
 SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
@@ -55,7 +55,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         settings["evaluation.validation"] = VALIDATION
     of_trials = loading.changed(config, settings)
     space = space_of(of_trials)
-    search = Search(of_trials, space, num_trials, config.local_storage / f"{config.name}-search")
+    search = Search(of_trials, space, num_trials, config.storage.root / f"{config.name}-search")
     if len(_tasks(search)) < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")
     _check_folder(search, resume=resume)
@@ -69,7 +69,7 @@ def _tasks(search: Search) -> Sequence[str]:
 def _check_folder(search: Search, *, resume: bool) -> None:
     """A search folder keeps one search: trials of another one say nothing about this one's."""
     file = search.folder / SEARCH_FILE
-    mirror.pull_file(search.config.storage, file)
+    search.config.storage.refresh(file)
     if not file.is_file():
         if resume:
             raise InputError(f"--resume: {search.folder} holds no search to go on with")
@@ -81,7 +81,7 @@ def _check_folder(search: Search, *, resume: bool) -> None:
     for section in Config.model_fields:
         same = getattr(stored, section) == getattr(search.config, section)
         if section not in ("resources", "tracking") and not same:
-            place = object_store.place_of(search.config.storage, search.folder)
+            place = search.config.storage.place(search.folder)
             raise InputError(
                 f"name: {place} holds a search with another {section!r} section; choose "
                 f"another name (name={search.config.name}-2) or delete that folder. Finished "
@@ -99,27 +99,27 @@ def execute_search(
     """
     config = search.config
     check_address()
-    recording = Mirror(config, search.folder, search.folder.name, console, kind="search")
-    with mirror.results(config.storage, search.folder), recording:
-        return _execute(search, recording, command, console, watch)
+    mirror = Mirror(config, search.folder, search.folder.name, console, kind="search")
+    with config.storage.results(search.folder), mirror:
+        return _execute(search, mirror, command, console, watch)
 
 
 def _execute(
     search: Search,
-    recording: Mirror,
+    mirror: Mirror,
     command: str,
     console: Console,
     watch: AbstractContextManager[Observe],
 ) -> Found:
     config = search.config
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
-    mirror.push_results(config.storage, search.folder)
+    config.storage.save_results(search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
-    records = _Records(search, recording, {stage.name for stage in shared})
+    records = _Records(search, mirror, {stage.name for stage in shared})
 
     console.print(
-        f"  {sum(len(s.works) for s in todo)} of {len(shared)} stages that all trials share to "
+        f"  {sum(len(s.stages) for s in todo)} of {len(shared)} stages that all trials share to "
         "run; starting Ray",
         highlight=False,
     )
@@ -143,19 +143,19 @@ def _execute(
                 records.observe(trial)
 
             found = run_trials(search, side_by_side, on_change)
-    recording.sync(now=True)
+    mirror.sync(now=True)
     pq.write_table(trials.table(found), search.folder / TABLE)
     best = trials.best(found)
-    result = _score(search, best, recording, command, console) if best else None
-    _finish(search, found, best, recording)
+    result = _score(search, best, mirror, command, console) if best else None
+    _finish(search, found, best, mirror)
     return Found(found, best, result)
 
 
 class _Records:
     """The MLflow side: a run for every trial, with the stages that only it has below."""
 
-    def __init__(self, search: Search, recording: Mirror, shared: set[str]) -> None:
-        self.search, self.recording, self.shared = search, recording, shared
+    def __init__(self, search: Search, mirror: Mirror, shared: set[str]) -> None:
+        self.search, self.mirror, self.shared = search, mirror, shared
         self.opened: set[int] = set()
 
     def observe(self, trial: Trial) -> None:
@@ -167,24 +167,24 @@ class _Records:
             except InputError:
                 return  # No valid config, so nothing to record but the table's row.
             open_folder(run)
-            self.recording.add(label, run, kind="trial", without=self.shared)
+            self.mirror.add(label, run, kind="trial", without=self.shared)
         else:
-            self.recording.sync(label)
+            self.mirror.sync(label)
         if trial.state != "running":
             scores = (
                 {k: v for k, v in asdict(trial.last).items() if v is not None} if trial.last else {}
             )
-            self.recording.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
+            self.mirror.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
 
 
 def _score(
-    search: Search, best: Trial, recording: Mirror, command: str, console: Console
+    search: Search, best: Trial, mirror: Mirror, command: str, console: Console
 ) -> RunResult:
     """Write the winner's config and run it: trained already, it is scored on the test rows."""
     run = best_run(search, best)
     artifact.write_text(search.folder / BEST_CONFIG, loading.dump(run.config))
     (result,) = execute(
-        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=recording.own
+        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=mirror.own
     )
     return result
 
@@ -202,12 +202,11 @@ def _forget_another(search: Search, winner: str) -> None:
     file, folder = search.folder / BEST_CONFIG, search.folder / BEST
     if not file.is_file() or file.read_text(encoding="utf-8") == winner:
         return
-    if isinstance(search.config.storage, str):
-        mirror.remove_file(search.config.storage, folder / CONFIG_FILE)
+    search.config.storage.forget(folder / CONFIG_FILE)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finish(search: Search, found: Sequence[Trial], best: Trial | None, recording: Mirror) -> None:
+def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: Mirror) -> None:
     """Draw the figures, and give everything to MLflow."""
     from pipeline.search.figures import search_figures
 
@@ -221,4 +220,4 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, recordin
     scores: Mapping[str, float] = {}
     if best and best.last:
         scores = {f"best_{k}": v for k, v in asdict(best.last).items() if v is not None}
-    recording.finish(files, scores)
+    mirror.finish(files, scores)

@@ -12,7 +12,7 @@ import torch
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model import adapter, models
-from agcl.model.forward import activation_checkpointing, compiled, quick_attention
+from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, lora, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
 from agcl.parallel import sharding
@@ -45,7 +45,7 @@ class Protection:
         """Keep copies of what is protected, to see later how it moved."""
         protected = {**(self.gate or {}), **(self.basis or {})}
         chosen = ((name, p) for name, p in model.named_parameters() if name in protected)
-        self.before = {name: copy.clone() for name, copy in sharding.on_first_worker(chosen)}
+        self.before = {name: copy.clone() for name, copy in sharding.on_rank_zero(chosen)}
 
 
 def pretrain(
@@ -232,7 +232,7 @@ def _check(
     """Write whether the protection held, if there is one; the first worker, with all others."""
     protected = {**(protection.gate or {}), **(protection.basis or {})}
     chosen = ((name, p) for name, p in model.named_parameters() if name in protected)
-    after = dict(sharding.on_first_worker(chosen))
+    after = dict(sharding.on_rank_zero(chosen))
     if not after:
         return
     found = check(
@@ -269,7 +269,6 @@ def _fit(
         transposed=stored_transposed(model) if basis else (),
     )
     with (
-        quick_attention(model, config["precision"]),
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
     ):

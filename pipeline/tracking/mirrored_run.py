@@ -9,7 +9,7 @@ from itertools import groupby
 from statistics import fmean
 
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import Work
+from pipeline.plan.stage import ResolvedStage
 from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import LOG_FILE, Record
 from pipeline.stages.evaluate import SCORES, TEXT
@@ -36,8 +36,8 @@ class MirroredRun:
     def __init__(self, run: Run, name: str, kind: str, without: Collection[str]) -> None:
         self.run, self.name, self.kind = run, name, kind
         # Equal stages share an artifact, and have one child.
-        self.stages = {w.folder.name: s for s, w in run.works.items() if s not in without}
-        self.works = {stage: run.works[stage] for stage in self.stages.values()}
+        self.stages = {w.folder.name: s for s, w in run.resolved.items() if s not in without}
+        self.resolved = {stage: run.resolved[stage] for stage in self.stages.values()}
         self.complete: set[str] = set()
         self._find_complete()
         self.reused = frozenset(self.complete)
@@ -59,9 +59,11 @@ class MirroredRun:
         """Stages whose live child has every record since they started."""
 
     def _find_complete(self) -> None:
-        unknown = [stage for stage in self.works if stage not in self.complete]
+        unknown = [stage for stage in self.resolved if stage not in self.complete]
         with ThreadPoolExecutor() as pool:  # An object store takes a while per request.
-            found = list(pool.map(Work.is_complete, (self.works[stage] for stage in unknown)))
+            found = list(
+                pool.map(ResolvedStage.is_complete, (self.resolved[stage] for stage in unknown))
+            )
         self.complete |= {stage for stage, done in zip(unknown, found, strict=True) if done}
 
     def sync(self, tracker: Tracker, above: str | None) -> bool:
@@ -71,7 +73,7 @@ class MirroredRun:
         if self.ending:
             self.whole.clear()  # Nothing runs any more, whether its last record came or not.
         self._find_complete()
-        for stage, work in self.works.items():
+        for stage, work in self.resolved.items():
             is_recorded = work.fingerprint in self.recorded or stage in self.whole
             if stage in self.complete and not is_recorded:
                 self._record(stage)
@@ -89,7 +91,7 @@ class MirroredRun:
             if stage and is_state:
                 for record in group:
                     self._change(stage, record)
-            elif stage and self.works[stage].fingerprint not in self.recorded:
+            elif stage and self.resolved[stage].fingerprint not in self.recorded:
                 if stage not in self.live:  # MLflow was down when it started.
                     self.live[stage] = self._start(stage)
                 self._log(stage, self.live[stage], group)
@@ -104,7 +106,7 @@ class MirroredRun:
             self.complete.add(stage)
             if child and is_whole:
                 self._finish(stage, child)
-            elif self.works[stage].fingerprint not in self.recorded:
+            elif self.resolved[stage].fingerprint not in self.recorded:
                 self._record(stage)
         elif child:
             self.tracker.end(child, "FAILED", str(record["error"]))
@@ -124,7 +126,7 @@ class MirroredRun:
 
     def _start(self, stage: str, at: float | None = None) -> str:
         """A new child for a stage, replacing earlier ones."""
-        fingerprint = self.works[stage].fingerprint
+        fingerprint = self.resolved[stage].fingerprint
         self.recorded.discard(fingerprint)
         for old in self.children.pop(fingerprint, []):
             self.tracker.discard(old)
@@ -134,12 +136,12 @@ class MirroredRun:
             tags["reused"] = "true"
         child = self.tracker.start(stage, tags, self.id, at)
         self.children[fingerprint].append(child)
-        self.tracker.params(child, self.works[stage].config)
+        self.tracker.params(child, self.resolved[stage].config)
         return child
 
     def _record(self, stage: str) -> None:
         """Record a complete stage from its artifact, with the artifact's times."""
-        work = self.works[stage]
+        work = self.resolved[stage]
         started, ended = _times(work)
         child = self._start(stage, started)
         lines = (work.read(LOG_FILE) or b"").splitlines()
@@ -155,7 +157,7 @@ class MirroredRun:
 
     def _finish(self, stage: str, child: str, at: float | None = None) -> None:
         """Log what a stage made on the run, and finish the stage's child."""
-        work, (kind, _, task) = self.works[stage], stage.partition("/")
+        work, (kind, _, task) = self.resolved[stage], stage.partition("/")
         if kind == "evaluate":
             scores = self._scores(work, _task_index(stage))
             self.tracker.metrics(self.id, [scores], _times(work)[1])
@@ -168,7 +170,7 @@ class MirroredRun:
         self.recorded.add(work.fingerprint)
         self.live.pop(stage, None)
 
-    def _scores(self, work: Work, index: int) -> dict[str, float]:
+    def _scores(self, work: ResolvedStage, index: int) -> dict[str, float]:
         """The row of the accuracy matrix, with the task index as step."""
         tasks, scores = self.run.plan.tasks, json.loads(work.read(SCORES) or b"")
         row: dict[str, float] = {
@@ -183,7 +185,7 @@ class MirroredRun:
         return {"step": index, **row}
 
     def _end(self, ending: Ending) -> None:
-        made = [work for stage, work in self.works.items() if stage in self.complete]
+        made = [work for stage, work in self.resolved.items() if stage in self.complete]
         self.tracker.metrics(self.id, [ending.metrics], _times(made[-1])[1] if made else None)
         self.tracker.artifacts(self.id, ending.files)
         name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
@@ -204,7 +206,7 @@ def _task_index(stage: str) -> int:
     return int(stage.partition("/")[2].partition("-")[0])
 
 
-def _times(work: Work) -> tuple[float, float]:
+def _times(work: ResolvedStage) -> tuple[float, float]:
     """When a complete stage was started and finished, in seconds since 1970.
 
     With the latter a point is in MLflow once, however often it is sent.
@@ -213,7 +215,7 @@ def _times(work: Work) -> tuple[float, float]:
     return manifest["started"], manifest["started"] + manifest["seconds"]
 
 
-def _importance(work: Work, path: str) -> Mapping[str, Content]:
+def _importance(work: ResolvedStage, path: str) -> Mapping[str, Content]:
     """The importance file, or its location if it is large or not on this machine."""
     file = work.folder / IMPORTANCE_FILE
     if file.exists() and file.stat().st_size <= _LARGEST_COPY:

@@ -5,7 +5,6 @@ at any time: `sync` asks it which stages it knows and records the others from th
 While MLflow answers, running stages are shown live.
 """
 
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from pipeline.config.config import Config
 from pipeline.plan.plan import Run
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
-from pipeline.storage import object_store
 from pipeline.tracking.client import Content, Tracker, TrackingFailed
 from pipeline.tracking.mirrored_run import Ending, MirroredRun
 
@@ -52,9 +50,7 @@ class Mirror:
         in `folder`. `above` is the parent of that run, or of all runs if there is none. Raises
         `InputError` for a bad URI and for a storage folder that cannot be written.
         """
-        _check_writable(config.local_storage)
-        if isinstance(config.storage, str):
-            object_store.check_writable(config.storage)
+        config.storage.check_writable()
         self.config, self.console = config, console
         self.folder, self.title = folder, title
         self.kind, self.above = kind, above
@@ -177,7 +173,7 @@ class Mirror:
 
     def _connect(self) -> None:
         if self.config.tracking.enabled:
-            self._tracker = Tracker(self.config.local_storage, self.config.tracking.uri)
+            self._tracker = Tracker(self.config.storage.root, self.config.tracking.uri)
 
     def _open_own(self) -> None:
         if self._tracker and self.kind:
@@ -204,10 +200,3 @@ class Mirror:
 def warn(console: Console, message: str) -> None:
     """Print a warning of one line."""
     console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def _check_writable(storage: Path) -> None:
-    there = next(path for path in (storage, *storage.parents) if path.exists())
-    for folder in (there, there / "stages"):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"storage: {folder} cannot be written to")

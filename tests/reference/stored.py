@@ -1,26 +1,25 @@
-"""Artifacts that tests put on an object store, and machines that know nothing but the store."""
+"""Artifacts that tests put in an object store, and machines that see only the store."""
 
 from pathlib import Path
 
 import pytest
 
-from pipeline.storage import artifact, mirror, object_store
-from pipeline.storage.object_store import cache_of
+from pipeline.storage import Bucket, artifact, bucket, object_store
 
 FILES = {"a.txt": b"one", "deep/b é.bin": bytes(range(256)) * 4000, "empty": b""}
 FINGERPRINT = "f00d"
 
 
 def move_to(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another machine knows: nothing but the store."""
+    """The view of another machine: only the store."""
     monkeypatch.setenv("AGCL_CACHE", str(machine))
-    mirror._manifest.cache_clear()
+    bucket._manifest.cache_clear()
     object_store.check.cache_clear()
 
 
 def folder_of(uri: str) -> Path:
-    """The artifact's in this machine's cache."""
-    return cache_of(uri) / "stages" / "toy-f00d"
+    """The artifact's folder in this machine's cache."""
+    return Bucket(uri).root / "stages" / "toy-f00d"
 
 
 def make(folder: Path, files: dict[str, bytes] = FILES) -> Path:

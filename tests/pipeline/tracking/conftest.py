@@ -72,24 +72,24 @@ class Replay:
         return [{"artifact": work.folder.name, **json.loads(line)} for line in lines]
 
     def state(self, stage, state, **more):
-        return {"artifact": self.run.works[stage].folder.name, "state": state, **more}
+        return {"artifact": self.run.resolved[stage].folder.name, "state": state, **more}
 
     def complete(self, *kinds):
         """Finish the stages whose names start with these, unobserved."""
-        for stage, work in self.run.works.items():
+        for stage, work in self.run.resolved.items():
             if stage.startswith(kinds) and not work.folder.exists():
                 shutil.copytree(self.original.works[stage].folder, work.folder)
 
     def play(self, mirror, *kinds):
         """Run the stages whose names start with these, observed."""
-        for stage in [stage for stage in self.run.works if stage.startswith(kinds)]:
+        for stage in [stage for stage in self.run.resolved if stage.startswith(kinds)]:
             mirror.observe([self.state(stage, "started")])
             mirror.observe(self.metrics(stage))
             self.complete(stage)
             mirror.observe([self.state(stage, "finished")])
 
     def finish(self, mirror):
-        report = self.run.works["report"].folder / "metrics.json"
+        report = self.run.resolved["report"].folder / "metrics.json"
         mirror.sync(now=True)
         mirror.finish_run("tiny", json.loads(report.read_text()), {"metrics.json": report})
 

@@ -17,7 +17,7 @@ from reference.record import check_whole
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.plan.stage import Work
+from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run
 from pipeline.tracking import sync
 from pipeline.tracking.client import Tracker, TrackingFailed
@@ -56,7 +56,7 @@ def steps(replay, shown):
 @contextmanager
 def broken(replay):
     """MLflow's database lacks a table."""
-    with closing(sqlite3.connect(replay.run.config.storage / "mlflow.db")) as database:
+    with closing(sqlite3.connect(replay.run.config.storage.root / "mlflow.db")) as database:
         database.execute("ALTER TABLE metrics RENAME TO gone")
         yield
         database.execute("ALTER TABLE gone RENAME TO metrics")
@@ -134,7 +134,7 @@ def test_what_a_killed_driver_left_is_recorded_once_with_its_own_times(replay, s
     assert replay.said() == []
     for index, stage in enumerate(["evaluate/1-harbour", "evaluate/2-valley"], start=1):
         assert steps(stage, "memorization/valley") == [index]  # As on the run.
-    runs, manifest = shown(), replay.run.works[TRAIN].manifest()
+    runs, manifest = shown(), replay.run.resolved[TRAIN].manifest()
     assert runs[TRAIN].info.start_time == int(manifest["started"] * 1000)
     assert runs[TRAIN].info.end_time == int((manifest["started"] + manifest["seconds"]) * 1000)
     reused = {name for name, run in runs.items() if "reused" in run.data.tags}
@@ -211,7 +211,7 @@ def test_storage_that_cannot_be_read_does_not_end_the_run(replay, monkeypatch):
 
     with replay.mirror() as mirror:
         mirror.add("tiny", replay.run)
-        monkeypatch.setattr(Work, "is_complete", unreadable)
+        monkeypatch.setattr(ResolvedStage, "is_complete", unreadable)
         mirror.sync(now=True)
     assert replay.said() == [f"warning storage: s3://***@there: reset; {CONTINUING}"]
 
@@ -233,7 +233,7 @@ def test_a_bad_uri_ends_before_any_work(tiny_config, tmp_path, uri):
     config = tiny_config(tmp_path / "storage", f"tracking.uri={uri}")
     with pytest.raises(InputError, match=r"^tracking\.uri: "):
         sync.Mirror(config, tmp_path / "storage" / "tiny", "tiny", None)
-    assert not config.storage.exists()
+    assert not config.storage.root.exists()
 
 
 def test_without_tracking_nothing_is_recorded(replay):
