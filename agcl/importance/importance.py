@@ -30,19 +30,20 @@ class Importance:
     header: Mapping[str, Any] = field(default_factory=dict)
     """JSON: the settings it was made with (estimator, rules, top_k, ...) and the row counts."""
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path | str) -> None:
         """Write the file atomically: entries in bfloat16, moments in float32."""
         tensors = {_ENTRIES + k: v.to("cpu", torch.bfloat16) for k, v in self.entries.items()}
         tensors |= {_MOMENTS + k: v.to("cpu", torch.float32) for k, v in self.moments.items()}
-        tensor_file.write(file, tensors, _KIND, self.header)
+        tensor_file.write(Path(file), tensors, _KIND, self.header)
 
     @classmethod
-    def load(cls, file: Path, *, verify: bool = True) -> "Importance":
+    def load(cls, file: Path | str, *, verify: bool = True) -> "Importance":
         """Open lazily: tensors are read on access and not cached.
 
         Raises `InputError` naming the file if it is not an importance file or, with `verify`, if
         its checksum is wrong.
         """
+        file = Path(file)
         stored, header = tensor_file.open_file(file, _KIND)
         with stored:
             keys = sorted(stored.keys())

@@ -290,6 +290,10 @@ def serve(storage: Path, port: int) -> int:
     arguments = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri".split()
     return subprocess.run(
         [sys.executable, "-m", "mlflow", "server", *arguments, default_uri(storage)],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        env={
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
         check=False,
     ).returncode
