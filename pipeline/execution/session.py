@@ -13,7 +13,8 @@ from agcl.parallel import distributed
 from pipeline.execution.failures import explain, misses_others
 from pipeline.plan.stage import Work
 from pipeline.secrets import masked
-from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
+from pipeline.stages.context import Context, Emit, StageLog
+from pipeline.stages.files import LOG_FILE
 from pipeline.storage import artifact, mirror
 from pipeline.storage.checkpoint import StoredCheckpoint
 

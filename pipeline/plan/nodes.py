@@ -9,10 +9,11 @@ from pipeline.config.method import Freeze, Project
 from pipeline.config.sources import BASE_TASK, Source, held_out_sources, selection
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.evaluate import PREDICTIONS, TEXT, evaluate
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, PREDICTIONS, TEXT
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
-from pipeline.stages.train import CHECKS, IMPORTANCE_FILE, pretrain, train
+from pipeline.stages.train import pretrain, train
 
 _SCHEDULE = {"schedule", "warmup"}
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")

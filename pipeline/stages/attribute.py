@@ -16,8 +16,7 @@ from agcl.tasks import TRAIN, EncodedRows, sample
 from agcl.tasks.batches import collate, in_order
 
 from pipeline.stages.context import Context
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import ADAPTER, IMPORTANCE_FILE
+from pipeline.stages.files import ADAPTER, IMPORTANCE_FILE, SUMMARY, rows_file
 
 
 def attribute(
@@ -31,7 +30,7 @@ def attribute(
     peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
     if peft_model is not None:
         model = peft_model.get_base_model()
-    rows = EncodedRows(inputs["rows"] / f"{TRAIN}.arrow")
+    rows = EncodedRows(inputs["rows"] / rows_file(TRAIN))
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
     summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
     batches = in_order(len(chosen), config["batch_size"])

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to whoever watches the run."""
-LOG_FILE = "log.jsonl"
 
 
 def _no_log(metrics: dict[str, float], step: int) -> None:

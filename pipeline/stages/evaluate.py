@@ -18,11 +18,8 @@ from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import ADAPTER
+from pipeline.stages.files import ADAPTER, PREDICTIONS, SCORES, SUMMARY, TEXT, rows_file
 from pipeline.storage.artifact import write_json
-
-SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 
 
 def evaluate(
@@ -80,7 +77,7 @@ def _rows_to_score(
     folder: Path, summary: Mapping[str, Any], validation: float | None
 ) -> dict[str, EncodedRows]:
     """The rows of every evaluation set; only those that settings may be chosen by, if asked for."""
-    sets = {name: EncodedRows(folder / f"{s}.arrow") for name, s in summary["scored"].items()}
+    sets = {name: EncodedRows(folder / rows_file(s)) for name, s in summary["scored"].items()}
     if validation is None:
         return sets
     if VALIDATION in sets:

@@ -12,11 +12,16 @@ from agcl.importance import Importance, by_layer_and_module, overlap
 from agcl.tasks import VALIDATION
 
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import PREDICTIONS, TEXT, is_for_validation
-from pipeline.stages.train import CHECKS, IMPORTANCE_FILE
+from pipeline.stages.evaluate import is_for_validation
+from pipeline.stages.files import (
+    CHECKS,
+    IMPORTANCE_FILE,
+    IMPORTANCE_SUMMARY,
+    METRICS,
+    PREDICTIONS,
+    TEXT,
+)
 from pipeline.storage.artifact import write_json
-
-METRICS, IMPORTANCE_SUMMARY = "metrics.json", "importance.json"
 
 
 def report(

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
 from pipeline.stages.context import Context
+from pipeline.stages.files import SUMMARY, rows_file
 from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
 """Rows that are read, and text that is tokenized, at a time: what bounds memory."""
-SUMMARY = "summary.json"
 COUNTS = ("rows", "tokens", "answer_tokens", "too_long", "empty")
 """Counts of a split: what is kept, and the rows left out by reason."""
 FILES = "file/"
@@ -48,7 +48,7 @@ def prepare(
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)
         with (
-            pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
+            pa.OSFile(str(out_dir / rows_file(split)), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
             for table in _encoded(source, tokenizer, chat=config["chat_template"]):

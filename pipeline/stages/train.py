@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
+from pipeline.stages.files import ADAPTER, CHECKS, IMPORTANCE_FILE, rows_file
 from pipeline.storage.artifact import write_json
-
-IMPORTANCE_FILE, CHECKS, ADAPTER = "importance.safetensors", "checks.json", "adapter"
 
 
 @dataclass
@@ -54,7 +53,7 @@ def pretrain(
     """Train the built-in model from scratch on its generic facts."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     model = context.placed(models.builtin_model(len(tokenizer), seed=config["seed"]))
-    _fit(model, config, EncodedRows(inputs["rows"] / f"{TRAIN}.arrow"), context, Protection())
+    _fit(model, config, EncodedRows(inputs["rows"] / rows_file(TRAIN)), context, Protection())
     models.save(model, tokenizer, out_dir)
     context.hold_model(model, context.folder)
 
@@ -213,10 +212,10 @@ def _named(prefix: str, inputs: Mapping[str, Path]) -> list[Path]:
 
 def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
     """The task's rows, and of each earlier task as many as `replay` says, at least one."""
-    own = EncodedRows(inputs["rows"] / f"{TRAIN}.arrow")
+    own = EncodedRows(inputs["rows"] / rows_file(TRAIN))
     parts: list[tuple[Rows, list[int]]] = [(own, list(range(len(own))))]
     for number, folder in enumerate(_named("replay/", inputs)):
-        earlier = EncodedRows(folder / f"{TRAIN}.arrow")
+        earlier = EncodedRows(folder / rows_file(TRAIN))
         count = max(1, round(config["replay"] * len(earlier)))
         parts.append((earlier, sample(len(earlier), count, seed=config["seed"] * 1000 + number)))
     return MixedRows(parts) if len(parts) > 1 else own

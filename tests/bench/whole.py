@@ -32,7 +32,8 @@ from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.stage import sessions
 from pipeline.run import open_run
 from pipeline.stages.context import Context
-from pipeline.stages.train import IMPORTANCE_FILE, train
+from pipeline.stages.files import IMPORTANCE_FILE
+from pipeline.stages.train import train
 
 TASKS = 3
 ENERGY = 0.8
