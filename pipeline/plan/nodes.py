@@ -1,6 +1,10 @@
-"""The stages of a plan, one function a kind: which settings and inputs each depends on."""
+"""The stages of a plan, one function per kind: the settings and inputs each depends on.
+
+All stages of one kind have the same config keys.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config.check import is_builtin, model_folder
@@ -15,28 +19,30 @@ from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
 
-_SCHEDULE = {"schedule", "warmup"}
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
 
+Inputs = dict[str, Stage | External]
+"""By role."""
 
-def looking_at(base: Stage | External, adapter: Stage) -> dict[str, Stage | External]:
-    """Inputs of a stage that looks at an adapter on its base model."""
+
+def adapter_on(base: Stage | External, adapter: Stage) -> Inputs:
+    """Inputs of a stage that loads an adapter onto its base model."""
     return {"model": base, "adapter": adapter}
 
 
 def measures_solos(config: Config) -> bool:
-    """Whether every task is also trained alone, for its importance."""
+    """Whether every task is also trained alone, to measure its importance."""
     return bool(config.protect) and config.importance.source == "solo"
 
 
 def first_session(config: Config) -> str:
-    """Where the base model is made: apart from the sequence where solo models come in between."""
+    """The session that trains the base model; a separate one if solo models start from it too."""
     return "base" if is_builtin(config) and measures_solos(config) else "sequence"
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
-    """The stage that makes the built-in model's tokenizer, or the files of the given model's."""
+    """The stage that trains the built-in model's tokenizer, or the given model's files."""
     if not is_builtin(config):
         return External(model_folder(config), _TOKENIZER_FILES)
     return Stage(
@@ -67,7 +73,7 @@ def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -
 def base_model_stage(
     config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
 ) -> Stage | External:
-    """The stage that pretrains the built-in model, or the files of the given one."""
+    """The stage that pretrains the built-in model, or the given model's files."""
     if not is_builtin(config):
         return External(model_folder(config), _MODEL_FILES)
     settings = config.model.pretraining
@@ -75,8 +81,10 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(exclude=_SCHEDULE),
+            **config.training.model_dump(),
             "learning_rate": settings.learning_rate,
+            "schedule": "constant",
+            "warmup": 0.0,
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
             "micro_batch_size": settings.batch_size,
@@ -89,12 +97,9 @@ def base_model_stage(
 
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:
-    """Settings of training task `index` with nothing to keep; the same for all methods."""
-    training = config.training
-    # What was made before there were schedules stays what a run without one needs.
-    unscheduled = training.schedule == "constant" and not training.warmup
+    """Settings for training task `index` without protection; the same for all methods."""
     return {
-        **training.model_dump(exclude=_SCHEDULE if unscheduled else None),
+        **config.training.model_dump(),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "replay": 0.0,
@@ -112,10 +117,9 @@ def train_stage(
     rows: Mapping[str, Stage],
     importances: Mapping[str, Stage],
 ) -> Stage:
-    """Task `index` (1 to T). With nothing to protect yet, all methods share the stage."""
+    """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
     settings = training_settings(config, index)
-    inputs: dict[str, Stage | External] = {"model": models[-1] if models else base}
-    inputs["rows"] = rows[task]
+    inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
     if config.protect:
         for i, file in enumerate(config.importance.past):
             inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
@@ -130,8 +134,8 @@ def train_stage(
         settings["freeze"] = config.freeze.model_dump()
     if config.adapter and models:
         if not config.adapter.fresh:
-            # The adapter lies beside weights that it is merged into; it goes on upon the base.
-            inputs |= {"model": base, "adapter": models[-1]}
+            # The last stage's model already contains the adapter; resume it on the base instead.
+            inputs |= adapter_on(base, models[-1])
         elif config.adapter.orthogonal:
             inputs |= {
                 f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
@@ -156,20 +160,12 @@ def solo_stages(
     stages = {}
     for index, task in enumerate(tasks, start=1):
         stage = train_stage(alone, index, task, base, [], rows, {})
-        stages[task] = _renamed(stage, f"solo/{index}-{task}", f"solo-{index}")
+        stages[task] = replace(stage, name=f"solo/{index}-{task}", session=f"solo-{index}")
     return stages
 
 
-def _renamed(stage: Stage, name: str, session: str) -> Stage:
-    return Stage(name, stage.fn, stage.config, stage.inputs, session, stage.train)
-
-
 def attribute_stage(
-    config: Config,
-    index: int,
-    task: str,
-    session: str,
-    inputs: Mapping[str, Stage | External],
+    config: Config, index: int, task: str, session: str, inputs: Mapping[str, Stage | External]
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
     settings = config.importance
@@ -183,7 +179,7 @@ def attribute_stage(
             "top_k": settings.top_k,
             "running_values": settings.running_values,
             "permuted": settings.permuted,
-            **({} if settings.entries else {"entries": False}),
+            "entries": settings.entries,
             "samples": settings.samples,
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,
@@ -206,36 +202,30 @@ def evaluate_stage(
     session: str,
     base: Stage | External | None = None,
 ) -> Stage:
-    """Score `model`, which may be an adapter that is not merged into its `base`."""
-    text = config.evaluation.text
-    apart = config.adapter is not None and not config.adapter.merge
-    looked_at = (
-        looking_at(base, model) if apart and base and isinstance(model, Stage) else {"model": model}
-    )
+    """Score `model`, which is only an adapter on its `base` if adapters are not merged."""
+    settings = config.evaluation
+    unmerged = config.adapter is not None and not config.adapter.merge
+    inputs: Inputs = {"model": model}
+    if unmerged and base and isinstance(model, Stage):
+        inputs = adapter_on(base, model)
+    inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
+    if settings.text:
+        inputs["text"] = External(settings.text.expanduser().absolute())
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
-            "batch_size": config.evaluation.batch_size,
-            "precision": config.evaluation.precision,
-            "scorers": list(config.evaluation.scorers),
-            "max_new_tokens": config.evaluation.max_new_tokens,
-            **({"text_tokens": config.evaluation.text_tokens} if text else {}),
-            **_only_validation(config, validation=config.evaluation.validation),
+            "batch_size": settings.batch_size,
+            "precision": settings.precision,
+            "scorers": list(settings.scorers),
+            "max_new_tokens": settings.max_new_tokens,
+            "text_tokens": settings.text_tokens,
+            "validation": settings.validation if settings.rows == "validation" else None,
         },
-        inputs={
-            **looked_at,
-            **{f"rows/{task}": stage for task, stage in rows.items()},
-            **({"text": External(text.expanduser().absolute())} if text else {}),
-        },
+        inputs=inputs,
         session=session,
         train=True,
     )
-
-
-def _only_validation(config: Config, **settings: Any) -> dict[str, Any]:
-    """Settings of a run whose test rows are left alone."""
-    return settings if config.evaluation.rows == "validation" else {}
 
 
 def report_stage(
@@ -245,7 +235,7 @@ def report_stage(
     scores: list[Stage],
     chain: list[Stage],
 ) -> Stage:
-    """Metrics, overlap of importances and checks, from all scores, importances and models."""
+    """The metrics, from the scores, importances and checks of all tasks."""
     measured = {s.name.partition("-")[2]: s for s in chain if s.fn is attribute}
     return Stage(
         name="report",
@@ -257,13 +247,13 @@ def report_stage(
             "held_out": held_out,
             "evaluation_set": config.evaluation.set,
             "validation": config.evaluation.validation,
-            **_only_validation(config, only_validation=True),
+            "only_validation": config.evaluation.rows == "validation",
         },
         inputs={
             **{f"scores/{i}": stage for i, stage in enumerate(scores)},
             **{f"importance/{task}": stage for task, stage in measured.items()},
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
-        session="sequence",  # If nothing else of that is left, it needs no Ray Train workers.
+        session="sequence",  # Alone in its session it still needs no Ray Train workers.
         reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
     )

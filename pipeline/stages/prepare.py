@@ -1,4 +1,4 @@
-"""Prepare: a task's rows, rendered and tokenized by Ray Data, into memory-mapped Arrow files."""
+"""Prepare: render and tokenize a task's rows with Ray Data into memory-mapped Arrow files."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,17 +18,17 @@ from pipeline.stages.files import SUMMARY, rows_file
 from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
-"""Rows that are read, and text that is tokenized, at a time: what bounds memory."""
+"""Rows read at a time, and bytes of text tokenized at a time. They bound the memory."""
 COUNTS = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-"""Counts of a split: what is kept, and the rows left out by reason."""
+"""Per split: rows and tokens that are kept, and rows that are dropped, by reason."""
 FILES = "file/"
-"""Prefix of the inputs that are a task's files."""
+"""Prefix of the roles of inputs that are a task's files."""
 
 
 def make_tokenizer(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """The built-in model's tokenizer, trained on its generic facts."""
+    """Train the built-in model's tokenizer on its generic facts."""
     rows = open_task(config["task"], {}).splits["train"]()
     models.builtin_tokenizer(row.prompt + row.answer for row in rows).save_pretrained(out_dir)
 
@@ -36,10 +36,10 @@ def make_tokenizer(
 def prepare(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `<split>.arrow` for every split and `summary.json` with counts.
+    """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
-    Rows stream through Ray Data in order and are never whole in memory. Rows without a prompt or
-    an answer, and those longer than `max_length` tokens, are left out and counted.
+    Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
+    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
@@ -75,7 +75,7 @@ def _encoded(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.target_max_block_size = _BLOCK_BYTES
-    # Without a claim to CPUs, which workers may hold already while they wait for these rows.
+    # num_cpus=0: workers may hold all CPUs already while they wait for these rows.
     dataset = ray.data.read_datasource(
         _source_of(partial(_blocks, source)), override_num_blocks=1, num_cpus=0
     ).map_batches(
@@ -89,7 +89,7 @@ def _encoded(
 
 
 def _source_of(blocks: Callable[[], Iterator[pa.Table]]) -> Any:
-    """A Ray Data source of one streaming read task."""
+    """A Ray Data source with one streaming read task."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -123,7 +123,7 @@ def _encode_block(table: pa.Table, tokenizer: PreTrainedTokenizerBase, chat: boo
 
 
 def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
-    """The rows that are kept; adds to the counts."""
+    """The rows to keep. Adds to the counts."""
     rows = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
     filled = pa.array([not is_empty(Row(*row)) for row in rows])
     there = table.filter(filled)
