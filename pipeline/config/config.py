@@ -1,7 +1,6 @@
 """The config: frozen sections of settings, unknown keys forbidden."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -194,6 +193,12 @@ class Config(Section):
         cache."""
         return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
+    @property
+    def measures_entries(self) -> bool:
+        """`importance.entries`, or if that is null whether something needs it."""
+        given = self.importance.entries
+        return bool(self._needing_entries()) if given is None else given
+
     @model_validator(mode="after")
     def _gpus_can_be_had(self) -> "Config":
         if 0 < self.resources.gpus_per_worker < 0.01:
@@ -239,20 +244,20 @@ class Config(Section):
         kinds = [item.kind for item in self.protect]
         if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
             raise ValueError("protect: one of each kind at most, and project last")
-        if not self.importance.entries:
-            self._check_without_entries(kinds)
+        if self.importance.entries is False and (needing := self._needing_entries()):
+            raise ValueError(f"importance.entries: must be true for {needing[0]}")
         if self.model.path == "builtin" and self.importance.past:
             raise ValueError("importance.past: needs a model folder, not the builtin model")
         return self
 
-    def _check_without_entries(self, kinds: Sequence[str]) -> None:
-        needing = [f"protect kind {kind}" for kind in kinds if kind != "project"]
+    def _needing_entries(self) -> list[str]:
+        """The settings that need the importance of every weight, as a message names them."""
+        needing = [f"protect kind {item.kind}" for item in self.protect if item.kind != "project"]
         if self.importance.permuted:
             needing.append("importance.permuted")
         if self.importance.estimator in ("magnitude", "random"):
             needing.append(f"estimator {self.importance.estimator}")
-        if needing:
-            raise ValueError(f"importance.entries: must be true for {needing[0]}")
+        return needing
 
     def _check_adapter(self, adapter: Adapter) -> None:
         if adapter.orthogonal and not adapter.fresh:

@@ -26,9 +26,10 @@ class Importance(Section):
     running_values: Precision = "float32"
     """What the `top_k` values of every weight are kept in: `bfloat16` is half the memory of
     attribution, 2 in place of 4 times `top_k` bytes a weight, and rounds them once."""
-    entries: bool = True
-    """Measure every single weight. With false only the moments of the layers' inputs are collected,
-    all that a projection needs, in about half the time and without the memory for `top_k` values a
+    entries: bool | None = None
+    """Measure the importance of every weight, not only the moments of the layers' inputs. Null does
+    so if something needs it: a gate, a penalty, `permuted`, or estimator `magnitude` or `random`. A
+    projection needs the moments only, which take about half the time and no `top_k` values per
     weight; the report then shows no importances."""
     permuted: bool = False
     """A control: shuffle the entries of each tensor."""

@@ -89,7 +89,6 @@ METHODS: dict[str, Method] = {
         "a LoRA adapter a task, kept off the inputs of the earlier ones (after InfLoRA)",
         {
             "adapter": {"fresh": True},
-            "importance": {"entries": False},
             "protect": [{"kind": "project", "weighting": "uniform", "unit_inputs": False}],
         },
         _ENERGY,

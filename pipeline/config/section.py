@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
@@ -66,6 +66,7 @@ class Section(BaseModel):
     def _no_bool_for_a_number(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation is not bool:
+            allowed = (field.annotation, *get_args(field.annotation)) if field else (bool,)
+            if isinstance(value, bool) and bool not in allowed:
                 raise ValueError(f"{key}: cannot be true or false")
         return values

@@ -179,7 +179,7 @@ def attribute_stage(
             "top_k": settings.top_k,
             "running_values": settings.running_values,
             "permuted": settings.permuted,
-            "entries": settings.entries,
+            "entries": config.measures_entries,
             "samples": settings.samples,
             "correct_only": settings.correct_only,
             "batch_size": settings.batch_size,

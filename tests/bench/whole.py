@@ -167,6 +167,7 @@ def _plain_loop(config: Config, base: Path, device: str) -> None:
                 (collate([splits[TRAIN][i] for i in indices]) for indices in batches),
                 top_k=config.importance.top_k,
                 moments="relevance",
+                entries=config.measures_entries,
                 correct_only=False,
             )
         )

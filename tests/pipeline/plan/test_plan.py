@@ -159,7 +159,7 @@ def test_stages_of_a_kind_have_the_same_keys_whatever_is_set(stages, kind, tmp_p
     settings = [
         "training.schedule=linear",
         "training.warmup=0.1",
-        "importance.entries=false",
+        "importance.entries=true",
         f"evaluation.text={tmp_path}/text.txt",
         "evaluation.validation=0.2",
         "evaluation.rows=validation",
