@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
@@ -128,15 +128,6 @@ class Resources(Section):
     checkpoint_minutes: float = Field(10.0, ge=0)
     """How often training is written down inside a task, three times the model's size, so that a
     worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _written_by_earlier_versions(cls, given: Any) -> Any:
-        """`use_gpu` stands in the config of every run of version 0.4.1 and before."""
-        if isinstance(given, dict) and isinstance(given.get("use_gpu"), bool):
-            rest = {key: value for key, value in given.items() if key != "use_gpu"}
-            return {"gpus_per_worker": float(given["use_gpu"]), **rest}
-        return given
 
 
 class Tracking(Section):

@@ -193,15 +193,6 @@ def test_a_dumped_config_loads_as_the_same_config(file, method):
     assert loading.dump(loading.load(again)) == loading.dump(config)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("false", 0), ("true", 1)])
-def test_configs_of_runs_before_gpus_could_be_shared_still_load(tmp_path, written, meant):
-    old = tmp_path / "old.yaml"
-    old.write_text(f"resources: {{use_gpu: {written}, num_workers: 2}}\n")
-    assert loading.load(old).resources.gpus_per_worker == meant
-    assert "use_gpu" not in loading.dump(loading.load(old))
-    assert loading.load(old, ["resources.gpus_per_worker=1"]).resources.gpus_per_worker == 1
-
-
 @pytest.mark.parametrize(
     ("method", "settings", "measured"),
     [
