@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config.check import is_builtin, model_folder
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
-from pipeline.config.sources import BASE_TASK, Source, held_out_sources, selection
+from pipeline.config.sources import BASE_TASK, held_out_sources, selection
+from pipeline.config.tasks import Source
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
