@@ -1,4 +1,4 @@
-"""What all sections of a config have in common."""
+"""The base of all config sections, and types that they share."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from pydantic_core import PydanticCustomError
 from pipeline.secrets import has_credentials
 
 _LONGEST = 4000
-"""Bytes of a path, below what systems take."""
+"""Bytes of a path; below the limit of common systems."""
 _P = TypeVar("_P", str, Path)
 
 
 def usable_path(path: _P) -> _P:
-    """Refuse a path that no system could open, before it is used."""
+    """Refuse a path that no system could open."""
     whole = os.fspath(path)
     if "\0" in whole:
         raise PydanticCustomError("path", "a path cannot contain NUL")

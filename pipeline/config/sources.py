@@ -1,27 +1,30 @@
 """From the config's `tasks` to `Task`s, through the JSON that a prepare stage depends on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from agcl.model import models
-from agcl.tasks import Task, choice, facts
+from agcl.tasks import Task, choice
 
 from pipeline.config.config import Config
-from pipeline.config.tasks import FactsTasks, Source, TaskFormat
+from pipeline.config.tasks import OPEN, FactsTasks, Source
 
 BASE_TASK = "base"
-"""Name of the built-in model's generic facts, which are scored beside the tasks."""
+"""Name of the built-in model's generic facts, which are scored in addition to the tasks."""
 
 
 def sources(config: Config) -> list[Source]:
     """The tasks of the sequence. Raises `InputError` for a missing file or folder."""
-    return config.tasks.sources(config)
+    return [
+        replace(source, settings={"format": config.tasks.format, **source.settings})
+        for source in config.tasks.sources(config)
+    ]
 
 
 def held_out_sources(config: Config) -> list[Source]:
-    """What the base model knows and no task trains: the built-in model's generic facts."""
-    if config.model.path != models.BUILTIN:
+    """What the built-in base model knows and no task trains: its generic facts."""
+    if not config.model.is_builtin:
         return []
     seed = config.tasks.seed if isinstance(config.tasks, FactsTasks) else 0
     entities = config.model.pretraining.entities
@@ -29,9 +32,9 @@ def held_out_sources(config: Config) -> list[Source]:
 
 
 def selection(config: Config, source: Source) -> dict[str, Any]:
-    """Keywords of `choice.select`: which rows of a task are used for what."""
+    """Which rows of a task are used for what: keywords of `choice.select`."""
     tasks = config.tasks
-    # A task that is scored on its training rows gets its validation rows when it is scored.
+    # If a task is scored on its training rows, evaluate chooses the validation rows among them.
     memorized = open_task(source.settings, source.files).memorized
     return {
         "train_rows": tasks.train_rows,
@@ -48,15 +51,5 @@ def open_task(
 ) -> Task:
     """The task of a source's settings and files, with the rows that `selection` keeps."""
     rest = {key: value for key, value in settings.items() if key != "format"}
-    task = _OPEN[settings["format"]](settings["format"], rest, files)
+    task = OPEN[settings["format"]](rest, files)
     return choice.select(task, **selection) if selection else task
-
-
-_OPEN: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, Path]], Task]] = {
-    "facts-base": lambda format, settings, paths: facts.base(**settings),
-    **{
-        format: section.open
-        for section in get_args(TaskFormat)
-        for format in get_args(section.model_fields["format"].annotation)
-    },
-}

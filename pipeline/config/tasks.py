@@ -1,11 +1,10 @@
-"""The config's `tasks`: one section per format. A section says what each task is made from, and
-opens it.
+"""The config's `tasks`: one section per format, which says what each task is made from.
 
-A new format is a module in `agcl/tasks/` and a section here, added to `TaskFormat`.
+A new format is a module in `agcl/tasks/`, and here a section, added to `TaskFormat` and to `OPEN`.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,13 +26,13 @@ Paths = Mapping[str, Path]
 
 @dataclass(frozen=True)
 class Source:
-    """What a task is made from. It determines the task: the fingerprint of its rows covers it."""
+    """What a task is made from."""
 
     name: str
     settings: Settings
-    """JSON; `format` is always there, the other keys depend on it."""
+    """JSON that `OPEN` takes; `sources.sources` adds the `format`."""
     files: Paths = field(default_factory=dict)
-    """By role. Their contents count, not their paths."""
+    """By role. Fingerprints cover their contents, not their paths."""
 
 
 def _readable(template: str) -> str:
@@ -62,13 +61,8 @@ class TaskSection(Section):
     """Render each prompt as a user message with the tokenizer's chat template."""
 
     @abstractmethod
-    def sources(self, config: "Config") -> list[Source]:
+    def sources(self, config: "Config") -> Iterator[Source]:
         """The tasks in training order. Raises `InputError` for a missing file or folder."""
-
-    @staticmethod
-    @abstractmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """The task of a source, from its settings without `format`."""
 
 
 class FactsTasks(TaskSection):
@@ -80,9 +74,8 @@ class FactsTasks(TaskSection):
     entities: int = Field(12, ge=1, le=1000)
     """New people per task, four facts each."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """Tasks that differ in their people and relations."""
-        found = []
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """Their people differ from each other and from those of the base model's facts."""
         for index in range(self.count):
             settings = {
                 "index": index,
@@ -90,13 +83,7 @@ class FactsTasks(TaskSection):
                 "base_entities": config.model.pretraining.entities,
                 "seed": self.seed,
             }
-            found.append(Source(facts.task(**settings).name, {"format": "facts", **settings}))
-        return found
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.facts`."""
-        return facts.task(**settings)
+            yield Source(facts.task(**settings).name, settings)
 
 
 class Concept1KTasks(TaskSection):
@@ -110,19 +97,12 @@ class Concept1KTasks(TaskSection):
     concepts_per_task: Positive | None = None
     """Use only the first concepts of each task, about 16 facts per concept; null uses all."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """All tasks read one file."""
-        settings = {"format": "concept1k", "concepts_per_task": self.concepts_per_task}
-        at = {"file": _absolute(self.path) / "dataset.txt"}
-        return [
-            Source(f"concepts-{index}", {**settings, "index": index}, at)
-            for index in range(self.count)
-        ]
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.concept1k`."""
-        return concept1k.task(file=paths["file"], **settings)
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """All tasks are in one file."""
+        file = _absolute(self.path) / "dataset.txt"
+        for index in range(self.count):
+            settings = {"index": index, "concepts_per_task": self.concepts_per_task}
+            yield Source(f"concepts-{index}", settings, {"file": file})
 
 
 class TraceTasks(TaskSection):
@@ -136,20 +116,13 @@ class TraceTasks(TaskSection):
     sequence: tuple[Literal[tuple(trace.SCORERS)], ...] | None = None  # type: ignore[valid-type]
     """Task names in training order, instead of `order`."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """One folder per task."""
-        return [self._source(name) for name in self.sequence or trace.ORDERS[self.order]]
-
-    def _source(self, name: str) -> Source:
-        at = {split: _absolute(self.path) / name / file for split, file in trace.FILES.items()}
-        if not at["validation"].is_file():
-            del at["validation"]
-        return Source(name, {"format": "trace", "name": name}, _existing(at))
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.trace`."""
-        return trace.task(files=paths, **settings)
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """Each task has a folder."""
+        for name in self.sequence or trace.ORDERS[self.order]:
+            paths = {split: _absolute(self.path) / name / f for split, f in trace.FILES.items()}
+            if not paths["validation"].is_file():
+                del paths["validation"]
+            yield Source(name, {"name": name}, _existing(paths))
 
 
 class ClBenchmarkTasks(TaskSection):
@@ -161,25 +134,18 @@ class ClBenchmarkTasks(TaskSection):
     sequence: tuple[str, ...] = Field(min_length=1)
     """Datasets in training order, such as `[agnews, MNLI]`."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """One folder per dataset."""
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """Each dataset has a folder, in the folder of its type."""
         root = _absolute(self.path)
         folders = cl_benchmark.folders(root)
-        found = []
         for name in self.sequence:
             if name not in folders:
                 there = ", ".join(folders)
                 raise InputError(f"tasks.sequence: no set {name!r} (there are {there})")
-            at = {part: folders[name] / f"{part}.json" for part in ("train", "test", "labels")}
-            at["instructions"] = root / cl_benchmark.INSTRUCTIONS
-            settings = {"format": "cl_benchmark", "name": name, "type": folders[name].parent.name}
-            found.append(Source(name, settings, _existing(at)))
-        return found
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.cl_benchmark`."""
-        return cl_benchmark.task(files=paths, **settings)
+            paths = {part: folders[name] / f"{part}.json" for part in ("train", "test", "labels")}
+            paths["instructions"] = root / cl_benchmark.INSTRUCTIONS
+            settings = {"name": name, "type": folders[name].parent.name}
+            yield Source(name, settings, _existing(paths))
 
 
 class Rendering(Section):
@@ -230,6 +196,12 @@ class FileTask(OwnTask):
             raise ValueError("name: missing")
         return self
 
+    @property
+    def files(self) -> Paths:
+        """The files by split, if they are given one by one."""
+        given = {split: getattr(self, split) for split in files.SPLITS}
+        return {split: _absolute(path) for split, path in given.items() if path is not None}
+
 
 class FileTasks(TaskSection, Rendering):
     """Your own tasks: JSON lines (one object per line) or Parquet."""
@@ -238,28 +210,18 @@ class FileTasks(TaskSection, Rendering):
     sequence: tuple[FileTask, ...] = Field(min_length=1)
     """Tasks in training order."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """One folder, or a file per split, for each task."""
-        return [self._source(task) for task in self.sequence]
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """Each task has a folder, or a file per split."""
+        for task in self.sequence:
+            name = task.name or (task.path.name if task.path else "")
+            paths = self._in_folder(_absolute(task.path)) if task.path else task.files
+            yield Source(name, {"name": name, **self.rendering_of(task)}, paths)
 
-    def _source(self, task: FileTask) -> Source:
-        if task.path is None:
-            given = {split: getattr(task, split) for split in files.SPLITS}
-            at = {split: _absolute(path) for split, path in given.items() if path is not None}
-            name = task.name or ""
-        else:
-            folder = _absolute(task.path)
-            if not folder.is_dir():
-                raise InputError(f"tasks.sequence: no folder {folder}")
-            at = {split: folder / f"{split}.{self.format}" for split in files.SPLITS}
-            at = {split: file for split, file in at.items() if file.exists() or split == "train"}
-            name = task.name or folder.name
-        return Source(name, {"format": self.format, "name": name, **self.rendering_of(task)}, at)
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.files`."""
-        return files.task(files=paths, format=format, **settings)
+    def _in_folder(self, folder: Path) -> Paths:
+        if not folder.is_dir():
+            raise InputError(f"tasks.sequence: no folder {folder}")
+        paths = {split: folder / f"{split}.{self.format}" for split in files.SPLITS}
+        return {s: path for s, path in paths.items() if path.exists() or s == "train"}
 
 
 class HuggingFaceTask(OwnTask):
@@ -287,43 +249,47 @@ class HuggingFaceTasks(TaskSection, Rendering):
     sequence: tuple[HuggingFaceTask, ...] = Field(min_length=1)
     """Tasks in training order."""
 
-    def sources(self, config: "Config") -> list[Source]:
-        """A local folder is an input file, whose contents count; a name on the hub is a setting."""
-        return [self._source(task) for task in self.sequence]
-
-    def _source(self, task: HuggingFaceTask) -> Source:
-        folder = _absolute(Path(task.path))
-        name = task.name or Path(task.path).name
-        splits = {split: getattr(task, split) for split in files.SPLITS}
-        settings = {
-            "format": "huggingface",
-            "name": name,
-            "path": "" if folder.is_dir() else task.path,
-            "subset": task.subset,
-            "revision": task.revision,
-            "splits": {ours: theirs for ours, theirs in splits.items() if theirs},
-            **self.rendering_of(task),
-        }
-        return Source(name, settings, {"folder": folder} if folder.is_dir() else {})
-
-    @staticmethod
-    def open(format: str, settings: Settings, paths: Paths) -> Task:
-        """See `agcl.tasks.huggingface`."""
-        path = paths.get("folder", settings["path"])
-        return huggingface.task(**{**settings, "path": str(path)})
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """A local folder is an input, whose contents count; a name on the hub is a setting."""
+        for task in self.sequence:
+            folder = _absolute(Path(task.path))
+            name = task.name or Path(task.path).name
+            splits = {split: getattr(task, split) for split in files.SPLITS}
+            settings = {
+                "name": name,
+                "path": "" if folder.is_dir() else task.path,
+                "subset": task.subset,
+                "revision": task.revision,
+                "splits": {ours: theirs for ours, theirs in splits.items() if theirs},
+                **self.rendering_of(task),
+            }
+            yield Source(name, settings, {"folder": folder} if folder.is_dir() else {})
 
 
 TaskFormat = (
     FactsTasks | Concept1KTasks | TraceTasks | ClBenchmarkTasks | FileTasks | HuggingFaceTasks
 )
+OPEN: dict[str, Callable[[Settings, Paths], Task]] = {
+    "facts": lambda settings, paths: facts.task(**settings),
+    "facts-base": lambda settings, paths: facts.base(**settings),
+    "concept1k": lambda settings, paths: concept1k.task(file=paths["file"], **settings),
+    "trace": lambda settings, paths: trace.task(files=paths, **settings),
+    "cl_benchmark": lambda settings, paths: cl_benchmark.task(files=paths, **settings),
+    "jsonl": lambda settings, paths: files.task(files=paths, format="jsonl", **settings),
+    "parquet": lambda settings, paths: files.task(files=paths, format="parquet", **settings),
+    "huggingface": lambda settings, paths: huggingface.task(
+        **{**settings, "path": str(paths.get("folder", settings["path"]))}
+    ),
+}
+"""By format: from the settings and files of a source to its task."""
 
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
-def _existing(at: dict[str, Path]) -> dict[str, Path]:
-    for file in at.values():
+def _existing(paths: Paths) -> Paths:
+    for file in paths.values():
         if not file.is_file():
             raise InputError(f"tasks.path: no file {file}")
-    return at
+    return paths

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config.check import is_builtin, model_folder
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
@@ -39,13 +38,13 @@ def measures_solos(config: Config) -> bool:
 
 def first_session(config: Config) -> str:
     """The session that trains the base model; a separate one if solo models start from it too."""
-    return "base" if is_builtin(config) and measures_solos(config) else "sequence"
+    return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
     """The stage that trains the built-in model's tokenizer, or the given model's files."""
-    if not is_builtin(config):
-        return External(model_folder(config), _TOKENIZER_FILES)
+    if not config.model.is_builtin:
+        return External(config.model.folder, _TOKENIZER_FILES)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
@@ -75,8 +74,8 @@ def base_model_stage(
     config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
 ) -> Stage | External:
     """The stage that pretrains the built-in model, or the given model's files."""
-    if not is_builtin(config):
-        return External(model_folder(config), _MODEL_FILES)
+    if not config.model.is_builtin:
+        return External(config.model.folder, _MODEL_FILES)
     settings = config.model.pretraining
     return Stage(
         name="pretrain",
@@ -169,22 +168,13 @@ def attribute_stage(
     config: Config, index: int, task: str, session: str, inputs: Mapping[str, Stage | External]
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
-    settings = config.importance
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
     return Stage(
         name=f"attribute/{index}-{task}",
         fn=attribute,
         config={
-            "estimator": settings.estimator,
-            "rules": settings.rules,
-            "top_k": settings.top_k,
-            "running_values": settings.running_values,
-            "permuted": settings.permuted,
+            **config.importance.model_dump(exclude={"source", "past"}),
             "entries": config.measures_entries,
-            "samples": settings.samples,
-            "correct_only": settings.correct_only,
-            "batch_size": settings.batch_size,
-            "split": settings.split,
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
@@ -216,11 +206,7 @@ def evaluate_stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
-            "batch_size": settings.batch_size,
-            "precision": settings.precision,
-            "scorers": list(settings.scorers),
-            "max_new_tokens": settings.max_new_tokens,
-            "text_tokens": settings.text_tokens,
+            **settings.model_dump(mode="json", exclude={"rows", "set", "text"}),
             "validation": settings.validation if settings.rows == "validation" else None,
         },
         inputs=inputs,

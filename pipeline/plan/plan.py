@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.check import is_builtin
 from pipeline.config.config import Config
 from pipeline.config.sources import held_out_sources, sources
 from pipeline.plan.nodes import (
@@ -55,7 +54,7 @@ def plan(config: Config) -> Plan:
     rows = {s.name: prepare_stage(config, s, tokenizer) for s in [*sequence, *held_out]}
     base = base_model_stage(config, tokenizer, rows)
     before = evaluate_stage(config, "0-base", base, rows, first_session(config))
-    builtin = [tokenizer, base] if is_builtin(config) else []
+    builtin = [tokenizer, base] if config.model.is_builtin else []
     start = [*builtin[:1], *rows.values(), *builtin[1:], before]
     match config.method:
         case "joint":

@@ -6,7 +6,7 @@ import pytest
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.config.tasks import TaskFormat
+from pipeline.config.tasks import OPEN, TaskFormat
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_several_workers_do_not_share_a_gpu(problem):
 def test_a_shared_model_says_what_it_does_not_go_with(problem, other):
     method = "method: sequential\n" if "compile" in other else "method: lora\n"
     message = problem(method, "resources.shard_model=true", other)
-    assert message.startswith("resources.shard_model: cannot be used with ")
+    assert message.startswith("resources.shard_model: cannot be combined with ")
 
 
 def test_a_value_out_of_range_says_the_range_and_what_was_given(problem):
@@ -164,11 +164,12 @@ def test_a_missing_kind_is_named(problem):
     assert message == "protect.0.kind: must be one of 'gate', 'project', 'penalty'"
 
 
-def test_every_task_format_is_listed_once(problem):
+def test_every_task_format_is_listed_once_and_can_be_opened(problem):
     message = problem("", "tasks.format=csv")
     for section in get_args(TaskFormat):
         for format in get_args(section.model_fields["format"].annotation):
             assert message.count(f"'{format}'") == 1
+            assert format in OPEN
     assert message.endswith("(got 'csv')")
 
 
