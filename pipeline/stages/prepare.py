@@ -1,7 +1,6 @@
 """Prepare: render and tokenize a task's rows with Ray Data into memory-mapped Arrow files."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,12 @@ def _encoded(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # It names the file and row.
     context.target_max_block_size = _BLOCK_BYTES
-    # num_cpus=0: workers may hold all CPUs already while they wait for these rows.
-    dataset = ray.data.read_datasource(
-        _source_of(partial(_blocks, source)), override_num_blocks=1, num_cpus=0
-    ).map_batches(
-        partial(_encode_block, tokenizer=tokenizer, chat=chat),
+    # One streaming task. num_cpus=0, because workers that wait for these rows may hold all CPUs.
+    dataset = ray.data.from_items([None]).map_batches(
+        _encode,
+        fn_kwargs={"source": source, "tokenizer": tokenizer, "chat": chat},
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=0,
@@ -88,38 +87,12 @@ def _encoded(
         yield table.cast(SCHEMA)
 
 
-def _source_of(blocks: Callable[[], Iterator[pa.Table]]) -> Any:
-    """A Ray Data source with one streaming read task."""
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    class Rows(Datasource):
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            unknown = BlockMetadata(
-                num_rows=None, size_bytes=None, input_files=None, exec_stats=None
-            )
-            return [ReadTask(blocks, unknown)]
-
-    return Rows()
-
-
-def _blocks(source: RowSource) -> Iterator[pa.Table]:
+def _encode(
+    _: pa.Table, source: RowSource, tokenizer: PreTrainedTokenizerBase, chat: bool
+) -> Iterator[pa.Table]:
     rows = source()
     while block := list(islice(rows, _BLOCK_ROWS)):
-        yield pa.table(
-            {"prompt": [row.prompt for row in block], "answer": [row.answer for row in block]}
-        )
-
-
-def _encode_block(table: pa.Table, tokenizer: PreTrainedTokenizerBase, chat: bool) -> pa.Table:
-    texts = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
-    return encode(tokenizer, [Row(prompt, answer) for prompt, answer in texts], chat=chat)
+        yield encode(tokenizer, block, chat=chat)
 
 
 def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
