@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    from jobs import compare, plan, report, run, search, tasks, ui
+    from jobs import compare, methods, plan, report, run, search, tasks, ui
 
     _add(commands, "run", run.main, "one method over one sequence", config=True)
     sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
     sub.add_argument(
         "--methods",
         default="sequential,agcl",
-        help="by comma, or all (default: %(default)s); pipeline/config/presets.py lists them",
+        help="by comma, or all (default: %(default)s); `agcl methods` lists them",
     )
     sub.add_argument("--seeds", type=_positive, default=1, help="seeds a method, from the config's")
     sub.add_argument(
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave out memory, disk and time, found by trying the first stages on a few rows",
     )
+    sub = _add(commands, "methods", methods.main, "list the methods, or show one")
+    sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")
     sub = _add(commands, "report", report.main, "write report.html of a run again")
     sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
     sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")

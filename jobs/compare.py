@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     first = loading.load(arguments.config, settings, method=methods[0])
     if arguments.trials > 1 and not first.evaluation.validation:
         settings.append(f"evaluation.validation={tuning.VALIDATION}")
-    folder = first.local_storage / f"{first.name}-compare"
+    folder = first.storage.root / f"{first.name}-compare"
 
     def load(more: list[str], method: str) -> Config:
         return loading.load(arguments.config, [*settings, *more], method=method)

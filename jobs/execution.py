@@ -17,7 +17,6 @@ from pipeline.results.model_card import MODEL
 from pipeline.results.results import RunResult, evaluation_sets, groups
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.secrets import masked
-from pipeline.storage import mirror, object_store
 
 METRIC_COLUMNS = {
     "average_performance": "average",
@@ -61,18 +60,16 @@ def places_beside(config: Config, folder: Path) -> list[str]:
     lines = []
     if config.tracking.uri is not None:
         lines.append(f"MLflow      {masked(config.tracking.uri)}")
-    elif isinstance(config.storage, Path):
+    elif config.storage.tracking_uri is not None:
         lines.append(f"MLflow UI   agcl ui --storage {config.storage}")
-    if isinstance(config.storage, str):
-        lines.append(f"stored      {object_store.place_of(config.storage, folder)}")
+    if (place := config.storage.place(folder)) != str(folder):
+        lines.append(f"stored      {place}")
     return lines
 
 
 def _final_model(run: Run) -> str:
-    final = run.works[run.plan.final_model]
-    if final.store:
-        return mirror.files_of(final.store, final.folder)
-    return str(run.folder / MODEL)
+    final = run.resolved[run.plan.final_model]
+    return final.storage.uri_of_files(final.folder) or str(run.folder / MODEL)
 
 
 def print_matrices(console: Console, label: str, result: RunResult) -> None:

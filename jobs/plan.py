@@ -21,7 +21,7 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     width = max(len(stage.name) for stage in run.plan.stages)
     num_done = 0
     for stage in run.plan.stages:
-        work = run.works[stage.name]
+        work = run.resolved[stage.name]
         done = work.is_complete()
         num_done += done
         state = "[green]done  [/]" if done else "to run"

@@ -42,10 +42,10 @@ def main(arguments: argparse.Namespace, command: str) -> int:
             keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
             table.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
     console.print(table)
-    if "tokenizer" in run.works:
-        run.works["tokenizer"].fetch()
+    if "tokenizer" in run.resolved:
+        run.resolved["tokenizer"].fetch()
     for task in run.plan.tasks:
-        work = run.works[f"prepare/{task}"]
+        work = run.resolved[f"prepare/{task}"]
         work.fetch()
         tokenizer = models.load_tokenizer(work.inputs["tokenizer"])
         rows = EncodedRows(work.folder / f"{TRAIN}.arrow")

@@ -118,7 +118,7 @@ def _for_all_stages(
 ) -> Needs:
     needs = Needs(worker_bytes)
     workers = run.config.resources.num_workers
-    open_stages = [s for s in run.plan.stages if not run.works[s.name].is_complete()]
+    open_stages = [s for s in run.plan.stages if not run.resolved[s.name].is_complete()]
     for stage in open_stages:
         if stage.fn is prepare:
             needs.disk_bytes += sizes[stage.name.partition("/")[2]].stored_bytes

@@ -1,8 +1,12 @@
-"""From configs to finished runs: check, plan, run what is missing, write results and report."""
+"""The main path, from a config to a finished run.
+
+`open_run` checks the config and resolves its stages, `execute` runs what is missing and writes the
+results. Nothing here depends on what a stage does.
+"""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from agcl.errors import InputError
@@ -16,7 +20,8 @@ from pipeline.errors import StageFailed
 from pipeline.execution.cluster import check_address
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
-from pipeline.plan.stage import Work, resolve, sessions
+from pipeline.plan.schedule import sessions
+from pipeline.plan.stage import ResolvedStage, resolve
 from pipeline.results.model_card import MODEL, write_model_folder
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult, left_out
@@ -29,7 +34,7 @@ from pipeline.results.run_folder import (
 )
 from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
-from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage import Storage, artifact, bucket_of
 from pipeline.tracking.client import Content, Tracker
 from pipeline.tracking.recorder import Recording, connect, open_recording, warn
 
@@ -39,18 +44,13 @@ REPORTS_EACH = 4
 
 
 def open_run(config: Config, folder: Path | None = None) -> Run:
-    """Check a config's inputs and resolve its stages. Writes nothing but an object store's cache.
+    """Check a config's inputs and resolve its stages. Writes nothing but a bucket's cache.
 
-    Raises `InputError` for bad input, and for a folder that holds a run of another config.
+    Raises `InputError` for bad input, and if the folder holds a run of another config.
     """
-    local = config.local_storage
-    folder = folder or local / config.name
-    there = next(path for path in (local, *local.parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"storage: {there} is not a folder")
-    if isinstance(config.storage, str):
-        object_store.check(config.storage)
-    mirror.pull_file(config.storage, folder / CONFIG_FILE)
+    folder = folder or config.storage.root / config.name
+    config.storage.check()
+    config.storage.refresh(folder / CONFIG_FILE)
     check_folder(config, folder)
     check_inputs(config)
     planned = plan(config)
@@ -66,101 +66,33 @@ def execute(
     console: Console,
     above: str | None = None,
 ) -> list[RunResult]:
-    """Run what is missing of every run, write their results, and one report on all.
+    """Run what is missing of every run, and write their results and one report on all of them.
 
-    Up to `REPORTS_EACH` runs get a report of their own too. `above` is the MLflow run that they
-    belong to, if any.
+    Up to `REPORTS_EACH` runs get a report each, too. `above` is the MLflow run that they belong
+    to, if any.
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
-    config = _any_config(runs)
+    config = _first_config(runs)
     check_address()
     tracker = connect(config, console)
-    with _alone(folder, console), mirror.results(config.storage, folder):
-        return _execute(runs, folder, tracker, title, command, console, above)
-
-
-def _execute(
-    runs: Mapping[str, Run],
-    folder: Path,
-    tracker: Tracker | None,
-    title: str,
-    command: str,
-    console: Console,
-    above: str | None,
-) -> list[RunResult]:
-    done_before = _complete(runs)
-    recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
-    results = [write_results(run, command, done_before) for run in runs.values()]
-    for line in dict.fromkeys(line for result in results for line in left_out(result)):
-        warn(console, line)
-    for label, result in zip(runs, results, strict=True):
-        file = runs[label].folder / REPORT_FILE
-        pictures = {}
-        if len(runs) <= REPORTS_EACH:
-            pictures = write_report(file, [result], title=result.metrics["name"])
-        run = runs[label]
-        final = run.works[run.plan.final_model]
-        if run.config.tracking.register_model:
-            final.fetch()
-        mlflow_run = recording.run_of(label)
-        write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
-        recording.finish_run(label, result.metrics, _artifacts(file.parent, pictures))
-    if len(runs) > 1:
-        pictures = write_report(folder / REPORT_FILE, results, title=title)
-        recording.finish(_artifacts(folder, pictures))
-    return results
-
-
-def execute_trials(
-    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
-) -> dict[str, RunResult]:
-    """Run what is missing of every run and give the results of those that did not fail.
-
-    A failed run does not end the others. Writes no reports.
-    """
-    config = _any_config(runs)
-    check_address()
-    tracker = connect(config, console)
-    with _alone(folder, console), mirror.results(config.storage, folder):
+    with _alone(folder, console), config.storage.results(folder):
         done_before = _complete(runs)
-        recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
-        for failure in failures:
-            console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
-        results = {
-            label: write_results(run, command, done_before)
-            for label, run in runs.items()
-            if run.works["report"].is_complete()
-        }
-        for label, result in results.items():
-            recording.finish_run(label, result.metrics, _artifacts(runs[label].folder, {}))
-        recording.finish({})
+        recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
+        results = [write_results(run, command, done_before) for run in runs.values()]
+        for line in dict.fromkeys(line for result in results for line in left_out(result)):
+            warn(console, line)
+        for (label, run), result in zip(runs.items(), results, strict=True):
+            figures = {}
+            if len(runs) <= REPORTS_EACH:
+                file = run.folder / REPORT_FILE
+                figures = write_report(file, [result], title=result.metrics["name"])
+            _write_model(run, result, recording.run_of(label))
+            recording.finish_run(label, result.metrics, _files(run.folder, figures))
+        if len(runs) > 1:
+            figures = write_report(folder / REPORT_FILE, results, title=title)
+            recording.finish(_files(folder, figures))
         return results
-
-
-def _any_config(runs: Mapping[str, Run]) -> Config:
-    """Storage, resources and tracking are the same for all."""
-    return next(iter(runs.values())).config
-
-
-def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
-    """Keep other commands out of a folder; wait for the one that is at work on it."""
-    said = f"  waiting for another command that is at work on {escape(str(folder))}"
-    return artifact.claimed(folder, lambda: console.print(said, highlight=False, soft_wrap=True))
-
-
-def _artifacts(folder: Path, pictures: Mapping[str, bytes]) -> dict[str, Content]:
-    files: dict[str, Content] = {
-        name: folder / name for name in (METRICS, REPORT_FILE) if (folder / name).exists()
-    }
-    return files | {f"figures/{name}": png for name, png in pictures.items()}
-
-
-def _complete(runs: Mapping[str, Run]) -> set[Path]:
-    works = {work.folder: work for run in runs.values() for work in run.works.values()}
-    with ThreadPoolExecutor() as pool:  # An object store takes its time for each.
-        done = list(pool.map(Work.is_complete, works.values()))
-    return {folder for folder, is_done in zip(works, done, strict=True) if is_done}
 
 
 def _run_missing(
@@ -173,20 +105,20 @@ def _run_missing(
     keep_going: bool = False,
     above: str | None = None,
 ) -> tuple[Recording, list[StageFailed]]:
-    """Open the runs' folders and run their unfinished stages; raises `StageFailed`."""
-    first = _any_config(runs)
-    todo = sessions({label: run.plan.stages for label, run in runs.items()}, first.storage)
+    """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
+    config = _first_config(runs)
+    todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
     kind = "comparison" if len(runs) > 1 else None
     recording = open_recording(tracker, folder, title, console, kind=kind, above=above)
     for label, run in runs.items():
-        check_folder(run.config, run.folder)  # Again: we may have waited for another.
+        check_folder(run.config, run.folder)  # Again: we may have waited for another command.
         open_folder(run)
         recording.add(label, run, name=label if len(runs) > 1 else title)
-    mirror.push_results(first.storage, folder)  # A killed one is then known to other machines.
+    config.storage.save_results(folder)  # Other machines then know of the run if it is killed.
     try:
         try:
             failures = run_with_progress(
-                todo, folder, first.resources, recording.observe, console, keep_going=keep_going
+                todo, folder, config.resources, recording.observe, console, keep_going=keep_going
             )
         except StageFailed as of_all:
             failures, keep_going = [of_all], False
@@ -201,8 +133,68 @@ def _run_missing(
     return recording, failures
 
 
+def _first_config(runs: Mapping[str, Run]) -> Config:
+    """Storage, resources and tracking are the same for all runs."""
+    return next(iter(runs.values())).config
+
+
+def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
+    """Keep other commands out of a folder, after waiting for one that works on it."""
+    waiting = f"  waiting for another command that works on {escape(str(folder))}"
+    return artifact.claimed(folder, lambda: console.print(waiting, highlight=False, soft_wrap=True))
+
+
+def _complete(runs: Mapping[str, Run]) -> set[Path]:
+    """The folders of the artifacts that are complete."""
+    stages = {stage.folder: stage for run in runs.values() for stage in run.resolved.values()}
+    with ThreadPoolExecutor() as pool:  # Each is a request to a bucket.
+        done = list(pool.map(ResolvedStage.is_complete, stages.values()))
+    return {folder for folder, is_done in zip(stages, done, strict=True) if is_done}
+
+
+def _write_model(run: Run, result: RunResult, mlflow_run: str | None) -> None:
+    final = run.resolved[run.plan.final_model]
+    if run.config.tracking.register_model:
+        final.fetch()
+    write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
+
+
+def _files(folder: Path, figures: Mapping[str, bytes]) -> dict[str, Content]:
+    """What MLflow gets of a folder, by artifact path."""
+    files: dict[str, Content] = {
+        name: folder / name for name in (METRICS, REPORT_FILE) if (folder / name).exists()
+    }
+    return files | {f"figures/{name}": png for name, png in figures.items()}
+
+
+def execute_trials(
+    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
+) -> dict[str, RunResult]:
+    """Run what is missing of every run and give the results of those that did not fail.
+
+    A failed run does not end the others. Writes no reports.
+    """
+    config = _first_config(runs)
+    check_address()
+    tracker = connect(config, console)
+    with _alone(folder, console), config.storage.results(folder):
+        done_before = _complete(runs)
+        recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
+        for failure in failures:
+            console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
+        results = {
+            label: write_results(run, command, done_before)
+            for label, run in runs.items()
+            if run.resolved["report"].is_complete()
+        }
+        for label, result in results.items():
+            recording.finish_run(label, result.metrics, _files(runs[label].folder, {}))
+        recording.finish({})
+        return results
+
+
 def prepare_tasks(run: Run, console: Console) -> None:
-    """Prepare the run's tasks, as far as they are not; its other stages are left alone.
+    """Prepare the run's tasks that are not prepared yet, and run no other stage.
 
     Raises `StageFailed`.
     """
@@ -216,19 +208,17 @@ def prepare_tasks(run: Run, console: Console) -> None:
         raise failure
 
 
-def rewrite_report(place: Path | str, command: str) -> Path:
-    """Write the report of a finished run's or comparison's folder again; the report's path.
+def rewrite_report(place: str, command: str) -> Path:
+    """Write the report of a finished run or comparison again, and return the report's path.
 
-    The folder may be one of an object store. Raises `InputError` where it holds no finished run.
+    `place` is its folder or, in a bucket, its URI. Raises `InputError` if there is no finished run.
     """
-    if isinstance(place, Path):
-        return _rewrite_report(place, command, None)
-    storage, folder = mirror.split(place)
-    with mirror.results(storage, folder):
-        return _rewrite_report(folder, command, storage)
+    bucket, folder = bucket_of(place) if "://" in place else (None, Path(place))
+    with bucket.results(folder) if bucket else nullcontext():
+        return _rewrite_report(folder, command, bucket)
 
 
-def _rewrite_report(folder: Path, command: str, storage: str | None) -> Path:
+def _rewrite_report(folder: Path, command: str, storage: Storage | None) -> Path:
     inner = sorted(f.parent for f in folder.glob(f"*/{CONFIG_FILE}") if not f.parent.is_symlink())
     folders = [folder] if (folder / METRICS).is_file() else inner
     if not folders:
@@ -238,9 +228,10 @@ def _rewrite_report(folder: Path, command: str, storage: str | None) -> Path:
         config = loading.load(one / CONFIG_FILE)
         config = config.model_copy(update={"storage": storage or config.storage})
         run = open_run(config, one)
-        unfinished = [stage for stage, work in run.works.items() if not work.is_complete()]
+        unfinished = [name for name, stage in run.resolved.items() if not stage.is_complete()]
         if "report" in unfinished:
             raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")
-        results.append(write_results(run, command, {work.folder for work in run.works.values()}))
+        folders_done = {stage.folder for stage in run.resolved.values()}
+        results.append(write_results(run, command, folders_done))
     write_report(folder / REPORT_FILE, results, title=folder.name)
     return folder / REPORT_FILE

@@ -18,7 +18,7 @@ from pipeline.storage.artifact import folder_name
 
 def check_inputs(config: Config) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
-    _check_storage(config.local_storage)
+    _check_storage(config.storage.root)
     _check_devices(config)
     if not config.model.is_builtin:
         models.check_folder(config.model.folder)

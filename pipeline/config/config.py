@@ -17,12 +17,11 @@ from pipeline.config.section import (
     Section,
     Seed,
     Share,
-    Storage,
+    StoragePlace,
     usable_path,
 )
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.secrets import masked
-from pipeline.storage.object_store import cache_of
 
 UNPROTECTED = ("sequential", "joint", "solo")
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
@@ -186,7 +185,7 @@ class Config(Section):
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/config/presets.py`)."""
     seed: Seed = 0
-    storage: Storage = Field(
+    storage: StoragePlace = Field(
         default_factory=lambda: os.environ.get("AGCL_STORAGE", "storage"), validate_default=True
     )
     """Folder of all runs and artifacts, by default that of the environment's `AGCL_STORAGE`; shared
@@ -206,12 +205,6 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
-
-    @property
-    def local_storage(self) -> Path:
-        """Where runs and artifacts are on this machine: the storage folder or an object store's
-        cache."""
-        return self.storage if isinstance(self.storage, Path) else cache_of(self.storage)
 
     @property
     def measures_entries(self) -> bool:
@@ -235,7 +228,7 @@ class Config(Section):
         if self.resources.shard_model and (self.adapter or self.training.compile):
             other = "an adapter" if self.adapter else "training.compile"
             yield f"resources.shard_model: cannot be combined with {other}"
-        if isinstance(self.storage, str) and self.tracking.enabled and self.tracking.uri is None:
+        if self.tracking.enabled and not (self.tracking.uri or self.storage.tracking_uri):
             yield (
                 "tracking.uri: required if storage is an object store, which cannot hold MLflow's "
                 "sqlite file; or set tracking.enabled=false"

@@ -48,10 +48,7 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
             _set(raw, key, value)
     if isinstance(raw.get("tasks"), dict):
         raw["tasks"] = {"format": FactsTasks.model_fields["format"].default, **raw["tasks"]}
-    config = validate(raw)
-    if isinstance(config.storage, str):
-        return config
-    return config.model_copy(update={"storage": config.storage.expanduser().absolute()})
+    return validate(raw)
 
 
 def validate(raw: Mapping[str, Any]) -> Config:

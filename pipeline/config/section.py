@@ -4,10 +4,19 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.secrets import has_credentials
+from pipeline.storage import Storage, storage_at
 
 _LONGEST = 4000
 """Bytes of a path; below the limit of common systems."""
@@ -36,22 +45,24 @@ Place = Annotated[Path, AfterValidator(usable_path)]
 """A path of the user's; `~` is the home folder."""
 
 
-def _folder_or_uri(value: Any) -> Path | str:
+def _storage(value: Any) -> Storage:
+    if isinstance(value, Storage):
+        return value
     if not isinstance(value, str | Path):
         raise PydanticCustomError("path_type", "must be a folder or the URI of an object store")
     if isinstance(value, Path) or "://" not in value:
-        return usable_path(Path(value))
+        return storage_at(usable_path(Path(value)))
     usable_path(value)
     if has_credentials(value):
         raise PydanticCustomError(
             "uri", "credentials do not go into the URI but into the environment (AWS_PROFILE, ...)"
         )
     address, question, query = value.partition("?")
-    return address.rstrip("/") + question + query
+    return storage_at(address.rstrip("/") + question + query)
 
 
-Storage = Annotated[Path | str, PlainValidator(_folder_or_uri)]
-"""A path of the user's, or the URI of an object store."""
+StoragePlace = Annotated[Storage, PlainValidator(_storage), PlainSerializer(str, return_type=str)]
+"""A folder, or the URI of an object store."""
 
 
 class Section(BaseModel):

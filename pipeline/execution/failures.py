@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from pipeline.plan.stage import Work
+from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
 from pipeline.storage.object_store import StoreFailed
 
@@ -29,12 +29,12 @@ _NO_MEMORY = (
 """How torch, the system and CUDA's libraries say it, by errors of many types."""
 
 
-def explain(error: BaseException, work: Work) -> str:
+def explain(error: BaseException, stage: ResolvedStage) -> str:
     """One line for the user."""
     import torch
 
     if "No space left on device" in str(error):
-        return f"no space left on device for {work.folder}"
+        return f"no space left on device for {stage.folder}"
     if isinstance(error, StoreFailed):
         return str(error)
     text = " ".join(str(error).split())
@@ -42,7 +42,7 @@ def explain(error: BaseException, work: Work) -> str:
     if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return f"out of memory: {LESS_MEMORY} ({text})"
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{os.strerror(error.errno)}: {error.filename or work.folder}"
+        return f"{os.strerror(error.errno)}: {error.filename or stage.folder}"
     return (
         text
         if isinstance(error, ValueError | ArithmeticError)
@@ -61,8 +61,8 @@ def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
     return masked(f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})")
 
 
-def misses_others(error: BaseException) -> bool:
-    """Whether the error is not the stage's own, but that of a process it worked with and lost."""
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether the error comes from losing another process, not from this stage."""
     import torch
 
     if isinstance(error, ray.exceptions.RayError):

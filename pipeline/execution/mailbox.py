@@ -1,6 +1,6 @@
-"""The actor through which the driver and its worker groups talk.
+"""The actor through which the driver and its groups of workers talk.
 
-In a module that imports next to nothing: its process is there from the start of every run.
+In a module that imports almost nothing, since its process starts with every run.
 """
 
 from typing import Any
@@ -10,56 +10,76 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Carries sessions from the driver to worker groups, and back what becomes of them."""
+    """Queues of sessions for the groups, and what the groups report.
+
+    There are two queues: of sessions that need Ray Train workers (`train`), and of the others.
+    """
 
     def __init__(self) -> None:
-        self.given: dict[str, list[Any]] = {}
-        self.begun: dict[str, int] = {}
+        self.queues: dict[bool, list[Any]] = {True: [], False: []}
+        self.closed: set[bool] = set()
+        self.taken: dict[str, list[Any]] = {}
+        """Of each group, the sessions it took so far."""
         self.done: dict[str, int] = {}
+        """Of each group, how many of those are finished."""
         self.finished: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.failed: set[str] = set()
 
-    def give(self, group: str, session: list[Any]) -> None:
-        """Give a group its next session, a reference in a list; an empty one ends the group."""
-        self.given.setdefault(group, []).append(session)
+    def queue(self, train: bool, name: str, session: list[Any]) -> None:
+        """Add a session, a reference in a list, so that only the workers dereference it."""
+        self.queues[train].append((name, session))
 
-    def next(self, group: str, index: int) -> Any:
-        """The session that a group got as its `index`-th; None while it has none."""
-        given = self.given.get(group, [])
-        if index >= len(given):
-            return None
-        self.begun[group] = index + 1
-        return given[index]
+    def close(self, train: bool) -> None:
+        """No more sessions come: groups that ask for one are told to end."""
+        self.closed.add(train)
 
-    def take_back(self, groups: list[str]) -> str | None:
-        """Take the last session back from one that has not begun it; which one, if any."""
-        for group in groups:
-            if len(self.given.get(group, [])) > self.begun.get(group, 0):
-                self.given[group].pop()
-                return group
-        return None
+    def stop(self) -> None:
+        """Drop the sessions that no group took, and end groups after the sessions they run."""
+        self.queues = {True: [], False: []}
+        self.closed = {True, False}
+
+    def next(self, group: str, train: bool, index: int) -> Any:
+        """The session a group runs as its `index`-th, the same for every rank of the group.
+
+        None if there is none yet, an empty list if there will be none.
+        """
+        taken = self.taken.setdefault(group, [])
+        if index == len(taken) and self.queues[train]:
+            taken.append(self.queues[train].pop(0))
+        if index < len(taken):
+            return taken[index][1]
+        return [] if train in self.closed else None
 
     def finish(self, group: str) -> None:
-        """A group tells that it is done with a session."""
-        self.done[group] = self.number_done(group) + 1
-        self.finished.append(group)
+        """A group has finished the session it was running."""
+        index = self.number_done(group)
+        self.done[group] = index + 1
+        self.finished.append(self.taken[group][index][0])
 
     def number_done(self, group: str) -> int:
-        """How many sessions a group is done with."""
+        """How many sessions a group has finished."""
         return self.done.get(group, 0)
+
+    def running(self) -> dict[str, str]:
+        """The name of the session that each group is running."""
+        return {
+            group: taken[-1][0]
+            for group, taken in self.taken.items()
+            if len(taken) > self.number_done(group)
+        }
 
     def put(self, records: list[dict[str, Any]]) -> None:
         """Add records of stages."""
         self.records += records
         self.failed |= {each["artifact"] for each in records if each.get("state") == "failed"}
 
-    def take(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """All records since the last call, and the groups that finished a session."""
-        taken = self.records, self.finished
+    def take(self) -> tuple[list[dict[str, Any]], list[str], dict[str, str]]:
+        """New records, names of newly finished sessions, and what is running."""
+        taken = self.records, self.finished, self.running()
         self.records, self.finished = [], []
         return taken
 
     def has_failed(self, artifacts: set[str]) -> bool:
-        """Whether a stage that makes one of them failed, so far."""
+        """Whether a stage that makes one of these artifacts has failed."""
         return bool(self.failed & artifacts)

@@ -1,7 +1,11 @@
-"""Run the sessions of a plan on a Ray cluster, as far side by side as it allows."""
+"""Runs the sessions of a plan on a Ray cluster, as far side by side as it allows.
+
+Sessions whose inputs exist are queued in the mailbox. Groups of workers (`workers.run_group`) take
+them from there; the driver starts as many groups as there are sessions to run, or room for.
+"""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from pipeline.execution.failures import why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
 from pipeline.execution.workers import here, run_group
-from pipeline.plan.stage import Session
+from pipeline.plan.schedule import Session
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
 
@@ -37,29 +41,21 @@ def run_with_progress(
     side_by_side: int | None = None,
     keep_going: bool = False,
 ) -> list[StageFailed]:
-    """Run sessions, if there are any, and show how far they are.
+    """Run sessions, if there are any, and show their progress.
 
-    They run on the cluster that Ray is on already, where the caller says how many of them at once
-    (`side_by_side`); else on the cluster to join, or one of this machine's own.
+    With `side_by_side`, that many run at once on the cluster that Ray is connected to. Without it
+    they run on the cluster to join, or on one started on this machine.
     """
     if side_by_side is None:
-        number = sum(len(session.works) for session in todo)
+        number = sum(len(session.stages) for session in todo)
         start = f"{number} stages to run; starting Ray"
         console.print(f"  {start if todo else 'every stage is complete already'}", highlight=False)
     if not todo:
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Of one killed after its last stage.
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a driver that was killed.
         return []
-    shared = {owner for session in todo for owner in session.owners}
-    titles = {
-        work.folder.name: work.name
-        if set(session.owners) == shared
-        else f"{work.name} ({_names(session.owners)})"
-        for session in todo
-        for work in session.works
-    }
     with (
         nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
-        StageProgress(console, titles) as progress,
+        StageProgress(console, _titles(todo)) as progress,
     ):
 
         def observe(records: list[Record]) -> None:
@@ -70,8 +66,16 @@ def run_with_progress(
         return run_sessions(todo, scratch, resources, at_once, observe, keep_going=keep_going)
 
 
-def _names(owners: Sequence[str], most: int = 3) -> str:
-    return ", ".join(owners) if len(owners) <= most else f"{len(owners)} runs"
+def _titles(todo: Sequence[Session]) -> dict[str, str]:
+    """What to call each artifact: its stage, with the runs that need it if not all do."""
+    everyone = {owner for session in todo for owner in session.owners}
+
+    def title(stage: str, owners: Sequence[str]) -> str:
+        if set(owners) == everyone:
+            return stage
+        return f"{stage} ({', '.join(owners) if len(owners) <= 3 else f'{len(owners)} runs'})"
+
+    return {s.folder.name: title(s.name, each.owners) for each in todo for s in each.stages}
 
 
 def run_sessions(
@@ -85,185 +89,162 @@ def run_sessions(
 ) -> list[StageFailed]:
     """Run every session after those it depends on, at most `side_by_side` at once.
 
-    `scratch` is a folder, shared by all nodes, for what Ray Train writes; it is removed.
-    Gives the failures. After the first one nothing new starts and what runs is finished; with
-    `keep_going` only what needs the failed session is left out. An exception (an interrupt, say)
-    cancels what runs; `StageFailed` is raised where what tells of all of them was lost.
+    `scratch` is a folder for Ray Train's own files, shared by all nodes; it is removed.
+
+    Returns the failures. After the first one nothing new starts, and what runs is finished; with
+    `keep_going`, only what needs the failed session is skipped. An exception (an interrupt, say)
+    cancels what runs. Raises `StageFailed` if the mailbox is lost.
     """
-    groups = _Groups(scratch, resources, side_by_side)
-    waiting = {session.name: session for session in sessions}
-    watch = _Watch(observe)
-    failures: list[StageFailed] = []
-    lost: set[str] = set()
+    run = _Run(sessions, scratch, resources, side_by_side, observe, keep_going)
     try:
         if any(session.train for session in sessions):
-            groups.start(train=True)  # Takes seconds, meanwhile others can prepare the rows.
-        while waiting or groups.by_end:
-            groups.give_ready(waiting, lost)
-            ended, _ = ray.wait(list(groups.by_end), timeout=_POLL_SECONDS)
-            groups.note_finished(watch.read(groups.mailbox))
-            for session, error in groups.note_ended(ended):
-                if error:
-                    failures.append(_failure(session, watch, error))
-                    lost.add(session.name)
-                    waiting = _without(lost, waiting) if keep_going else {}
-                elif keep_going or not failures:
-                    waiting[session.name] = session
+            run.start_group(train=True)  # Takes seconds, during which rows can be prepared.
+        while run.waiting or run.groups:
+            run.queue_ready()
+            run.start_groups()
+            run.end_unneeded()
+            run.poll()
     except ray.exceptions.RayError as error:  # The mailbox is gone, so nobody can tell.
-        session = next(iter(groups.at_work().values()), sessions[-1])
-        raise _failure(session, watch, error) from error
+        session = next(iter(run.queued.values()), sessions[-1])
+        raise run.failure(session, error) from error
     finally:
-        for ref in groups.by_end:
+        for ref in run.groups:
             ray.cancel(ref)
         shutil.rmtree(scratch, ignore_errors=True)
-    return failures
+    return run.failures
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Group:
     name: str
     train: bool
-    session: Session | None = None
-    """What it is at work on."""
-    has_worked: bool = False
-    is_ending: bool = False
 
 
-class _Groups:
-    """The worker groups of one `run_sessions`: at most `most` that train, and as many others."""
+class _Run:
+    """The state of one `run_sessions`."""
 
-    def __init__(self, scratch: Path, resources: Resources, most: int) -> None:
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        scratch: Path,
+        resources: Resources,
+        most: int,
+        observe: Observe,
+        keep_going: bool,
+    ) -> None:
         self.scratch, self.resources, self.most = scratch, resources, most
-        # Beside the driver, so that a worker's node takes neither records nor who restarts a group.
+        self.observe, self.keep_going = observe, keep_going
+        # On the driver's node: no lost worker node takes the records and sessions along.
         self.mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
-        self.by_end: dict[Any, _Group] = {}
+        self.waiting = {session.name: session for session in sessions}
+        self.queued: dict[str, Session] = {}
+        """Handed to the mailbox and not finished."""
+        self.groups: dict[Any, _Group] = {}
         """By the reference that is ready when the group has ended."""
+        self.running: dict[str, str] = {}
+        """The session that each group is running."""
+        self.worked: set[str] = set()
+        """The groups that ever ran a session."""
         self.started = 0
+        self.states: dict[str, Record] = {}
+        """The last state record of each artifact."""
+        self.failures: list[StageFailed] = []
+        self.lost: set[str] = set()
+        """Sessions that failed, and those that need them."""
 
-    def at_work(self) -> dict[str, Session]:
-        """The sessions that groups are at work on, by name."""
-        return {g.session.name: g.session for g in self.by_end.values() if g.session}
-
-    def give_ready(self, waiting: dict[str, Session], lost: set[str]) -> None:
-        """Give sessions whose inputs are made to groups, as far as there is room."""
-        at_work = self.at_work()
-        ready = _ready(waiting, waiting.keys() | at_work.keys() | lost)
-        if waiting and not ready and not at_work:
-            raise RuntimeError(f"sessions wait for each other: {sorted(waiting)}")
-        for session in ready:
-            if self._give(session):
-                del waiting[session.name]
-        for group in self._idle():
-            self._take_over(group)
-        self._end_idle({session.train for session in waiting.values()})
-
-    def _take_over(self, idle: _Group) -> None:
-        """Let an idle group do what another one, which is still starting, was given."""
-        others = {g.name: g for g in self.by_end.values() if g.session and g.train == idle.train}
-        if not others:
-            return
-        if name := ray.get(self.mailbox.take_back.remote(list(others))):
-            session, others[name].session = others[name].session, None
-            if session:
-                self._give_to(idle, session)
-
-    def _end_idle(self, expected: set[bool]) -> None:
-        """End the groups of a kind that no session is to be expected of."""
-        for ref, group in self.by_end.items():
-            if not group.session and not group.is_ending and group.train not in expected:
-                group.is_ending = True
-                if group.has_worked:
-                    self.mailbox.give.remote(group.name, [])
-                else:
-                    ray.cancel(ref)  # It may take long to start.
-
-    def _give(self, session: Session) -> bool:
-        """Give a session to an idle group of its kind or to a new one; whether there was room."""
-        group = next((g for g in self._idle() if g.train == session.train), None)
-        if not group:
-            if sum(g.train == session.train for g in self.by_end.values()) >= self.most:
-                return False
-            group = self.start(session.train)
-        self._give_to(group, session)
-        return True
-
-    def _give_to(self, group: _Group, session: Session) -> None:
-        group.session = session
-        # In a list, so that only the group's workers unpack it.
-        self.mailbox.give.remote(group.name, [ray.put(session)])
-
-    def start(self, train: bool) -> _Group:
-        """Start a group, which waits for a session."""
+    def start_group(self, train: bool) -> None:
+        """Start a group, which takes sessions of its kind until there are no more."""
         self.started += 1
         group = _Group(f"group {self.started}", train)
         start = run_group.options(scheduling_strategy=here()).remote
-        self.by_end[start(group.name, train, self.resources, self.mailbox, self.scratch)] = group
-        return group
+        ref = start(group.name, train, self.resources, self.mailbox, self.scratch)
+        self.groups[ref] = group
 
-    def _idle(self) -> list[_Group]:
-        return [g for g in self.by_end.values() if not g.session and not g.is_ending]
+    def queue_ready(self) -> None:
+        """Queue the sessions whose inputs exist."""
+        unfinished = self.waiting.keys() | self.queued.keys() | self.lost
+        for session in [s for s in self.waiting.values() if not s.after & unfinished]:
+            # The reference is in a list, so that only the group dereferences it.
+            self.mailbox.queue.remote(session.train, session.name, [ray.put(session)])
+            self.queued[session.name] = self.waiting.pop(session.name)
+        if self.waiting and not self.queued:
+            raise RuntimeError(f"sessions wait for each other: {sorted(self.waiting)}")
 
-    def note_finished(self, names: Sequence[str]) -> None:
-        """These groups are done with their sessions."""
-        for group in self.by_end.values():
-            if group.name in names:
-                group.session, group.has_worked = None, True
+    def start_groups(self) -> None:
+        """Start groups for the sessions that are queued, as far as there is room."""
+        for train in (True, False):
+            wanted = sum(session.train == train for session in self.queued.values())
+            alive = sum(group.train == train for group in self.groups.values())
+            for _ in range(min(wanted, self.most) - alive):
+                self.start_group(train)
 
-    def note_ended(self, ended: Sequence[Any]) -> Iterator[tuple[Session, Exception | None]]:
-        """Take out groups that ended; the sessions that they did not finish, and why not.
+    def end_unneeded(self) -> None:
+        """End the groups of a kind once no session of it is left to take."""
+        for train in (True, False):
+            if any(session.train == train for session in self.waiting.values()):
+                continue
+            self.mailbox.close.remote(train)
+            names = {s.name for s in self.queued.values() if s.train == train}
+            if names <= set(self.running.values()):
+                for ref, group in self.groups.items():
+                    if group.train == train and group.name not in self.worked:
+                        ray.cancel(ref)  # Still starting, which may take long.
 
-        No error means that the workers were lost before they knew of the session.
-        """
+    def poll(self) -> None:
+        """Wait a moment, then see what the groups report and which of them ended."""
+        ended, _ = ray.wait(list(self.groups), timeout=_POLL_SECONDS)
+        records, finished, self.running = ray.get(self.mailbox.take.remote())
+        self.worked |= self.running.keys()
+        self._see(records)
+        for name in finished:
+            self.queued.pop(name, None)
         for ref in ended:
-            group = self.by_end.pop(ref)
-            try:
-                ray.get(ref)
-                error = None
-            except ray.exceptions.RayError as raised:
-                error = raised
-            if group.session:
-                yield group.session, error
+            group, error = self.groups.pop(ref), _error_of(ref)
+            session = self.queued.get(self.running.get(group.name, ""))
+            if error and session:
+                self._fail(session, error)
 
-
-def _without(lost: set[str], waiting: dict[str, Session]) -> dict[str, Session]:
-    """The sessions that need none of the lost ones; adds the others to the lost."""
-    while hit := {name for name, session in waiting.items() if session.after & lost} - lost:
-        lost |= hit
-    return {name: session for name, session in waiting.items() if name not in lost}
-
-
-def _ready(waiting: dict[str, Session], unfinished: set[str]) -> list[Session]:
-    return [s for s in waiting.values() if not s.after & unfinished]
-
-
-class _Watch:
-    """Passes records on and remembers which stage runs and which failed."""
-
-    def __init__(self, observe: Observe) -> None:
-        self.observe = observe
-        self.state: dict[str, Record] = {}
-
-    def read(self, mailbox: Any) -> list[str]:
-        """Read what came; the groups that finished a session."""
-        records = []
-        sent, finished = ray.get(mailbox.take.remote())
-        for record in sent:
+    def _see(self, records: Sequence[Record]) -> None:
+        """Pass records on, without failures that only follow from a first one."""
+        shown = []
+        for record in records:
+            artifact = str(record["artifact"])
             if "state" in record:
-                if self.state.get(record["artifact"], {}).get("state") == "failed":
+                if self.states.get(artifact, {}).get("state") == "failed":
                     continue  # Other workers fail as a consequence of the first.
-                self.state[record["artifact"]] = record
-            records.append(record)
-        if records:
-            self.observe(records)
-        return list(finished)
+                self.states[artifact] = record
+            shown.append(record)
+        if shown:
+            self.observe(shown)
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        self.failures.append(self.failure(session, error))
+        self.lost.add(self.queued.pop(session.name).name)
+        if not self.keep_going:
+            self.mailbox.stop.remote()
+            self.waiting = {}
+            names = [name for name in self.running.values() if name in self.queued]
+            self.queued = {name: self.queued[name] for name in names}
+        while hit := {n for n, s in self.waiting.items() if s.after & self.lost} - self.lost:
+            self.lost |= hit
+        self.waiting = {n: s for n, s in self.waiting.items() if n not in self.lost}
+
+    def failure(self, session: Session, error: Exception) -> StageFailed:
+        """Which stage of a session failed, and why."""
+        states = {stage.name: self.states.get(stage.folder.name, {}) for stage in session.stages}
+        for stage, record in states.items():
+            if record.get("state") == "failed":
+                return StageFailed(stage, str(record["error"]), str(record["traceback"]))
+        begun = [stage for stage, record in states.items() if record.get("state")]
+        unfinished = [s for s in begun if states[s]["state"] != "finished"]
+        stage = (unfinished or [session.stages[0].name])[-1]
+        return StageFailed(stage, why_lost(error), masked(str(error)))
 
 
-def _failure(session: Session, watch: _Watch, error: Exception) -> StageFailed:
-    states = {work.name: watch.state.get(work.folder.name, {}) for work in session.works}
-    for stage, record in states.items():
-        if record.get("state") == "failed":
-            return StageFailed(stage, str(record["error"]), str(record["traceback"]))
-    begun = ("started", "lost")
-    started = [stage for stage, record in states.items() if record.get("state") in begun]
-    stage = (started or [session.works[0].name])[-1]
-    return StageFailed(stage, why_lost(error), masked(str(error)))
+def _error_of(ref: Any) -> Exception | None:
+    """Why a group ended; None if it came to the end of the queue."""
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return error
+    return None

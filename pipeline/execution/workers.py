@@ -1,7 +1,7 @@
-"""Worker groups: processes that run one session after another, as the driver gives them.
+"""Groups of workers: processes that run one session after another, as they take them.
 
 Starting a Ray Train worker group costs more than many a session, so a group stays for the next one.
-What the stages need is imported by those who run them: a process that starts workers is up sooner.
+What only stages need is imported by those who run them: a process that starts workers is up sooner.
 """
 
 import platform
@@ -20,15 +20,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config.config import Resources
 from pipeline.execution.cluster import needs, nodes, side_by_side
 from pipeline.execution.failures import kernel_kills, why_lost
-from pipeline.plan.stage import Session, Work
+from pipeline.plan.schedule import Session
+from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
-from pipeline.storage import artifact, mirror
 
 if TYPE_CHECKING:
-    from pipeline.stages.context import Context, Emit
+    from pipeline.stages.context import Emit
 
 LOSSES = 3
-"""Times that a session is lost at the same place before it counts as failed."""
+"""Losses of a session at the same place after which it counts as failed."""
 _POLL_SECONDS = 0.2
 
 
@@ -38,43 +38,40 @@ def here() -> NodeAffinitySchedulingStrategy:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def run_group(
-    group: str, on_workers: bool, resources: Resources, mailbox: Any, scratch: Path
-) -> None:
-    """Run the sessions that the driver gives a group: on Ray Train workers, or else right here.
+def run_group(group: str, train: bool, resources: Resources, mailbox: Any, scratch: Path) -> None:
+    """Take sessions from the mailbox and run them: on Ray Train workers, or in this process.
 
-    `scratch` is a folder that all nodes see (or with an object store this one); Ray Train keeps its
-    own records there. A group that loses a worker is started again and its session goes on at its
-    first unfinished stage, until that was lost `LOSSES` times without finishing one or coming to
-    another checkpoint of it. Where no node is left that could take its workers, it waits for
-    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
+    `scratch` is a folder for Ray Train's own files that all nodes see (with a bucket, this one). A
+    group that loses a worker is started again, and its session resumes at the first unfinished
+    stage, until it was lost `LOSSES` times without another finished stage or checkpoint. If no node
+    can take its workers, the group waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
     """
 
     def emit(records: list[Any]) -> None:
-        # Waiting keeps records in order, and in hand before a failing worker dies.
+        # Waiting keeps records in order, and delivers them before a failing worker dies.
         ray.get(mailbox.put.remote(records))
 
-    losses, reached = 0, None
+    losses, marker = 0, None
     while True:
         kills = kernel_kills()
         try:
             first = ray.get(mailbox.number_done.remote(group))
-            if on_workers:
+            if train:
                 _on_workers(group, first, resources, mailbox, emit, scratch)
             else:
-                _right_here(group, first, mailbox, emit)
+                _in_this_process(group, first, mailbox, emit)
             return
         except Exception as error:
-            left = _unfinished(group, mailbox)
+            left = _unfinished(group, train, mailbox)
             if not left:
                 return
-            if ray.get(mailbox.has_failed.remote({work.folder.name for work in left})):
+            if ray.get(mailbox.has_failed.remote({stage.folder.name for stage in left})):
                 raise
             if _found_no_room(error):
                 _check_room(resources, left[0], emit)
                 continue
-            before, reached = reached, _reached(left[0])
-            losses = losses + 1 if reached == before else 1
+            before, marker = marker, _progress_marker(left[0])
+            losses = losses + 1 if marker == before else 1
             why = why_lost(error, kernel_killed=kernel_kills() > kills)
             record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
             if losses == LOSSES:
@@ -83,74 +80,71 @@ def run_group(
             emit([record])
 
 
-def _right_here(group: str, first: int, mailbox: Any, emit: "Emit") -> None:
+def _in_this_process(group: str, first: int, mailbox: Any, emit: "Emit") -> None:
+    from pipeline.execution.session import run_stages
     from pipeline.stages.context import Context
 
-    for session in _given(group, first, mailbox):
-        _run(session, group, mailbox, Context(), emit)
-
-
-def _run(session: Session, group: str, mailbox: Any, context: "Context", emit: "Emit") -> None:
-    from pipeline.execution.session import run_works
-
-    run_works(session.works, context, emit)
-    if context.is_first_worker:
+    for session in _sessions(group, False, first, mailbox):
+        run_stages(session.stages, Context(), emit)
         ray.get(mailbox.finish.remote(group))
 
 
-def _given(group: str, first: int, mailbox: Any) -> Iterator[Session]:
-    """The group's sessions from that one on, as they come, until the driver ends it.
+def _sessions(group: str, train: bool, first: int, mailbox: Any) -> Iterator[Session]:
+    """The group's sessions from the `first`-th on, as they come.
 
-    Every worker of the group asks by itself: waiting for each other, they might time out.
+    Every rank asks by itself: a rank that waited in a collective could time out.
     """
     for index in count(first):
-        while (given := ray.get(mailbox.next.remote(group, index))) is None:
+        while (taken := ray.get(mailbox.next.remote(group, train, index))) is None:
             time.sleep(_POLL_SECONDS)
-        if not given:
+        if not taken:
             return
-        yield ray.get(given[0])
+        yield ray.get(taken[0])
 
 
-def _unfinished(group: str, mailbox: Any) -> Sequence[Work]:
-    """What is left of the session that a group is at work on."""
-    given = ray.get(mailbox.next.remote(group, ray.get(mailbox.number_done.remote(group))))
-    return [work for work in ray.get(given[0]).works if not work.is_complete()] if given else []
+def _unfinished(group: str, train: bool, mailbox: Any) -> Sequence[ResolvedStage]:
+    """What is left of the session that the group is running, or would run next."""
+    done = ray.get(mailbox.number_done.remote(group))
+    taken = ray.get(mailbox.next.remote(group, train, done))
+    return [stage for stage in ray.get(taken[0]).stages if not stage.is_complete()] if taken else []
 
 
-def _reached(work: Work) -> tuple[Path, int]:
-    """How far a group is that has this stage to do next: something else after every step ahead.
-
-    Compared for equality alone, as whoever writes the checkpoint may have another clock.
-    """
-    checkpoint = artifact.checkpoint_of(work.folder)
-    if work.store:  # Its worker may be on another node.
-        return work.folder, mirror.modified(work.store, checkpoint)
-    return work.folder, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+def _progress_marker(stage: ResolvedStage) -> tuple[Path, int]:
+    """Changes with every finished stage or checkpoint; compare for equality only."""
+    return stage.folder, stage.storage.checkpoint_time(stage.folder)
 
 
 def _on_workers(
-    group: str, first: int, resources: Resources, mailbox: Any, emit: "Emit", scratch: Path
+    group: str,
+    first: int,
+    resources: Resources,
+    mailbox: Any,
+    emit: "Emit",
+    scratch: Path,
 ) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
 
-    from pipeline.execution.process_group import ReachableConfig
+    from pipeline.execution.torch_backend import ReachableConfig
 
     def loop() -> None:
         import torch
 
+        from pipeline.execution.session import run_stages
         from pipeline.stages.context import Context
 
         torch.set_num_threads(resources.cpus_per_worker)
-        for session in _given(group, first, mailbox):
-            _check_scratch(scratch, session.works[0], emit)
+        for session in _sessions(group, True, first, mailbox):
+            _check_scratch(scratch, session.stages[0], emit)
             context = Context(
                 get_device(),
                 shard_model=resources.shard_model and resources.num_workers > 1,
                 checkpoint_minutes=resources.checkpoint_minutes,
             )
-            _run(session, group, mailbox, context, emit)
-            del context  # With the model that it holds: the next session may be long in coming.
+            run_stages(session.stages, context, emit)
+            if context.is_first_worker:
+                ray.get(mailbox.finish.remote(group))
+            del context  # Frees the model: the next session may be long in coming.
             torch.cuda.empty_cache()
 
     TorchTrainer(
@@ -164,7 +158,7 @@ def _on_workers(
         run_config=RunConfig(
             name=f"group-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
-            # Ray Train cannot tell a stage's own error, which comes again, from a lost worker.
+            # Ray Train cannot tell a stage's own error, which would repeat, from a lost worker.
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=0, controller_failure_limit=0
             ),
@@ -172,11 +166,11 @@ def _on_workers(
     ).fit()
 
 
-def _check_scratch(scratch: Path, work: Work, emit: "Emit") -> None:
-    """Refuse to work on a node that does not see the folder that Ray Train made on the driver's."""
-    if not work.store and not scratch.is_dir():
-        why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's"
-        _refuse(why, work, emit)
+def _check_scratch(scratch: Path, stage: ResolvedStage, emit: "Emit") -> None:
+    """Refuse to run on a node that does not see the folder Ray Train made on the driver's node."""
+    if stage.storage.shared and not scratch.is_dir():
+        why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's node"
+        _refuse(why, stage, emit)
 
 
 def _found_no_room(error: Exception) -> bool:
@@ -188,14 +182,14 @@ def _found_no_room(error: Exception) -> bool:
     )
 
 
-def _check_room(resources: Resources, work: Work, emit: "Emit") -> None:
-    """Refuse to go on if no node could take the workers even when nothing else runs."""
+def _check_room(resources: Resources, stage: ResolvedStage, emit: "Emit") -> None:
+    """Refuse to wait longer if no node could take the workers even with nothing else running."""
     try:
         side_by_side(resources, nodes())
     except InputError as error:
-        _refuse(str(error), work, emit)
+        _refuse(str(error), stage, emit)
 
 
-def _refuse(why: str, work: Work, emit: "Emit") -> NoReturn:
-    emit([{"artifact": work.folder.name, "state": "failed", "error": why, "traceback": why}])
+def _refuse(why: str, stage: ResolvedStage, emit: "Emit") -> NoReturn:
+    emit([{"artifact": stage.folder.name, "state": "failed", "error": why, "traceback": why}])
     raise InputError(why)

@@ -19,7 +19,7 @@ from pipeline.plan.nodes import (
     train_stage,
     training_settings,
 )
-from pipeline.plan.stage import External, Stage, Work
+from pipeline.plan.stage import External, ResolvedStage, Stage
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.train import train
 
@@ -42,7 +42,7 @@ class Run:
     config: Config
     folder: Path
     plan: Plan
-    works: Mapping[str, Work]
+    resolved: Mapping[str, ResolvedStage]
     """By stage name."""
 
 

@@ -1,18 +1,14 @@
-"""The DAG: stages, what is done already, and running the rest in sessions.
+"""Stages, the nodes of the DAG, and where their artifacts are."""
 
-A *session* is stages that one group of workers runs one after the other with the model kept in
-memory. Every stage still writes its own artifact, so an interrupted session goes on at its first
-unfinished stage.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import agcl
 
-from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage import Storage, artifact
+from pipeline.storage.storage import STAGES
 
 if TYPE_CHECKING:
     from pipeline.stages.context import Context
@@ -48,18 +44,18 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Work:
-    """A stage resolved to paths: what is sent to the workers."""
+class ResolvedStage:
+    """A stage with its fingerprint, and so with its place in a storage; sent to the workers."""
 
     name: str
     fn: StageFunction
     config: Mapping[str, Any]
     inputs: Mapping[str, Path]
     folder: Path
+    """The artifact, on this machine."""
     record: Mapping[str, Any]
     """Goes into the manifest; holds the fingerprint."""
-    store: str | None = None
-    """The storage's URI where it is an object store; the folder is then a copy on this machine."""
+    storage: Storage
     reads: tuple[str, ...] | None = None
 
     @property
@@ -69,57 +65,34 @@ class Work:
 
     @property
     def place(self) -> str:
-        """Where the artifact is kept, to be shown."""
-        return object_store.place_of(self.store, self.folder) if self.store else str(self.folder)
+        """Where a user finds the artifact."""
+        return self.storage.place(self.folder)
 
     def is_complete(self) -> bool:
-        """Whether the artifact is there and whole; raises `CorruptArtifact`."""
-        if self.store:
-            return mirror.is_complete(self.store, self.folder, self.fingerprint)
-        return artifact.is_complete(self.folder, self.fingerprint)
+        """Whether the artifact is there. Raises `CorruptArtifact` if it is damaged."""
+        return self.storage.is_complete(self.folder, self.fingerprint)
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of the finished artifact; None where there is none."""
-        if self.store:
-            return mirror.read_manifest(self.store, self.folder)
-        return artifact.read_manifest(self.folder)
+        """The manifest of the finished artifact, or None."""
+        return self.storage.manifest(self.folder)
 
     def read(self, file: str) -> bytes | None:
-        """What a file of the finished artifact holds; None where it has no such file."""
-        if self.store:
-            return mirror.read(self.store, self.folder, file)
-        return (self.folder / file).read_bytes() if (self.folder / file).exists() else None
+        """The content of one file of the finished artifact, or None if it has no such file."""
+        return self.storage.read(self.folder, file)
 
     def fetch(self) -> None:
-        """Download the finished artifact, unless its folder is here."""
-        if self.store:
-            mirror.fetch(self.store, self.folder)
+        """Make the finished artifact readable on this machine."""
+        self.storage.fetch(self.folder)
 
 
-@dataclass(frozen=True)
-class Session:
-    """Unfinished stages that run in one place, in order."""
+def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStage]:
+    """Resolved stages by name, in dependency order; equal stages share one folder.
 
-    name: str
-    works: tuple[Work, ...]
-    train: bool
-    owners: tuple[str, ...]
-    """The runs that need it."""
-    after: frozenset[str]
-    """Names of the sessions that must be done before."""
-
-
-def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
-    """Works by stage name, in dependency order; equal stages share one folder.
-
-    `storage` is a folder or the URI of an object store. Hashes external inputs, each once. Runs
-    nothing.
+    Hashes every external input once. Runs nothing.
     """
-    store = storage if isinstance(storage, str) else None
-    local = object_store.cache_of(storage) if isinstance(storage, str) else storage
     hashes: dict[External, str] = {}
-    works: dict[str, Work] = {}
-    by_fingerprint: dict[str, Work] = {}
+    resolved: dict[str, ResolvedStage] = {}
+    by_fingerprint: dict[str, ResolvedStage] = {}
 
     def input_fingerprint(source: Stage | External) -> str:
         if isinstance(source, Stage):
@@ -128,9 +101,9 @@ def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
             hashes[source] = artifact.content_hash(source.path, source.patterns)
         return hashes[source]
 
-    def visit(stage: Stage) -> Work:
-        if stage.name in works:
-            return works[stage.name]
+    def visit(stage: Stage) -> ResolvedStage:
+        if stage.name in resolved:
+            return resolved[stage.name]
         inputs = {role: input_fingerprint(source) for role, source in stage.inputs.items()}
         identity = {
             "agcl": agcl.__version__,
@@ -143,8 +116,8 @@ def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
         # Named by the function, so that a stage that two plans call differently is one folder.
         kind, slash, rest = stage.name.partition("/")
         readable = f"{stage.fn.__name__}-{rest}" if slash else kind
-        folder = local / "stages" / f"{artifact.folder_name(readable)}-{key[:8]}"
-        works[stage.name] = by_fingerprint[key] = first or Work(
+        folder = storage.root / STAGES / f"{artifact.folder_name(readable)}-{key[:8]}"
+        resolved[stage.name] = by_fingerprint[key] = first or ResolvedStage(
             name=stage.name,
             fn=stage.fn,
             config=stage.config,
@@ -154,93 +127,11 @@ def resolve(stages: Sequence[Stage], storage: Path | str) -> dict[str, Work]:
             },
             folder=folder,
             record={"stage": stage.name, "fingerprint": key, **identity},
-            store=store,
+            storage=storage,
             reads=stage.reads,
         )
-        return works[stage.name]
+        return resolved[stage.name]
 
     for stage in stages:
         visit(stage)
-    return works
-
-
-def sessions(plans: Mapping[str, Sequence[Stage]], storage: Path | str) -> list[Session]:
-    """The sessions that complete every plan (stages by run), in an order that can be run.
-
-    A stage is left out if its artifact is complete or nothing unfinished needs it. Sessions are
-    split by the set of runs that need them, so that what runs share is computed once, before
-    what they do not.
-    """
-    works: dict[Path, Work] = {}
-    stage_of: dict[Path, Stage] = {}
-    owners: dict[Path, set[str]] = {}
-    for run, stages in plans.items():
-        resolved = resolve(stages, storage)
-        for stage in _needed(stages, resolved):
-            key = resolved[stage.name].folder
-            works.setdefault(key, resolved[stage.name])
-            stage_of.setdefault(key, stage)
-            owners.setdefault(key, set()).add(run)
-    group_of = {
-        key: (stage.session or stage.name, tuple(sorted(owners[key])))
-        for key, stage in stage_of.items()
-    }
-    members: dict[tuple[str, tuple[str, ...]], list[Path]] = {}
-    for key, group in group_of.items():
-        members.setdefault(group, []).append(key)
-
-    def name(group: tuple[str, tuple[str, ...]]) -> str:
-        return f"{group[0]} of {', '.join(group[1])}"
-
-    found = []
-    for group, keys in members.items():
-        before = {
-            group_of[folder]
-            for key in keys
-            for folder in works[key].inputs.values()
-            if folder in works
-        }
-        found.append(
-            Session(
-                name=name(group),
-                works=tuple(works[key] for key in keys),
-                train=any(stage_of[key].train for key in keys),
-                owners=group[1],
-                after=frozenset(name(g) for g in before if g != group),
-            )
-        )
-    return found
-
-
-def needed_for(goals: Sequence[Stage], stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages that some of them depend on, these included, in the given order."""
-    names: set[str] = set()
-    todo = list(goals)
-    while todo:
-        stage = todo.pop()
-        if stage.name not in names:
-            names.add(stage.name)
-            todo += [source for source in stage.inputs.values() if isinstance(source, Stage)]
-    return tuple(stage for stage in stages if stage.name in names)
-
-
-def _needed(stages: Sequence[Stage], works: Mapping[str, Work]) -> list[Stage]:
-    """Unfinished stages that a final stage needs, in dependency order."""
-    inner = {
-        source.name for s in stages for source in s.inputs.values() if isinstance(source, Stage)
-    }
-    done: dict[str, bool] = {}
-
-    def collect(stage: Stage) -> Iterator[Stage]:
-        if stage.name in done:
-            return
-        done[stage.name] = works[stage.name].is_complete()
-        if not done[stage.name]:
-            for source in stage.inputs.values():
-                if isinstance(source, Stage):
-                    yield from collect(source)
-            yield stage
-
-    order = {stage.name: index for index, stage in enumerate(stages)}
-    needed = [s for stage in stages if stage.name not in inner for s in collect(stage)]
-    return sorted(needed, key=lambda stage: order[stage.name])
+    return resolved

@@ -10,10 +10,10 @@ import yaml
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS
-from pipeline.plan.stage import Work
+from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import RunResult, evaluation_sets
 from pipeline.stages.files import ADAPTER
-from pipeline.storage import artifact, mirror
+from pipeline.storage import artifact
 
 MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
 """The final model's folder in a run's, the card in it, and where a file or model lies instead."""
@@ -26,7 +26,7 @@ _METRICS = {
 
 
 def write_model_folder(
-    folder: Path, model: Work, config: Config, result: RunResult, mlflow_run: str | None
+    folder: Path, model: ResolvedStage, config: Config, result: RunResult, mlflow_run: str | None
 ) -> None:
     """Make `folder` the final model: links to the files of the artifact `model`, and a card.
 
@@ -45,15 +45,15 @@ def write_model_folder(
     text = card(config, result, mlflow_run, adapter=adapter_alone(model))
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty one.
     (aside / CARD).write_text(text, encoding="utf-8")
-    if model.store:
-        (aside / LOCATION).write_text(mirror.files_of(model.store, model.folder) + "\n")
+    if uri := model.storage.uri_of_files(model.folder):
+        (aside / LOCATION).write_text(f"{uri}\n")
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def adapter_alone(model: Work) -> bool:
+def adapter_alone(model: ResolvedStage) -> bool:
     """Whether an artifact holds an adapter and not the model that it belongs on."""
     return "config.json" not in (model.manifest() or {"files": ()})["files"]
 

@@ -16,7 +16,7 @@ from pipeline.errors import StageFailed
 from pipeline.plan.plan import Run
 from pipeline.results.results import RunResult, StageRecord
 from pipeline.stages.files import CHECKS, IMPORTANCE_SUMMARY, METRICS, SUMMARY
-from pipeline.storage import artifact, object_store
+from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 
 CONFIG_FILE = "config.yaml"
@@ -35,7 +35,7 @@ def check_folder(config: Config, folder: Path) -> None:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     for section in Config.model_fields:
         if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
-            place = object_store.place_of(config.storage, folder)
+            place = config.storage.place(folder)
             raise InputError(
                 f"name: {place} holds a run with another {section!r} section; choose another "
                 f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
@@ -50,11 +50,11 @@ def open_folder(run: Run) -> None:
 
 def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
-    for stage, work in run.works.items():
-        if work.folder.exists():  # From an object store only what was needed is here.
-            _link(run.folder / folder_name(stage), work.folder)
-        artifact.remove_leftovers(work.folder)
-    report = run.works["report"]
+    for name, stage in run.resolved.items():
+        if stage.folder.exists():  # Of a bucket, only what was needed is on this machine.
+            _link(run.folder / folder_name(name), stage.folder)
+        artifact.remove_leftovers(stage.folder)
+    report = run.resolved["report"]
     prepared = summaries(run)
     metrics = {
         "name": run.config.name,
@@ -62,19 +62,19 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
         "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
     }
     artifact.write_json(run.folder / METRICS, metrics)
-    manifests = {stage: work.manifest() or {} for stage, work in run.works.items()}
+    manifests = {name: stage.manifest() or {} for name, stage in run.resolved.items()}
     provenance = artifact.provenance()
     return RunResult(
         metrics=metrics,
         config_yaml=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
         stages=[
             StageRecord(
-                name=stage,
-                fingerprint=work.fingerprint,
-                seconds=float(manifests[stage].get("seconds", 0)),
-                reused=work.folder in done_before,
+                name=name,
+                fingerprint=stage.fingerprint,
+                seconds=float(manifests[name].get("seconds", 0)),
+                reused=stage.folder in done_before,
             )
-            for stage, work in run.works.items()
+            for name, stage in run.resolved.items()
         ],
         importance=_json(report.read(IMPORTANCE_SUMMARY)),
         checks=_json(report.read(CHECKS)),
@@ -91,7 +91,7 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
 def summaries(run: Run) -> dict[str, dict[str, Any]]:
     """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
     return {
-        task: _json(run.works[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
+        task: _json(run.resolved[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
     }
 
 

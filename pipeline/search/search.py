@@ -22,9 +22,10 @@ from pipeline.config.search import Dimension
 from pipeline.config.search import Search as SearchSection
 from pipeline.execution.cluster import needs
 from pipeline.execution.scheduler import run_sessions
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run, plan
-from pipeline.plan.stage import Session, Stage, needed_for, resolve, sessions
+from pipeline.plan.schedule import Session, needed_for, sessions
+from pipeline.plan.stage import Stage, resolve
 from pipeline.search import trial as trials
 from pipeline.search.rounds import LOST_WORKERS, Observe, Rounds
 from pipeline.search.space import corners
@@ -32,7 +33,7 @@ from pipeline.search.trial import Trial
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import SCORES
-from pipeline.storage import artifact, mirror
+from pipeline.storage import artifact
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Search:
     def load(self, number: int) -> Trial | None:
         """What is recorded of a trial; None where it was not begun."""
         # Another node may have written it.
-        mirror.pull_results(self.config.storage, self.folder_of(number))
+        self.config.storage.refresh(self.folder_of(number) / trials.RECORD)
         return trials.load(self.folder_of(number))
 
     def save(self, trial: Trial) -> None:
         """Record a trial, whole or not at all."""
         trial.save(self.folder_of(trial.number))
-        mirror.push_results(self.config.storage, self.folder_of(trial.number))
+        self.config.storage.save_results(self.folder_of(trial.number))
 
     def run_of(self, trial: Trial) -> Run:
         """The trial as a run of the DAG. Raises `InputError` where its settings do not agree."""
@@ -76,8 +77,8 @@ class Search:
 def shared_stages(search: Search) -> list[Stage]:
     """The stages that are the same for every point of the space, in dependency order."""
     one, other = (search.run_of(Trial(0, settings)) for settings in corners(search.space))
-    folders = {work.folder for work in other.works.values()}
-    return [stage for stage in one.plan.stages if one.works[stage.name].folder in folders]
+    folders = {work.folder for work in other.resolved.values()}
+    return [stage for stage in one.plan.stages if one.resolved[stage.name].folder in folders]
 
 
 def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Trial]:
@@ -189,7 +190,7 @@ def _run_stages(
 ) -> tuple[str, str, str] | None:
     """Run what is missing; stage, reason and traceback of a failure."""
     failed: dict[str, tuple[str, str, str]] = {}
-    names = {work.folder.name: stage for stage, work in run.works.items()}
+    names = {work.folder.name: stage for stage, work in run.resolved.items()}
 
     def observe(records: Sequence[Mapping[str, Any]]) -> None:
         for record in records:
@@ -210,7 +211,7 @@ def _run_stages(
     device = torch.device("cuda" if resources.gpus_per_worker else "cpu")
     try:
         context = Context(device, checkpoint_minutes=resources.checkpoint_minutes)
-        run_works(list(run.works.values()), context, observe)
+        run_stages(list(run.resolved.values()), context, observe)
     except Exception:
         if not failed:  # Else the stage's failure was recorded before it was raised.
             raise
@@ -223,7 +224,7 @@ def _progress(run: Run, number: int) -> trials.Progress | None:
     if number > len(tasks):
         return None
     names = ["evaluate/0-base", *(f"evaluate/{i}-{t}" for i, t in enumerate(tasks, start=1))]
-    works = [run.works[name] for name in names[: number + 1]]
+    works = [run.resolved[name] for name in names[: number + 1]]
     if not works[-1].is_complete():
         return None
     scores = [json.loads(work.read(SCORES) or b"") for work in works]
@@ -232,6 +233,6 @@ def _progress(run: Run, number: int) -> trials.Progress | None:
 
 def _seconds(run: Run, without: set[str]) -> float:
     """Time that the run's own finished stages took."""
-    own = [work for name, work in run.works.items() if name not in without]
+    own = [work for name, work in run.resolved.items() if name not in without]
     found = [work.manifest() for work in own if work.is_complete()]
     return round(sum(float(manifest["seconds"]) for manifest in found if manifest), 3)

@@ -15,7 +15,7 @@ from pipeline.config.config import Config
 from pipeline.execution.cluster import check_address, cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import sessions
+from pipeline.plan.schedule import sessions
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
 from pipeline.run import execute, open_run
@@ -25,7 +25,7 @@ from pipeline.search.search import Search, run_trials, shared_stages
 from pipeline.search.space import Settings, space_of
 from pipeline.search.trial import Trial
 from pipeline.search.tuning import VALIDATION
-from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage import artifact
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.recorder import Recording, connect, open_recording
 
@@ -56,7 +56,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         settings["evaluation.validation"] = VALIDATION
     of_trials = loading.changed(config, settings)
     space = space_of(of_trials)
-    search = Search(of_trials, space, num_trials, config.local_storage / f"{config.name}-search")
+    search = Search(of_trials, space, num_trials, config.storage.root / f"{config.name}-search")
     if len(_tasks(search)) < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")
     _check_folder(search, resume=resume)
@@ -70,7 +70,7 @@ def _tasks(search: Search) -> Sequence[str]:
 def _check_folder(search: Search, *, resume: bool) -> None:
     """A search folder keeps one search: trials of another one say nothing about this one's."""
     file = search.folder / SEARCH_FILE
-    mirror.pull_file(search.config.storage, file)
+    search.config.storage.refresh(file)
     if not file.is_file():
         if resume:
             raise InputError(f"--resume: {search.folder} holds no search to go on with")
@@ -82,7 +82,7 @@ def _check_folder(search: Search, *, resume: bool) -> None:
     for section in Config.model_fields:
         same = getattr(stored, section) == getattr(search.config, section)
         if section not in ("resources", "tracking") and not same:
-            place = object_store.place_of(search.config.storage, search.folder)
+            place = search.config.storage.place(search.folder)
             raise InputError(
                 f"name: {place} holds a search with another {section!r} section; choose "
                 f"another name (name={search.config.name}-2) or delete that folder. Finished "
@@ -101,7 +101,7 @@ def execute_search(
     config = search.config
     check_address()
     tracker = connect(config, console)
-    with mirror.results(config.storage, search.folder):
+    with config.storage.results(search.folder):
         return _execute(search, tracker, command, console, watch)
 
 
@@ -115,13 +115,13 @@ def _execute(
     config = search.config
     recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
-    mirror.push_results(config.storage, search.folder)
+    config.storage.save_results(search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
     records = _Records(search, recording, {stage.name for stage in shared})
 
     console.print(
-        f"  {sum(len(s.works) for s in todo)} of {len(shared)} stages that all trials share to "
+        f"  {sum(len(s.stages) for s in todo)} of {len(shared)} stages that all trials share to "
         "run; starting Ray",
         highlight=False,
     )
@@ -208,8 +208,7 @@ def _forget_another(search: Search, winner: str) -> None:
     file, folder = search.folder / BEST_CONFIG, search.folder / BEST
     if not file.is_file() or file.read_text(encoding="utf-8") == winner:
         return
-    if isinstance(search.config.storage, str):
-        mirror.remove_file(search.config.storage, folder / CONFIG_FILE)
+    search.config.storage.forget(folder / CONFIG_FILE)
     shutil.rmtree(folder, ignore_errors=True)
 
 

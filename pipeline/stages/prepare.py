@@ -1,6 +1,7 @@
 """Prepare: render and tokenize a task's rows with Ray Data into memory-mapped Arrow files."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,8 @@ def _encoded(
     context.raise_original_map_exception = True  # It names the file and row.
     context.target_max_block_size = _BLOCK_BYTES
     # One streaming task. num_cpus=0, because workers that wait for these rows may hold all CPUs.
-    dataset = ray.data.from_items([None]).map_batches(
-        _encode,
-        fn_kwargs={"source": source, "tokenizer": tokenizer, "chat": chat},
+    dataset: Any = ray.data.from_items([None]).map_batches(
+        partial(_encode, source=source, tokenizer=tokenizer, chat=chat),
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=0,

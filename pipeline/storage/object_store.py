@@ -1,13 +1,9 @@
-"""Object stores by their URI (`s3://bucket/prefix`, `gs://...`): requests, and what can go wrong.
+"""Requests to an object store by its URI: retries, and errors of one line.
 
-Files have names below the URI. Whatever `pyarrow.fs` opens will do. What lies where is said in
-`mirror.py`.
+Names of files are relative to the URI. `bucket.py` says what is stored under which name.
 """
 
-import hashlib
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +16,11 @@ from agcl.errors import InputError
 
 from pipeline.secrets import masked
 
-CACHE = "AGCL_CACHE"
-"""Environment variable: the folder with a copy of each object store, on this machine's disk."""
 _PAUSES = (1.0, 4.0, 16.0)
 """Seconds before a request is sent again, beyond the retries of pyarrow itself."""
-_HOPELESS = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_|SIGNATURE|UNAUTHORIZED|EXPIRED")
-_CHUNK, _STREAMS = 16 * 2**20, 8
-"""Bytes of a request, and requests at a time."""
+_PERMANENT = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_|SIGNATURE|UNAUTHORIZED|EXPIRED")
+_REQUESTS = 8
+"""Files copied at the same time."""
 T = TypeVar("T")
 
 
@@ -34,139 +28,108 @@ class StoreFailed(OSError):
     """The object store could not be read or written. The message is one line that names it."""
 
 
-def cache_of(uri: str) -> Path:
-    """The folder on this machine that mirrors a storage URI."""
-    root = Path(os.environ.get(CACHE, "~/.cache/agcl")).expanduser().absolute()
-    return root / hashlib.sha256(uri.encode()).hexdigest()[:12]
-
-
-def name_of(uri: str, path: Path) -> str:
-    """The name on the store of what is under a path in its cache."""
-    return path.relative_to(cache_of(uri)).as_posix()
-
-
-def place_of(storage: Path | str, path: Path) -> str:
-    """Where what is under a path is kept, to be shown: the path, or the URI on an object store."""
-    if isinstance(storage, Path):
-        return str(path)
-    return f"{storage.partition('?')[0]}/{name_of(storage, path)}"
-
-
 @cache
 def check(uri: str) -> None:
-    """See, once, that the store can be read. Raises `InputError`."""
+    """Check once that the store can be read. Raises `InputError`."""
     try:
         store, root = _opened(uri)
         is_empty = not store.get_file_info(_below(root, recursive=False))
     except (OSError, ValueError, NotImplementedError) as error:
-        raise InputError(_said(uri, error)) from None
-    if is_empty and not _is_file_system(store):  # As a bucket looks that is not there.
+        raise InputError(in_one_line(uri, error)) from None
+    if is_empty and not _has_folders(store):  # A missing bucket looks like an empty one.
         bucket = root.partition("/")[0]
-        with suppress(OSError):  # Who may list a prefix need not be allowed to ask for its bucket.
+        with suppress(OSError):  # The right to list a prefix need not include the bucket.
             if not store.get_file_info(bucket).type:
                 raise InputError(f"storage: there is no bucket {bucket}")
 
 
-def check_writable(uri: str) -> None:
-    """Write a few bytes. Raises `InputError`."""
-    try:
-        write(uri, ".writable", b"agcl")
-    except OSError as error:
-        raise InputError(_said(uri, error)) from None
-
-
 def info(uri: str, name: str) -> Any:
-    """Type, size and time of a file or folder; the type is false where there is none."""
+    """Type, size and time of a file or folder; the type is false if it does not exist."""
     store, root = _opened(uri)
-    return _trying(uri, lambda: store.get_file_info(f"{root}/{name}"))
+    return _retried(uri, lambda: store.get_file_info(f"{root}/{name}"))
 
 
 def sizes(uri: str, folder: str) -> dict[str, int]:
-    """Of the files below a name, by their paths from there."""
+    """Size in bytes of every file below a folder, by its path from there."""
     store, root = _opened(uri)
     at = f"{root}/{folder}"
-    found = _trying(uri, lambda: store.get_file_info(_below(at)))
+    found = _retried(uri, lambda: store.get_file_info(_below(at)))
     return {each.path[len(at) + 1 :]: each.size for each in found if each.is_file}
 
 
 def read(uri: str, name: str) -> bytes:
-    """What a small file holds. Raises `FileNotFoundError`, `StoreFailed`."""
+    """The content of a small file. Raises `FileNotFoundError`, `StoreFailed`."""
     store, root = _opened(uri)
 
     def request() -> bytes:
         with store.open_input_stream(f"{root}/{name}") as stream:
             return bytes(stream.read())
 
-    return _trying(uri, request)
+    return _retried(uri, request)
 
 
 def write(uri: str, name: str, content: bytes) -> None:
     """Write a small file, whole or not at all. Raises `StoreFailed`."""
     store, root = _opened(uri)
     path = f"{root}/{name}"
-    aside = f"{path}.part" if _is_file_system(store) else path
+    # A store with folders shows a file while it is written.
+    aside = f"{path}.part" if _has_folders(store) else path
 
     def request() -> None:
-        with _sink(store, aside) as sink:
+        _make_parent(store, path)
+        with store.open_output_stream(aside) as sink:
             sink.write(content)
         if aside != path:
             store.move(aside, path)
 
-    _trying(uri, request)
+    _retried(uri, request)
 
 
 def upload(uri: str, file: Path, name: str) -> None:
-    """Copy a file there. Raises `StoreFailed`."""
+    """Copy a file to the store. Raises `StoreFailed`."""
+    from pyarrow import fs
+
     store, root = _opened(uri)
 
     def request() -> None:
-        with file.open("rb") as source, _sink(store, f"{root}/{name}") as sink:
-            shutil.copyfileobj(source, sink, _CHUNK)
+        _make_parent(store, f"{root}/{name}")
+        fs.copy_files(str(file), f"{root}/{name}", fs.LocalFileSystem(), store)
 
-    _trying(uri, request)
+    _retried(uri, request)
 
 
-def download(uri: str, name: str, target: Path) -> str:
-    """Copy a file here, several chunks at a time; its SHA-256, and no text where there is none."""
+def download(uri: str, name: str, file: Path) -> None:
+    """Copy a file from the store. Raises `FileNotFoundError`, `StoreFailed`."""
+    from pyarrow import fs
+
     store, root = _opened(uri)
-
-    def request() -> str:
-        digest = hashlib.sha256()
-        with (
-            store.open_input_file(f"{root}/{name}") as source,
-            target.open("wb") as sink,
-            ThreadPoolExecutor(_STREAMS) as pool,
-        ):
-            size = source.size()
-            for start in range(0, size, _STREAMS * _CHUNK):
-                places = range(start, min(size, start + _STREAMS * _CHUNK), _CHUNK)
-                for data in pool.map(lambda place: source.read_at(_CHUNK, place), places):
-                    digest.update(data)
-                    sink.write(data)
-        return digest.hexdigest()
-
-    try:
-        return _trying(uri, request)
-    except FileNotFoundError:
-        return ""
+    _retried(uri, lambda: fs.copy_files(f"{root}/{name}", str(file), store, fs.LocalFileSystem()))
 
 
 def remove(uri: str, name: str) -> None:
-    """Delete a file that is there. Raises `StoreFailed`."""
+    """Delete an existing file. Raises `StoreFailed`."""
     store, root = _opened(uri)
-    _trying(uri, lambda: store.delete_file(f"{root}/{name}"))
+    _retried(uri, lambda: store.delete_file(f"{root}/{name}"))
 
 
 def for_each(items: Iterable[T], do: Callable[[T], Any]) -> None:
-    """Do it for all of them, several at a time."""
-    with ThreadPoolExecutor(_STREAMS) as pool:
+    """Call `do` for all items, several at a time."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
         list(pool.map(do, items))
+
+
+def in_one_line(uri: str, error: Exception) -> str:
+    """What a user is told of an error: the store and the reason, without credentials."""
+    if isinstance(error, StoreFailed):
+        return str(error)
+    text = " ".join(str(error).split())
+    return masked(f"storage: {uri.partition('?')[0]}: {text}")
 
 
 @cache
 def _opened(uri: str) -> tuple[Any, str]:
-    """The file system of a storage URI, and the storage's path in it."""
-    from pyarrow import fs  # Takes a while, and local storage does without.
+    """The file system of a URI, and the URI's path in it."""
+    from pyarrow import fs  # Slow to import, and a local storage does without.
 
     store, root = fs.FileSystem.from_uri(uri)
     return store, root.rstrip("/")
@@ -178,21 +141,20 @@ def _below(path: str, *, recursive: bool = True) -> Any:
     return fs.FileSelector(path, recursive=recursive, allow_not_found=True)
 
 
-def _sink(store: Any, path: str) -> Any:
-    if _is_file_system(store):
+def _make_parent(store: Any, path: str) -> None:
+    if _has_folders(store):
         store.create_dir(path.rpartition("/")[0])
-    return store.open_output_stream(path)
 
 
-def _is_file_system(store: Any) -> bool:
-    """Whether it has folders to be made, and shows a file while it is written."""
+def _has_folders(store: Any) -> bool:
     return store.type_name in ("local", "hdfs")
 
 
-def _trying(uri: str, request: Callable[[], T]) -> T:
-    """Do it, and again after a while where the store fails. Raises `StoreFailed`.
+def _retried(uri: str, request: Callable[[], T]) -> T:
+    """The result of a request, sent again after pauses while the store fails.
 
-    Errors with a number are the system's own and would come again: no such file, no space left.
+    Raises `StoreFailed`, but errors with a number as they are: they are the system's own (no such
+    file, no space left) and would come again.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -200,14 +162,7 @@ def _trying(uri: str, request: Callable[[], T]) -> T:
         except OSError as error:
             if error.errno is not None:
                 raise
-            if pause is None or _HOPELESS.search(str(error)):
-                raise StoreFailed(_said(uri, error)) from None
+            if pause is None or _PERMANENT.search(str(error)):
+                raise StoreFailed(in_one_line(uri, error)) from None
             time.sleep(pause)
     raise AssertionError
-
-
-def _said(uri: str, error: Exception) -> str:
-    if isinstance(error, StoreFailed):
-        return str(error)
-    text = " ".join(str(error).split())
-    return masked(f"storage: {uri.partition('?')[0]}: {text}")

@@ -1,6 +1,5 @@
 """Passes what happens in a run on to MLflow while it happens."""
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,14 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agcl.errors import InputError
 from rich.console import Console
 from rich.markup import escape
 
 from pipeline.config.config import Config
 from pipeline.plan.plan import Run
 from pipeline.stages.context import Record
-from pipeline.storage import object_store
 from pipeline.tracking.client import Content, Tracker, TrackingFailed
 from pipeline.tracking.run_recorder import RunRecorder
 
@@ -174,12 +171,10 @@ def connect(config: Config, console: Console) -> Tracker | None:
 
     Raises `InputError` for a bad URI, and for a storage folder that cannot be written to.
     """
-    _check_writable(config.local_storage)
-    if isinstance(config.storage, str):
-        object_store.check_writable(config.storage)
+    config.storage.check_writable()
     try:
         return (
-            Tracker(config.local_storage, config.tracking.uri) if config.tracking.enabled else None
+            Tracker(config.storage.root, config.tracking.uri) if config.tracking.enabled else None
         )
     except TrackingFailed as error:
         warn(console, f"{error}; {_LATER}")
@@ -189,13 +184,6 @@ def connect(config: Config, console: Console) -> Tracker | None:
 def warn(console: Console, message: str) -> None:
     """Print a warning of one line."""
     console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def _check_writable(storage: Path) -> None:
-    there = next(path for path in (storage, *storage.parents) if path.exists())
-    for folder in (there, there / "stages"):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"storage: {folder} cannot be written to")
 
 
 def open_recording(

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import Work
+from pipeline.plan.stage import ResolvedStage
 from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SCORES, SUMMARY, TEXT
@@ -15,7 +15,7 @@ from pipeline.tracking.client import Content, Tracker
 _LARGEST_COPY = 256 * 2**20
 
 
-def made_at(work: Work) -> float | None:
+def made_at(work: ResolvedStage) -> float | None:
     """When a complete stage was finished, in seconds since 1970.
 
     Its numbers carry that time, so that MLflow takes them once however often they are sent.
@@ -38,7 +38,7 @@ class RunRecorder:
     ) -> None:
         """Continue the run's MLflow run if its folder knows one, else start it."""
         self.tracker, self.plan = tracker, run.plan
-        self.works = {stage: work for stage, work in run.works.items() if stage not in without}
+        self.works = {stage: work for stage, work in run.resolved.items() if stage not in without}
         self.folder = run.folder
         self.register_as = run.config.tracking.register_model
         tags = {"kind": kind, "method": run.config.method, "seed": str(run.config.seed)}
@@ -131,7 +131,7 @@ class RunRecorder:
             self.tracker.end(child)
             self.known[work.fingerprint] = (child, True)
 
-    def _log_scores(self, stage: str, work: Work) -> None:
+    def _log_scores(self, stage: str, work: ResolvedStage) -> None:
         """The row of the accuracy matrix, on the parent with the task index as step."""
         index = int(stage.partition("/")[2].partition("-")[0])
         scores = json.loads(work.read(SCORES) or b"")
@@ -147,7 +147,7 @@ class RunRecorder:
             row["text_loss"] = json.loads(text)["loss"]
         self.tracker.metrics(self.parent, [{"step": index, **row}], made_at(work))
 
-    def _log_importance(self, stage: str, work: Work) -> None:
+    def _log_importance(self, stage: str, work: ResolvedStage) -> None:
         """A copy of the importance file, or where it lies if it is large or not on this machine."""
         place, file = f"importance/{stage.partition('/')[2]}", work.folder / IMPORTANCE_FILE
         copy = file.exists() and file.stat().st_size <= _LARGEST_COPY

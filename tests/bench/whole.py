@@ -29,7 +29,7 @@ from pipeline.config.sources import open_task, selection, sources
 from pipeline.estimate import peak_memory
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
-from pipeline.plan.stage import sessions
+from pipeline.plan.schedule import sessions
 from pipeline.run import open_run
 from pipeline.stages.context import Context
 from pipeline.stages.files import IMPORTANCE_FILE
@@ -56,7 +56,7 @@ def whole_pipeline(model: str, num_pairs: int, threads: int, device: str) -> tup
             for config in configs:
                 run = open_run(config)
                 todo = sessions({"bench": run.plan.stages}, config.storage)
-                stages = sum(len(session.works) for session in todo)
+                stages = sum(len(session.stages) for session in todo)
                 started = time.perf_counter()
                 failures = run_with_progress(
                     todo,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from agcl.tasks import encode
 from pipeline.config import loading
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.run import execute, open_run
 from pipeline.stages import prepare
 from pipeline.stages.context import Context
@@ -73,11 +73,11 @@ def run_in_process():
     """Runs a config's missing stages without Ray; gives the works by stage name."""
 
     def run(config):
-        config.local_storage.mkdir(parents=True, exist_ok=True)
-        works = open_run(config).works
+        config.storage.root.mkdir(parents=True, exist_ok=True)
+        works = open_run(config).resolved
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prepare, "_encoded", _encoded)
-            run_works(list(works.values()), Context(), lambda records: None)
+            run_stages(list(works.values()), Context(), lambda records: None)
         return works
 
     return run
@@ -127,7 +127,7 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         secrets=secrets,
         console=lambda: Console(file=io.StringIO(), width=200),
         left=sorted(storage.iterdir()) + sorted((storage / "stages").iterdir()),
-        artifact=lambda label, stage: runs[label].works[stage].folder,
+        artifact=lambda label, stage: runs[label].resolved[stage].folder,
         metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),
     )
 

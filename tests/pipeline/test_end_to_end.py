@@ -46,7 +46,8 @@ def test_strength_zero_is_sequential_bit_for_bit(
         assert same_bits(works[stage].folder, finished.artifact("sequential", stage))
     # Trained by a stage of its own, not merely the same artifact.
     assert (
-        works[TRAINED[1]].fingerprint != finished.runs["sequential"].works[TRAINED[1]].fingerprint
+        works[TRAINED[1]].fingerprint
+        != finished.runs["sequential"].resolved[TRAINED[1]].fingerprint
     )
     matrices = [
         json.loads((folder / "metrics.json").read_text())["accuracy_matrix"]
@@ -71,7 +72,7 @@ def test_protections_freeze_what_has_no_importance(finished):
 
 
 def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
-    folders = {work.folder for run in finished.runs.values() for work in run.works.values()}
+    folders = {work.folder for run in finished.runs.values() for work in run.resolved.values()}
     others = {finished.storage / name for name in ("stages", "mlartifacts", "mlflow.db")}
     assert set(finished.left) == folders | others
     for folder in folders:
@@ -80,7 +81,7 @@ def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
 
 def test_what_methods_share_was_computed_once(finished):
     done = [line for line in finished.output.splitlines() if "done" in line]
-    folders = {work.folder for run in finished.runs.values() for work in run.works.values()}
+    folders = {work.folder for run in finished.runs.values() for work in run.resolved.values()}
     assert len(done) == len(folders)
     assert f"({len(folders)}/{len(folders)})" in done[-1]
 
@@ -181,7 +182,7 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
     folder = finished.folder / label
     assert loading.load(folder / "config.yaml") == finished.configs[label]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
-    for stage, work in finished.runs[label].works.items():
+    for stage, work in finished.runs[label].resolved.items():
         assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()
     files = [file for file in (folder / "model").iterdir() if file.name != "README.md"]
     assert files

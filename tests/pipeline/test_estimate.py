@@ -12,7 +12,7 @@ pytestmark = pytest.mark.ray
 def test_disk_and_kinds_are_those_of_the_finished_run(finished, tiny_config, tmp_path):
     run = open_run(tiny_config(tmp_path / "storage", method="sequential"))
     needs = estimate(run)
-    folders = {work.folder for work in finished.runs["sequential"].works.values()}
+    folders = {work.folder for work in finished.runs["sequential"].resolved.values()}
     there = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
     assert needs.disk_bytes == pytest.approx(there, rel=0.3)
     assert set(needs.seconds) == {"pretrain", "train", "evaluate", "start"}
@@ -31,7 +31,7 @@ def test_a_run_that_protects_from_its_first_task_on_is_foretold_too(
     finished, tiny_config, tmp_path
 ):
     """It has no plain training to tell from."""
-    works = finished.runs["gradient"].works
+    works = finished.runs["gradient"].resolved
     settings = [
         f"model.path={works['pretrain'].folder}",
         f"importance.past=[{works['attribute/1-harbour'].folder / IMPORTANCE_FILE}]",

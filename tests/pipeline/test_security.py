@@ -24,11 +24,12 @@ from agcl.tasks import TRAIN, check_names, huggingface
 from pipeline.config import loading
 from pipeline.config.config import Resources, Tracking
 from pipeline.execution import cluster
-from pipeline.execution.session import run_works
-from pipeline.plan.stage import Work
+from pipeline.execution.session import run_stages
+from pipeline.plan.stage import ResolvedStage
 from pipeline.run import execute, open_run
 from pipeline.secrets import masked
 from pipeline.stages.context import Context
+from pipeline.storage import Local
 from pipeline.tracking.client import Tracker, TrackingFailed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +78,7 @@ def test_folders_of_odd_but_allowed_task_names_lie_in_the_storage(config_of, tmp
     check_names(names)
     sequence = [{"name": name, "train": str(tmp_path / "rows.jsonl")} for name in names]
     config = config_of(yaml.safe_dump({"tasks": {"format": "jsonl", "sequence": sequence}}))
-    folders = [work.folder for work in open_run(config).works.values()]
+    folders = [work.folder for work in open_run(config).resolved.values()]
     assert {folder.parent for folder in folders} == {tmp_path / "storage" / "stages"}
     assert all(folder.resolve() == folder for folder in folders)
 
@@ -235,10 +236,12 @@ def fails(config, inputs, out_dir, context):
 
 def test_a_failed_stage_tells_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_s3cr3t")
-    work = Work("toy", fails, {}, {}, tmp_path / "toy", {"fingerprint": "f"})
+    work = ResolvedStage(
+        "toy", fails, {}, {}, tmp_path / "toy", {"fingerprint": "f"}, Local(tmp_path)
+    )
     records = []
     with pytest.raises(RuntimeError):
-        run_works([work], Context(), records.extend)
+        run_stages([work], Context(), records.extend)
     (failed,) = [record for record in records if record["state"] == "failed"]
     assert failed["error"] == "RuntimeError: denied for *** at http://***@127.0.0.1"
     assert "hf_s3cr3t" not in failed["traceback"]

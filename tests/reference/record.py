@@ -11,7 +11,7 @@ def check_whole(uri, run):
     parent = json.loads((run.folder / "mlflow.json").read_text())["run_id"]
     experiment = client.get_experiment_by_name("agcl").experiment_id
     stages = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert sorted(stage.info.run_name for stage in stages) == sorted(run.works)
+    assert sorted(stage.info.run_name for stage in stages) == sorted(run.resolved)
     assert {stage.info.status for stage in stages} == {"FINISHED"}
     assert client.get_run(parent).info.status == "FINISHED"
 
@@ -20,11 +20,11 @@ def check_whole(uri, run):
 
     for stage in stages:
         if stage.info.run_name.startswith(("train", "pretrain")):
-            log = run.works[stage.info.run_name].folder / "log.jsonl"
+            log = run.resolved[stage.info.run_name].folder / "log.jsonl"
             lines = [json.loads(line) for line in log.read_text().splitlines()]
             assert len(lines) > 1
             assert points(stage.info.run_id, "loss") == [(e["step"], e["loss"]) for e in lines]
-    metrics = json.loads((run.works["report"].folder / "metrics.json").read_text())
+    metrics = json.loads((run.resolved["report"].folder / "metrics.json").read_text())
     rows = metrics["evaluation_sets"]["memorization"]["accuracy_matrix"]
     for column, task in enumerate(metrics["tasks"]):
         expected = [(index, row[column]) for index, row in enumerate(rows)]

@@ -158,12 +158,12 @@ def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[in
 
 def stages_of(config: Any) -> None:
     """Run a config's missing stages that train, the model shared, with a checkpoint a step."""
-    from pipeline.execution.session import run_works
+    from pipeline.execution.session import run_stages
     from pipeline.run import open_run
     from pipeline.stages.context import Context
 
     context = Context(shard_model=True, checkpoint_minutes=1e-9)
     run = open_run(config)
-    works = [run.works[stage.name] for stage in run.plan.stages if stage.train]
+    works = [run.resolved[stage.name] for stage in run.plan.stages if stage.train]
     with as_often_as_asked():
-        run_works(works, context, lambda records: None)
+        run_stages(works, context, lambda records: None)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import artifact, mirror, object_store
-from pipeline.storage.object_store import cache_of
+from pipeline.storage import Bucket, artifact, bucket, object_store
 
 FILES = {"a.txt": b"one", "deep/b é.bin": bytes(range(256)) * 4000, "empty": b""}
 FINGERPRINT = "f00d"
@@ -14,13 +13,13 @@ FINGERPRINT = "f00d"
 def move_to(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another machine knows: nothing but the store."""
     monkeypatch.setenv("AGCL_CACHE", str(machine))
-    mirror._manifest.cache_clear()
+    bucket._manifest.cache_clear()
     object_store.check.cache_clear()
 
 
 def folder_of(uri: str) -> Path:
     """The artifact's in this machine's cache."""
-    return cache_of(uri) / "stages" / "toy-f00d"
+    return Bucket(uri).root / "stages" / "toy-f00d"
 
 
 def make(folder: Path, files: dict[str, bytes] = FILES) -> Path:

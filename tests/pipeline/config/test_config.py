@@ -49,7 +49,7 @@ def write(tmp_path, text):
 
 def test_values_of_the_file_are_read_into_their_types(file, tmp_path):
     config = loading.load(file)
-    assert (config.name, config.seed, config.storage) == ("mine", 3, tmp_path / "storage")
+    assert (config.name, config.seed, config.storage.root) == ("mine", 3, tmp_path / "storage")
     assert config.training.learning_rate == 1e-4  # YAML 1.1 reads "1e-4" as text
     assert config.protect == (Gate(kind="gate", strength=0.25), Project(kind="project", energy=0.5))
     assert config.importance.top_k == 7
@@ -69,12 +69,12 @@ def test_the_preset_of_sequential_protects_nothing(tmp_path):
 
 def test_a_relative_storage_is_made_absolute_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert loading.load(write(tmp_path, "storage: here\n")).storage == tmp_path / "here"
+    assert loading.load(write(tmp_path, "storage: here\n")).storage.root == tmp_path / "here"
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert loading.load(write(tmp_path, "storage: ~/runs\n")).storage == tmp_path / "runs"
+    assert loading.load(write(tmp_path, "storage: ~/runs\n")).storage.root == tmp_path / "runs"
 
 
 def test_overrides_beat_the_file(file):

@@ -108,10 +108,10 @@ def test_a_cluster_names_storage_and_mlflow_and_the_config_may_name_others(monke
     monkeypatch.setenv("AGCL_STORAGE", "/mnt/agcl/storage")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     told = validate({"method": "sequential"})
-    assert told.storage == Path("/mnt/agcl/storage")
+    assert told.storage.root == Path("/mnt/agcl/storage")
     assert told.tracking.uri == "http://127.0.0.1:5000"
     own = validate({"storage": "/data", "tracking": {"uri": None}, "method": "sequential"})
-    assert own.storage == Path("/data")
+    assert own.storage.root == Path("/data")
     assert own.tracking.uri is None
 
 

@@ -15,14 +15,15 @@ from rich.console import Console
 from agcl.errors import InputError
 from pipeline.config.config import Resources
 from pipeline.execution.cluster import cluster
-from pipeline.execution.failures import misses_others, why_lost
+from pipeline.execution.failures import is_peer_loss, why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
 from pipeline.execution.scheduler import run_sessions
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.execution.workers import LOSSES, _check_scratch
-from pipeline.plan.stage import Session, Stage, resolve
-from pipeline.storage import artifact
+from pipeline.plan.schedule import Session
+from pipeline.plan.stage import Stage, resolve
+from pipeline.storage import Bucket, Local, artifact
 from pipeline.storage.object_store import StoreFailed
 
 pytestmark = pytest.mark.ray
@@ -57,7 +58,7 @@ def run_on_a_cluster(folder, train, sessions):
         for config in configs:
             stages.append(Stage(config["name"], run, config, last))
             last = {"before": stages[-1]}
-        works = tuple(resolve(stages, folder / "storage").values())
+        works = tuple(resolve(stages, Local(folder / "storage")).values())
         return Session(name, works, train, ("one",), frozenset(after))
 
     records = []
@@ -152,14 +153,14 @@ def test_what_starts_workers_imports_nothing_that_only_stages_need():
 
 def test_a_node_that_does_not_see_the_storage_folder_is_named(tmp_path):
     records = []
-    stage = Stage("train/1-x", run_works, {})
-    (work,) = resolve([stage], tmp_path / "storage").values()
+    stage = Stage("train/1-x", run_stages, {})
+    (work,) = resolve([stage], Local(tmp_path / "storage")).values()
     _check_scratch(tmp_path, work, records.extend)
     assert not records
     with pytest.raises(InputError, match=f"^storage: node .* does not see {tmp_path}/run of"):
         _check_scratch(tmp_path / "run" / "scratch", work, records.extend)
     assert [(r["artifact"], r["state"]) for r in records] == [(work.folder.name, "failed")]
-    stored = replace(work, store="s3://bucket/runs")
+    stored = replace(work, storage=Bucket("s3://bucket/runs"))
     _check_scratch(tmp_path / "run" / "scratch", stored, records.extend)
 
 
@@ -169,29 +170,36 @@ def mailbox():
     return Mailbox.__ray_metadata__.modified_class()
 
 
-def test_a_group_gets_its_sessions_in_order_and_every_worker_the_same(mailbox):
-    assert mailbox.next("one", 0) is None
-    mailbox.give("one", ["a"])
-    mailbox.give("two", ["b"])
-    assert mailbox.next("one", 0) == mailbox.next("one", 0) == ["a"]
-    assert mailbox.next("one", 1) is None
+def test_groups_take_sessions_in_order_and_every_rank_gets_the_same(mailbox):
+    assert mailbox.next("one", True, 0) is None
+    for name in "abc":
+        mailbox.queue(True, name, [name])
+    mailbox.queue(False, "rows", ["rows"])
+    assert mailbox.next("one", True, 0) == mailbox.next("one", True, 0) == ["a"]
+    assert mailbox.next("two", True, 0) == ["b"]
+    assert mailbox.next("three", False, 0) == ["rows"]
+    assert mailbox.running() == {"one": "a", "two": "b", "three": "rows"}
     mailbox.finish("one")
-    mailbox.give("one", [])
-    assert (mailbox.number_done("one"), mailbox.next("one", 1)) == (1, [])
-    assert mailbox.take() == ([], ["one"])
-    assert mailbox.take() == ([], [])
+    assert mailbox.take() == ([], ["a"], {"two": "b", "three": "rows"})
+    assert mailbox.next("one", True, 1) == ["c"]
+    assert mailbox.take() == ([], [], {"one": "c", "two": "b", "three": "rows"})
 
 
-def test_only_what_is_not_begun_can_be_taken_back(mailbox):
-    mailbox.give("starting", ["a"])
-    mailbox.give("at work", ["b"])
-    mailbox.next("at work", 0)
-    assert mailbox.take_back(["at work", "none"]) is None
-    assert mailbox.take_back(["at work", "starting"]) == "starting"
-    assert mailbox.next("starting", 0) is None
-    assert mailbox.take_back(["at work", "starting"]) is None
-    mailbox.give("starting", ["c"])
-    assert mailbox.next("starting", 0) == ["c"]
+def test_a_closed_queue_is_emptied_and_then_ends_its_groups(mailbox):
+    mailbox.queue(True, "a", ["a"])
+    mailbox.close(True)
+    assert mailbox.next("one", True, 0) == ["a"]
+    assert mailbox.next("two", True, 0) == mailbox.next("two", True, 0) == []
+    assert mailbox.next("three", False, 0) is None
+
+
+def test_a_stopped_mailbox_gives_out_nothing_new(mailbox):
+    mailbox.queue(True, "a", ["a"])
+    mailbox.queue(True, "b", ["b"])
+    mailbox.next("one", True, 0)
+    mailbox.stop()
+    assert mailbox.next("one", True, 0) == ["a"]
+    assert mailbox.next("two", True, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,7 @@ def test_only_what_is_not_begun_can_be_taken_back(mailbox):
     ],
 )
 def test_a_lost_worker_is_told_from_a_stages_own_error(error, lost):
-    assert misses_others(error) is lost
+    assert is_peer_loss(error) is lost
 
 
 def test_in_a_log_progress_is_plain_lines():

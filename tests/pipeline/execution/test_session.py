@@ -1,4 +1,4 @@
-"""`run_works` in this process, without Ray: skip, crash, resume, explain."""
+"""`run_stages` in this process, without Ray: skip, crash, resume, explain."""
 
 import errno
 import json
@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.execution.failures import explain
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.plan.stage import Stage, resolve
 from pipeline.stages.context import Context
-from pipeline.storage import artifact
+from pipeline.storage import Local, artifact
 
 
 class Toys:
@@ -35,13 +35,13 @@ class Toys:
         for name in "abc":
             stages.append(Stage(name, self.run, {"name": name}, last))
             last = {"before": stages[-1]}
-        return list(resolve(stages, self.storage).values())
+        return list(resolve(stages, Local(self.storage)).values())
 
     def start(self):
         """Run as one session does; the records sent by then, also where it fails."""
         self.calls, records = [], []
         try:
-            run_works(self.works(), Context(), records.extend)
+            run_stages(self.works(), Context(), records.extend)
         except BaseException as error:
             return records, error
         return records, None
@@ -231,9 +231,9 @@ class Trained:
 
     def start(self, fail=None, minutes=1e-9):
         self.fail = fail
-        works = list(resolve([Stage("train/a", self.run, {})], self.storage).values())
+        works = list(resolve([Stage("train/a", self.run, {})], Local(self.storage)).values())
         with pytest.raises(type(fail)) if fail else nullcontext():
-            run_works(works, Context(checkpoint_minutes=minutes), lambda records: None)
+            run_stages(works, Context(checkpoint_minutes=minutes), lambda records: None)
         return works[0].folder
 
 

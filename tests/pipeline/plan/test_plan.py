@@ -5,7 +5,9 @@ import pytest
 from pipeline.config import loading
 from pipeline.config.sources import sources
 from pipeline.plan.plan import plan
-from pipeline.plan.stage import resolve, sessions
+from pipeline.plan.schedule import sessions
+from pipeline.plan.stage import resolve
+from pipeline.storage import Local
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
@@ -17,7 +19,7 @@ def stages(tiny_config, tmp_path):
 
     def of(*overrides, **options):
         config = tiny_config(tmp_path, *overrides, **options)
-        return resolve(plan(config).stages, tmp_path)
+        return resolve(plan(config).stages, Local(tmp_path))
 
     return of
 
@@ -129,7 +131,7 @@ def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own
         f"importance.past=[{tmp_path}/past.safetensors]",
         "importance.source=solo",
     )
-    works = resolve(plan(config).stages, tmp_path)
+    works = resolve(plan(config).stages, Local(tmp_path))
     assert list(works["solo/1-harbour"].inputs) == ["model", "rows"]
     assert list(works["train/1-harbour"].inputs) == ["model", "rows", "importance/past-0"]
 
@@ -232,7 +234,8 @@ def test_where_and_under_which_name_a_run_runs_changes_nothing(stages, override)
 
 def test_the_storage_does_not_change_fingerprints(tiny_config, tmp_path):
     works = [
-        resolve(plan(tiny_config(tmp_path / place)).stages, tmp_path / place) for place in "ab"
+        resolve(plan(tiny_config(tmp_path / place)).stages, Local(tmp_path / place))
+        for place in "ab"
     ]
     assert changed(*works) == set()
 
@@ -284,8 +287,8 @@ def done_by(found):
         # The worst case: independent sessions in the opposite order.
         session = ready[-1]
         waiting.remove(session)
-        for work in session.works:
-            to_make = {w.folder for s in found for w in s.works}
+        for work in session.stages:
+            to_make = {w.folder for s in found for w in s.stages}
             missing = [f for f in work.inputs.values() if f in to_make and f not in made]
             assert not missing, f"{work.name} needs {missing}"
             made.append(work.folder)
@@ -314,7 +317,7 @@ def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
             method=how.get("method"),
         )
         plans[label] = plan(config).stages
-    made = done_by(sessions(plans, tmp_path))
-    expected = {w.folder for s in plans.values() for w in resolve(s, tmp_path).values()}
+    made = done_by(sessions(plans, Local(tmp_path)))
+    expected = {w.folder for s in plans.values() for w in resolve(s, Local(tmp_path)).values()}
     assert set(made) == expected
     assert len(made) == len(expected)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan.stage import External, Stage, resolve, sessions
-from pipeline.storage import artifact
+from pipeline.plan.schedule import sessions
+from pipeline.plan.stage import External, Stage, resolve
+from pipeline.storage import Local, artifact
 from pipeline.storage.artifact import folder_name
 
 
@@ -40,35 +41,35 @@ def finish(work):
 
 
 def finish_all(stages, storage, *names):
-    works = resolve(stages, storage)
+    works = resolve(stages, Local(storage))
     for name in names:
         finish(works[name])
 
 
 def names_of(found):
-    return [[work.name for work in session.works] for session in found]
+    return [[work.name for work in session.stages] for session in found]
 
 
 def fingerprint(stage, storage="storage"):
-    return resolve([stage], Path(storage))[stage.name].fingerprint
+    return resolve([stage], Local(Path(storage)))[stage.name].fingerprint
 
 
 def test_equal_stages_of_one_plan_are_one_artifact(tmp_path):
     base = stage("base")
     solo = stage("solo/1", base, config={"epochs": 1})
     train = stage("train/1", base, config={"epochs": 1})
-    works = resolve([base, solo, train], tmp_path)
+    works = resolve([base, solo, train], Local(tmp_path))
     assert works["solo/1"] is works["train/1"]
     assert works["solo/1"].folder != works["base"].folder
 
 
 def test_equal_stages_of_two_plans_are_one_artifact(tmp_path):
-    first, second = resolve(chain(), tmp_path), resolve(chain(), tmp_path)
+    first, second = resolve(chain(), Local(tmp_path)), resolve(chain(), Local(tmp_path))
     assert {n: w.folder for n, w in first.items()} == {n: w.folder for n, w in second.items()}
 
 
 def test_folders_are_readable_and_lie_in_the_storage(tmp_path):
-    work = resolve(chain(), tmp_path)["train/1"]
+    work = resolve(chain(), Local(tmp_path))["train/1"]
     assert work.folder.parent == tmp_path / "stages"
     assert work.folder.name == f"toy-1-{work.fingerprint[:8]}"
 
@@ -128,7 +129,7 @@ def test_an_external_folder_counts_by_its_matching_files(tmp_path):
 
 
 def test_with_nothing_done_everything_runs_in_sessions_in_order(tmp_path):
-    found = sessions({"run": chain()}, tmp_path)
+    found = sessions({"run": chain()}, Local(tmp_path))
     assert names_of(found) == [
         ["prepare"],
         ["train/1", "evaluate/1", "train/2", "evaluate/2"],
@@ -142,34 +143,34 @@ def test_with_nothing_done_everything_runs_in_sessions_in_order(tmp_path):
 
 def test_complete_stages_are_left_out(tmp_path):
     finish_all(chain(), tmp_path, "prepare", "train/1", "evaluate/1")
-    found = sessions({"run": chain()}, tmp_path)
+    found = sessions({"run": chain()}, Local(tmp_path))
     assert names_of(found) == [["train/2", "evaluate/2"], ["report"]]
     assert found[0].after == set()
 
 
 def test_a_gap_in_the_middle_is_filled_without_what_came_before(tmp_path):
     finish_all(chain(), tmp_path, "prepare", "train/1", "train/2", "evaluate/2")
-    assert names_of(sessions({"run": chain()}, tmp_path)) == [["evaluate/1"], ["report"]]
+    assert names_of(sessions({"run": chain()}, Local(tmp_path))) == [["evaluate/1"], ["report"]]
 
 
 def test_what_only_finished_stages_need_is_not_computed_again(tmp_path):
     finish_all(chain(), tmp_path, "train/2", "evaluate/1", "evaluate/2")
-    assert names_of(sessions({"run": chain()}, tmp_path)) == [["report"]]
+    assert names_of(sessions({"run": chain()}, Local(tmp_path))) == [["report"]]
     finish_all(chain(), tmp_path, "report")
-    assert sessions({"run": chain()}, tmp_path) == []
+    assert sessions({"run": chain()}, Local(tmp_path)) == []
 
 
 def test_a_lost_input_of_an_unfinished_stage_is_computed_again(tmp_path):
     finish_all(chain(), tmp_path, "evaluate/1", "train/2")
-    found = sessions({"run": chain()}, tmp_path)
+    found = sessions({"run": chain()}, Local(tmp_path))
     assert names_of(found) == [["prepare"], ["evaluate/2"], ["report"]]
 
 
 def test_a_corrupt_artifact_stops_the_planning(tmp_path):
     finish_all(chain(), tmp_path, "prepare")
-    (resolve(chain(), tmp_path)["prepare"].folder / "out.txt").unlink()
+    (resolve(chain(), Local(tmp_path))["prepare"].folder / "out.txt").unlink()
     with pytest.raises(artifact.CorruptArtifact, match=r"prepare-.*out\.txt is missing"):
-        sessions({"run": chain()}, tmp_path)
+        sessions({"run": chain()}, Local(tmp_path))
 
 
 def two_methods():
@@ -188,8 +189,8 @@ def two_methods():
 
 
 def test_what_runs_share_is_one_session_before_what_they_do_not(tmp_path):
-    found = sessions(two_methods(), tmp_path)
-    by_owners = {(s.owners, tuple(w.name for w in s.works)): s for s in found}
+    found = sessions(two_methods(), Local(tmp_path))
+    by_owners = {(s.owners, tuple(w.name for w in s.stages)): s for s in found}
     both = ("gated", "plain")
     assert set(by_owners) == {
         (both, ("prepare",)),
@@ -206,14 +207,14 @@ def test_what_runs_share_is_one_session_before_what_they_do_not(tmp_path):
 
 
 def test_every_missing_artifact_is_made_in_exactly_one_session(tmp_path):
-    found = sessions(two_methods(), tmp_path)
-    folders = [work.folder for session in found for work in session.works]
+    found = sessions(two_methods(), Local(tmp_path))
+    folders = [work.folder for session in found for work in session.stages]
     assert len(folders) == len(set(folders)) == 7
 
 
 def test_a_second_run_needs_only_its_own_part(tmp_path):
     runs = two_methods()
     finish_all(runs["plain"], tmp_path, "prepare", "train/1", "train/2", "report")
-    found = sessions(runs, tmp_path)
+    found = sessions(runs, Local(tmp_path))
     assert names_of(found) == [["attribute/1", "train/2"], ["report"]]
     assert {s.owners for s in found} == {("gated",)}

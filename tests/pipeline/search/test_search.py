@@ -15,7 +15,7 @@ from ray import tune
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
@@ -43,18 +43,20 @@ def in_process(monkeypatch, without_ray_data):
     """
     played = Played()
     monkeypatch.setattr(tune, "report", played.reported.append)
-    monkeypatch.setattr("pipeline.search.search.run_works", lambda works, *rest: play(works, *rest))
+    monkeypatch.setattr(
+        "pipeline.search.search.run_stages", lambda works, *rest: play(works, *rest)
+    )
 
     def play(works, context, emit):
         def watched(records):
             played.computed += [r["artifact"] for r in records if r.get("state") == "started"]
             emit(records)
 
-        run_works(works, context, watched)
+        run_stages(works, context, watched)
 
     def run(search, stop_after=None):
         shared = shared_stages(search)
-        works = search.run_of(trials.Trial(0, {})).works
+        works = search.run_of(trials.Trial(0, {})).resolved
         play([works[stage.name] for stage in shared], Context(), lambda records: None)
         rounds = Rounds(search, 1, lambda trial: None)
         number = 0
@@ -89,7 +91,7 @@ def search(tiny_config, tmp_path):
 
 def scored(search, trial):
     """The rows that a trial's evaluate stages scored."""
-    works = search.run_of(trial).works
+    works = search.run_of(trial).resolved
     files = [w.folder / PREDICTIONS for name, w in works.items() if name.startswith("evaluate/")]
     assert len(files) == 3
     return [row for file in files for row in pq.read_table(file).to_pylist()]
@@ -122,7 +124,7 @@ def test_an_extra_trial_computes_only_what_its_settings_change(search, in_proces
         ["attribute-1-harbour", "train-2-valley", "evaluate-2-valley"],
     )
     of = search(2)
-    works = of.run_of(trials.load(of.folder_of(1))).works
+    works = of.run_of(trials.load(of.folder_of(1))).resolved
     assert trials.load(of.folder_of(1)).seconds == pytest.approx(
         sum(
             artifact.read_manifest(work.folder)["seconds"]
@@ -189,8 +191,8 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
         sets = {(row["task"], row["evaluation_set"]) for row in scored(search, best)}
         assert sets == {("one", "validation"), ("two", "validation"), ("base", "memorization")}
         run = best_run(search, best)
-        run_works(list(run.works.values()), Context(), lambda records: None)
-        metrics = json.loads((run.works["report"].folder / "metrics.json").read_text())
+        run_stages(list(run.resolved.values()), Context(), lambda records: None)
+        metrics = json.loads((run.resolved["report"].folder / "metrics.json").read_text())
         final = metrics["evaluation_sets"]["test"]["average_performance"]
         assert (final == 0) == changed, final
         assert metrics["validation"]["validation"]["average_performance"] == pytest.approx(
@@ -278,7 +280,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     for stage, started in before.items():
         assert artifact.read_manifest(stage)["started"] == started
     run = open_run(loading.load(of.folder / "best.yaml"))
-    assert all(work.is_complete() for work in run.works.values())
+    assert all(work.is_complete() for work in run.resolved.values())
     assert run.config.protect[0].energy == best.settings["protect.0.energy"]
     rows = pq.read_table(of.folder / "trials.parquet").to_pylist()
     assert [row["average"] for row in rows] == [trial.last.average for trial in undisturbed]

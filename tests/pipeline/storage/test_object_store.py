@@ -8,7 +8,7 @@ from rich.console import Console
 from agcl.errors import InputError
 from pipeline.config import loading
 from pipeline.run import execute, open_run, rewrite_report
-from pipeline.storage import object_store
+from pipeline.storage import Bucket, Local, object_store
 from pipeline.storage.object_store import StoreFailed
 
 
@@ -20,13 +20,13 @@ def test_a_request_that_fails_is_sent_again(bucket, monkeypatch):
             raise left.pop()
         return "done"
 
-    assert object_store._trying(bucket.uri, request) == "done"
+    assert object_store._retried(bucket.uri, request) == "done"
     left += [OSError("AWS Error SLOW_DOWN")] * 3
     with pytest.raises(StoreFailed, match=f"storage: {bucket.uri}: AWS Error SLOW_DOWN"):
-        object_store._trying(bucket.uri, request)
+        object_store._retried(bucket.uri, request)
     left += [OSError("AWS Error ACCESS_DENIED"), OSError("never seen")][::-1]
     with pytest.raises(StoreFailed, match="ACCESS_DENIED"):
-        object_store._trying(bucket.uri, request)
+        object_store._retried(bucket.uri, request)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_server_that_is_down_is_named_before_any_work(bucket, monkeypatch):
 
 
 def test_a_store_that_refuses_is_named_before_any_work(bucket, server):
-    object_store.check_writable(bucket.uri)
+    Bucket(bucket.uri).check_writable()
     assert bucket.names() == [".writable"]
     with server.asking_who_it_is():
-        for check in (object_store.check, object_store.check_writable):
+        for check in (Bucket(bucket.uri).check, Bucket(bucket.uri).check_writable):
             with pytest.raises(InputError, match=rf"^storage: {bucket.uri}: .*INVALID_ACCESS_KEY"):
-                check(bucket.uri)
+                check()
     object_store.check(bucket.uri)
 
 
@@ -68,14 +68,15 @@ def config(tmp_path, *settings):
 def test_a_config_keeps_the_uri_and_has_a_folder_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("AGCL_CACHE", str(tmp_path / "cache"))
     one = config(tmp_path, "storage=s3://bucket/prefix/")
-    assert one.storage == "s3://bucket/prefix"
-    assert one.local_storage.parent == tmp_path / "cache"
+    assert one.storage == Bucket("s3://bucket/prefix")
+    assert one.storage.root.parent == tmp_path / "cache"
     assert "storage: s3://bucket/prefix\n" in loading.dump(one)
-    assert config(tmp_path, "storage=s3://bucket/other").local_storage != one.local_storage
+    assert config(tmp_path, "storage=s3://bucket/other").storage.root != one.storage.root
     local = config(tmp_path, f"storage={tmp_path}")
-    assert local.storage == local.local_storage == tmp_path
+    assert local.storage == Local(tmp_path)
+    assert local.storage.root == tmp_path
     monkeypatch.setenv("AGCL_STORAGE", "gs://from/environment")
-    assert config(tmp_path).storage == "gs://from/environment"
+    assert config(tmp_path).storage == Bucket("gs://from/environment")
 
 
 @pytest.mark.parametrize(

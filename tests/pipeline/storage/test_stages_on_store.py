@@ -4,12 +4,12 @@ import pytest
 import torch
 from reference.stored import FINGERPRINT, folder_of
 
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.plan.stage import Stage, resolve
 from pipeline.stages.context import Context
-from pipeline.storage import artifact, mirror
-from pipeline.storage.checkpoint import StoredCheckpoint
-from pipeline.storage.object_store import StoreFailed, cache_of
+from pipeline.storage import Bucket
+from pipeline.storage import bucket as buckets
+from pipeline.storage.object_store import StoreFailed
 
 
 class Toys:
@@ -29,12 +29,12 @@ class Toys:
         for name in "abc":
             stages.append(Stage(name, self.run, {"name": name}, last))
             last = {"before": stages[-1]}
-        return list(resolve(stages, self.uri).values())
+        return list(resolve(stages, Bucket(self.uri)).values())
 
     def start(self):
         self.calls, records = [], []
         try:
-            run_works(self.works(), Context(), records.extend)
+            run_stages(self.works(), Context(), records.extend)
         except Exception as error:
             return records, error
         return records, None
@@ -51,7 +51,7 @@ def test_stages_that_another_machine_finished_are_neither_run_nor_downloaded(toy
     elsewhere()
     assert toys.start() == ([], None)
     assert toys.calls == []
-    assert not list(cache_of(toys.uri).rglob("out.txt"))
+    assert not list(Bucket(toys.uri).root.rglob("out.txt"))
     assert [work.read("out.txt") for work in toys.works()] == [b"a", b"ab", b"abc"]
 
 
@@ -82,7 +82,7 @@ def test_an_upload_that_fails_fails_the_stage_and_is_made_good_without_computing
     assert "NO_SUCH_BUCKET" in failed["error"]
     assert [work.folder.exists() for work in toys.works()] == [True, True, False]
     server.client.create_bucket(Bucket=bucket.name)
-    mirror._manifest.cache_clear()
+    buckets._manifest.cache_clear()
     toys.after = lambda name: None
     records, error = toys.start()
     assert error is None
@@ -95,8 +95,7 @@ def test_a_checkpoint_outlives_its_machine_until_it_is_not_needed(bucket, elsewh
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(model.parameters())
-        file = artifact.checkpoint_of(folder_of(bucket.uri))
-        checkpoint = StoredCheckpoint(file, FINGERPRINT, 1e-9, bucket.uri)
+        checkpoint = Bucket(bucket.uri).checkpoint(folder_of(bucket.uri), FINGERPRINT, 1e-9)
         return dict(model.named_parameters()), optimizer, checkpoint
 
     weights, optimizer, checkpoint = trained()

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from jobs import cli
 from pipeline.config import loading
-from pipeline.plan.stage import sessions
+from pipeline.plan.schedule import sessions
 from pipeline.run import execute, open_run
-from pipeline.storage import artifact
+from pipeline.storage import Local, artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -111,8 +111,8 @@ def test_dates_in_the_future_do_not_matter(finished, tiny_config, copy_stages, t
     for file in storage.rglob("*"):
         os.utime(file, (year, year))
     run = open_run(tiny_config(storage, method="sequential"))
-    assert sessions({"run": run.plan.stages}, storage) == []
-    for work in run.works.values():
+    assert sessions({"run": run.plan.stages}, Local(storage)) == []
+    for work in run.resolved.values():
         artifact.verify(work.folder)
 
 
@@ -137,7 +137,7 @@ def execute_quietly(run):
 
 
 def test_what_a_kill_left_beside_finished_stages_is_removed(complete):
-    folder = complete.works["train/1-harbour"].folder
+    folder = complete.resolved["train/1-harbour"].folder
     for left in ("lock", "checkpoint", "checkpoint.part"):
         (folder.parent / f"{folder.name}.{left}").touch()
     scratch = complete.folder / ".ray-train" / "session"

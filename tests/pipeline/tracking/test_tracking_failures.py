@@ -18,7 +18,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.execution.session import run_works
+from pipeline.execution.session import run_stages
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
 from pipeline.stages.context import Context
@@ -51,11 +51,11 @@ class Recorded:
 
     def compute(self, *kinds):
         """Run the stages of some kinds, observed."""
-        works = [work for name, work in self.run.works.items() if name.startswith(kinds)]
-        run_works(works, Context(), self.recording.observe)
+        works = [work for name, work in self.run.resolved.items() if name.startswith(kinds)]
+        run_stages(works, Context(), self.recording.observe)
 
     def finish(self):
-        report = self.run.works["report"].folder / "metrics.json"
+        report = self.run.resolved["report"].folder / "metrics.json"
         metrics = json.loads(report.read_text())
         self.recording.finish_run("tiny", metrics, {"metrics.json": report})
 

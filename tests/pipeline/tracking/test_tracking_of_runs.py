@@ -50,7 +50,7 @@ def test_runs_of_a_comparison_lie_under_one_parent(runs, parents):
 
 def test_every_stage_is_one_child_of_its_run(finished, runs, parents):
     for label, parent in parents.items():
-        works = finished.runs[label].works.values()
+        works = finished.runs[label].resolved.values()
         found = [r.data.tags["fingerprint"] for r in children(runs, parent)]
         assert sorted(found) == sorted({work.fingerprint for work in works})
 
@@ -78,7 +78,7 @@ def test_losses_are_logged_by_step(finished, client, runs, parents):
             if child.data.tags["stage"] != "train":
                 continue
             stage = child.info.run_name
-            if stage not in finished.runs[label].works:
+            if stage not in finished.runs[label].resolved:
                 continue
             file = finished.artifact(label, stage) / "log.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -163,7 +163,7 @@ def test_a_run_whose_stages_are_all_there_is_recorded_in_full(
     stages = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )
-    assert {r.info.run_name for r in stages} == set(finished.runs["sequential"].works)
+    assert {r.info.run_name for r in stages} == set(finished.runs["sequential"].resolved)
     assert {r.data.tags.get("reused") for r in stages} == {"true"}
     assert {r.info.status for r in stages} == {"FINISHED"}
     matrix = finished.metrics("sequential")["accuracy_matrix"]

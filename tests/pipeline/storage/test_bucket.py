@@ -11,23 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from reference.stored import FILES, FINGERPRINT, contents, folder_of, make, move_to
 
-from pipeline.storage import artifact, mirror, object_store
+from pipeline.storage import Bucket, artifact, object_store
 from pipeline.storage.artifact import CorruptArtifact
-from pipeline.storage.mirror import fetch, is_complete, push
-from pipeline.storage.object_store import cache_of
 
 
 def test_an_artifact_comes_back_whole_on_another_machine(bucket, elsewhere):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     manifest = json.loads(bucket.get("stages/toy-f00d/manifest.json"))
     assert sorted(bucket.names()) == sorted(
         ["stages/toy-f00d/manifest.json"]
         + [f"stages/toy-f00d/{manifest['attempt']}/{name}" for name in FILES]
     )
     elsewhere()
-    assert is_complete(bucket.uri, folder_of(bucket.uri), FINGERPRINT)
+    assert Bucket(bucket.uri).is_complete(folder_of(bucket.uri), FINGERPRINT)
     assert not folder_of(bucket.uri).exists()
-    fetch(bucket.uri, folder_of(bucket.uri))
+    Bucket(bucket.uri).fetch(folder_of(bucket.uri))
     assert contents(folder_of(bucket.uri)) == FILES
     assert artifact.is_complete(folder_of(bucket.uri), FINGERPRINT)
     artifact.verify(folder_of(bucket.uri))
@@ -35,9 +33,9 @@ def test_an_artifact_comes_back_whole_on_another_machine(bucket, elsewhere):
 
 
 def test_without_its_manifest_it_is_not_there(bucket):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     bucket.delete("stages/toy-f00d/manifest.json")
-    assert not is_complete(bucket.uri, folder_of(bucket.uri), FINGERPRINT)
+    assert not Bucket(bucket.uri).is_complete(folder_of(bucket.uri), FINGERPRINT)
 
 
 def test_the_manifest_is_written_last(bucket, monkeypatch):
@@ -48,7 +46,7 @@ def test_the_manifest_is_written_last(bucket, monkeypatch):
         write(uri, name, content)
 
     monkeypatch.setattr(object_store, "write", note)
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     ((*before,),) = written
     assert len(before) == len(FILES)
     assert not any(key.endswith("manifest.json") for key in before)
@@ -62,23 +60,23 @@ def test_an_upload_that_was_cut_off_leaves_nothing_and_goes_on(bucket, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(object_store, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            push(bucket.uri, folder)
+            Bucket(bucket.uri).publish(folder)
     assert len(bucket.names()) == len(FILES)
-    assert not is_complete(bucket.uri, folder, FINGERPRINT)
+    assert not Bucket(bucket.uri).is_complete(folder, FINGERPRINT)
     lost = next(key for key in bucket.names() if key.endswith("a.txt"))
     bucket.delete(lost)
     sent, upload = [], object_store.upload
     monkeypatch.setattr(object_store, "upload", lambda *of: sent.append(of[2]) or upload(*of))
-    push(bucket.uri, folder)
+    Bucket(bucket.uri).publish(folder)
     assert sent == [lost]
-    assert is_complete(bucket.uri, folder, FINGERPRINT)
+    assert Bucket(bucket.uri).is_complete(folder, FINGERPRINT)
 
 
 def test_a_process_killed_while_it_uploads_leaves_nothing(bucket, tmp_path, server):
     folder = make(folder_of(bucket.uri), {f"{i}.bin": os.urandom(2**19) for i in range(30)})
     code = (
-        "import sys; from pathlib import Path; from pipeline.storage.mirror import push\n"
-        "print('now', flush=True); push(sys.argv[1], Path(sys.argv[2]))\n"
+        "import sys; from pathlib import Path; from pipeline.storage import Bucket\n"
+        "print('now', flush=True); Bucket(sys.argv[1]).publish(Path(sys.argv[2]))\n"
     )
     arguments = [sys.executable, "-c", code, bucket.uri, folder]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
@@ -87,9 +85,9 @@ def test_a_process_killed_while_it_uploads_leaves_nothing(bucket, tmp_path, serv
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert 0 < len(bucket.names()) < 30
-    assert not is_complete(bucket.uri, folder, FINGERPRINT)
-    push(bucket.uri, folder)
-    assert is_complete(bucket.uri, folder, FINGERPRINT)
+    assert not Bucket(bucket.uri).is_complete(folder, FINGERPRINT)
+    Bucket(bucket.uri).publish(folder)
+    assert Bucket(bucket.uri).is_complete(folder, FINGERPRINT)
 
 
 def test_two_that_upload_at_once_never_mix_files(bucket, monkeypatch, tmp_path):
@@ -99,19 +97,19 @@ def test_two_that_upload_at_once_never_mix_files(bucket, monkeypatch, tmp_path):
 
     def there():
         move_to(tmp_path / f"reader-{time.monotonic_ns()}", monkeypatch)
-        fetch(bucket.uri, folder_of(bucket.uri))
+        Bucket(bucket.uri).fetch(folder_of(bucket.uri))
         return contents(folder_of(bucket.uri))
 
     ones = on("one")
     make(folder_of(bucket.uri), ones)
     with monkeypatch.context() as patch:
         patch.setattr(object_store, "write", lambda *rest: None)
-        push(bucket.uri, folder_of(bucket.uri))  # All but its last step.
+        Bucket(bucket.uri).publish(folder_of(bucket.uri))  # All but its last step.
     twos = on("two")
-    push(bucket.uri, make(folder_of(bucket.uri), twos))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri), twos))
     assert there() == twos
     on("one")
-    push(bucket.uri, folder_of(bucket.uri))
+    Bucket(bucket.uri).publish(folder_of(bucket.uri))
     assert there() == ones
     assert len(bucket.names()) == 2 * len(FILES) + 1
 
@@ -132,74 +130,74 @@ def damage(bucket, name, content):
     ],
 )
 def test_damage_on_the_store_is_found_and_named_by_its_uri(bucket, elsewhere, name, content, said):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     damage(bucket, name, content)
     elsewhere()
     with pytest.raises(CorruptArtifact, match=rf"^artifact {bucket.uri}/stages/toy-f00d .*{said}"):
-        fetch(bucket.uri, folder_of(bucket.uri))
+        Bucket(bucket.uri).fetch(folder_of(bucket.uri))
     assert not folder_of(bucket.uri).exists()
     assert list(folder_of(bucket.uri).parent.glob("*")) == []
 
 
 def test_a_lost_file_and_another_fingerprint_are_named(bucket, elsewhere):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     with pytest.raises(CorruptArtifact, match="toy-f00d is corrupt: its fingerprint is another"):
-        is_complete(bucket.uri, folder_of(bucket.uri), "beef")
+        Bucket(bucket.uri).is_complete(folder_of(bucket.uri), "beef")
     bucket.delete(next(key for key in bucket.names() if key.endswith("a.txt")))
     elsewhere()
     with pytest.raises(CorruptArtifact, match=r"toy-f00d is corrupt: a\.txt is not what was"):
-        fetch(bucket.uri, folder_of(bucket.uri))
+        Bucket(bucket.uri).fetch(folder_of(bucket.uri))
 
 
 def test_a_name_that_leaves_the_folder_is_refused(bucket, elsewhere, tmp_path):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     manifest = json.loads(bucket.get("stages/toy-f00d/manifest.json"))
     manifest["files"]["../../escaped"] = manifest["files"].pop("a.txt")
     bucket.put("stages/toy-f00d/manifest.json", json.dumps(manifest).encode())
     elsewhere()
     with pytest.raises(CorruptArtifact, match="escaped"):
-        fetch(bucket.uri, folder_of(bucket.uri))
+        Bucket(bucket.uri).fetch(folder_of(bucket.uri))
     assert not list(tmp_path.rglob("escaped"))
 
 
 def test_one_downloads_and_the_others_on_its_machine_wait(bucket, elsewhere, monkeypatch):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     elsewhere()
     taken, download = [], object_store.download
     monkeypatch.setattr(object_store, "download", lambda *of: taken.append(of[1]) or download(*of))
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: fetch(bucket.uri, folder_of(bucket.uri)), range(4)))
+        list(pool.map(lambda _: Bucket(bucket.uri).fetch(folder_of(bucket.uri)), range(4)))
     assert len(taken) == len(FILES)
     assert contents(folder_of(bucket.uri)) == FILES
 
 
 def test_a_stage_that_reads_only_some_files_gets_no_others(bucket, elsewhere):
-    push(bucket.uri, make(folder_of(bucket.uri)))
-    assert fetch(bucket.uri, folder_of(bucket.uri), ["a.txt"]) == folder_of(bucket.uri)
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
+    assert Bucket(bucket.uri).fetch(folder_of(bucket.uri), ["a.txt"]) == folder_of(bucket.uri)
     elsewhere()
     for wanted in (["a.txt", "none"], ["empty"]):
-        some = fetch(bucket.uri, folder_of(bucket.uri), wanted)
+        some = Bucket(bucket.uri).fetch(folder_of(bucket.uri), wanted)
         assert some != folder_of(bucket.uri)
-        assert fetch(bucket.uri, folder_of(bucket.uri), wanted[::-1]) == some
+        assert Bucket(bucket.uri).fetch(folder_of(bucket.uri), wanted[::-1]) == some
         artifact.verify(some)
         assert contents(some) == {name: FILES[name] for name in wanted if name in FILES}
     assert not folder_of(bucket.uri).exists()
 
 
 def test_one_file_is_read_without_the_others(bucket, elsewhere):
-    push(bucket.uri, make(folder_of(bucket.uri)))
+    Bucket(bucket.uri).publish(make(folder_of(bucket.uri)))
     elsewhere()
-    assert mirror.read(bucket.uri, folder_of(bucket.uri), "a.txt") == b"one"
-    assert mirror.read(bucket.uri, folder_of(bucket.uri), "none") is None
+    assert Bucket(bucket.uri).read(folder_of(bucket.uri), "a.txt") == b"one"
+    assert Bucket(bucket.uri).read(folder_of(bucket.uri), "none") is None
     assert not folder_of(bucket.uri).exists()
     damage(bucket, "a.txt", b"two")
     with pytest.raises(CorruptArtifact, match=r"a\.txt"):
-        mirror.read(bucket.uri, folder_of(bucket.uri), "a.txt")
+        Bucket(bucket.uri).read(folder_of(bucket.uri), "a.txt")
 
 
 def test_results_go_there_and_come_back_without_links_and_scratch(bucket, elsewhere):
-    folder = cache_of(bucket.uri) / "run"
-    with mirror.results(bucket.uri, folder):
+    folder = Bucket(bucket.uri).root / "run"
+    with Bucket(bucket.uri).results(folder):
         (folder / "trials" / "0").mkdir(parents=True)
         (folder / ".ray-train").mkdir()
         for name in ("metrics.json", "trials/0/trial.json", ".ray-train/x", "a.part", "b.lock"):
@@ -208,10 +206,10 @@ def test_results_go_there_and_come_back_without_links_and_scratch(bucket, elsewh
         (folder / "stage").symlink_to(folder / "trials", target_is_directory=True)
     assert bucket.names() == ["run/metrics.json", "run/trials/0/trial.json"]
     elsewhere()
-    folder = cache_of(bucket.uri) / "run"
+    folder = Bucket(bucket.uri).root / "run"
 
     def fail():
-        with mirror.results(bucket.uri, folder):
+        with Bucket(bucket.uri).results(folder):
             assert (folder / "trials" / "0" / "trial.json").read_text() == "trials/0/trial.json"
             (folder / "error.log").write_text("why")
             raise KeyError
@@ -224,11 +222,11 @@ def test_results_go_there_and_come_back_without_links_and_scratch(bucket, elsewh
 def test_any_file_system_of_pyarrow_will_do(tmp_path, monkeypatch, elsewhere):
     move_to(tmp_path / "one", monkeypatch)
     uri = (tmp_path / "share").as_uri()
-    object_store.check(uri)
-    object_store.check_writable(uri)
+    Bucket(uri).check()
+    Bucket(uri).check_writable()
     folder = folder_of(uri)
-    push(uri, make(folder))
+    Bucket(uri).publish(make(folder))
     elsewhere()
     folder = folder_of(uri)
-    fetch(uri, folder)
+    Bucket(uri).fetch(folder)
     assert contents(folder) == FILES

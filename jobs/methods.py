@@ -1,0 +1,32 @@
+"""`agcl methods`: every method by name, or what one of them sets."""
+
+import argparse
+
+
+def main(arguments: argparse.Namespace, command: str) -> int:
+    """Print one line per method; with a name, its settings, tuned setting and controls."""
+    import yaml
+
+    from agcl.errors import InputError
+    from pipeline.config.presets import METHODS
+
+    name = arguments.method
+    if name is None:
+        width = max(map(len, METHODS))
+        for each, method in METHODS.items():
+            print(f"{each:{width}}  {method.description}")
+        return 0
+    if name not in METHODS:
+        raise InputError(f"no method {name!r} (there are {', '.join(METHODS)})")
+    method = METHODS[name]
+    print(f"{name}: {method.description}")
+    if method.variant_of:
+        print(f"like {method.variant_of}, with")
+    settings = method.changes if method.variant_of else method.sections
+    print(yaml.safe_dump(settings, sort_keys=False).rstrip() if settings else "sets nothing")
+    if method.knob:
+        knob = method.knob
+        print(f"tuned beside the learning rate: {knob.key} from {knob.low:g} to {knob.high:g}")
+    if method.controls:
+        print(f"compare with its controls: {', '.join(method.controls)}")
+    return 0

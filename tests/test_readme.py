@@ -1,0 +1,32 @@
+"""The README's Python code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from agcl.model import models
+from agcl.tasks import facts
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    folder = tmp_path / "models" / "my-llama"
+    rows = facts.base(entities=8, seed=0).splits["train"]()
+    tokenizer = models.builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
+    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(compile(code, "README.md", "exec"), found)
+    before = load_file(folder / "model.safetensors")
+    bases = found["bases"]([found["old"]], energy=0.8)
+    moved = {name: p.detach() - before[name] for name, p in found["model"].named_parameters()
+             if name in bases}  # fmt: skip
+    assert all(step.norm() > 0 for step in moved.values())
+    leaks = [(step @ bases[name]).norm() / step.norm() for name, step in moved.items()]
+    assert torch.stack(leaks).max() < 1e-4
+    assert found["old"].moments
+    assert (tmp_path / "old.safetensors").is_file()
