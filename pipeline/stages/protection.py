@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
-from agcl.model.forward import activation_checkpointing, compiled, quick_attention
+from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
 from agcl.parallel import sharding
@@ -40,7 +40,7 @@ class Protection:
     def protected(self, model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The gated and projected weights on the CPU. Collective: only rank 0 gets them."""
         names = {*(self.gate or ()), *(self.basis or ())}
-        return sharding.on_first_worker(
+        return sharding.on_rank_zero(
             (name, p) for name, p in model.named_parameters() if name in names
         )
 
@@ -148,7 +148,6 @@ def fit(
         transposed=stored_transposed(model) if basis else (),
     )
     with (
-        quick_attention(model, config["precision"]),
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
     ):

@@ -27,7 +27,6 @@ SINGLE = {
     "projected_step": figures.projected_step,
     "packed_step": figures.packed_step,
     "compiled_step": figures.compiled_step,
-    "attention_step": figures.attention_step,
     "exact_match": figures.exact_match_against_generate,
 }
 NAMES = [*SINGLE, "pipeline", "task_30"]

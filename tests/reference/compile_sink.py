@@ -1,4 +1,4 @@
-"""Compiles the GPU kernel for a compute capability, without a GPU; prints the code's size.
+"""Compile the GPU kernel for a compute capability, without a GPU; print the size of the code.
 
 python tests/reference/compile_sink.py 90 4 bf16
 """

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for broken input: configs, files and JSON as nobody would write them."""
+"""Hypothesis strategies for broken input: configs, files and JSON."""
 
 from copy import deepcopy
 
@@ -125,7 +125,7 @@ def _raw(draw, parent, key):
 
 @st.composite
 def config_texts(draw, trees):
-    """YAML of one of the trees with a few changes: values, keys, structure, tags, bytes."""
+    """YAML of one of the trees with a few mutations: values, keys, structure, tags, bytes."""
     tree = deepcopy(draw(st.sampled_from(trees)))
     changes = st.sampled_from([_junk, _drop, _rename, _more, _wrap, _write_out, _raw, _raw])
     for _ in range(draw(st.integers(0, 3))):
@@ -141,7 +141,7 @@ def config_texts(draw, trees):
 
 @st.composite
 def overrides(draw, keys):
-    """Settings of the command line, mostly of keys that exist."""
+    """Command-line overrides, mostly of existing keys."""
     number = draw(st.integers(0, 3))
     numbers = st.one_of(st.integers(), st.floats()).map(str)
     values = st.one_of(st.sampled_from(RAW_YAML), ODD_TEXT, numbers)
@@ -154,7 +154,7 @@ def overrides(draw, keys):
 
 @st.composite
 def damaged(draw, content):
-    """The bytes with some flipped, cut out, cut off, doubled or put in."""
+    """The bytes with some flipped, removed, truncated, duplicated or inserted."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(changed) - 1)))
