@@ -24,8 +24,9 @@ from pipeline.plan.stage import External, Stage, StageFunction
 from pipeline.stages.attribute import attribute
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import evaluate
+from pipeline.stages.files import SUMMARY, rows_file
 from pipeline.stages.metrics import report
-from pipeline.stages.prepare import SUMMARY, make_tokenizer, prepare
+from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
 from pipeline.storage.artifact import write_json
 
@@ -260,7 +261,7 @@ class _Sampled:
 
     def _scored(self, folder: Path) -> int:
         scored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scored"]
-        return sum(len(EncodedRows(folder / f"{split}.arrow")) for split in scored.values())
+        return sum(len(EncodedRows(folder / rows_file(split))) for split in scored.values())
 
     def _prepare(self, stage: Stage, inputs: Mapping[str, Path], out_dir: Path) -> None:
         """A few rows of every split, and how many there are of all."""
@@ -274,7 +275,7 @@ class _Sampled:
             counts[split] = len(few) + sum(1 for _ in rows)
             table = encode(tokenizer, few, chat=stage.config["chat_template"])
             with (
-                pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
+                pa.OSFile(str(out_dir / rows_file(split)), "wb") as sink,
                 pa.ipc.new_file(sink, table.schema) as writer,
             ):
                 writer.write_table(table)

@@ -32,7 +32,7 @@ from pipeline.results.run_folder import (
     write_log,
     write_results,
 )
-from pipeline.stages.metrics import METRICS
+from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.storage import Storage, artifact, bucket_of
 from pipeline.tracking.client import Content

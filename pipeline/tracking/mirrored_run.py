@@ -11,10 +11,8 @@ from statistics import fmean
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.model_card import LOCATION, MODEL
-from pipeline.stages.context import LOG_FILE, Record
-from pipeline.stages.evaluate import SCORES, TEXT
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import IMPORTANCE_FILE
+from pipeline.stages.context import Record
+from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SCORES, SUMMARY, TEXT
 from pipeline.tracking.client import Content, Tracker
 
 _LARGEST_COPY = 256 * 2**20

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.estimate import ProbeFailed, estimate
 from pipeline.run import open_run
-from pipeline.stages.train import IMPORTANCE_FILE
+from pipeline.stages.files import IMPORTANCE_FILE
 
 pytestmark = pytest.mark.ray
 
