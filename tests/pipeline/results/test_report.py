@@ -204,6 +204,7 @@ def test_the_page_lists_settings_stages_provenance_and_rows(agcl):
     assert one.config_yaml in seen.text
     assert one.provenance["command"] in seen.text
     assert ["torch", one.provenance["torch"]] in rows
+    assert ["seed", "0"] in rows
     last = one.stages[-1]
     assert rows[-1] == [last.name, last.fingerprint[:12], f"{last.seconds:.1f}", "no"]
     assert f"{len(one.stages)} stages, {sum(s.seconds for s in one.stages):.1f} s computed" in (
