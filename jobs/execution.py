@@ -128,8 +128,7 @@ def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
 
 def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
     """Means over seeds with their intervals, and paired differences, a table an evaluation set."""
-    sets = dict.fromkeys(name for each in results for name in evaluation_sets(each.metrics))
-    for name in sets:
+    for name in evaluation_sets(results):
         table = Table(
             title=f"{name}: mean over seeds ± 95 % interval",
             caption=f"-{BASELINE}, -controls: difference of the averages, paired by seed",

@@ -1,4 +1,4 @@
-"""What the seeds of several methods say: means with intervals, and paired differences."""
+"""Statistics over seeds: means with confidence intervals, and paired differences of methods."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from pipeline.results.results import Group, RunResult, groups, values
 CONFIDENCE = 0.95
 BASELINE = "sequential"
 BOUNDS = ("joint", "solo")
-"""Methods that no sequence allows: what could be kept and what could be learned at best."""
+"""Methods that do not train on a sequence: upper bounds for what can be kept and learned."""
 COMPARED = "average_performance"
-"""The metric that differences are taken of."""
+"""The metric whose differences are reported."""
 
 
 @dataclass(frozen=True)
@@ -21,60 +21,51 @@ class Estimate:
 
     mean: float
     half_width: float | None
-    """Of the interval that holds the true mean with 95 % confidence; None for one seed."""
-    seeds: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+    """Half the width of the 95% confidence interval; None for one seed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method's line of the table."""
+    """One method's line in the table of an evaluation set."""
 
     group: Group
     metrics: Mapping[str, Estimate]
-    """By metric; without those that the method does not have."""
+    """By metric, without metrics that the method does not have."""
     differences: Mapping[str, Estimate]
-    """Average performance minus that of `sequential` and of the method's controls, by method."""
+    """Average performance minus that of `sequential` and of each control, by their names."""
 
 
 def compare(runs: Sequence[RunResult], evaluation_set: str, metrics: Sequence[str]) -> list[Line]:
-    """Give every method that has the evaluation set its line, in order of first appearance.
-
-    A difference is paired: taken seed by seed, over the seeds that both methods have.
-    """
+    """One line per method that has the evaluation set, in order of first appearance."""
     by_label = {group.label: group for group in groups(runs)}
+    compared = {label: values(of, evaluation_set, COMPARED) for label, of in by_label.items()}
     lines = []
     for label, group in by_label.items():
-        own = values(group, evaluation_set, COMPARED)
-        if not own:
-            continue
         found = {key: values(group, evaluation_set, key) for key in metrics}
-        differences = {}
-        for reference in (BASELINE, *(METHODS[label].controls if label in METHODS else ())):
-            if reference in by_label and reference != label:
-                theirs = values(by_label[reference], evaluation_set, COMPARED)
-                pairs = [own[seed] - theirs[seed] for seed in own if seed in theirs]
-                if pairs:
-                    differences[reference] = estimate(pairs)
-        lines.append(
-            Line(
-                group,
-                {key: estimate(list(of.values())) for key, of in found.items() if of},
-                differences,
-            )
-        )
+        estimates = {key: estimate(list(of.values())) for key, of in found.items() if of}
+        if compared[label]:
+            lines.append(Line(group, estimates, _differences(label, compared)))
     return lines
 
 
+def _differences(label: str, compared: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]:
+    """Differences paired by seed, over the seeds that both methods have."""
+    own = compared[label]
+    controls = METHODS[label].controls if label in METHODS else ()
+    differences = {}
+    for reference in (BASELINE, *controls):
+        theirs = compared.get(reference, {})
+        pairs = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+        if pairs and reference != label:
+            differences[reference] = estimate(pairs)
+    return differences
+
+
 def estimate(sample: Sequence[float]) -> Estimate:
-    """The mean of independent values with Student's t interval."""
+    """Mean of independent values, with Student's t interval."""
     if len(sample) == 1:
-        return Estimate(sample[0], None, 1)
-    from scipy.stats import t  # Half a second, and only here.
+        return Estimate(sample[0], None)
+    from scipy.stats import t  # The import takes half a second.
 
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1))
-    return Estimate(fmean(sample), quantile * stdev(sample) / len(sample) ** 0.5, len(sample))
+    return Estimate(fmean(sample), quantile * stdev(sample) / len(sample) ** 0.5)

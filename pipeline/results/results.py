@@ -1,4 +1,4 @@
-"""What finished runs leave for the terminal and the report, and how several are put together."""
+"""The result of a finished run, and how the results of several runs are named and grouped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,38 +7,48 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of a run: what it made, how long that took, or that it was there already."""
+    """One stage of a run."""
 
     name: str
     fingerprint: str
     seconds: float
+    """How long the stage took when it was computed, by this run or an earlier one."""
     reused: bool
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves for its report.
-
-    `metrics` is the content of `metrics.json`, `importance` that of the importance summary (None
-    for methods without), `provenance` versions, git SHA and command.
-    """
+    """What a finished run passes to the terminal, the report and the model card."""
 
     metrics: Mapping[str, Any]
+    """Content of `metrics.json`."""
     config_yaml: str
     stages: Sequence[StageRecord]
     importance: Mapping[str, Any] | None
+    """Content of `importance.json`; None for methods without attribution."""
     provenance: Mapping[str, str]
+    """Command, git commit, package versions and seed."""
     checks: Mapping[str, Mapping[str, Any]] | None = None
+    """Content of `checks.json`; None for methods without protection."""
     rows: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
-    """By task and split: how many rows and tokens were used, and rows left out by reason."""
+    """By task and split: rows and tokens used, and rows left out by reason."""
 
 
+METRIC_TITLES = {
+    "average_performance": "Average performance",
+    "backward_transfer": "Backward transfer",
+    "learning_accuracy": "Learning accuracy",
+    "forgetting": "Mean forgetting",
+    "average_incremental_performance": "Average incremental performance",
+    "forward_transfer": "Forward transfer",
+}
+"""Metrics of an evaluation set, in the order in which they are shown."""
 LEFT_OUT = {"too_long": "longer than tasks.max_length", "empty": "without prompt or answer"}
-"""Why rows are left out, by the name of the count."""
+"""Reasons for leaving out rows, by the name of their count."""
 
 
 def left_out(result: RunResult) -> list[str]:
-    """A line for every split of which rows were left out."""
+    """One line for each split that lost rows, with the reasons."""
     lines = []
     for task, splits in result.rows.items():
         for split, counts in splits.items():
@@ -58,9 +68,9 @@ class Group:
 
 
 def labels(runs: Sequence[RunResult]) -> list[str]:
-    """Name each run: its method, with its seed where several runs share the method.
+    """Name each run by its method, and by its seed if several runs share the method.
 
-    Runs that share method and seed are told apart by a number.
+    Runs with the same method and seed are numbered.
     """
     methods = [str(run.metrics["method"]) for run in runs]
     names = [
@@ -74,9 +84,10 @@ def labels(runs: Sequence[RunResult]) -> list[str]:
 
 
 def groups(runs: Sequence[RunResult]) -> list[Group]:
-    """Gather the seeds of each method, in order of first appearance.
+    """Group the runs by method, in order of first appearance.
 
-    A method that has one seed twice ran with different settings: its runs stay apart.
+    If a method has two runs with the same seed, they differ in their settings: averaging them
+    would be wrong, so each run of that method forms its own group.
     """
     by_method: dict[str, list[tuple[str, RunResult]]] = {}
     for label, run in zip(labels(runs), runs, strict=True):
@@ -90,19 +101,26 @@ def groups(runs: Sequence[RunResult]) -> list[Group]:
     return found
 
 
-def evaluation_sets(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Give the metrics of every evaluation set of a run, by the set's name."""
-    return metrics.get("evaluation_sets") or {metrics.get("evaluation_set", "score"): metrics}
+def evaluation_sets(runs: Sequence[RunResult]) -> list[str]:
+    """Names of all evaluation sets of these runs, the main set of the first run first."""
+    names = (name for run in runs for name in run.metrics["evaluation_sets"])
+    return list(dict.fromkeys([runs[0].metrics["evaluation_set"], *names]))
+
+
+def metric(of_set: Mapping[str, Any], key: str) -> float | None:
+    """Look up a metric of an evaluation set; `forgetting` is averaged over tasks."""
+    value = of_set[key]["mean"] if key == "forgetting" else of_set[key]
+    return None if value is None else float(value)
 
 
 def values(group: Group, evaluation_set: str, key: str) -> dict[int, float]:
-    """A metric of every run of a group that has it, by seed; `forgetting` is its mean."""
-    found = {}
-    for run in group.runs:
-        of_set = evaluation_sets(run.metrics).get(evaluation_set)
-        if of_set is None:
-            continue
-        value = of_set[key]["mean"] if key == "forgetting" else of_set[key]
-        if value is not None:
-            found[int(run.metrics["seed"])] = float(value)
-    return found
+    """Look up a metric by seed, without runs that do not have the evaluation set or metric."""
+    sets = {int(run.metrics["seed"]): run.metrics["evaluation_sets"] for run in group.runs}
+    found = {s: metric(of[evaluation_set], key) for s, of in sets.items() if evaluation_set in of}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def entry_importances(group: Group) -> list[Mapping[str, Any]]:
+    """Importance summaries of the runs that collected importances of single weight entries."""
+    summaries = [run.importance or {} for run in group.runs]
+    return [summary for summary in summaries if "by_layer_and_module" in summary]

@@ -1,0 +1,33 @@
+"""The model card of a recorded run."""
+
+import yaml
+from reference.record_run import recorded
+
+from pipeline.results.model_card import card
+
+
+def test_the_card_shows_tasks_scores_and_provenance(tiny_config, tmp_path):
+    one = recorded("gate-seed0")
+    text = card(tiny_config(tmp_path, method="gate"), one, "0123abc")
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+    matrix = one.metrics["accuracy_matrix"]
+    for index, task in enumerate(one.metrics["tasks"]):
+        before, right_after, at_the_end = (
+            f"{row[index]:.3f}" for row in (matrix[0], matrix[index + 1], matrix[-1])
+        )
+        row = f"| `{task}` | `exact_match` | 12 | {before} | {right_after} | {at_the_end} |"
+        assert row in text.splitlines()
+    keys = ("average_performance", "backward_transfer", "learning_accuracy")
+    for name, of_set in one.metrics["evaluation_sets"].items():
+        numbers = " | ".join(f"{of_set[key]:.3f}" for key in keys)
+        assert f"| `{name}` | {numbers} |" in text.splitlines()
+    assert "- MLflow run: `0123abc`" in text.splitlines()
+    assert f"- torch: `{one.provenance['torch']}`" in text.splitlines()
+    assert "    method: gate" in text.splitlines()
+
+
+def test_an_adapter_is_loaded_with_peft(tiny_config, tmp_path):
+    text = card(tiny_config(tmp_path, method="lora"), recorded("gate-seed0"), None, adapter=True)
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "peft"
+    assert "from peft import AutoPeftModelForCausalLM" in text.splitlines()
+    assert "- MLflow run: not recorded" in text.splitlines()

@@ -1,0 +1,107 @@
+"""Records small runs for the tests of reports and metrics, and loads them.
+
+What the runs computed is not checked here: these files only stand in for live runs. Record them
+again when the results themselves change, for example when `metrics.json` gets a new key. From the
+root of the repository (one or two minutes, starts Ray):
+
+    python -m tests.reference.record_run
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.config import loading
+from pipeline.results.results import RunResult, StageRecord
+from pipeline.run import execute, open_run
+
+RECORDED = Path(__file__).parent.parent / "pipeline" / "results" / "recorded"
+LABELS = ["sequential-seed0", "sequential-seed1", "agcl-seed0", "agcl-seed1", "gate-seed0"]
+WITH_PREDICTIONS = "sequential-seed0"
+CONFIG = """
+name: facts
+storage: storage
+tasks: {format: facts, count: 3, entities: 3}
+model: {pretraining: {entities: 8, epochs: 8}}
+training: {epochs: 20, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3}
+evaluation: {batch_size: 5}
+"""
+SETTINGS = {"sequential": [], "agcl": ["importance.entries=false"], "gate": []}
+"""`agcl` collects no entry importances and `gate` does, so a report on both shows both cases."""
+
+
+def recorded(label: str) -> RunResult:
+    """Load the result of a recorded run."""
+    folder = RECORDED / label
+    run = _read(folder / "run.json")
+    return RunResult(
+        metrics=_read(folder / "metrics.json"),
+        config_yaml=(folder / "config.yaml").read_text(encoding="utf-8"),
+        stages=[StageRecord(**stage) for stage in run["stages"]],
+        importance=_read(folder / "importance.json"),
+        provenance=run["provenance"],
+        checks=_read(folder / "checks.json"),
+        rows=run["rows"],
+    )
+
+
+def record() -> None:
+    """Run all methods in a temporary folder and replace the recorded files."""
+    with tempfile.TemporaryDirectory() as root:
+        file = Path(root, "config.yaml")
+        file.write_text(CONFIG, encoding="utf-8")
+        runs = {}
+        for label in LABELS:
+            method, seed = label.split("-seed")
+            settings = [f"storage={root}/storage", f"seed={seed}", *SETTINGS[method]]
+            runs[label] = open_run(loading.load(file, settings, method=method), Path(root, label))
+        results = execute(
+            runs,
+            Path(root, "comparison"),
+            title="facts",
+            command="agcl compare facts.yaml --methods sequential,agcl,gate --seeds 2",
+            console=Console(),
+        )
+        shutil.rmtree(RECORDED, ignore_errors=True)
+        for label, result in zip(LABELS, results, strict=True):
+            _write(RECORDED / label, result, root)
+        evaluations = [
+            run.folder
+            for name, run in runs[WITH_PREDICTIONS].resolved.items()
+            if name.startswith("evaluate/")
+        ]
+        for index, folder in enumerate(evaluations):
+            target = RECORDED / WITH_PREDICTIONS / "scores" / str(index)
+            target.mkdir(parents=True)
+            shutil.copyfile(folder / "predictions.parquet", target / "predictions.parquet")
+
+
+def _write(folder: Path, result: RunResult, root: str) -> None:
+    folder.mkdir(parents=True)
+    config = result.config_yaml.replace(f"{root}/", "")
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    parts = {
+        "metrics": result.metrics,
+        "importance": result.importance,
+        "checks": result.checks,
+        "run": {
+            "stages": [vars(stage) for stage in result.stages],
+            "provenance": result.provenance,
+            "rows": result.rows,
+        },
+    }
+    for name, content in parts.items():
+        if content is not None:
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _read(file: Path):
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+if __name__ == "__main__":
+    record()
