@@ -19,6 +19,7 @@ def metrics(tmp_path_factory):
         "held_out": ["base"],
         "evaluation_set": "memorization",
         "validation": 0.0,
+        "only_validation": False,
     }
     inputs = {f"scores/{i}": RECORDED / WITH_PREDICTIONS / "scores" / str(i) for i in range(4)}
     report(config, inputs, out, Context())
