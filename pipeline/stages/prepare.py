@@ -45,13 +45,14 @@ def prepare(
     files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
     task = open_task(config["task"], files, config["selection"])
     summary: dict[str, dict[str, int]] = {}
+    encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)
         with (
             pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
-            for table in _encoded(source, tokenizer, chat=config["chat_template"]):
+            for table in encoded(source, tokenizer, chat=config["chat_template"]):
                 writer.write_table(_usable(table, config["max_length"], counts))
                 context.log({"rows": counts["rows"]}, counts["rows"])
         if not counts["rows"]:
@@ -66,7 +67,14 @@ def prepare(
     )
 
 
-def _encoded(
+def _encoded_here(
+    source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> Iterator[pa.Table]:
+    for block in _blocks(source):
+        yield _encode_block(block, tokenizer, chat=chat)
+
+
+def _encoded_by_ray(
     source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
 ) -> Iterator[pa.Table]:
     import ray.data

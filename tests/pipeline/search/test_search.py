@@ -35,7 +35,7 @@ SPACE = (
 
 
 @pytest.fixture
-def in_process(monkeypatch, without_ray_data):
+def in_process(monkeypatch):
     """Runs a search without Ray: trials one after the other in this process.
 
     Gives the trials, the stages that were computed and what was reported to Tune.
@@ -56,7 +56,7 @@ def in_process(monkeypatch, without_ray_data):
     def run(search, stop_after=None):
         shared = shared_stages(search)
         works = search.run_of(trials.Trial(0, {})).resolved
-        play([works[stage.name] for stage in shared], Context(), lambda records: None)
+        play([works[stage.name] for stage in shared], Context(ray_data=False), lambda records: None)
         rounds = Rounds(search, 1, lambda trial: None)
         number = 0
         while isinstance(found := rounds.suggest(f"id{number}"), dict):
@@ -190,7 +190,7 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
         sets = {(row["task"], row["evaluation_set"]) for row in scored(search, best)}
         assert sets == {("one", "validation"), ("two", "validation"), ("base", "memorization")}
         run = best_run(search, best)
-        run_stages(list(run.resolved.values()), Context(), lambda records: None)
+        run_stages(list(run.resolved.values()), Context(ray_data=False), lambda records: None)
         metrics = json.loads((run.resolved["report"].folder / "metrics.json").read_text())
         final = metrics["evaluation_sets"]["test"]["average_performance"]
         assert (final == 0) == changed, final
