@@ -246,7 +246,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     settings = ("search.round=2", f"evaluation.text={tmp_path / 'text'}")
     of = search(3, *settings)
     undisturbed = in_process.run(search(3, f"storage={tmp_path / 'other'}", *settings))
-    copy_stages(tmp_path / "other", of.config.storage, ("tokenizer", "prepare"))
+    copy_stages(tmp_path / "other", of.config.storage.root, ("tokenizer", "prepare"))
     file = tmp_path / "config.yaml"
     file.write_text(loading.dump(tuned(of.config)))
     command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "3"]
@@ -256,7 +256,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         wait_for(lambda: any((trials.load(of.folder_of(n)) or NONE).progress for n in (0, 1)))
         first.kill()
         assert first.wait() == -signal.SIGKILL
-        stages = [f.parent for f in (of.config.storage / "stages").glob("*/manifest.json")]
+        stages = [f.parent for f in (of.config.storage.root / "stages").glob("*/manifest.json")]
         before = {
             path: artifact.read_manifest(path)["started"]
             for path in stages

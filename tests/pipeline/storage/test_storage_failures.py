@@ -145,7 +145,7 @@ def test_what_a_kill_left_beside_finished_stages_is_removed(complete):
     complete.folder.with_name(f"{complete.folder.name}.lock").touch()
     said = execute_quietly(complete)
     assert "waiting" not in said  # Nobody holds that lock.
-    storage = complete.config.storage
+    storage = complete.config.storage.root
     assert not [*storage.rglob("*.lock"), *storage.rglob("*.part"), *storage.rglob(".ray*")]
     assert not [*storage.rglob("*.checkpoint*")]
 
