@@ -131,7 +131,7 @@ def _run(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
 def peak_memory() -> int:
     """Peak memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if not status.exists():  # Otherwise better than rusage, which includes the parent's peak.
+    if not status.exists():  # Not Linux, where rusage would include the parent's peak.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
 
