@@ -68,7 +68,7 @@ def cluster(resources: Resources) -> Iterator[int]:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
                 num_cpus=cpus,
-                include_dashboard=False,  # Eleven more processes, and its address would not be shown.
+                include_dashboard=False,  # Eleven more processes, at an address not shown.
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
