@@ -1,4 +1,4 @@
-"""The one exception for what the user gave us."""
+"""The one exception for invalid user input."""
 
 
 class InputError(ValueError):

@@ -1,7 +1,7 @@
 """Continual-learning metrics: pure functions of the accuracy matrix.
 
-The matrix has T + 1 rows and T columns: row i holds the scores of all tasks after training task
-i, row 0 those of the base model; column j is task j + 1. Scores are in [0, 1].
+The matrix has T + 1 rows and T columns: row i holds the scores of all tasks after training on
+task i, row 0 those of the base model; column j is task j + 1. Scores are in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ Matrix = Sequence[Sequence[float]]
 
 
 def average_performance(matrix: Matrix) -> float:
-    """Mean over all tasks after the last one (TRACE's OP)."""
+    """Mean score over all tasks after training on the last one (TRACE's OP)."""
     return fmean(matrix[-1])
 
 
 def average_incremental_performance(matrix: Matrix) -> float:
-    """Mean over i of the mean over tasks 1..i after training task i."""
+    """Mean over i of the mean score over tasks 1..i after training on task i."""
     return fmean(fmean(row[: i + 1]) for i, row in enumerate(matrix[1:]))
 
 
 def learning_accuracy(matrix: Matrix) -> float:
-    """Mean score of every task right after it was trained."""
+    """Mean over tasks of the score right after training on the task."""
     return fmean(row[i] for i, row in enumerate(matrix[1:]))
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Mean over tasks i < T of final minus just-learned, divided by T - 1; None for one task."""
+    """Mean over tasks i < T of the final score minus the just-learned one; None for one task."""
     last = len(matrix[0]) - 1
     if last == 0:
         return None
@@ -34,7 +34,10 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def forward_transfer(matrix: Matrix) -> float | None:
-    """Mean over tasks i > 1 of the score just before training it minus the base model's."""
+    """Mean over tasks i > 1 of the score just before training minus the base model's score.
+
+    None for one task.
+    """
     num_tasks = len(matrix[0])
     if num_tasks == 1:
         return None
@@ -42,9 +45,9 @@ def forward_transfer(matrix: Matrix) -> float | None:
 
 
 def forgetting(matrix: Matrix) -> list[float | None]:
-    """Per task: best score from its training up to before the end, minus the final score.
+    """Per task: best score after its training and before the last row, minus the final score.
 
-    None for the last task, which nothing was trained after.
+    None for the last task, since no training followed it.
     """
     last = len(matrix[0]) - 1
     drops: list[float | None] = [
@@ -54,12 +57,12 @@ def forgetting(matrix: Matrix) -> list[float | None]:
 
 
 def summary(matrix: Matrix) -> dict[str, object]:
-    """Every metric of `metrics.json` for one evaluation set.
+    """All metrics in `metrics.json` for one evaluation set.
 
-    Raises `ValueError` unless the matrix has one row more than columns.
+    Raises `ValueError` unless the matrix has one more row than columns.
     """
     if any(len(row) != len(matrix) - 1 for row in matrix):
-        raise ValueError("the accuracy matrix needs one row more than columns (row 0 = base)")
+        raise ValueError("the accuracy matrix needs one more row than columns (row 0 = base)")
     per_task = forgetting(matrix)
     drops = [drop for drop in per_task if drop is not None]
     return {

@@ -1,6 +1,6 @@
-"""How the learning rate goes over a task's steps.
+"""Learning-rate schedules over a task's steps.
 
-The config names the schedules, so torch is not imported here.
+The config imports this module, so torch is imported for type checking only.
 """
 
 import math
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Schedule = Literal["constant", "linear", "cosine"]
-"""After warming up: stay, or fall towards 0 by a line or by half a cosine."""
+"""After warmup: stay constant, or decay toward 0 linearly or along half a cosine."""
 
 
 def rate_factor(step: int, num_steps: int, *, schedule: Schedule, warmup: float) -> float:
-    """What the learning rate is multiplied by in a step, from 1 to `num_steps`; in (0, 1].
+    """Learning-rate multiplier of a step (1 to `num_steps`), in (0, 1].
 
-    It rises linearly over the first steps, the share `warmup` of them, and is 1 in the last of
-    these or else in the first step. As transformers' schedules, but that no step has the rate 0.
+    Rises linearly over the first `warmup * num_steps` steps to 1 at the last of them; without
+    warmup the first step has 1. Like transformers' schedules, except that no step has rate 0.
     """
-    rising = round(warmup * num_steps)
-    if step <= rising:
-        return step / rising
-    left = (num_steps - step + 1) / (num_steps - rising)
+    warmup_steps = round(warmup * num_steps)
+    if step <= warmup_steps:
+        return step / warmup_steps
+    left = (num_steps - step + 1) / (num_steps - warmup_steps)
     match schedule:
         case "constant":
             return 1.0
@@ -33,6 +33,6 @@ def rate_factor(step: int, num_steps: int, *, schedule: Schedule, warmup: float)
 
 
 def scale_rates(optimizer: "Optimizer", factor: float) -> None:
-    """Set every group's learning rate to that factor of the one it began with."""
+    """Set every group's learning rate to `factor` times its initial one."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

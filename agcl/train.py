@@ -17,7 +17,7 @@ from agcl.tasks import Rows
 from agcl.tasks.batches import Batch, answer_tokens, collate, pack, shuffled
 
 Log = Callable[[dict[str, float], int], None]
-"""Takes metrics and the step they belong to."""
+"""Called with the metrics of a step and the step number."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -42,16 +42,16 @@ def train_task(
     checkpoint: Checkpoint | None = None,
     log: Log = lambda metrics, step: None,
 ) -> None:
-    """Minimise the mean cross-entropy of answer tokens over every global batch of `batch_size`.
+    """Minimize the mean cross-entropy of the answer tokens of every global batch.
 
-    A global batch is cut into micro-batches that the workers take in turn, and its loss is
-    divided by its number of answer tokens over all workers; so order, batches and loss are the
-    same for any number of workers. `schedule` and `warmup` are those of `rate_factor`; the
-    optimizer's learning rate is the height. `penalise` adds a penalty's gradient to `.grad`, the
-    same on every worker, and gives its value; the logged loss is without it. `packing` spares a
-    micro-batch's padding, with the same numbers to rounding. With a `checkpoint` it goes on after
-    the steps of that, which are logged again; the result is the same to the bit. Raises
-    `NonFiniteLoss`.
+    Ranks take a global batch's micro-batches in turn, and its loss is divided by its total number
+    of answer tokens. Order, batches and loss are therefore the same for any number of ranks.
+
+    `schedule` and `warmup` are those of `rate_factor`; the optimizer's learning rate is the peak.
+    `packing` avoids padding; results agree up to rounding. `penalise` adds a penalty's gradient to
+    `.grad`, identically on every rank, and returns the penalty's value; the logged loss excludes
+    it. With a `checkpoint`, resume after its last step and log its steps again; the result is
+    bit-identical to an uninterrupted run. Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device
@@ -68,7 +68,7 @@ def train_task(
             step += 1
             if step <= done:
                 continue
-            # Rows of like length share a micro-batch, so that little of it is padding.
+            # Rows of similar length share a micro-batch, which keeps padding small.
             batch = sorted((rows[i] for i in indices), key=lambda row: len(row.input_ids))
             num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
             pieces = [
@@ -86,7 +86,7 @@ def train_task(
             _share_gradients(parameters, loss)
             penalty = torch.zeros((), device=device) if penalise is None else penalise().detach()
             norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
-            # One read of the device a step: the norm is NaN or infinite where any gradient is.
+            # One device sync per step: any NaN or infinite gradient makes the norm non-finite.
             if not torch.isfinite(loss + penalty + norm):
                 raise NonFiniteLoss(
                     f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
@@ -110,17 +110,17 @@ def train_task(
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the batch's answer tokens, in float32."""
+    """Sum of the cross-entropy over the batch's answer tokens, in float32."""
     return cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch), reduction="sum")
 
 
 def _dropout_seed(seed: int, step: int, piece: int) -> int:
-    """Of its own for every micro-batch, whichever worker takes it and whatever was before."""
+    """A seed per (run, step, micro-batch), so that dropout does not depend on the rank."""
     return hash((seed, step, piece)) % 2**63
 
 
 def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:
-    """Sum loss and gradients over the workers; those of sharded parameters are sums already."""
+    """Sum loss and gradients over all ranks; gradients of sharded parameters already are sums."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:

@@ -21,11 +21,12 @@ from pipeline.plan.plan import Run
 from pipeline.plan.schedule import needed_for
 from pipeline.plan.stage import ResolvedStage, Stage, StageFunction
 from pipeline.run import open_run
-from pipeline.stages.context import LOG_FILE, Context, Record
+from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
+from pipeline.stages.files import ADAPTER, LOG_FILE
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import prepare
-from pipeline.stages.train import ADAPTER, train
+from pipeline.stages.train import train
 
 _BATCHES = 3
 """Batches of each task in the probe. The first one warms up and is not timed."""
@@ -68,8 +69,8 @@ def estimate(run: Run, device: str = "cpu") -> Needs:
     with TemporaryDirectory(prefix="agcl-probe-") as scratch:
         probe = open_run(_on_few_rows(run.config, scratch))
         small = {stage.name: stage for stage in probe.plan.stages}
-        stages = needed_for([small[name] for name in examples.values()], probe.plan.stages)
-        chosen = [probe.resolved[stage.name] for stage in stages]
+        needed = needed_for([small[name] for name in examples.values()], probe.plan.stages)
+        chosen = [probe.resolved[stage.name] for stage in needed]
         needs = Needs(_peak_of(chosen, device, run.config.resources.cpus_per_worker) if todo else 0)
         few_rows, all_rows = _rows(probe.config), _rows(run.config)
         for stage in todo:
@@ -169,11 +170,10 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
     if stage.fn is train and run.checkpoint_minutes:
         adapter = [size for name, size in files.items() if name.startswith(f"{ADAPTER}/")]
         needs.checkpoint_bytes = 3 * sum(adapter or files.values())
-    log = [json.loads(line) for line in (example.read(LOG_FILE) or b"").splitlines()]
+    log = map(json.loads, (example.read(LOG_FILE) or b"").splitlines())
     at = [line["seconds"] for line in log if "text_loss" not in line]
     # Rows are timed from the first line on, after the warm-up. The rest does not depend on rows.
     for_rows = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else manifest["seconds"]
-    for_rows = min(for_rows, manifest["seconds"])
-    seconds = manifest["seconds"] - for_rows + for_rows * ratio / run.num_workers
+    seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / run.num_workers
     seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
     needs.seconds[stage.fn.__name__] = needs.seconds.get(stage.fn.__name__, 0.0) + seconds

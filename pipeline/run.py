@@ -32,11 +32,11 @@ from pipeline.results.run_folder import (
     write_log,
     write_results,
 )
-from pipeline.stages.metrics import METRICS
+from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.storage import Storage, artifact, bucket_of
-from pipeline.tracking.client import Content, Tracker
-from pipeline.tracking.recorder import Recording, connect, open_recording, warn
+from pipeline.tracking.client import Content
+from pipeline.tracking.sync import Mirror, warn
 
 REPORT_FILE = "report.html"
 REPORTS_EACH = 4
@@ -75,10 +75,10 @@ def execute(
     """
     config = _first_config(runs)
     check_address()
-    tracker = connect(config, console)
-    with _alone(folder, console), config.storage.results(folder):
+    mirror = _mirror(runs, folder, title, console, above)
+    with _alone(folder, console), config.storage.results(folder), mirror:
         done_before = _complete(runs)
-        recording, _ = _run_missing(runs, folder, tracker, title, console, above=above)
+        _run_missing(runs, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
         for line in dict.fromkeys(line for result in results for line in left_out(result)):
             warn(console, line)
@@ -87,55 +87,54 @@ def execute(
             if len(runs) <= REPORTS_EACH:
                 file = run.folder / REPORT_FILE
                 figures = write_report(file, [result], title=result.metrics["name"])
-            _write_model(run, result, recording.run_of(label))
-            recording.finish_run(label, result.metrics, _files(run.folder, figures))
+            _write_model(run, result, mirror.run_of(label))
+            mirror.finish_run(label, result.metrics, _files(run.folder, figures))
         if len(runs) > 1:
             figures = write_report(folder / REPORT_FILE, results, title=title)
-            recording.finish(_files(folder, figures))
+            mirror.finish(_files(folder, figures))
         return results
 
 
 def _run_missing(
     runs: Mapping[str, Run],
     folder: Path,
-    tracker: Tracker | None,
-    title: str,
+    mirror: Mirror,
     console: Console,
     *,
     keep_going: bool = False,
-    above: str | None = None,
-) -> tuple[Recording, list[StageFailed]]:
+) -> list[StageFailed]:
     """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
     config = _first_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
-    kind = "comparison" if len(runs) > 1 else None
-    recording = open_recording(tracker, folder, title, console, kind=kind, above=above)
     for label, run in runs.items():
         check_folder(run.config, run.folder)  # Again: we may have waited for another command.
         open_folder(run)
-        recording.add(label, run, name=label if len(runs) > 1 else title)
+        mirror.add(label, run)
     config.storage.save_results(folder)  # Other machines then know of the run if it is killed.
     try:
-        try:
-            failures = run_with_progress(
-                todo, folder, config.resources, recording.observe, console, keep_going=keep_going
-            )
-        except StageFailed as of_all:
-            failures, keep_going = [of_all], False
-        for failure in failures:
-            write_log(folder, failure)
-        if failures and not keep_going:
-            raise failures[0]
-        recording.try_again(now=True)
-    except BaseException as error:
-        recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
-        raise
-    return recording, failures
+        failures = run_with_progress(
+            todo, folder, config.resources, mirror.observe, console, keep_going=keep_going
+        )
+    except StageFailed as of_all:
+        failures, keep_going = [of_all], False
+    for failure in failures:
+        write_log(folder, failure)
+    if failures and not keep_going:
+        raise failures[0]
+    mirror.sync(now=True)
+    return failures
 
 
 def _first_config(runs: Mapping[str, Run]) -> Config:
     """Storage, resources and tracking are the same for all runs."""
     return next(iter(runs.values())).config
+
+
+def _mirror(
+    runs: Mapping[str, Run], folder: Path, title: str, console: Console, above: str | None = None
+) -> Mirror:
+    kind = "comparison" if len(runs) > 1 else None
+    return Mirror(_first_config(runs), folder, title, console, kind=kind, above=above)
 
 
 def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
@@ -176,10 +175,10 @@ def execute_trials(
     """
     config = _first_config(runs)
     check_address()
-    tracker = connect(config, console)
-    with _alone(folder, console), config.storage.results(folder):
+    mirror = _mirror(runs, folder, title, console)
+    with _alone(folder, console), config.storage.results(folder), mirror:
         done_before = _complete(runs)
-        recording, failures = _run_missing(runs, folder, tracker, title, console, keep_going=True)
+        failures = _run_missing(runs, folder, mirror, console, keep_going=True)
         for failure in failures:
             console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
         results = {
@@ -188,8 +187,8 @@ def execute_trials(
             if run.resolved["report"].is_complete()
         }
         for label, result in results.items():
-            recording.finish_run(label, result.metrics, _files(runs[label].folder, {}))
-        recording.finish({})
+            mirror.finish_run(label, result.metrics, _files(runs[label].folder, {}))
+        mirror.finish({})
         return results
 
 

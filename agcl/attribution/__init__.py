@@ -1,4 +1,4 @@
-"""Which weights and which inputs carried the right answers of a task."""
+"""Attribution: which weights and inputs produced the correct answers on a task."""
 
 from agcl.attribution.attribute import Split, attribute
 from agcl.attribution.collector import Estimator, MomentWeighting

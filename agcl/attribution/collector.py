@@ -1,4 +1,4 @@
-"""What one linear layer keeps while a task is attributed: running values, sums and moments."""
+"""State that attribution keeps per linear layer: running values, sums and moments."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,26 +14,26 @@ from agcl.parallel import distributed
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
 Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
-"""What an entry's value is: its relevance by LRP or by the ordinary gradient, its diagonal Fisher
-information, or its standardised gradient."""
+"""The value of an entry: relevance by LRP or by the ordinary gradient, diagonal Fisher information,
+or standardized gradient."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What of a batch is attributed; found once for all layers."""
+class Selection:
+    """Which rows and tokens of a batch are attributed. Computed once per batch for all layers."""
 
     rows: Tensor
-    """Indices, (chosen rows,)."""
+    """Row indices, (selected rows,)."""
     tokens: Tensor
-    """Indices of the tokens whose inputs may count, into the flattened (rows, tokens)."""
+    """Indices into the flattened (rows, tokens) of the tokens that count toward moments."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The chosen rows of a tensor; itself where that is all of them."""
+        """The selected rows of a tensor; the tensor itself if all rows are selected."""
         return tensor if len(self.rows) == len(tensor) else tensor[self.rows]
 
 
 class Collector:
-    """Running sums of one linear layer `z = W x + b`, W (out, in), fed by its forward hook."""
+    """Running statistics of one linear layer `z = W x + b`, W (out, in), fed by `hook`."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Collector:
         self.estimator, self.unit_inputs = estimator, unit_inputs
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        kept_in = torch.bfloat16 if running_values == "bfloat16" else dtype
+        stored_dtype = torch.bfloat16 if running_values == "bfloat16" else dtype
         self.has_entries = entries
-        self.top = TopK(top_k, weight.to(dtype), kept_in) if top_k and entries else None
+        self.top = TopK(top_k, weight.to(dtype), stored_dtype) if top_k and entries else None
         summed = entries and not top_k
         self.sum = torch.zeros(weight.shape if summed else (), dtype=dtype, device=self.device)
         self.count = 0
@@ -74,37 +74,35 @@ class Collector:
             values = output.detach()
             output.register_hook(lambda gradient: self._backward(inputs, values, gradient))
 
-    def start(self, chosen: Chosen) -> None:
-        """Take what is chosen of the batch just forwarded, before its backward."""
+    def start(self, selection: Selection) -> None:
+        """Set the selection for the last forward pass. Call before its backward pass."""
         self._add_unweighted()
-        self.chosen = chosen
-        self.count += len(chosen.rows)
+        self.selection = selection
+        self.count += len(selection.rows)
         inputs, self.inputs = self.inputs, None
         if self.weighting and inputs is not None:
             self.unweighted = inputs.flatten(0, 1)
-            self.totals[1] += len(chosen.tokens)
+            self.totals[1] += len(selection.tokens)
 
     def _add_unweighted(self) -> None:
-        """Count the tokens of a batch whose relevance was not asked for or never came here.
-
-        The rule set cp cuts some layers off; their inputs are protected with equal weights.
-        """
+        """Add the last batch's tokens with equal weights if they were not added by relevance."""
+        # No backward pass, or none that reached this layer: the rule set cp cuts some layers off.
         if self.unweighted is not None:
-            tokens = self.unweighted[self.chosen.tokens]
+            tokens = self.unweighted[self.selection.tokens]
             self._add_moment(tokens, torch.ones_like(tokens[:, 0]))
         self.unweighted = None
 
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
-        """x (rows, tokens, in), z and g (rows, tokens, out); only chosen rows have g ≠ 0."""
-        x, z, g = (self.chosen.of(tensor) for tensor in (x, z, g))
-        through = z * g  # The relevance of every output.
+        """x (rows, tokens, in), z and g (rows, tokens, out); g is 0 outside the selected rows."""
+        x, z, g = (self.selection.of(tensor) for tensor in (x, z, g))
+        relevance = z * g
         if self.has_entries:
-            self._add_entries(x, g, through)
+            self._add_entries(x, g, relevance)
         if self.weighting == "relevance":
-            self._add_moment(x.flatten(0, 1), through.sum(-1).abs().flatten())
+            self._add_moment(x.flatten(0, 1), relevance.sum(-1).abs().flatten())
             self.unweighted = None
 
-    def _add_entries(self, x: Tensor, g: Tensor, through: Tensor) -> None:
+    def _add_entries(self, x: Tensor, g: Tensor, relevance: Tensor) -> None:
         match self.estimator:
             case "fisher":
                 for x_row, g_row in zip(x, g, strict=True):
@@ -112,7 +110,7 @@ class Collector:
             case "das":
                 self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
             case _:
-                self._add_relevance(x, g, through)
+                self._add_relevance(x, g, relevance)
 
     def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
         """tokens (tokens, in), weights (tokens,)."""
@@ -122,10 +120,10 @@ class Collector:
             weights = torch.where(squares > 0, weights / squares, 0)
         self.moment.addmm_(tokens.T, tokens * weights.unsqueeze(1))
 
-    def _add_relevance(self, x: Tensor, g: Tensor, through: Tensor) -> None:
-        weight = weight_of(self.layer).detach()  # A sharded one is whole at this moment.
-        flow = through.abs().sum((1, 2))
-        # Where nothing flows, a row has no relevance here.
+    def _add_relevance(self, x: Tensor, g: Tensor, relevance: Tensor) -> None:
+        weight = weight_of(self.layer).detach()  # FSDP has unsharded it for the backward pass.
+        flow = relevance.abs().sum((1, 2))
+        # A row without relevance in this layer counts as 0.
         g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g
         if self.top is None:
             self.sum += weight * (g_scaled.flatten(0, 1).T @ x.flatten(0, 1))
@@ -134,10 +132,11 @@ class Collector:
             self.top.insert_products(weight, x, g_scaled)
 
     def finish(self, *, merge: bool) -> None:
-        """Take in the last batch; reduce over workers, if each had batches of its own."""
+        """Add the last batch's moments. With `merge`, reduce over ranks (different batches)."""
         self._add_unweighted()
         if self.top is not None and not self.finite:
-            self.top.values.fill_(torch.nan)  # Comparisons lost it.
+            # NaN compares false, so top-K never kept it; mark the layer.
+            self.top.values.fill_(torch.nan)
         if not merge:
             return
         count = torch.tensor([self.top.count if self.top else self.count], device=self.device)
@@ -154,17 +153,14 @@ class Collector:
 
     def entries(self) -> Tensor:
         """The importance of every entry, in the parameter's own shape."""
-        found = self._entries()
-        return found.T.contiguous() if self.transposed else found
-
-    def _entries(self) -> Tensor:
-        mean = self.sum / self.count if self.top is None else self.top.mean()
-        if self.estimator != "das":
-            return mean
-        # The spread of equal entries is 0, and none of them stands out then.
-        return ((mean - mean.mean()) / mean.std().clamp(min=1e-30)).tanh().abs()
+        values = self.sum / self.count if self.top is None else self.top.mean()
+        if self.estimator == "das":
+            # Clamp: equal entries have standard deviation 0 and all get 0.
+            values = (values - values.mean()) / values.std().clamp(min=1e-30)
+            values = values.tanh().abs()
+        return values.T.contiguous() if self.transposed else values
 
     def second_moment(self) -> Tensor:
-        """Σ_t r_t x_t x_tᵀ with r_t of mean 1, (in, in)."""
+        """Σ_t r_t x_t x_tᵀ with r_t scaled to mean 1, (in, in)."""
         relevance, tokens = self.totals.tolist()
         return self.moment * (tokens / relevance) if relevance else self.moment

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 _TILE_ENTRIES = 2**20
-"""Entries of all samples together that are made at a time where nothing is compiled: 4 MB."""
-_MOST_KEPT_ON_GPU = 8
+"""Products of all samples that are in memory at a time without a kernel: 4 MB in float32."""
+_MAX_K_ON_GPU = 8
 """Running values that fit into a GPU's registers beside a tile of products."""
 
 
@@ -28,7 +28,7 @@ class TopK:
 
     def insert(self, value: Tensor) -> None:
         """Insert one tensor of the entries' shape. Overwrites `value`."""
-        _sink(self.values, value.to(self.values.dtype))
+        _insert(self.values, value.to(self.values.dtype))
         self.count += 1
 
     def insert_products(self, weight: Tensor, x: Tensor, g: Tensor) -> None:
@@ -40,28 +40,33 @@ class TopK:
         x, g = x.to(self.computed_in), g.to(self.computed_in)
         self.count += samples
         if _fits_the_gpu_kernel(self.values, weight):
-            from agcl.attribution.kernels.gpu import sink_products_on_gpu
+            from agcl.attribution.kernels import gpu
 
-            sink_products_on_gpu(self.values, weight, x, g)
-            return
-        if self._can_be_compiled(weight):
-            from agcl.attribution.kernels.cpu import sink_products  # Numba takes a second to load.
-
-            sink_products(self.values, weight, x, g)
+            gpu.insert_products(self.values, weight, x, g)
             return
         rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
+        if self._fits_the_cpu_kernel(weight) and self.values.dtype == self.computed_in:
+            rows = len(weight)  # Needs no copies.
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
             kept = self.values[:, part]
-            # bfloat16 is widened and rounded again, a few rows at a time.
+            # bfloat16 is widened and rounded again, some rows at a time.
             wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
-            _sink_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
+            self._insert_products(wide, weight[part], x, g[:, :, part])
             if wide is not kept:
                 kept.copy_(wide)
 
+    def _insert_products(self, values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
+        if self._fits_the_cpu_kernel(weight):
+            from agcl.attribution.kernels import cpu  # Numba takes a second to load.
+
+            cpu.insert_products(values, weight, x, g)
+        else:
+            _insert_all(values, torch.bmm(g.transpose(1, 2), x).mul_(weight))
+
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
-        _sink_all(self.values, values[: min(count, len(values))].clone())
+        _insert_all(self.values, values[: min(count, len(values))].clone())
         self.count += count
 
     def mean(self) -> Tensor:
@@ -70,21 +75,18 @@ class TopK:
         zeros = torch.zeros(self.values.shape[1:], dtype=self.computed_in, device=filled.device)
         return filled.mean(0) if len(filled) else zeros
 
-    def _can_be_compiled(self, weight: Tensor) -> bool:
+    def _fits_the_cpu_kernel(self, weight: Tensor) -> bool:
         return (
-            self.values.device.type == "cpu"
-            and self.values.dtype in (torch.float32, torch.bfloat16)
-            and self.computed_in == weight.dtype == torch.float32
-            and weight.is_contiguous()
+            self.values.device.type == "cpu" and self.computed_in == weight.dtype == torch.float32
         )
 
 
-def _sink_all(slots: Tensor, values: Tensor) -> None:
+def _insert_all(slots: Tensor, values: Tensor) -> None:
     for value in values:
-        _sink(slots, value)
+        _insert(slots, value)
 
 
-def _sink(slots: Tensor, value: Tensor) -> None:
+def _insert(slots: Tensor, value: Tensor) -> None:
     """Insert into descending slots, (k, *shape); overwrites `value`."""
     spare = torch.empty_like(value)
     for slot in slots:
@@ -97,6 +99,6 @@ def _fits_the_gpu_kernel(values: Tensor, weight: Tensor) -> bool:
     return (
         values.device.type == "cuda"
         and weight.dtype == torch.float32
-        and len(values) <= _MOST_KEPT_ON_GPU
+        and len(values) <= _MAX_K_ON_GPU
         and find_spec("triton") is not None  # It comes with torch's CUDA builds.
     )

@@ -1,1 +1,1 @@
-"""Tensor files and training checkpoints on disk."""
+"""Tensor files and training checkpoints."""

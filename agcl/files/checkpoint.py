@@ -1,4 +1,4 @@
-"""Checkpoints inside a task, so that training that is cut off goes on where it was."""
+"""Checkpoints within a task, so that interrupted training resumes where it stopped."""
 
 import json
 import time
@@ -15,13 +15,12 @@ from agcl.errors import InputError
 from agcl.files import tensor_file
 from agcl.parallel import distributed, sharding
 
-_KIND = "checkpoint"
-_WEIGHT, _STATE = "weight/", "state/"
-_LARGEST_SHARE = 1 / 20
-"""Of the time that goes into writing checkpoints."""
+_KIND, _WEIGHT = "checkpoint", "weight"
+_MAX_TIME_SHARE = 1 / 20
+"""Maximum fraction of the time spent writing checkpoints."""
 
 Steps = list[tuple[dict[str, float], int]]
-"""Metrics and number of every step so far."""
+"""Metrics and step number of every step so far."""
 
 
 def _nothing(file: Path) -> None:
@@ -29,10 +28,10 @@ def _nothing(file: Path) -> None:
 
 
 class Checkpoint:
-    """A file that training writes now and then and goes on from.
+    """A file that training writes periodically and resumes from.
 
-    It holds the trained weights and the optimizer's state after a step, and what was logged up to
-    it. The first worker writes it and sends it to the others, who need not see the file.
+    It holds the trained weights and optimizer state after a step, and the metrics logged up to it.
+    Only rank 0 reads and writes it; it sends the content to the other ranks.
     """
 
     def __init__(
@@ -45,33 +44,32 @@ class Checkpoint:
         upload: Callable[[Path], None] = _nothing,
         delete: Callable[[Path], None] = _nothing,
     ) -> None:
-        """`identity` says what is trained: a file with another identity, or a damaged one, is
-        ignored.
+        """A file with another `identity`, or a damaged one, is ignored.
 
         Written every `seconds`, less often if that would cost more than 5 % of the time. The three
-        functions keep a copy of the file elsewhere, for when this machine is lost.
+        functions keep a copy of the file elsewhere, in case this machine is lost.
         """
         self.file, self.identity, self.seconds = file, identity, seconds
         self.download, self.upload, self.delete = download, upload, delete
-        self.written, self.taken = time.monotonic(), 0.0
+        self.last_write, self.write_seconds = time.monotonic(), 0.0
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
-        """Set weights and optimizer state to those of the file; gives the steps before it.
+        """Load weights and optimizer state; return the steps before the checkpoint.
 
-        Gives none, and changes nothing, where there is no such file. Called by every worker.
+        Without a usable file, change nothing and return no steps. Collective: call on every rank.
         """
         tensors, steps = self._read(parameters) if distributed.rank() == 0 else ({}, [])
         steps, layout = distributed.broadcast_object(
             (steps, {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
         )
         for key, (shape, dtype) in layout.items():
-            kind, name, entry = _parts(key)
+            entry, _, name = key.partition("/")
             parameter = parameters[name]
             tensor = tensors.get(key, torch.empty(shape, dtype=dtype)).to(parameter.device)
             distributed.broadcast(tensor, 0)
             if tensor.shape == parameter.shape:
                 tensor = sharding.placed_like(tensor, parameter)
-            if kind == _WEIGHT:
+            if entry == _WEIGHT:
                 parameter.data.copy_(tensor)
             else:
                 optimizer.state[parameter][entry] = tensor
@@ -80,37 +78,36 @@ class Checkpoint:
     def write_if_due(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        """Write the file, where enough time has passed and there is room for it.
-
-        Called by every worker.
-        """
+        """Write the file if it is due and the disk has room. Collective: call on every rank."""
         started = time.monotonic()
-        due = started - self.written >= max(self.seconds, self.taken / _LARGEST_SHARE)
+        interval = max(self.seconds, self.write_seconds / _MAX_TIME_SHARE)
+        due = started - self.last_write >= interval
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-            due = distributed.broadcast_object(due)  # Gathering takes all workers.
+            due = distributed.broadcast_object(due)  # Gathering needs all ranks.
         elif distributed.rank() > 0:
             return
         if due:
             self._write(parameters, optimizer, steps)
-            self.written = time.monotonic()
-            self.taken = self.written - started
+            self.last_write = time.monotonic()
+            self.write_seconds = self.last_write - started
 
     def remove(self) -> None:
-        """Remove the file, if there is one, and its copy elsewhere."""
+        """Delete the file, if it exists, and its copy elsewhere."""
         self.file.unlink(missing_ok=True)
         self.delete(self.file)
 
     def _write(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
     ) -> None:
-        held: dict[str, Tensor] = {_WEIGHT + name: p for name, p in parameters.items()}
+        held: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
+            held[f"{_WEIGHT}/{name}"] = parameter
             for entry, value in optimizer.state.get(parameter, {}).items():
-                held[f"{_STATE}{entry}/{name}"] = value
-        tensors = dict(sharding.on_first_worker(held.items()))
+                held[f"{entry}/{name}"] = value
+        tensors = dict(sharding.on_rank_zero(held.items()))
         if distributed.rank() > 0:
             return
-        # As a tensor: the header's length is limited.
+        # Steps are stored as a tensor because the header's length is limited.
         tensors["steps"] = torch.frombuffer(
             bytearray(json.dumps(steps).encode()), dtype=torch.uint8
         )
@@ -118,14 +115,14 @@ class Checkpoint:
             tensor_file.write(self.file, tensors, _KIND, {"identity": self.identity})
             self.upload(self.file)
         except (OSError, SafetensorError):
-            self.remove()  # The room is needed for the result.
+            self.remove()  # Free the space: the stage's result needs it.
 
     def _read(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], Steps]:
         if not self.file.exists():
             self.download(self.file)
         try:
+            tensor_file.verify(self.file, _KIND)
             stored, header = tensor_file.open_file(self.file, _KIND)
-            tensor_file.verify(self.file, stored, _KIND)
         except InputError:
             return {}, []
         with stored:
@@ -133,13 +130,5 @@ class Checkpoint:
                 return {}, []
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         steps: Steps = [tuple(each) for each in json.loads(bytes(tensors.pop("steps").numpy()))]
-        names = {_parts(key)[1] for key in tensors}
+        names = {key.partition("/")[2] for key in tensors}
         return (tensors, steps) if names == set(parameters) else ({}, [])
-
-
-def _parts(key: str) -> tuple[str, str, str]:
-    """Kind, parameter name and state entry of a key."""
-    if key.startswith(_WEIGHT):
-        return _WEIGHT, key.removeprefix(_WEIGHT), ""
-    entry, _, name = key.removeprefix(_STATE).partition("/")
-    return _STATE, name, entry

@@ -1,6 +1,6 @@
-"""Files of tensors that are whole or not there: safetensors with a header and a checksum.
+"""Tensor files, written atomically: safetensors with a header and a checksum.
 
-A flipped bit of a number is a number like any other, so without a checksum nothing could tell.
+Without the checksum a flipped bit would go unnoticed: it yields another valid number.
 """
 
 import json
@@ -20,28 +20,28 @@ _CHECKSUM = "agcl_crc32"
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> None:
-    """Write CPU tensors aside, flush them to disk, then rename.
+    """Write CPU tensors to a temporary file, flush it to disk, then rename it.
 
-    `kind` says what they are, in a word or two; `header` is JSON. After an error nothing is left.
+    `kind` names the kind of file in a word or two; `header` must be JSON. An error leaves no file.
     """
     tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
     text = json.dumps(dict(header))
     metadata = {_key(kind): text, _CHECKSUM: _checksum(text, tensors.items())}
-    aside = file.with_name(file.name + ".part")
+    temporary = file.with_name(file.name + ".part")
     try:
-        save_file(tensors, aside, metadata=metadata)
-        with aside.open("rb") as stream:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        aside.replace(file)
+        temporary.replace(file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def open_file(file: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """The open safetensors file and its header; its values are not looked at, see `verify`.
+    """Open a safetensors file; return it and its header. Values are not checked, see `verify`.
 
-    Raises `InputError` naming the file if it is not there or of another kind.
+    Raises `InputError` naming the file if it is missing, unreadable or of another kind.
     """
     if not file.is_file():
         raise InputError(f"no {kind} file {file}")
@@ -51,7 +51,7 @@ def open_file(file: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{file}: not a readable {kind} file ({error})") from None
     metadata = stored.metadata() or {}
     if _key(kind) not in metadata:
-        raise InputError(f"{file}: a safetensors file, but no {kind} file of agcl")
+        raise InputError(f"{file}: a safetensors file, but not an agcl {kind} file")
     try:
         header = json.loads(metadata[_key(kind)])
     except ValueError:
@@ -61,14 +61,16 @@ def open_file(file: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     return stored, header
 
 
-def verify(file: Path, stored: Any, kind: str) -> None:
-    """Compare header and values with the checksum, a tensor at a time. Raises `InputError`."""
-    metadata = stored.metadata()
-    if _CHECKSUM not in metadata:
-        raise InputError(f"{file}: no checksum (an older version's file?); make it again")
-    tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
-    if _checksum(metadata[_key(kind)], tensors) != metadata[_CHECKSUM]:
-        raise InputError(f"{file}: damaged, its content does not fit its checksum")
+def verify(file: Path, kind: str) -> None:
+    """Compare header and values with the checksum, one tensor at a time. Raises `InputError`."""
+    stored, _ = open_file(file, kind)
+    with stored:
+        metadata = stored.metadata()
+        if _CHECKSUM not in metadata:
+            raise InputError(f"{file}: no checksum (written by an older version?); create it again")
+        tensors = ((key, stored.get_tensor(key)) for key in sorted(stored.keys()))
+        if _checksum(metadata[_key(kind)], tensors) != metadata[_CHECKSUM]:
+            raise InputError(f"{file}: damaged, its content does not match its checksum")
 
 
 def _key(kind: str) -> str:
@@ -76,7 +78,7 @@ def _key(kind: str) -> str:
 
 
 def _checksum(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """CRC-32, which finds any damage but a deliberate one; four times as fast as SHA-256."""
+    """CRC-32: detects accidental damage, four times as fast as SHA-256."""
     value = zlib.crc32(header.encode())
     for key, tensor in tensors:
         value = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)

@@ -1,6 +1,6 @@
-"""Importance of weights: the artifact, and how importances of several tasks combine."""
+"""Importance of weights: the artifact, scaling and overlap, and controls."""
 
-from agcl.importance.combine import by_layer_and_module, overlap, past_maximum, scaled
+from agcl.importance.combine import by_layer_and_module, overlap, scaled
 from agcl.importance.controls import magnitude, permuted, random
 from agcl.importance.importance import Importance, check_file
 
@@ -10,7 +10,6 @@ __all__ = [
     "check_file",
     "magnitude",
     "overlap",
-    "past_maximum",
     "permuted",
     "random",
     "scaled",

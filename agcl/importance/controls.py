@@ -1,4 +1,4 @@
-"""Importances that no sample tells anything about: what a real estimator has to beat."""
+"""Control importances that ignore the data: baselines that a real estimator has to beat."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -11,7 +11,7 @@ from agcl.parallel import sharding
 
 
 def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Importance:
-    """The importance with |W| as its entries; its moments stay."""
+    """The importance with entries |W| and the same moments."""
     entries = {
         name: sharding.whole(cast(Tensor, layer.weight).detach()).abs()
         for name, layer in linears.items()
@@ -20,14 +20,14 @@ def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Impor
 
 
 def random(importance: Importance, *, seed: int) -> Importance:
-    """The importance with entries uniform in [0, 1); its moments stay."""
+    """The importance with entries uniform in [0, 1) and the same moments."""
     generator = torch.Generator().manual_seed(seed)
     entries = {n: torch.rand(e.shape, generator=generator) for n, e in importance.entries.items()}
     return Importance(entries, importance.moments, {**importance.header, "estimator": "random"})
 
 
 def permuted(importance: Importance, *, seed: int) -> Importance:
-    """The importance with the entries of each tensor shuffled among themselves."""
+    """The importance with entries shuffled within each tensor and the same moments."""
     generator = torch.Generator().manual_seed(seed)
 
     def shuffle(entries: Tensor) -> Tensor:

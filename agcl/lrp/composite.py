@@ -1,4 +1,4 @@
-"""Install a rule set on one model, reversibly: `with relevance_backward(model): ...`."""
+"""Install a rule set on a model, reversibly: `with relevance_backward(model): ...`."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,30 +17,30 @@ from agcl.lrp.rules import RuleSet
 
 @dataclass
 class Trace:
-    """What a relevance backward leaves to read: the input embeddings of the last forward."""
+    """Input embeddings of the last forward pass inside `relevance_backward`."""
 
     embeddings: Tensor | None = field(default=None)
 
     def input_relevance(self) -> Tensor:
         """Relevance of every input token after `target.backward()`, shape (batch, tokens).
 
-        That of its embedding: learned positions (GPT-2) take a share of their own.
+        The relevance of the token's embedding; learned position embeddings (GPT-2) get their own.
         """
         if self.embeddings is None or self.embeddings.grad is None:
-            raise RuntimeError("no backward has reached the embeddings inside relevance_backward")
+            raise RuntimeError("no backward pass reached the embeddings in relevance_backward")
         return (self.embeddings * self.embeddings.grad).sum(-1)
 
 
 @contextmanager
 def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> Iterator[Trace]:
-    """Let backward passes of `model` follow LRP's rules inside the context.
+    """Make backward passes of `model` follow LRP's rules inside the context.
 
-    The forward is unchanged. At any activation `a`, `a * a.grad` is then its relevance for the
-    scalar that `backward()` was called on. All weights have `requires_grad` off and the model is
-    in eval mode inside; hooks, flags and attention are as before afterwards, exceptions included.
+    The forward pass is unchanged. At any activation `a`, `a * a.grad` is its relevance for the
+    scalar that `backward()` was called on. Inside, the model is in eval mode and no weight requires
+    a gradient. On exit, hooks, flags and attention are restored, even after an exception.
 
     Rule sets: `attnlrp` (Achtibat 2024), `cp` (Ali 2022; conserves relevance) and `gradient` (no
-    rule). Raises `UnsupportedArchitecture` for a model family without a table.
+    rules). Raises `UnsupportedArchitecture` for a model family without a table.
     """
     if rules not in get_args(RuleSet):
         raise ValueError(f"rules must be one of {get_args(RuleSet)}, not {rules!r}")
@@ -55,14 +55,14 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
         return family.norm(module, args[0], output)
 
     def on_activation(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        # Under cp a gate is a constant; what is no gate passes relevance on under any rules.
+        # Under cp a gate is constant. An ungated activation passes all relevance in any rule set.
         if rules == "cp" and family.products:
             return output.detach()
         return lrp_rules.identity(args[0], output)
 
     def on_product(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         # Halving the product's gradient halves it in both branches (uniform rule). Under cp the
-        # gate branch is already cut, and the other one takes all.
+        # gate branch is already detached, and the other branch gets all relevance.
         return args if rules == "cp" else (lrp_rules.scale_gradient(args[0], 0.5),)
 
     with ExitStack() as undo:
@@ -73,20 +73,14 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
                 yield trace
             return
         _replace_attention(model, rules, undo)
-        handles = [
-            m.register_forward_hook(cast(Callable[..., Any], on_norm))
-            for m in modules_named(model, family.norms).values()
+        hooks: list[tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = [
+            (nn.Module.register_forward_hook, on_norm, family.norms),
+            (nn.Module.register_forward_hook, on_activation, family.activations),
+            (nn.Module.register_forward_pre_hook, on_product, family.products),
         ]
-        handles += [
-            m.register_forward_hook(cast(Callable[..., Any], on_activation))
-            for m in modules_named(model, family.activations).values()
-        ]
-        handles += [
-            m.register_forward_pre_hook(cast(Callable[..., Any], on_product))
-            for m in modules_named(model, family.products).values()
-        ]
-        for handle in handles:
-            undo.callback(handle.remove)
+        for register, hook, names in hooks:
+            for module in modules_named(model, names).values():
+                undo.callback(register(module, hook).remove)
         with torch.enable_grad():
             yield trace
 
@@ -107,7 +101,7 @@ def _freeze_and_eval(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _replace_attention(model: PreTrainedModel, rules: RuleSet, undo: ExitStack) -> None:
-    """Wrap the model's attention through transformers' registry (new keys only, none changed)."""
+    """Wrap the model's attention through transformers' registry, under a new key."""
     before = model.config._attn_implementation
     base = before if before in ("eager", "sdpa") else "sdpa" if model._supports_sdpa else "eager"
     key = f"agcl_{rules}_{base}"
@@ -122,7 +116,7 @@ def _attention_named(base: str) -> Callable[..., Any]:
         return cast(Callable[..., Any], AttentionInterface()[base])
 
     def eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # transformers keeps each family's eager attention beside its attention class.
+        # transformers defines a family's eager attention in the module of its attention class.
         return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
     return eager

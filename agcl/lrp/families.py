@@ -1,6 +1,6 @@
-"""Which modules of a model family get which rule: one literal table a family.
+"""Which modules of a model family get which rule: one literal table per family.
 
-A new family is one more entry of `FAMILIES`; see CONTRIBUTING.md.
+To add a family, add an entry to `FAMILIES`; see CONTRIBUTING.md.
 """
 
 import re
@@ -32,10 +32,10 @@ def gemma_norm(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def layer_norm(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """LayerNorm, `weight * (x - mean(x)) / std(x) + bias`: centring is linear, and stays."""
+    """LayerNorm, `weight * (x - mean(x)) / std(x) + bias`; centering is linear and kept."""
     norm = cast(nn.LayerNorm, module)
     scale = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).rsqrt()
-    return constant_scale(x, y, scale * norm.weight, centred=True)
+    return constant_scale(x, y, scale * norm.weight, centered=True)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
@@ -45,17 +45,17 @@ def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """Module names (dots, `#` for a layer number) relative to the causal language model."""
+    """Module names (dotted, `#` for a layer number) relative to the causal language model."""
 
     linears: tuple[str, ...]
     """Linear layers whose weights are attributed and protected."""
     norms: tuple[str, ...]
     norm: NormRule
     activations: tuple[str, ...]
-    """Element-wise activations; in a gated MLP, of the gate branch."""
+    """Element-wise activations; in a gated MLP, those of the gate branch."""
     products: tuple[str, ...] = ()
-    """Linear layers whose input is a product of two branches (gate · up); none where the MLP has
-    no gate."""
+    """Linear layers whose input is a product of two branches (gate · up); empty if the MLP has no
+    gate."""
 
 
 _LLAMA = Family(
@@ -147,32 +147,32 @@ class UnsupportedArchitecture(ValueError):
 def family_named(architecture: str) -> Family:
     """The table of an architecture, by the class name in the model's `config.json`.
 
-    Raises `UnsupportedArchitecture` where there is none.
+    Raises `UnsupportedArchitecture` if there is none.
     """
     if architecture not in FAMILIES:
         raise UnsupportedArchitecture(
-            f"architecture {architecture} is not supported: agcl/lrp/families.py has no table "
+            f"architecture {architecture} is not supported: agcl/lrp/families.py has no entry "
             f"for it (supported: {', '.join(FAMILIES)})"
         )
     return FAMILIES[architecture]
 
 
 def architecture_of(model: nn.Module) -> str:
-    """The name of a model's class, which FSDP2 has put four letters before."""
+    """The name of a model's class, without the prefix that FSDP2 adds."""
     return type(model).__name__.removeprefix("FSDP")
 
 
 def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The modules whose whole name fits one of the patterns, in model order."""
-    fits = re.compile("|".join(re.escape(p).replace(r"\#", r"\d+") for p in patterns))
-    return {name: module for name, module in model.named_modules() if fits.fullmatch(name)}
+    """The modules whose full name matches one of the patterns, in model order."""
+    regex = re.compile("|".join(re.escape(p).replace(r"\#", r"\d+") for p in patterns))
+    return {name: module for name, module in model.named_modules() if regex.fullmatch(name)}
 
 
 def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that are attributed and protected, keyed by their weight's name.
 
-    `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored (in, out). Of a layer with LoRA factors
-    put in by PEFT, the factors A and B. Keys are those of `model.named_parameters()`, e.g.
+    Each is `nn.Linear` or GPT-2's `Conv1D`, whose weight is stored (in, out); for a layer with
+    PEFT's LoRA, its factors A and B. Keys are those of `model.named_parameters()`, such as
     `model.layers.0.mlp.up_proj.weight` or `model.layers.0.mlp.up_proj.lora_A.default.weight`.
     """
     family = family_named(architecture_of(model))
@@ -187,7 +187,7 @@ def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of an attributed layer as (out, in), a view of the parameter."""
+    """The weight of an attributed layer as a view of shape (out, in)."""
     weight = cast(Tensor, linear.weight)
     return weight.T if isinstance(linear, Conv1D) else weight
 

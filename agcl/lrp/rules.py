@@ -1,8 +1,8 @@
-"""LRP backward rules in gradient-times-input form: one function an equation.
+"""LRP backward rules in gradient-times-input form: one function per equation.
 
-Every rule returns its input's forward value unchanged and only alters the gradient, so that an
-ordinary backward pass propagates relevance divided by activation. Sources: Bach 2015 (LRP),
-Ali 2022 (conservative propagation, "cp"), Achtibat 2024 (AttnLRP, "attnlrp").
+Each rule leaves the forward value unchanged and alters only the gradient, so that an ordinary
+backward pass propagates relevance divided by activation. Sources: Bach 2015 (LRP), Ali 2022
+(conservative propagation, "cp"), Achtibat 2024 (AttnLRP, "attnlrp").
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 RuleSet = Literal["attnlrp", "cp", "gradient"]
-"""`gradient` installs no rule: the ordinary backward, for comparison."""
+"""`gradient` installs no rules: the ordinary backward pass, for comparison."""
 
 
 class _ReplaceGradient(torch.autograd.Function):
-    """Pass `output` on as it is; send `factor * gradient`, centred if asked for, to `source`."""
+    """Forward `output` unchanged; send `factor * gradient`, optionally centered, to `source`."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, output: Tensor, factor: Tensor, centred: bool) -> Tensor:
+    def forward(ctx: Any, source: Tensor, output: Tensor, factor: Tensor, centered: bool) -> Tensor:
         ctx.save_for_backward(factor)
-        ctx.centred = centred
+        ctx.centered = centered
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (factor,) = ctx.saved_tensors
         gradient = gradients[0] * factor
-        if ctx.centred:
+        if ctx.centered:
             gradient = gradient - gradient.mean(-1, keepdim=True)
         return gradient, None, None, None
 
@@ -50,20 +50,21 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def identity(x: Tensor, y: Tensor) -> Tensor:
-    """Identity rule of an element-wise `y = a(x)` with a(0) = 0: all relevance passes (eq. 9).
+    """Identity rule for an element-wise `y = a(x)` with a(0) = 0 (AttnLRP eq. 9).
 
-    The gradient factor is y/x. At x = 0 the relevance x·g is 0 whatever the factor, so 0 is safe.
+    All relevance passes: the gradient factor is y/x. At x = 0 the relevance x·g is 0 for any
+    factor, so the factor is set to 0.
     """
     factor = torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
     return _ReplaceGradient.apply(x, y.detach(), factor.detach(), False)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def constant_scale(x: Tensor, y: Tensor, scale: Tensor, *, centred: bool = False) -> Tensor:
-    """Normalisation `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17).
+def constant_scale(x: Tensor, y: Tensor, scale: Tensor, *, centered: bool = False) -> Tensor:
+    """Normalization `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17).
 
-    `centred` is for `y = scale(x) * (x - mean(x)) + bias`; a bias takes relevance with it.
+    `centered` is for `y = scale(x) * (x - mean(x)) + bias`; a bias absorbs relevance.
     """
-    return _ReplaceGradient.apply(x, y.detach(), scale.detach(), centred)  # type: ignore[no-any-return, no-untyped-call]
+    return _ReplaceGradient.apply(x, y.detach(), scale.detach(), centered)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attention_inputs(
@@ -71,9 +72,9 @@ def attention_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value with the gradients that the rule set prescribes.
 
-    attnlrp: both matmuls are bilinear, each operand of one gets half of its relevance; query and
-    key pass two of them, so they get a quarter, the value a half; softmax keeps its gradient.
-    cp: attention weights are constants, the value takes all.
+    attnlrp: both matmuls are bilinear, so each operand gets half of the product's relevance. Query
+    and key pass through two matmuls and get a quarter, the value a half; softmax keeps its
+    gradient. cp: attention weights are constant, and the value gets all relevance.
     """
     if rules == "cp":
         return query.detach(), key.detach(), value
@@ -81,7 +82,7 @@ def attention_inputs(
 
 
 def attention(base: Callable[..., Any], rules: RuleSet) -> Callable[..., Any]:
-    """An attention function of transformers' interface around `base`, forward unchanged."""
+    """Wrap `base`, a function of transformers' attention interface; its forward is unchanged."""
 
     def forward(
         module: torch.nn.Module,

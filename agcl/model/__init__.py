@@ -1,1 +1,1 @@
-"""Loading, forwarding and adapting Hugging Face models."""
+"""Hugging Face models: loading, forward passes and adapters."""

@@ -1,11 +1,11 @@
-"""LoRA through PEFT: factors of an update are trained instead of the weights.
+"""LoRA through PEFT: train low-rank factors of an update instead of the weights.
 
-One adapter is trained on through all tasks, its A and B protected like weights; or a fresh one a
-task, whose A is kept orthogonal to those of the earlier tasks (O-LoRA, Wang 2023, arXiv 2310.14152)
-or to the inputs that they used (as in InfLoRA, Liang and Li 2024, arXiv 2404.00228).
+Either one adapter is trained on all tasks, with A and B protected like weights, or each task gets
+a new adapter whose A is kept orthogonal to those of earlier tasks (O-LoRA, Wang 2023, arXiv
+2310.14152) or to the inputs they used (as in InfLoRA, Liang and Li 2024, arXiv 2404.00228).
 
-Inside PEFT's wrapper, `peft_model.get_base_model()` is the model with its layers replaced: it is
-called, attributed and trained like any other, with names that do not begin with the wrapper's.
+`peft_model.get_base_model()` is the model inside PEFT's wrapper, with its layers replaced. It is
+called, attributed and trained like any other model; its names do not have the wrapper's prefix.
 """
 
 import json
@@ -25,10 +25,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def attach(
     model: PreTrainedModel, *, rank: int, alpha: float, seed: int, start: Path | None = None
 ) -> PeftModel:
-    """Put LoRA factors on the attributed linear layers; only they are trained then.
+    """Add trainable LoRA factors to the attributed linear layers and freeze everything else.
 
-    ΔW = (alpha / rank) B A with A (rank, in) drawn by the seed and B (out, rank) zero, or both
-    from the adapter in the folder `start`. Raises `InputError` where that is none of this rank.
+    ΔW = (alpha / rank) B A with A (rank, in) random from `seed` and B (out, rank) zero, or both
+    loaded from the adapter in `start`. Raises `InputError` if that is not an adapter of this rank.
     """
     if start is not None:
         _check(start, rank)
@@ -48,35 +48,35 @@ def attach(
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on its model, to be trained on."""
+    """Add a saved adapter to its model, trainable."""
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def save(peft_model: PeftModel, folder: Path, base: Path) -> None:
-    """Write an ordinary PEFT adapter, which says that it belongs to the model in `base`."""
+    """Write an ordinary PEFT adapter whose config names the model in `base`."""
     peft_model.peft_config["default"].base_model_name_or_path = str(base)
     peft_model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def merged(peft_model: PeftModel) -> PreTrainedModel:
-    """The model with the factors' products added to its weights."""
+    """The model with the adapter merged into its weights."""
     return cast(PreTrainedModel, peft_model.merge_and_unload()).requires_grad_(True)
 
 
 def removed(peft_model: PeftModel) -> PreTrainedModel:
-    """The model as it was before the factors were put on."""
+    """The model without the adapter."""
     return cast(PreTrainedModel, peft_model.unload()).requires_grad_(True)
 
 
 def factor_a(name: str) -> str:
-    """The name of the factor A on the weight of that name."""
+    """The parameter name of a weight's factor A."""
     return name.removesuffix(".weight") + ".lora_A.default.weight"
 
 
 def _check(folder: Path, rank: int) -> None:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise InputError(f"{folder}: no {file}, so no adapter to go on with")
+            raise InputError(f"{folder}: no {file}, so there is no adapter to continue from")
     found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("r")
     if found != rank:
-        raise InputError(f"{folder}: an adapter of rank {found}, not {rank} (adapter.rank)")
+        raise InputError(f"{folder}: the adapter has rank {found}, not {rank} (adapter.rank)")

@@ -1,4 +1,4 @@
-"""One forward pass: its precision, and logits only where they are looked at."""
+"""Forward passes: precision, checkpointing, compilation, and logits of answer tokens only."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,61 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agcl.errors import InputError
 from agcl.tasks.batches import Batch, answer_places
 
 Precision = Literal["float32", "bfloat16"]
-_VARIANTS = 64
-"""Of a compiled layer: by what of it is trained, kind of mask, one line or more. Beyond torch's own
-limit of 8 it would go on uncompiled."""
+_RECOMPILE_LIMIT = 64
+"""Variants of a compiled layer: trainable parameters, mask type, batch of one. Beyond torch's
+default limit of 8 it silently falls back to eager."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The context of a forward pass in a precision; weights stay as they are."""
+    """Context for a forward pass in the given precision; weights keep their dtype."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextmanager
-def quick_attention(model: PreTrainedModel, precision: Precision) -> Iterator[None]:
-    """While training in bfloat16 on a CPU, compute attention in float32, which is faster there.
-
-    For rows of up to 128 tokens the backward pass of torch's fused attention takes two to ten times
-    as long in bfloat16 (torch 2.13), for longer ones as long. Other devices, and models that do not
-    use torch's fused attention, are left alone.
-    """
-    before = model.config._attn_implementation
-    if precision == "float32" or model.device.type != "cpu" or before != "sdpa":
-        yield
-        return
-    fused = AttentionInterface()["sdpa"]
-
-    def in_float32(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return fused(module, query.float(), key.float(), value.float(), *args, **kwargs)
-
-    AttentionInterface.register("agcl_float32", in_float32)
-    AttentionMaskInterface.register("agcl_float32", AttentionMaskInterface()["sdpa"])
-    model.set_attn_implementation("agcl_float32")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
 def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
-    """While training, compute every layer's activations again in the backward pass.
+    """Recompute each layer's activations in the backward pass instead of storing them.
 
-    Memory for the activations of one layer in place of all of them, for another forward pass; the
-    same gradients to the bit, dropout included (Chen 2016, "Training deep nets with sublinear
-    memory cost"). Raises `ValueError` for a model whose layers cannot.
+    Holds the activations of one layer at a time, at the cost of a second forward pass. Gradients
+    are bit-identical, dropout included (Chen 2016, "Training deep nets with sublinear memory
+    cost"). Raises `ValueError` for a model that does not support it.
     """
     if not on:
         yield
@@ -78,11 +49,10 @@ def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterato
 def compiled(
     model: PreTrainedModel, on: bool = True, *, backend: str = "inductor"
 ) -> Iterator[None]:
-    """Run each of the model's layers through `torch.compile`, for any number of rows and tokens.
+    """Run the model's layers through `torch.compile`, with dynamic shapes.
 
-    Layer by layer, so that one compilation serves all that are alike, and the mask before them and
-    the head behind them are as without. The same numbers to rounding. Raises `InputError` where
-    torch cannot compile.
+    Layers are compiled one by one, so that identical layers share one compilation; embeddings,
+    mask and head stay eager. Results agree up to rounding. Raises `InputError` if compiling fails.
     """
     if not on:
         yield
@@ -91,11 +61,11 @@ def compiled(
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:
-        with dynamo_config.patch(recompile_limit=_VARIANTS):
+        with dynamo_config.patch(recompile_limit=_RECOMPILE_LIMIT):
             yield
     except BackendCompilerFailed as error:
         raise InputError(
-            "training.compile: torch.compile failed, which needs a C++ compiler (g++, or CXX): "
+            "training.compile: torch.compile failed; it needs a C++ compiler (g++ or $CXX): "
             f"{error.inner_exception}"
         ) from error
     finally:
@@ -104,11 +74,9 @@ def compiled(
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits that predict the answers' tokens, (answer tokens, vocabulary), row after row.
-
-    The head is applied to these positions alone. It has a fifth of the weights of a small model
-    with a large vocabulary, and its logits would be the largest tensor of the pass.
-    """
+    """Logits that predict the answer tokens, (answer tokens, vocabulary), row by row."""
+    # Apply the head to these positions only: with a large vocabulary it is a fifth of a small
+    # model's weights, and logits for all positions would be the largest tensor of the pass.
     places = answer_places(batch)
 
     def keep(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

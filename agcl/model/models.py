@@ -1,4 +1,4 @@
-"""Models and tokenizers: the built-in tiny one, loading, saving, and checks before loading."""
+"""Models and tokenizers: the built-in tiny model, loading, saving, and checks before loading."""
 
 import json
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def builtin_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on `texts`; encodes any text."""
+    """A byte-level BPE tokenizer trained on `texts`. It can encode any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def builtin_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrained
 
 
 def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama of 4 layers and width 128, about 0.8M parameters."""
+    """A randomly initialized Llama with 4 layers and width 128, about 0.8M parameters."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -64,10 +64,9 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """Load a causal language model in float32. No remote code, safetensors only.
+    """Load a causal language model in float32. No remote code, safetensors only, no dropout.
 
-    Dropout is switched off: nothing here was measured with it. Raises `InputError` where the files
-    lack a weight, which would be random.
+    Raises `InputError` if the files lack a weight; transformers would initialize it randomly.
     """
     loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -80,8 +79,8 @@ def load_model(folder: Path) -> PreTrainedModel:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"model.path: the weights in {folder} lack {len(missing)} of the model's, such as "
-            f"{missing[0]}"
+            f"model.path: the weights in {folder} lack {len(missing)} of the model's parameters, "
+            f"such as {missing[0]}"
         )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -102,22 +101,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that plain transformers loads. Called by every worker; the first one writes.
+    """Write a folder that transformers can load. Collective: only rank 0 writes.
 
-    Where the model is sharded the first worker needs CPU memory for the whole of it.
+    Rank 0 needs CPU memory for a whole sharded model.
     """
     state = None
     if sharding.is_sharded(model):
-        state = dict(sharding.on_first_worker(model.named_parameters()))
+        state = dict(sharding.on_rank_zero(model.named_parameters()))
     if distributed.rank() == 0:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Read a model folder's `config.json` after checking, without loading weights, that it can run.
+    """Check a model folder without loading weights; return its `config.json`.
 
-    Raises `InputError` naming the folder and what it lacks.
+    Raises `InputError` naming the folder and what is missing or unsupported.
     """
     file = folder / "config.json"
     if not folder.is_dir():
@@ -130,7 +129,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"model.path: {file} is not a JSON object")
     if "quantization_config" in config:
-        raise InputError(f"model.path: {folder} is quantised; agcl needs unquantised weights")
+        raise InputError(f"model.path: {folder} is quantized; agcl needs unquantized weights")
     architecture = (config.get("architectures") or ["(none named in config.json)"])[0]
     try:
         family_named(str(architecture))
@@ -142,14 +141,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise InputError(f"model.path: {folder} has no tokenizer (expected tokenizer.json)")
     try:
         empty_model(folder)
-    except Exception as error:  # Whatever a malformed value makes transformers raise.
+    except Exception as error:  # A malformed value can make transformers raise anything.
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model.path: {file} makes no model ({reason})") from None
+        raise InputError(f"model.path: cannot build a model from {file} ({reason})") from None
     return config
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
-    """The folder's model on the meta device: names and shapes of all parameters, no memory."""
+    """The folder's model on the meta device: parameter names and shapes without memory."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,4 +1,4 @@
-"""How importances change the steps of the optimizer."""
+"""How importances modulate the optimizer's steps."""
 
 from agcl.modulation.gate import gates
 from agcl.modulation.optimizer import GatedAdamW, GateOn

@@ -1,4 +1,4 @@
-"""Whether a protection did what it promises, from the weights before and after a task."""
+"""Self-checks: did a protection hold, judged by the weights before and after a task?"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from agcl.modulation.optimizer import GateOn
 
-_SAMPLED = 2_000_000
-"""Weights that the deciles are taken over, evenly spaced through all gated ones."""
-_LEAST_GAP = 0.2
-"""Difference of the mean gates of the outer deciles below which their movements say nothing."""
+_SAMPLE_SIZE = 2_000_000
+"""Weights in the sample for deciles, evenly spaced over all gated weights."""
+_MIN_GATE_GAP = 0.2
+"""Minimum difference between the outer deciles' mean gates for their movements to be compared."""
 
 
 class ProtectionFailed(ArithmeticError):
-    """Protected weights moved as if nothing protected them."""
+    """Protected weights moved as if they were not protected."""
 
 
 def check(
@@ -28,12 +28,17 @@ def check(
     steps: int,
     transposed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Measure gate and projection over a task of that many steps; None for what there is not.
+    """Measure gate and projection over a task of `steps` steps. A missing protection gives None.
 
-    `movement_by_decile`, `projection_leak` and `directions_taken` are those of the functions
-    below; `transposed` names weights stored (in, out). Raises `ProtectionFailed` where a projected
-    layer leaks more than rounding explains, or the most protected tenth of the weights moved more
-    than the least protected one.
+    - `movement_by_decile`: median |ΔW| of gated weights by decile of protection 1 - G, most
+      protected last, in units of the overall median (the mean if the median is 0).
+    - `projection_leak`: maximum over layers of ‖ΔW U‖ / (‖ΔW‖ sqrt(k / in)); 0 is fully protected,
+      about 1 unprotected.
+    - `directions_taken`: mean over layers of the fraction k / in of protected input directions.
+
+    `transposed` names weights stored (in, out). Raises `ProtectionFailed` if a projected layer
+    leaks more than rounding explains, or if the most protected decile moved more than the least
+    protected one.
     """
     measured: dict[str, Any] = {
         "movement_by_decile": None,
@@ -43,7 +48,8 @@ def check(
     if gate:
         movement, gates = _deciles(before, after, gate)
         measured["movement_by_decile"] = movement
-        if on == "update" and gates[0] - gates[-1] > _LEAST_GAP and movement[-1] > movement[0]:
+        comparable = on == "update" and gates[0] - gates[-1] > _MIN_GATE_GAP
+        if comparable and movement[-1] > movement[0]:
             raise ProtectionFailed(
                 f"the gate does not hold: the most protected weights moved {movement[-1]:.3g} "
                 f"times the median, the least protected {movement[0]:.3g} times"
@@ -54,45 +60,21 @@ def check(
             for name, u in basis.items()
         }
         measured["projection_leak"] = max(leak for leak, _ in leaks.values())
-        measured["directions_taken"] = directions_taken(basis)
+        shares = [u.shape[1] / u.shape[0] for u in basis.values()]
+        measured["directions_taken"] = sum(shares) / len(shares)
         for name, (leak, rounding) in leaks.items():
-            # Every step is rounded when it is added to the weight; steps near a weight's last place
-            # err in the same direction each time.
+            # Each step is rounded when added to the weight. For steps near the weight's precision
+            # the errors all have the same sign, so the bound grows with the number of steps.
             if leak > max(steps * rounding, 1e-3):
                 raise ProtectionFailed(
-                    f"the projection does not hold: {name} changed by {leak:.3g} of an unprotected "
-                    "update for inputs of earlier tasks"
+                    f"the projection does not hold: for inputs of earlier tasks {name} changed by "
+                    f"{leak:.3g} times an unprotected update"
                 )
     return measured
 
 
-def movement_by_decile(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], gate: Mapping[str, Tensor]
-) -> list[float]:
-    """Median |ΔW| by decile of protection 1 - G, the most protected last, over all gated weights.
-
-    In units of the overall median (of the mean, where the median is 0); all 0 where nothing moved.
-    Taken over an evenly spaced sample of two million weights.
-    """
-    return _deciles(before, after, gate)[0]
-
-
-def projection_leak(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], basis: Mapping[str, Tensor]
-) -> float:
-    """Largest over layers of ‖ΔW U‖ / (‖ΔW‖ sqrt(k / in)): 0 is kept, 1 as if unprotected."""
-    return max((_leak(before[n], after[n], u)[0] for n, u in basis.items()), default=0.0)
-
-
-def directions_taken(basis: Mapping[str, Tensor]) -> float:
-    """Mean over layers of the share k / in of input directions that are protected."""
-    return sum(u.shape[1] / u.shape[0] for u in basis.values()) / len(basis)
-
-
-def _leak(
-    before: Tensor, after: Tensor, basis: Tensor, transposed: bool = False
-) -> tuple[float, float]:
-    """The leak of one layer, and what rounding the weights once explains of it."""
+def _leak(before: Tensor, after: Tensor, basis: Tensor, transposed: bool) -> tuple[float, float]:
+    """One layer's leak, and the leak that rounding the weights once can cause."""
     change = after.double() - before.double()
     change = change.T if transposed else change
     size = change.norm()
@@ -107,8 +89,8 @@ def _leak(
 def _deciles(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], gate: Mapping[str, Tensor]
 ) -> tuple[list[float], list[float]]:
-    """Movement and mean gate by decile."""
-    step = max(1, sum(g.numel() for g in gate.values()) // _SAMPLED)
+    """Movement and mean gate by decile, over an evenly spaced sample."""
+    step = max(1, sum(g.numel() for g in gate.values()) // _SAMPLE_SIZE)
     moved = torch.cat(
         [(after[n].flatten()[::step] - before[n].flatten()[::step]).abs().float() for n in gate]
     )

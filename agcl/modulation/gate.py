@@ -1,10 +1,11 @@
-"""The gate: weights that past tasks relied on move less."""
+"""The gate: slows weights that past tasks relied on."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from agcl.importance import Importance, past_maximum
+from agcl.importance import Importance, scaled
 
 
 def gates(
@@ -12,15 +13,14 @@ def gates(
 ) -> dict[str, Tensor]:
     """G = 1 - min(1, α (max over past tasks of s)^γ) per weight, in [0, 1], float32.
 
-    α is `strength`, γ `exponent`, κ `log_scale` (see `importance.scaled`). The paper's eq. 12 is
-    α = γ = 1.
+    s is `importance.scaled` with κ = `log_scale`; α is `strength`, γ `exponent`. The paper's
+    eq. 12 has α = γ = 1.
     """
-    return {
-        name: past_maximum(past, name, log_scale)
-        .pow_(exponent)
-        .mul_(strength)
-        .clamp_(max=1)
-        .neg_()
-        .add_(1)
-        for name in past[0].entries
-    }
+
+    def gate(name: str) -> Tensor:
+        maximum = scaled(past[0].entries[name], log_scale)
+        for importance in past[1:]:
+            torch.maximum(maximum, scaled(importance.entries[name], log_scale), out=maximum)
+        return maximum.pow_(exponent).mul_(strength).clamp_(max=1).neg_().add_(1)
+
+    return {name: gate(name) for name in past[0].entries}

@@ -1,4 +1,4 @@
-"""What LoRA adapters add to protection: fresh factors kept away from what earlier tasks used."""
+"""Protection for LoRA: keep a new adapter's input directions away from those of earlier tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +11,15 @@ from torch import Tensor
 from agcl.model.adapter import WEIGHTS, factor_a
 from agcl.modulation.projection import project_out
 
-_BEFORE, _FACTOR_A = "base_model.model.", ".lora_A.weight"
+_PREFIX, _FACTOR_A = "base_model.model.", ".lora_A.weight"
 
 
 @torch.no_grad()
 def keep_away(peft_model: PeftModel, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove input directions, keyed by weight, from every factor A; the basis by A's names.
+    """Remove input directions (`basis`, keyed by weight name) from every factor A, in place.
 
-    With them removed from A and from all its updates, B A x is zero for any x among them.
+    Returns the basis keyed by the names of A. If the directions are also removed from all updates
+    of A, B A x is zero for every x in their span.
     """
     factors = dict(peft_model.get_base_model().named_parameters())
     by_factor = {factor_a(name): tensor for name, tensor in basis.items()}
@@ -28,32 +29,27 @@ def keep_away(peft_model: PeftModel, basis: Mapping[str, Tensor]) -> dict[str, T
 
 
 def directions(folders: Sequence[Path]) -> dict[str, Tensor]:
-    """The A of saved adapters, stacked: (sum of ranks, in) by the name of the weight."""
-    found: dict[str, list[Tensor]] = {}
+    """The factors A of saved adapters, stacked to (sum of ranks, in), keyed by weight name."""
+    factors: dict[str, list[Tensor]] = {}
     for folder in folders:
         for key, tensor in load_file(folder / WEIGHTS).items():
             if key.endswith(_FACTOR_A):
-                name = key.removeprefix(_BEFORE).removesuffix(_FACTOR_A) + ".weight"
-                found.setdefault(name, []).append(tensor)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+                name = key.removeprefix(_PREFIX).removesuffix(_FACTOR_A) + ".weight"
+                factors.setdefault(name, []).append(tensor)
+    return {name: torch.cat(parts) for name, parts in factors.items()}
 
 
 def orthogonality(
     peft_model: PeftModel, earlier: Mapping[str, Tensor], *, strength: float
 ) -> Callable[[], Tensor]:
-    """λ Σ |A_earlier Aᵀ| over layers and entries, λ the `strength`; called, it is differentiable.
+    """A function that computes the differentiable penalty λ Σ |A_earlier Aᵀ|, λ the `strength`.
 
-    The absolute value is that of the authors' code; the paper's eq. 8 squares the entries.
+    The sum is over layers and entries. Absolute values follow the authors' code (O-LoRA); eq. 8 of
+    the paper squares the entries.
     """
-    own = {
-        name.removeprefix(_BEFORE).removesuffix(".lora_A.default.weight") + ".weight": parameter
-        for name, parameter in peft_model.named_parameters()
-        if ".lora_A." in name
-    }
-    pairs = [
-        (tensor.to(own[name].device, own[name].dtype), own[name])
-        for name, tensor in earlier.items()
-    ]
+    factors = dict(peft_model.get_base_model().named_parameters())
+    current = {name: factors[factor_a(name)] for name in earlier}
+    pairs = [(old.to(current[name]), current[name]) for name, old in earlier.items()]
 
     def penalty() -> Tensor:
         return strength * torch.stack([(old @ new.T).abs().sum() for old, new in pairs]).sum()

@@ -1,4 +1,4 @@
-"""AdamW whose whole step is gated and projected, weight decay included."""
+"""AdamW with its whole step gated and projected, weight decay included."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -7,27 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from agcl.modulation.projection import taken_out
+from agcl.modulation.projection import projected_part
 from agcl.parallel.sharding import local, placed_like, replicated_like
 
 GateOn = Literal["update", "gradient"]
-_STEPS = 255
-_PART_ENTRIES = 2**24
-"""Weights, about, whose step is taken at once on a GPU: a copy of them is 64 MB."""
+_LEVELS = 255
+_CHUNK_ENTRIES = 2**24
+"""Approximate number of weights per chunk on a GPU; a float32 copy takes 64 MB."""
 
 
 class GatedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` with two changes to the step ΔW of protected weights.
 
-    `gate` multiplies it entry by entry: with `on="update"` the finished step (Adam divides by
-    the gradient's running size, so a constant factor on the gradient cancels), with
-    `on="gradient"` the gradient before Adam and the weight decay, the paper's literal form.
-    `basis` then removes input directions from it, ΔW (I - U Uᵀ).
+    `gate` multiplies element-wise: with `on="update"` the finished step (a constant factor on the
+    gradient cancels, since Adam divides by the gradient's running magnitude); with
+    `on="gradient"` the gradient before Adam, and the weight decay, which is the paper's form.
+    `basis` then removes input directions from the step, ΔW (I - U Uᵀ).
 
-    Sharded parameters have gates and states sharded like them, and whole bases.
-
-    Where the gate is 1 the step equals `torch.optim.AdamW(fused=True)`'s bit for bit; where it is 0
-    the weight keeps its bits. Gates are kept in a byte, in steps of 1/255.
+    Where the gate is 1 the step is bit-identical to `torch.optim.AdamW(fused=True)`; where it is 0
+    the weight does not change. Gates are stored in one byte, in steps of 1/255. Gates and states
+    of sharded parameters are sharded alike; bases are replicated.
     """
 
     def __init__(
@@ -45,15 +44,14 @@ class GatedAdamW(torch.optim.AdamW):
     ) -> None:
         """`params` are named; `gate` (out, in) and `basis` (in, k) are keyed by those names.
 
-        `transposed` names weights stored (in, out), as GPT-2's are; their gates are (in, out) too.
-
-        Raises `ValueError` for a name that is not among the parameters or a shape that differs.
+        `transposed` names weights stored (in, out), such as GPT-2's; their gates are (in, out) too.
+        Raises `ValueError` for an unknown parameter name or a wrong shape.
         """
         named = list(params)
         super().__init__(named, lr, betas, eps, weight_decay, foreach=False)
         self.on = on
         self.held: dict[Tensor, Tensor] = {}
-        """How much of a gated weight's step is taken back: 1 - gate, in steps of 1/255."""
+        """Fraction of a gated weight's step that is undone: 1 - gate, in steps of 1/255."""
         self.basis: dict[Tensor, Tensor] = {}
         self.transposed: set[Tensor] = set()
         by_name = dict(named)
@@ -61,8 +59,8 @@ class GatedAdamW(torch.optim.AdamW):
             parameter = by_name.get(name)
             if parameter is None or tensor.shape != parameter.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
-            steps = (1 - tensor.to(parameter.device)).mul_(_STEPS).round_()
-            self.held[parameter] = placed_like(steps.to(torch.uint8), parameter)
+            levels = (1 - tensor.to(parameter.device)).mul_(_LEVELS).round_()
+            self.held[parameter] = placed_like(levels.to(torch.uint8), parameter)
         for name, tensor in (basis or {}).items():
             parameter = by_name.get(name)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
@@ -74,7 +72,7 @@ class GatedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; parameters without a gradient stay."""
+        """Take one step. Parameters without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,37 +84,37 @@ class GatedAdamW(torch.optim.AdamW):
             protected = {*gated, *projected}
             free = [p for p in moving if p not in protected]
             self._adamw(free, _gradients(free), group, group["weight_decay"])
-            for part in (*_parts(gated), *_parts(projected)):
-                self._protected(part, group)
+            for chunk in (*_chunks(gated), *_chunks(projected)):
+                self._protected_step(chunk, group)
         return loss
 
-    def _protected(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """The step of parameters that all have a gate, or all have only a basis."""
+    def _protected_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Step parameters that either all have a gate or all have only a basis."""
         before = _copies(parameters, like=parameters)
         gated = [p for p in parameters if p in self.held]
         held = _copies([self.held[p] for p in gated], like=gated)
         if held:
-            torch._foreach_div_(held, _STEPS)
+            torch._foreach_div_(held, _LEVELS)
         gradients, decay = _gradients(parameters), group["weight_decay"]
-        # lerp returns its ends exactly for weights 0 and 1.
+        # lerp returns its endpoints exactly for weights 0 and 1.
         if held and self.on == "gradient":
             torch._foreach_mul_(parameters, 1 - group["lr"] * decay)
             torch._foreach_lerp_(parameters, before, held)
-            passed = [g * (1 - share) for g, share in zip(gradients, held, strict=True)]
-            self._adamw(parameters, passed, group, weight_decay=0.0)
+            scaled = [g * (1 - share) for g, share in zip(gradients, held, strict=True)]
+            self._adamw(parameters, scaled, group, weight_decay=0.0)
         else:
             self._adamw(parameters, gradients, group, decay)
             if held:
                 torch._foreach_lerp_(parameters, before, held)
         based = [(p, old) for p, old in zip(parameters, before, strict=True) if p in self.basis]
         if based:
-            now, back = [p for p, _ in based], [old for _, old in based]
-            torch._foreach_sub_(back, now)  # The step with its sign turned.
-            taken = [
-                taken_out(step, self.basis[p], transposed=p in self.transposed)
-                for p, step in zip(now, back, strict=True)
+            moved, negative_steps = [p for p, _ in based], [old for _, old in based]
+            torch._foreach_sub_(negative_steps, moved)
+            removed = [
+                projected_part(step, self.basis[p], transposed=p in self.transposed)
+                for p, step in zip(moved, negative_steps, strict=True)
             ]
-            torch._foreach_add_(now, taken)
+            torch._foreach_add_(moved, removed)
 
     def _adamw(
         self,
@@ -125,7 +123,7 @@ class GatedAdamW(torch.optim.AdamW):
         group: dict[str, Any],
         weight_decay: float,
     ) -> None:
-        """Torch's own fused AdamW: one pass over weights, gradients and states."""
+        """Torch's fused AdamW: one pass over weights, gradients and states."""
         if not parameters:
             return
         states = [self.state[parameter] for parameter in parameters]
@@ -153,27 +151,26 @@ class GatedAdamW(torch.optim.AdamW):
 
 
 def _copies(tensors: list[Tensor], *, like: list[Tensor]) -> list[Tensor]:
-    """Copies of the type of others, which on a GPU are made all at once."""
-    made = [torch.empty_like(each) for each in like]
-    if made:
-        torch._foreach_copy_([local(each) for each in made], [local(each) for each in tensors])
-    return made
+    """Copies with the dtype and placement of `like`; on a GPU one kernel makes them all."""
+    copies = [torch.empty_like(each) for each in like]
+    if copies:
+        torch._foreach_copy_([local(each) for each in copies], [local(each) for each in tensors])
+    return copies
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """On a GPU many at once, as starting its work takes longer than the work; else one by one.
-
-    Copies of a part and of its gates are what protection adds to the memory of a step.
-    """
-    part: list[Tensor] = []
+def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Chunks of about `_CHUNK_ENTRIES` weights on a GPU, single parameters on a CPU."""
+    # On a GPU kernel launches dominate, so many parameters are stepped at once. Chunks bound the
+    # extra memory of a protected step: copies of the chunk's weights and gates.
+    chunk: list[Tensor] = []
     for parameter in parameters:
-        part.append(parameter)
-        if not parameter.is_cuda or sum(p.numel() for p in part) >= _PART_ENTRIES:
-            yield part
-            part = []
-    if part:
-        yield part
+        chunk.append(parameter)
+        if not parameter.is_cuda or sum(p.numel() for p in chunk) >= _CHUNK_ENTRIES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -12,19 +12,20 @@ from agcl.parallel.sharding import placed_like, whole
 def quadratic_penalty(
     parameters: Mapping[str, nn.Parameter], past: Sequence[Importance], *, strength: float
 ) -> Callable[[], Tensor]:
-    """½ λ Σ_i F_i (θ_i - θ*_i)², λ the `strength`; calling it adds its gradient to `.grad`.
+    """A function that adds the gradient of ½ λ Σ_i F_i (θ_i - θ*_i)² to `.grad` and returns its
+    value; λ is the `strength`.
 
-    F is the sum over past tasks of their importance's positive entries, unscaled, and θ* the
-    parameters as they are now: the online form with one anchor (Schwarz 2018, γ = 1), so memory
-    does not grow with the tasks. It holds one copy of the penalised weights and F in float32.
-    Gives the penalty's value. Raises `ValueError` for an importance of other parameters.
+    F is the sum over past tasks of the positive importance entries, unscaled, and θ* the current
+    parameters. This is the online form with one anchor (Schwarz 2018, γ = 1): memory does not grow
+    with the number of tasks. It holds one copy of the penalized weights, and F in float32. Raises
+    `ValueError` for an importance of other parameters.
     """
     anchors: dict[str, Tensor] = {}
     fisher: dict[str, Tensor] = {}
     for name, entries in past[0].entries.items():
         parameter = parameters.get(name)
         if parameter is None or entries.shape != parameter.shape:
-            raise ValueError(f"no parameter {name} of shape {tuple(entries.shape)} to penalise")
+            raise ValueError(f"no parameter {name} of shape {tuple(entries.shape)} to penalize")
         anchors[name] = parameter.detach().clone()
         fisher[name] = torch.zeros_like(anchors[name])
         for importance in past:

@@ -1,7 +1,7 @@
-"""Projection: updates that leave the outputs for old tasks' inputs as they are.
+"""Projection: updates that do not change a layer's outputs for old tasks' inputs.
 
-Prior art: Gradient Projection Memory (Saha 2021), Adam-NSCL (Wang 2021). New here: inputs weigh
-by the relevance that passes through them.
+Prior art: Gradient Projection Memory (Saha 2021), Adam-NSCL (Wang 2021). New here: inputs are
+weighted by the relevance that passes through them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,16 @@ from agcl.importance import Importance
 def bases(
     past: Sequence[Importance], *, energy: float, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Per weight the input directions to protect, (in, k) with orthonormal columns, float32.
+    """Input directions to protect, per weight: (in, k) with orthonormal columns, float32, CPU.
 
-    They are found on `device` and given on the CPU.
-
-    The moments are summed over past tasks; their leading eigenvectors are taken until they hold
-    the share `energy` of the trace. k = 0 for energy 0. Raises `ValueError` for an importance
-    without moments.
+    The fewest leading eigenvectors of the past tasks' summed moments that hold the fraction
+    `energy` of the trace; k = 0 for energy 0. Computed on `device`. Raises `ValueError` for an
+    importance without moments.
     """
-    missing = [i for i in past if not i.moments]
-    if missing:
+    if not all(i.moments for i in past):
         raise ValueError("an importance has no input moments; projection needs them")
     return {
-        # Summed in float64, one task's at a time; directions are found in half the time in float32.
+        # Summed in float64, one task at a time; decomposed in float32, which takes half the time.
         name: leading_directions(
             reduce(torch.add, (i.moments[name].to(device).double() for i in past)).float(), energy
         ).cpu()
@@ -37,7 +34,7 @@ def bases(
 
 
 def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-    """Random orthonormal directions, as many a weight as `like` has: the projection's control."""
+    """Random orthonormal directions, as many per weight as in `like`: the projection's control."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.linalg.qr(torch.randn(basis.shape, generator=generator))[0]
@@ -46,7 +43,7 @@ def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
 
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:
-    """The fewest leading eigenvectors of a symmetric PSD matrix with `energy` of its trace."""
+    """The fewest leading eigenvectors of a symmetric PSD matrix that hold `energy` of its trace."""
     ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(moment)
     values, vectors = ascending[0].flip(0).clamp(min=0), ascending[1].flip(1)
     trace = values.sum()
@@ -57,10 +54,10 @@ def leading_directions(moment: Tensor, energy: float) -> Tensor:
     return vectors[:, :rank].float().contiguous()
 
 
-def taken_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
-    """ΔW U Uᵀ, what the projection takes out of an update, without forming U Uᵀ.
+def projected_part(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
+    """ΔW U Uᵀ, the part of an update that projection removes, without forming U Uᵀ.
 
-    `update` is ΔW (out, in), or (in, out) `transposed`, and `basis` U (in, k).
+    `update` is ΔW (out, in), or (in, out) if `transposed`; `basis` is U (in, k).
     """
     if transposed:
         return basis @ (basis.T @ update)
@@ -68,5 +65,5 @@ def taken_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Ten
 
 
 def project_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
-    """ΔW (I - U Uᵀ), shapes as in `taken_out`."""
-    return update - taken_out(update, basis, transposed=transposed)
+    """ΔW (I - U Uᵀ); shapes as in `projected_part`."""
+    return update - projected_part(update, basis, transposed=transposed)

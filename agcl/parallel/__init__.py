@@ -1,1 +1,1 @@
-"""Collectives and sharding over workers."""
+"""Collectives and sharding over ranks."""

@@ -1,4 +1,4 @@
-"""The few collectives agcl needs; every function is the identity in a single process."""
+"""The collectives agcl needs. In a single process every function is the identity."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -11,34 +11,34 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of workers."""
+    """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this worker, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier() -> None:
-    """Wait for every worker."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
-def in_turn(number: int) -> Iterator[tuple[int, bool]]:
-    """Which of so many pieces of work this worker takes, and whether each counts.
+def in_turn(count: int) -> Iterator[tuple[int, bool]]:
+    """Round-robin share of this rank as (index, counts).
 
-    All workers take equally many, since a sharded model's forward needs them all: who has no piece
-    left takes the last one again, in the time of the others, and what comes of it must not count.
+    All ranks iterate equally often, since a sharded model's forward pass needs them all. A rank
+    that runs out repeats the last index with counts=False.
     """
-    for first in range(0, number, world_size()):
-        mine = first + rank()
-        yield min(mine, number - 1), mine < number
+    for first in range(0, count, world_size()):
+        index = first + rank()
+        yield min(index, count - 1), index < count
 
 
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
-    """Add the same tensor of every worker, in place, as one flat message a dtype."""
+    """Sum each tensor over all ranks, in place, in one flat message per dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors if world_size() > 1 else ():
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -50,7 +50,7 @@ def sum_in_place(tensors: Iterable[Tensor]) -> None:
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """The same-shaped tensor of every worker, in rank order."""
+    """Every rank's tensor, in rank order. Shapes must be equal."""
     if world_size() == 1:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -59,14 +59,14 @@ def gather(tensor: Tensor) -> list[Tensor]:
 
 
 def broadcast(tensor: Tensor, source: int) -> Tensor:
-    """The same-shaped tensor of one worker, on every worker, in place."""
+    """Overwrite the tensor on every rank with that of rank `source`. Shapes must be equal."""
     if world_size() > 1:
         dist.broadcast(tensor, source)
     return tensor
 
 
 def broadcast_object(value: T) -> T:
-    """The first worker's value, which must be picklable, on every worker."""
+    """Rank 0's value, on every rank. It must be picklable."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)

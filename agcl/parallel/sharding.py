@@ -1,8 +1,8 @@
-"""Models that no device holds whole: parameters sharded over the workers (FSDP2).
+"""Models too large for one device: parameters sharded over ranks (FSDP2).
 
-A sharded parameter is a `DTensor` of which every worker holds some rows; torch gathers a layer's
-before its forward and backward, and leaves each worker the sum over all workers of its rows'
-gradient (ZeRO stage 3, Rajbhandari 2020). So every forward and backward needs all workers at once.
+A sharded parameter is a `DTensor`; every rank holds some of its rows. Torch gathers a layer's
+parameters before its forward and backward pass, and leaves each rank the sum over all ranks of its
+rows' gradient (ZeRO stage 3, Rajbhandari 2020). Forward and backward passes are thus collective.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,63 +18,67 @@ from agcl.parallel import distributed
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Shard a model that every worker has, layer by layer, on to the workers' devices, in place.
+    """Shard a model that every rank has loaded over the ranks' devices, layer by layer, in place.
 
-    A device holds at most a layer, or embeddings and head, besides its share. Needs an initialised
-    process group.
+    Besides its share, a device holds at most one layer, or embeddings and head. Needs an
+    initialized process group.
     """
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in model.modules():
-        if isinstance(module, nn.ModuleList):  # The layers, of every family.
+        if isinstance(module, nn.ModuleList):  # The layers, in every family.
             for layer in module:
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # Sums: the loss is divided by all its tokens.
+            # Sum, not average: the loss is already divided by the global number of tokens.
+            module.set_gradient_divide_factor(1.0)
             if device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # All that gloo has.
+                module.set_force_sum_reduction_for_comms(True)  # gloo can only sum.
     return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model went through `shard`."""
+    """Whether a model was sharded by `shard`."""
     return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's values, gathered, which needs every worker; another one as it is."""
+    """Gather a sharded tensor (collective); any other tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This worker's share of a sharded tensor, in the same memory; another one as it is."""
+    """This rank's shard, sharing memory; any other tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that all workers have, of a parameter's shape, on its device and sharded like it."""
+    """Place a tensor like a parameter of its shape: same device and sharding.
+
+    Every rank must have the whole tensor.
+    """
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device)
-    # None: every worker cuts out its own rows.
+    # src_data_rank=None: every rank takes its own rows, without communication.
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that all workers have, on a parameter's device, as one that all keep whole."""
+    """Put a tensor that every rank has on a parameter's device, replicated over its mesh."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device)
     mesh = parameter.device_mesh
     return DTensor.from_local(tensor.to(parameter.device), mesh, [Replicate()], run_check=False)
 
 
-def on_first_worker(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole and on the CPU, for the first worker; none for the others.
+def on_rank_zero(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors on the CPU of rank 0; nothing on other ranks.
 
-    Every worker must go through them to the end, since a sharded tensor takes all to gather.
+    Collective: every rank must exhaust the iterator, since gathering needs all ranks.
     """
     for name, tensor in tensors:
-        found = whole(tensor.detach())
+        gathered = whole(tensor.detach())
         if distributed.rank() == 0:
-            yield name, found.cpu()
+            yield name, gathered.cpu()

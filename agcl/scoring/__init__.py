@@ -1,1 +1,1 @@
-"""Scoring a model's answers: teacher-forced, generated, and the scorers."""
+"""Scoring a model's answers: teacher-forced or generated, and the scorers."""

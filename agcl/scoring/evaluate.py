@@ -1,4 +1,4 @@
-"""Greedy exact match by one teacher-forced forward pass, and the loss on plain text."""
+"""Greedy exact match in one teacher-forced forward pass, and the loss on plain text."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from agcl.parallel import distributed
 from agcl.tasks import Encoded, Rows
 from agcl.tasks.batches import Batch, answer_places, answer_tokens, by_length, collate, in_order
 
-_WINDOW, _WINDOWS = 512, 4
-"""Tokens a window of text, and windows a forward pass."""
+_WINDOW_TOKENS, _WINDOW_BATCH_SIZE = 512, 4
+"""Tokens per window of text, and windows per forward pass."""
 
 
 def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
-    """Whether greedy decoding would produce exactly the answer and its end, (rows,) bool.
+    """Whether greedy decoding would produce exactly the answer and its end token, (rows,) bool.
 
-    `logits` are those of `answer_logits`. Greedy decoding emits the arg-max token by token. If
-    every arg-max of a teacher-forced pass equals the answer's token, decoding sees the same
-    prefixes and emits the same tokens; if one differs, decoding departs from the answer there. So
-    the verdicts agree.
+    `logits` are those of `answer_logits`.
     """
+    # Greedy decoding emits the argmax token by token. If all teacher-forced argmaxes equal the
+    # answer, decoding sees the same prefixes and emits the same tokens; otherwise it leaves the
+    # answer at the first difference. Both give the same verdict.
     places = answer_places(batch)
     hit = torch.ones_like(places)
     hit[places] = logits.argmax(-1) == answer_tokens(batch)
@@ -37,7 +37,7 @@ def exact_match(
     batch_size: int,
     precision: Precision = "float32",
 ) -> list[bool]:
-    """Exact-match verdict of every row, in row order, the same list on every worker."""
+    """Whether each row is answered exactly, in row order. Collective: same result on every rank."""
     predicted = predict(model, rows, batch_size=batch_size, precision=precision)
     return [ids == rows[i].input_ids[rows[i].prompt_tokens :] for i, ids in enumerate(predicted)]
 
@@ -50,12 +50,11 @@ def predict(
     batch_size: int,
     precision: Precision = "float32",
 ) -> list[list[int]]:
-    """Arg-max token at every answer token of every row, teacher-forced, the same on every worker.
+    """Teacher-forced argmax token for every answer token of every row.
 
-    Equal to the answer where greedy decoding would give it (see `answered_correctly`); from the
-    first wrong token on, what the model would say had it been right until there. Rows of like
-    length share a batch; batches do not depend on the number of workers: each takes whole ones in
-    turn.
+    Equals the answer exactly if greedy decoding would produce it (see `answered_correctly`). After
+    a wrong token, later predictions still see the correct prefix. Rows of similar length share a
+    batch; batches do not depend on the number of ranks. Collective: same result on every rank.
     """
     was_training = model.training
     model.eval()
@@ -69,8 +68,8 @@ def predict(
         batch = collate([rows[i] for i in indices]).to(device)
         with autocast(device, precision):
             logits = answer_logits(model, batch)
-        chosen = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
-        for i, tokens in zip(indices, chosen, strict=True) if counts else ():
+        per_row = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
+        for i, tokens in zip(indices, per_row, strict=True) if counts else ():
             predicted[i, : lengths[i]] = tokens
     distributed.sum_in_place([predicted])
     model.train(was_training)
@@ -81,12 +80,13 @@ def predict(
 def text_loss(
     model: PreTrainedModel, token_ids: Sequence[int], *, precision: Precision = "float32"
 ) -> float:
-    """Mean negative log-likelihood of a text's tokens, in nats, the same on every worker.
+    """Mean negative log-likelihood of a text's tokens, in nats per token.
 
-    The text is cut into windows of 512 tokens (or what the model takes), each read on its own; the
-    first token of each is not scored. Raises `ValueError` for a text of less than two tokens.
+    The text is split into independent windows of 512 tokens (or the model's maximum); the first
+    token of each is not scored. Collective: same result on every rank. Raises `ValueError` for a
+    text of fewer than two tokens.
     """
-    size = min(_WINDOW, model.config.max_position_embeddings)
+    size = min(_WINDOW_TOKENS, model.config.max_position_embeddings)
     windows = [Encoded(list(token_ids[i : i + size]), 1) for i in range(0, len(token_ids), size)]
     windows = [window for window in windows if len(window.input_ids) > 1]
     if not windows:
@@ -94,7 +94,7 @@ def text_loss(
     was_training = model.training
     model.eval()
     total = torch.zeros(len(windows), dtype=torch.float64, device=model.device)
-    batches = in_order(len(windows), _WINDOWS)
+    batches = in_order(len(windows), _WINDOW_BATCH_SIZE)
     for number, counts in distributed.in_turn(len(batches)):
         indices = batches[number]
         batch = collate([windows[i] for i in indices]).to(model.device)

@@ -1,4 +1,4 @@
-"""Greedy decoding in batches, for scorers that need the model's own text."""
+"""Batched greedy decoding, for scorers that need generated text."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -21,15 +21,15 @@ def generate(
     batch_size: int,
     precision: Precision = "float32",
 ) -> list[list[int]]:
-    """The greedy continuation of every prompt, without its `end` token, the same on every worker.
+    """Greedy continuation of every prompt, up to `end` (excluded) or `max_new_tokens`.
 
-    Stops at `end` or after `max_new_tokens`. Prompts of like length share a batch, padded on the
-    left; batches do not depend on the number of workers, who take them in turn. What the model's
-    folder says about sampling or penalties does not count.
+    Prompts of similar length share a left-padded batch; batches do not depend on the number of
+    ranks. The model's own generation config (sampling, penalties) is ignored. Collective: same
+    result on every rank.
     """
     was_training, configured = model.training, model.generation_config
     model.eval()
-    # In place of the model's own: what an argument leaves open would be taken from there.
+    # Replace the model's config: `generate` would take every unset option from it.
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -38,21 +38,21 @@ def generate(
         pad_token_id=end,
         use_cache=True,
     )
-    # Shared by summing: rows of other workers stay zero.
-    found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int32, device=model.device)
+    # Summed over ranks at the end: each rank leaves the others' rows at zero.
+    generated = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int32, device=model.device)
     batches = by_length([len(prompt) for prompt in prompts], batch_size)
     try:
         for number, counts in distributed.in_turn(len(batches)):
             indices = batches[number]
             new = _continue(model, [prompts[i] for i in indices], end, precision)
             if counts:
-                found[indices] = end
-                found[indices, : new.shape[1]] = new.to(torch.int32)
+                generated[indices] = end
+                generated[indices, : new.shape[1]] = new.to(torch.int32)
     finally:
         model.generation_config = configured
         model.train(was_training)
-    distributed.sum_in_place([found])
-    return [_until(end, ids) for ids in found.tolist()]
+    distributed.sum_in_place([generated])
+    return [ids[: ids.index(end)] if end in ids else ids for ids in generated.tolist()]
 
 
 def _continue(
@@ -69,10 +69,7 @@ def _continue(
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            synced_gpus=sharding.is_sharded(model),  # Who is done goes on until all are.
+            # Ranks of a sharded model keep running forward passes until all have finished.
+            synced_gpus=sharding.is_sharded(model),
         )
     return cast(torch.Tensor, out)[:, width:]
-
-
-def _until(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids

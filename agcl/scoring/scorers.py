@@ -1,6 +1,6 @@
 """Scorers: plain functions (prediction, reference) -> number in [0, 1].
 
-One that needs the question has a third parameter, `prompt`.
+A scorer that needs the question has a third parameter, `prompt`.
 """
 
 import importlib
@@ -20,33 +20,33 @@ from agcl.errors import InputError
 
 Scorer = Callable[..., float]
 TEACHER_FORCED = "exact_match"
-"""The one scorer that needs no text: one forward pass tells whether greedy decoding would give
-exactly the answer's tokens (`agcl/scoring/evaluate.py`)."""
+"""The one scorer that needs no generated text: a forward pass decides whether greedy decoding would
+produce the answer's tokens (`agcl/scoring/evaluate.py`)."""
 RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match")
-"""Scorers that count a whole answer as right or wrong; others give part of the score."""
+"""Scorers that score an answer 0 or 1; the others give partial credit."""
 
-# Chinese and Japanese are not written with spaces: a character is a word.
+# Chinese and Japanese are written without spaces: each character counts as a word.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 _ARTICLES = {"a", "an", "the"}
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where both are the same but for white space around them."""
+    """1 if both are equal except for surrounding whitespace."""
     return float(prediction.strip() == reference.strip())
 
 
 def normalised_exact_match(prediction: str, reference: str) -> float:
-    """1 where both are the same without case, punctuation and white space (O-LoRA's benchmark)."""
+    """1 if both are equal ignoring case, punctuation and whitespace (O-LoRA's benchmark)."""
     return float(_normalised(prediction) == _normalised(reference))
 
 
 def first_character(prediction: str, reference: str) -> float:
-    """1 where both begin with the same character (TRACE, ScienceQA: the letter of the choice)."""
+    """1 if both start with the same character (TRACE, ScienceQA: the letter of the choice)."""
     return float(prediction.strip()[:1] == reference.strip()[:1])
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of their words without case, punctuation and articles (SQuAD, Rajpurkar 2016)."""
+    """F1 of words, ignoring case, punctuation and articles (SQuAD, Rajpurkar 2016)."""
     predicted, expected = (
         Counter(word for word in words(text) if word not in _ARTICLES and not _is_punctuation(word))
         for text in (prediction, reference)
@@ -70,16 +70,15 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def edit_similarity(prediction: str, reference: str) -> float:
-    """1 minus insertions and deletions over the summed lengths (TRACE, Py150: `fuzz.ratio`)."""
+    """1 minus insertions and deletions over the total length (TRACE, Py150: `fuzz.ratio`)."""
     return fuzz.ratio(prediction.strip(), reference.strip()) / 100
 
 
 def sari(prediction: str, reference: str, prompt: str) -> float:
     """SARI of a simplification of `prompt` (Xu 2016, eqs. 3-8), n-grams of 1 to 4 words.
 
-    The mean of three scores: words kept (F1), deleted (precision) and added (F1), each counted
-    against the reference. An empty denominator counts as 1, as in the implementation of Hugging
-    Face's `evaluate`.
+    Mean of the scores for words kept (F1), deleted (precision) and added (F1), each against the
+    reference. An empty denominator scores 1, as in Hugging Face's `evaluate`.
     """
     return sari_of(prompt, prediction, [reference])
 
@@ -110,21 +109,21 @@ SCORERS: dict[str, Scorer] = {
 
 
 def scorer_named(name: str, key: str = "scorer") -> Scorer:
-    """The scorer of that name, or a user's own by `package.module:function`.
+    """The scorer of that name, or a custom one given as `package.module:function`.
 
-    Raises `InputError`, beginning with the config's `key`, where there is none.
+    Raises `InputError` that starts with the config `key` if there is no such scorer.
     """
     if name in SCORERS:
         return SCORERS[name]
     module, colon, function = name.partition(":")
     if not colon:
         raise InputError(
-            f"{key}: no scorer {name!r} (there are {', '.join(SCORERS)}; your own is "
+            f"{key}: no scorer {name!r} (choose from {', '.join(SCORERS)}, or your own as "
             "package.module:function)"
         )
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # Of the user's module, or of a name that is none.
+    except Exception as error:  # Not a module name, or anything the user's module raises.
         raise InputError(f"{key}: {module!r} cannot be imported ({error})") from None
     found: Any = getattr(imported, function, None)
     if found is None:
@@ -137,7 +136,7 @@ def scorer_named(name: str, key: str = "scorer") -> Scorer:
 
 
 def score(scorer: Scorer, prediction: str, reference: str, prompt: str) -> float:
-    """What a scorer says of one answer."""
+    """Score one answer."""
     arguments = (
         (prediction, reference, prompt) if _takes_prompt(scorer) else (prediction, reference)
     )
@@ -145,7 +144,7 @@ def score(scorer: Scorer, prediction: str, reference: str, prompt: str) -> float
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, and punctuation marks."""
+    """Lowercase words and punctuation marks."""
     return _WORDS.findall(text.lower())
 
 
@@ -174,29 +173,29 @@ def _sari_n(
     predicted: Counter[tuple[str, ...]],
     references: Sequence[Counter[tuple[str, ...]]],
 ) -> tuple[float, float, float]:
-    """Scores of what is kept, deleted and added, for n-grams of one length."""
+    """Scores for n-grams of one length kept, deleted and added."""
     expected = sum(references, Counter())
-    # Counts are compared with those of all references together.
+    # Counts are multiplied to compare with those of all references together.
     source_all, predicted_all = (
         Counter({gram: count * len(references) for gram, count in grams.items()})
         for grams in (source, predicted)
     )
     kept, to_keep = source_all & predicted_all, source_all & expected
-    rightly_kept = kept & expected
+    correctly_kept = kept & expected
     keep = _f1(
-        _mean_share(rightly_kept, kept),
-        rightly_kept.total() / to_keep.total() if to_keep else 1.0,
+        _mean_share(correctly_kept, kept),
+        correctly_kept.total() / to_keep.total() if to_keep else 1.0,
     )
     deleted = source_all - predicted_all
     delete = _mean_share(deleted - expected, deleted)
     added, to_add = set(predicted) - set(source), set(expected) - set(source)
-    rightly_added = len(added & to_add)
+    correctly_added = len(added & to_add)
     add = _f1(
-        rightly_added / len(added) if added else 1.0,
-        rightly_added / len(to_add) if to_add else 1.0,
+        correctly_added / len(added) if added else 1.0,
+        correctly_added / len(to_add) if to_add else 1.0,
     )
     return keep, delete, add
 
 
-def _mean_share(good: Counter[tuple[str, ...]], of: Counter[tuple[str, ...]]) -> float:
-    return fmean(good[gram] / count for gram, count in of.items()) if of else 1.0
+def _mean_share(correct: Counter[tuple[str, ...]], total: Counter[tuple[str, ...]]) -> float:
+    return fmean(correct[gram] / count for gram, count in total.items()) if total else 1.0

@@ -1,4 +1,4 @@
-"""Task formats and their encoding. A format is one module with a function returning `Task`s."""
+"""Task formats and their encoding. A format is a module with a function that returns a `Task`."""
 
 from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, MixedRows, Rows, encode, sample
 from agcl.tasks.task import (

@@ -1,4 +1,4 @@
-"""Rows to padded or packed batches, in an order of the seed and never of the workers."""
+"""Padded or packed batches of rows. Their order depends on the seed, never on the ranks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,28 +10,28 @@ from torch import Tensor
 from agcl.tasks import Encoded
 
 IGNORED = -100
-"""Label of tokens that no loss or score counts: the prompt and the padding."""
-_LINE = 256
-"""Tokens of a packed line, about: few enough that attention, which looks at the whole line, costs
-little beside the linear layers."""
+"""Label of tokens excluded from losses and scores: prompt and padding."""
+_LINE_TOKENS = 256
+"""Approximate length of a packed line: short enough that attention over the whole line is cheap
+compared with the linear layers."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. Causal attention never looks at padding, so there is no mask.
+    """Right-padded rows. Causal attention never sees the padding, so there is no mask.
 
-    In a packed batch a line holds several rows, one after the other.
+    In a packed batch a line holds several consecutive rows; otherwise a line is a row.
     """
 
     input_ids: Tensor
-    """(lines, tokens); a line is a row, if the batch is not packed"""
+    """(lines, tokens)"""
     labels: Tensor
-    """(lines, tokens): the id on answer tokens, `IGNORED` elsewhere; not shifted."""
+    """(lines, tokens): token id on answer tokens, `IGNORED` elsewhere; not shifted."""
     lengths: Tensor
-    """(lines,): tokens before the padding."""
+    """(lines,): number of tokens before the padding."""
     position_ids: Tensor | None = None
-    """(lines, tokens): each token's place in its row. transformers reads from them where a row of
-    a packed line begins, and lets no token attend to another row."""
+    """(lines, tokens): each token's position in its row. From these transformers infers where the
+    rows of a packed line start, and keeps tokens from attending to other rows."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
@@ -42,25 +42,24 @@ class Batch:
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:
-    """Pad rows to the longest one."""
-    return replace(_of_lines([[row] for row in rows]), position_ids=None)
+    """Pad rows to the longest row."""
+    return replace(_pad([[row] for row in rows]), position_ids=None)
 
 
 def pack(rows: Sequence[Encoded]) -> Batch:
-    """Put rows behind each other in lines of like length, so that next to nothing is padding.
+    """Concatenate rows into lines of similar length, with almost no padding.
 
-    A line has about `_LINE` tokens, or as many as the longest row. The rows are those of `collate`
-    in another order.
+    A line has about `_LINE_TOKENS` tokens, or as many as the longest row. Row order changes.
     """
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-    size = max(_LINE, len(ordered[0].input_ids))
+    size = max(_LINE_TOKENS, len(ordered[0].input_ids))
     lines: list[list[Encoded]] = [[] for _ in range(math.ceil(_num_tokens(ordered) / size))]
     for row in ordered:
         min(lines, key=_num_tokens).append(row)
-    return _of_lines(lines)
+    return _pad(lines)
 
 
-def _of_lines(lines: Sequence[Sequence[Encoded]]) -> Batch:
+def _pad(lines: Sequence[Sequence[Encoded]]) -> Batch:
     """Pad lines of rows to the longest line."""
     lengths = [_num_tokens(line) for line in lines]
     input_ids = torch.zeros(len(lines), max(lengths), dtype=torch.long)
@@ -69,7 +68,7 @@ def _of_lines(lines: Sequence[Sequence[Encoded]]) -> Batch:
         start = 0
         for ids, prompt_tokens in line:
             end = start + len(ids)
-            # Nothing of its own row predicts a row's first token.
+            # No token of the row predicts its first token.
             answer = start + max(1, prompt_tokens)
             input_ids[i, start:end] = torch.tensor(ids)
             labels[i, answer:end] = input_ids[i, answer:end]
@@ -82,19 +81,14 @@ def _num_tokens(rows: Sequence[Encoded]) -> int:
     return sum(len(row.input_ids) for row in rows)
 
 
-def targets(batch: Batch) -> Tensor:
-    """Labels aligned with the logits that predict them, shape (rows, tokens - 1)."""
-    return batch.labels[:, 1:]
-
-
 def answer_places(batch: Batch) -> Tensor:
-    """Positions whose logits predict an answer's token, (rows, tokens - 1) bool."""
-    return targets(batch) != IGNORED
+    """Mask of the positions whose logits predict an answer token, (lines, tokens - 1) bool."""
+    return batch.labels[:, 1:] != IGNORED
 
 
 def answer_tokens(batch: Batch) -> Tensor:
-    """The answers' tokens, row after row, (answer tokens,)."""
-    return targets(batch)[answer_places(batch)]
+    """The answer tokens, line by line, (answer tokens,)."""
+    return batch.labels[:, 1:][answer_places(batch)]
 
 
 def in_order(num_rows: int, batch_size: int) -> list[list[int]]:
@@ -106,13 +100,13 @@ def in_order(num_rows: int, batch_size: int) -> list[list[int]]:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row indices of batches of rows of like length, so that little of a batch is padding."""
+    """Row indices of batches with rows of similar length, to keep padding small."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [[order[place] for place in batch] for batch in in_order(len(lengths), batch_size)]
 
 
 def shuffled(num_rows: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Row indices of one epoch's global batches in a seeded order; the last may be smaller."""
+    """Row indices of one epoch's global batches, in seeded order; the last may be smaller."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(num_rows, generator=generator).tolist()
     for batch in in_order(num_rows, batch_size):

@@ -1,6 +1,6 @@
-"""Which rows of a task are used for what, by a seeded hash of the row.
+"""Selection of a task's rows by a seeded hash of each row.
 
-A row's place does not depend on the other rows, so choices stay when rows are added.
+The hash does not depend on other rows, so adding rows moves no row between training and validation.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from agcl.tasks.task import TEST, TRAIN, VALIDATION, Row, RowSource, Task
 
 
 def position(prompt: str, answer: str, *, seed: int) -> float:
-    """A number in [0, 1) drawn by the row and the seed."""
+    """A number in [0, 1), determined by the row and the seed."""
     digest = hashlib.sha256(f"{seed}\0{prompt}\0{answer}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
@@ -22,10 +22,10 @@ def position(prompt: str, answer: str, *, seed: int) -> float:
 def select(
     task: Task, *, train_rows: int | None, test_rows: int | None, validation: float, seed: int
 ) -> Task:
-    """The task cut to so many rows a split, with rows for validation where a share is wanted.
+    """Limit the number of rows per split, and add validation rows if `validation` > 0.
 
-    Those are its own `validation` split or else that share of its training rows, which are then not
-    trained on.
+    Validation rows are the task's own `validation` split; without one, the fraction `validation` of
+    its training rows, which are then excluded from training.
     """
     splits = dict(task.splits)
     scored = dict(task.scored)
@@ -39,7 +39,7 @@ def select(
     limits = {TRAIN: train_rows, TEST: test_rows, VALIDATION: test_rows}
     for split, source in splits.items():
         if limit := limits[split]:
-            splits[split] = partial(_cut, source, limit, seed)
+            splits[split] = partial(_limited, source, limit, seed)
     return replace(task, splits=splits, scored=scored)
 
 
@@ -49,11 +49,11 @@ def _part(source: RowSource, share: float, seed: int, below: bool) -> Iterator[R
             yield row
 
 
-def _cut(source: RowSource, limit: int, seed: int) -> Iterator[Row]:
-    """The rows of lowest position, in their order; reads the source twice."""
-    # Another seed than that of `_part`, whose rows all have low or all have high positions.
+def _limited(source: RowSource, limit: int, seed: int) -> Iterator[Row]:
+    """The `limit` rows with the lowest positions, in source order. Reads the source twice."""
+    # A different seed than in `_part`, whose rows all have low or all have high positions.
     positions = (position(row.prompt, row.answer, seed=seed + 1) for row in source())
-    chosen = {index for _, index in heapq.nsmallest(limit, zip(positions, count(), strict=False))}
+    lowest = {index for _, index in heapq.nsmallest(limit, zip(positions, count(), strict=False))}
     for index, row in enumerate(source()):
-        if index in chosen:
+        if index in lowest:
             yield row

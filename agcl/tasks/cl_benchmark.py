@@ -1,7 +1,7 @@
 """The classification sets of the O-LoRA benchmark (Wang 2023, arXiv 2310.14152).
 
-Layout: `<root>/instruction_config.json` (an instruction a type of task) and
-`<root>/<type>/<set>/{train,test,labels}.json`, rows `{"label", "sentence"}`.
+Layout: `<root>/instruction_config.json` (instructions by type of task) and
+`<root>/<type>/<set>/{train,test,labels}.json` with rows `{"label", "sentence"}`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ from agcl.tasks.task import TEST, TRAIN, Row, Task
 
 INSTRUCTIONS, LABELS = "instruction_config.json", "labels.json"
 NO_LABEL = "-"
-"""What MNLI and SNLI write where the annotators did not agree; such a row has no answer."""
+"""MNLI and SNLI's label for rows on which annotators disagreed; such a row has no answer."""
 
 
 def folders(root: Path) -> dict[str, Path]:
-    """The folder of every set, by its name. Raises `InputError` where there is none."""
+    """The folder of every set, by name. Raises `InputError` if there is none."""
     if not (root / INSTRUCTIONS).is_file():
         raise InputError(f"tasks.path: no {INSTRUCTIONS} in {root}")
     found = {file.parent.name: file.parent for file in sorted(root.glob(f"*/*/{LABELS}"))}
@@ -29,7 +29,7 @@ def folders(root: Path) -> dict[str, Path]:
 
 
 def task(name: str, type: str, files: Mapping[str, Path]) -> Task:
-    """One set; files are `train`, `test`, `labels` and `instructions`."""
+    """One set as a task; `files` has the keys `train`, `test`, `labels` and `instructions`."""
     sources = {split: partial(_rows, type, dict(files), split) for split in (TRAIN, TEST)}
     return Task(name, sources, scorer="normalised_exact_match")
 
@@ -55,7 +55,7 @@ def _labels(file: Path) -> list[str]:
 
 
 def _instruction(file: Path, type: str) -> str:
-    """The type's first instruction; the file has one each."""
+    """The first instruction for a type of task."""
     by_type: Any = records.read_json(file)
     try:
         instruction = by_type[type][0]["instruction"]

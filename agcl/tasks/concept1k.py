@@ -1,8 +1,8 @@
-"""Concept-1K (Zheng et al. 2024, arXiv 2402.08526): 16,653 facts on 1,023 concepts in ten tasks.
+"""Concept-1K (Zheng et al. 2024, arXiv 2402.08526): 16,653 facts about 1,023 concepts, ten tasks.
 
-`dataset.txt` is a list of five-line blocks. Tasks are drawn as by the reference code: concepts in
-order of first appearance, shuffled by Python's `random` with seed 1, the first task 105 concepts
-and the others 102. The reference parser never stores the last block; neither do we.
+`dataset.txt` is a list of five-line blocks. Tasks match the reference code: concepts in order of
+first appearance, shuffled by Python's `random` with seed 1; 105 concepts in the first task, 102 in
+the others. Like the reference parser, ours drops the last block.
 """
 
 import random
@@ -28,10 +28,10 @@ class Fact:
 
 
 def task(index: int, file: Path, *, concepts_per_task: int | None = None) -> Task:
-    """The task of that index from 0, cut to its first `concepts_per_task` concepts.
+    """The task with that index, from 0, limited to its first `concepts_per_task` concepts.
 
-    `file` is the benchmark's `dataset.txt`. Trains on a fact's first question; evaluation
-    sets are `memorization` (that question) and `generalization` (its second one).
+    `file` is the benchmark's `dataset.txt`. Trains on each fact's first question; evaluation sets
+    are `memorization` (that question) and `generalization` (the second question).
     """
     concepts = tuple(task_concepts(read(file))[index][:concepts_per_task])
     return Task(
@@ -43,7 +43,7 @@ def task(index: int, file: Path, *, concepts_per_task: int | None = None) -> Tas
 
 
 def task_concepts(facts: tuple[Fact, ...]) -> list[list[str]]:
-    """The concepts of every task, in the reference order."""
+    """The concepts of every task, in the reference code's order."""
     concepts = list(dict.fromkeys(fact.concept for fact in facts))
     order = list(range(len(concepts)))
     random.Random(1).shuffle(order)
@@ -85,7 +85,7 @@ def _fact(file: Path, lines: list[str], start: int) -> Fact:
             f"{file}, line {start + 1}: expected (Concept, Relation, Object), then Q1, A1, Q2 and "
             f"its answer; found {labels}"
         )
-    question, answer, paraphrase, again = (text.strip() for _, _, text in body)
-    if answer != again:
+    question, answer, paraphrase, second_answer = (text.strip() for _, _, text in body)
+    if answer != second_answer:
         raise InputError(f"{file}, line {start + 1}: the two answers differ")
     return Fact(header[0], question, paraphrase, answer)

@@ -1,4 +1,4 @@
-"""Prompt and answer to token ids, and token ids on disk, memory-mapped."""
+"""Tokenizing prompts and answers, and memory-mapped files of token ids."""
 
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 
 
 class Encoded(NamedTuple):
-    """One row as tokens: prompt, then answer, then the end-of-sequence token."""
+    """One tokenized row: prompt, answer, end-of-sequence token."""
 
     input_ids: list[int]
     prompt_tokens: int
@@ -34,26 +34,20 @@ def encode(
 ) -> pa.Table:
     """Tokenize rows into a table of `SCHEMA`.
 
-    Prompt and answer are tokenized apart, so that the prompt's tokens at training are those at
-    generation; special tokens (a leading BOS, say) stand where the tokenizer puts them before the
-    prompt, and the end-of-sequence token closes the answer. Loss counts on answer and end. With
-    `chat` the prompt is a user's message in the tokenizer's chat template, which brings the special
-    tokens and the separation with it, so that the answer begins without white space.
+    The tokenizer's special tokens (such as BOS) are added to the prompt, and an end-of-sequence
+    token to the answer. With `chat` the prompt becomes a user message in the tokenizer's chat
+    template, which provides special tokens and separators; the answer's leading whitespace is
+    removed.
     """
     rows = list(rows)
     if chat:
         rows = [Row(_as_message(tokenizer, row.prompt), row.answer.lstrip()) for row in rows]
-    prompts = (
-        tokenizer([row.prompt for row in rows], add_special_tokens=not chat)["input_ids"]
-        if rows
-        else []
-    )
-    answers = (
-        tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
-        if rows
-        else []
-    )
-    # Some tokenizers close every text with EOS; the answer must follow the prompt directly.
+    prompts, answers = [], []
+    if rows:
+        # Tokenized separately, so that the prompt has the same tokens in training and generation.
+        prompts = tokenizer([r.prompt for r in rows], add_special_tokens=not chat)["input_ids"]
+        answers = tokenizer([r.answer for r in rows], add_special_tokens=False)["input_ids"]
+    # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
     end = tokenizer.eos_token_id
     prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
     return pa.table(
@@ -77,24 +71,24 @@ def _as_message(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
 
 
 class Rows(Protocol):
-    """Rows by index: a list, or a file of them."""
+    """Rows by index, from a list or a file."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Encoded: ...
 
 
 class EncodedRows:
-    """The rows of an Arrow file of `SCHEMA`, read by index from a memory map."""
+    """The rows of a memory-mapped Arrow file of `SCHEMA`."""
 
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
 
     def where(self, keep: Sequence[bool]) -> "EncodedRows":
-        """The rows that are kept, in their order."""
-        kept = copy(self)
-        kept.table = self.table.filter(pa.array(keep, pa.bool_()))
-        return kept
+        """The rows for which `keep` is true, in order."""
+        filtered = copy(self)
+        filtered.table = self.table.filter(pa.array(keep, pa.bool_()))
+        return filtered
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -106,23 +100,23 @@ class EncodedRows:
 
 
 class MixedRows:
-    """Some rows of several sources, as one."""
+    """A concatenation of selected rows from several sources."""
 
     def __init__(self, parts: Sequence[tuple[Rows, Sequence[int]]]) -> None:
-        """Every part is rows with the indices of those to take."""
-        self.places = [(rows, index) for rows, indices in parts for index in indices]
+        """Each part is (rows, indices to take)."""
+        self.sources = [(rows, index) for rows, indices in parts for index in indices]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.sources)
 
     def __getitem__(self, index: int) -> Encoded:
-        rows, inner = self.places[index]
-        return rows[inner]
+        rows, index_in_part = self.sources[index]
+        return rows[index_in_part]
 
 
 def sample(num_rows: int, count: int, *, seed: int) -> list[int]:
-    """`count` of that many row indices, ascending, drawn by the seed; all if there are fewer."""
-    import torch  # Here, as whoever reads a config imports this module.
+    """A seeded random sample of `count` row indices (or all if fewer), in ascending order."""
+    import torch  # Not at module level: reading a config imports this module.
 
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(num_rows, generator=generator)[:count].tolist())

@@ -1,8 +1,8 @@
-"""Built-in synthetic tasks: short questions on invented people, deterministic in the seed.
+"""Built-in synthetic tasks: short questions about invented people, deterministic in the seed.
 
-Every task introduces people of one place and asks a few relations about each. Neighbouring tasks
-share most relations and all of their answers, so that learning one overwrites the other. Each
-fact has two questions: the first is trained on, its paraphrase only tested.
+Each task introduces new people and asks about a few relations of each. Neighboring tasks share
+most relations and all of their possible answers, so that learning one overwrites the other. Each
+fact has two questions: the first is trained on, its paraphrase is only tested.
 """
 
 import random
@@ -64,7 +64,7 @@ _SYLLABLES = (
 
 
 def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
-    """The task of that index from 0: `entities` new people times four relations.
+    """The task with that index, from 0: `entities` new people times four relations.
 
     Evaluation sets: `memorization` (the trained questions) and `generalization` (paraphrases).
     """
@@ -80,7 +80,7 @@ def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
 
 
 def base(*, entities: int, seed: int) -> Task:
-    """Generic facts for pre-training the built-in model, both questions of every fact."""
+    """Generic facts for pretraining the built-in model, with both questions for every fact."""
     return Task(
         name="base",
         splits={TRAIN: partial(_base_rows, entities, seed)},

@@ -1,4 +1,4 @@
-"""Tasks from JSON-lines and Parquet files, with templates for prompt and answer."""
+"""Tasks from JSON Lines and Parquet files, with templates for prompt and answer."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,9 +21,9 @@ def task(
     answer: str,
     scorer: str = "exact_match",
 ) -> Task:
-    """A task of a file, or a folder of files, for `train` and perhaps `test` and `validation`.
+    """A task from one file or folder of files per split: `train`, optionally `test`, `validation`.
 
-    `format` is `jsonl` or `parquet`; `prompt` and `answer` are templates. Without test rows the
+    `format` is `jsonl` or `parquet`; `prompt` and `answer` are templates. Without a test split the
     training rows are scored.
     """
     for split, path in files.items():

@@ -1,4 +1,4 @@
-"""Tasks from Hugging Face `datasets`: a local folder, or a name on the hub."""
+"""Tasks from Hugging Face `datasets`: a local folder or a name on the Hub."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,19 +21,18 @@ def task(
     answer: str,
     scorer: str = "exact_match",
 ) -> Task:
-    """A task of a data set's splits, given for `train` and perhaps `test` and `validation`.
+    """A task from a dataset; `splits` maps `train`, optionally `test`, `validation` to its splits.
 
-    `path` is a folder (of data files, or written by `save_to_disk`) or a name on the hub, `subset`
-    its configuration. `prompt` and `answer` are templates over its columns; a class label stands
-    for its name. Without test rows the training rows are scored.
+    `path` is a folder (of data files, or written by `save_to_disk`) or a name on the Hub, `subset`
+    its configuration. `prompt` and `answer` are templates over its columns; class labels are
+    replaced by their names. Without a test split the training rows are scored.
     """
-    sources = {
-        ours: partial(_rows, path, subset, revision, theirs, prompt, answer)
-        for ours, theirs in splits.items()
-    }
     return Task(
         name=name,
-        splits=sources,
+        splits={
+            ours: partial(_rows, path, subset, revision, theirs, prompt, answer)
+            for ours, theirs in splits.items()
+        },
         scored={TEST: TEST} if TEST in splits else {"memorization": TRAIN},
         scorer=scorer,
         memorized=TEST not in splits,
@@ -69,13 +68,13 @@ def _row(
     for column, name in names.items():
         try:
             record[column] = name(record[column])
-        except (ValueError, TypeError):  # -1 and None stand for no label.
+        except (ValueError, TypeError):  # -1 and None mean no label.
             record[column] = None
     return Row(render(prompt, record, place), render(answer, record, place))
 
 
 def _load(path: str, subset: str | None, revision: str | None, split: str) -> Any:
-    """The split, memory-mapped by `datasets`; no script of a data set is ever run."""
+    """The split, memory-mapped by `datasets`. Never runs a dataset's script."""
     import datasets
     from huggingface_hub.errors import HFValidationError
 
@@ -90,8 +89,8 @@ def _load(path: str, subset: str | None, revision: str | None, split: str) -> An
         raise InputError(f"{path}: no split {split!r}") from None
     except (ConnectionError, FileNotFoundError, HFValidationError) as error:
         raise InputError(
-            f"{path}: no such folder, and not to be had from the hub ({_reason(error)}); "
-            "HF_HUB_OFFLINE=0 lets agcl download"
+            f"{path}: no such folder, and not available from the Hub ({_reason(error)}); "
+            "set HF_HUB_OFFLINE=0 to allow downloads"
         ) from None
     except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{path}, {split}: {_reason(error)}") from None

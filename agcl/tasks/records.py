@@ -1,4 +1,4 @@
-"""Records (columns by name) from files, streamed, each with the place that it came from."""
+"""Streams of records (values by column name) from files, each with its location."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -8,14 +8,14 @@ from typing import Any
 from agcl.errors import InputError
 
 Records = Iterator[tuple[str, Mapping[str, Any]]]
-"""Pairs of a place for messages (`FILE, line 3`) and a record."""
+"""Pairs of a location for error messages (`FILE, line 3`) and a record."""
 
 
 def read(path: Path, format: str) -> Records:
-    """Stream the records of a file, or of a folder's files of that format in order of name.
+    """Stream the records of a file, or of a folder's files with that extension in name order.
 
-    `format` is `jsonl` (one object a line), `json` (one list of objects, read as a whole) or
-    `parquet`. Raises `InputError` naming the file and row for what cannot be read.
+    `format` is `jsonl` (one object per line), `json` (one list of objects, loaded whole) or
+    `parquet`. Raises `InputError` naming file and row if something cannot be read.
     """
     reader = _READERS[format]
     files = sorted(path.glob(f"*.{format}")) if path.is_dir() else [path]
@@ -28,7 +28,7 @@ def read(path: Path, format: str) -> Records:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file; `InputError` naming file and line where it is none."""
+    """The content of a JSON file. Raises `InputError` naming file and line if it is invalid."""
     if not file.is_file():
         raise InputError(f"no file {file}")
     try:
@@ -41,18 +41,21 @@ def read_json(file: Path) -> Any:
 
 
 def text(record: Mapping[str, Any], column: str, place: str) -> str:
-    """A column's text. Numbers are written out; `InputError` for what is no text or not there."""
+    """A column's value as text. Numbers are converted.
+
+    Raises `InputError` naming location and column if the column is missing or not text.
+    """
     if column not in record:
-        raise InputError(f"{place}: no column {column!r} (there are {', '.join(record)})")
+        raise InputError(f"{place}: no column {column!r} (columns: {', '.join(record)})")
     value = record[column]
     if isinstance(value, bool):
-        return str(value).lower()  # As JSON writes it.
+        return str(value).lower()  # As in JSON.
     if isinstance(value, int | float):
         return str(value)
     if not isinstance(value, str):
         raise InputError(f"{place}: {column!r} is {_kind(value)}, not text")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError(f"{place}: half a character under {column!r}")
+        raise InputError(f"{place}: {column!r} contains half a character (a lone surrogate)")
     return value
 
 
@@ -66,7 +69,7 @@ def _json_lines(file: Path) -> Records:
                 record = json.loads(line)
             except UnicodeDecodeError:
                 raise InputError(f"{place}: not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:  # Also a number of too many digits.
+            except (ValueError, RecursionError) as error:  # Includes numbers with too many digits.
                 raise InputError(f"{place}: not JSON ({_reason(error)})") from None
             yield place, _object(record, place)
 

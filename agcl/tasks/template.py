@@ -1,4 +1,4 @@
-"""Templates of prompts and answers: text with columns in braces, `{question}\\nAnswer:`."""
+"""Templates for prompts and answers: text with column names in braces, `{question}\\nAnswer:`."""
 
 from collections.abc import Mapping
 from string import Formatter
@@ -9,7 +9,7 @@ from agcl.tasks.records import text
 
 
 def columns(template: str) -> list[str]:
-    """The columns that a template names. Raises `InputError` for one that cannot be read."""
+    """The columns that a template names. Raises `InputError` for an invalid template."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -17,16 +17,16 @@ def columns(template: str) -> list[str]:
     found = []
     for _, column, format_spec, conversion in parts:
         if column == "" or format_spec or conversion:
-            raise InputError(f"template {template!r}: only {{column}} can stand in braces")
+            raise InputError(f"template {template!r}: only {{column}} is allowed in braces")
         if column is not None:
             found.append(column)
     return found
 
 
 def render(template: str, record: Mapping[str, Any], place: str) -> str:
-    """Fill in a record's columns; `InputError` naming place and column where one is missing.
+    """Fill in a record's columns. Raises `InputError` naming location and column if one is missing.
 
-    What stands in braces is a column's whole name: no attribute of a value can be reached.
+    The text in braces is taken as a column name, so a template cannot access attributes of values.
     """
     filled = []
     for literal, column, _, _ in Formatter().parse(template):

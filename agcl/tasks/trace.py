@@ -1,4 +1,4 @@
-"""TRACE (Wang 2023, arXiv 2310.06762): eight tasks with a scorer each, in two orders.
+"""TRACE (Wang 2023, arXiv 2310.06762): eight tasks, each with its own scorer, in two orders.
 
 Layout: `<root>/<task>/{train,eval,test}.json`, each a list of `{"prompt", "answer"}`.
 """
@@ -37,7 +37,7 @@ FILES = {TRAIN: "train.json", TEST: "test.json", VALIDATION: "eval.json"}
 
 
 def task(name: str, files: Mapping[str, Path]) -> Task:
-    """One of TRACE's tasks from its files by split (`FILES`)."""
+    """One of TRACE's tasks; `files` maps split to file (`FILES`)."""
     return Task(
         name=name,
         splits={split: partial(_rows, file) for split, file in files.items()},
@@ -53,5 +53,5 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def separated(prompt: str, answer: str) -> str:
-    """The answer behind a space, where neither has white space there."""
+    """The answer with a leading space, unless prompt or answer already has whitespace there."""
     return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"

@@ -1,8 +1,9 @@
-"""The config: frozen sections of settings, unknown keys forbidden."""
+"""The config: frozen sections of settings. Unknown keys are errors."""
 
 import os
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
@@ -24,14 +25,14 @@ from pipeline.secrets import masked
 
 UNPROTECTED = ("sequential", "joint", "solo")
 RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
-"""What a storage folder holds beside runs."""
+"""Names in the storage folder that are not runs."""
 CREDENTIALS = {"credentials": True}
-"""Context of `model_dump` for a config that is to be used, not written."""
+"""Context of `model_dump` for a config that is used, not written: keeps the credentials."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Pretraining(Section):
-    """How the built-in model learns its generic facts before the sequence."""
+    """How the built-in model learns generic facts before the sequence."""
 
     entities: Positive = 120
     """People in the generic facts, four facts each."""
@@ -41,115 +42,134 @@ class Pretraining(Section):
 
 
 class Model(Section):
-    """The model that goes through the sequence."""
+    """The model to train."""
 
     path: Annotated[str, AfterValidator(usable_path)] = "builtin"
-    """`builtin`, or a folder with a Hugging Face causal language model in safetensors."""
+    """`builtin`, or the folder of a Hugging Face causal language model in safetensors."""
     pretraining: Pretraining = Pretraining()
-    """Used for `builtin` only."""
+    """For `builtin` only."""
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether this is the built-in model."""
+        return self.path == "builtin"
+
+    @property
+    def folder(self) -> Path:
+        """The absolute folder of a model that is not built in."""
+        return Path(self.path).expanduser().absolute()
 
 
 class Training(Section):
-    """How each task is trained. A fresh optimizer for every task."""
+    """How each task is trained. Every task starts with a new optimizer."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """AdamW's, at its height."""
+    """Peak learning rate of AdamW."""
     schedule: Schedule = "constant"
-    """How the learning rate goes over each task's steps: it stays, or falls towards 0, `linear` or
-    by half a `cosine`."""
+    """Learning rate over the steps of each task: `constant`, or decaying to 0, `linear` or as half
+    a `cosine`."""
     warmup: Share = 0.0
-    """Share of each task's steps over which the learning rate first rises from 0."""
+    """Share of each task's steps in which the learning rate rises from 0."""
     epochs: Positive = 8
     """Passes over each task's training rows."""
     batch_size: Positive = 16
-    """Rows an optimizer step, all workers together."""
+    """Rows per optimizer step, over all workers."""
     micro_batch_size: Positive = 16
-    """Rows a forward pass. Workers share a batch's micro-batches, so with W workers set it to at
-    most batch_size / W; results depend on it only by rounding."""
+    """Rows per forward pass. Workers take micro-batches in turn, so with W workers it should be at
+    most batch_size / W. Changes results by rounding only."""
     weight_decay: float = Field(0.01, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     precision: Precision = "float32"
-    """`bfloat16` is autocast; weights and optimizer stay float32."""
+    """`bfloat16` means autocast; weights and optimizer state stay float32."""
     activation_checkpointing: bool = False
-    """Compute each layer's activations again in the backward pass: about a third more time, and
-    memory for those of one layer instead of all. The result is the same."""
+    """Recompute each layer's activations in the backward pass: about a third more time, and memory
+    for the activations of one layer instead of all. Does not change results."""
     packing: bool = False
-    """Put a micro-batch's rows behind each other in place of padding them to the longest, each
-    still seeing only itself. Worth it where much would be padding: large micro-batches of rows of
-    unlike length. Results depend on it only by rounding."""
+    """Concatenate a micro-batch's rows instead of padding them to the longest; rows do not attend
+    to each other. Faster for large micro-batches with rows of different lengths. Changes results
+    by rounding only."""
     compile: bool = False
-    """Train through `torch.compile`, which needs a C++ compiler. Half a minute or more to compile,
-    then some 6 % off a step of a 135M model on a CPU, if anything: for tasks of hundreds of steps.
-    Results depend on it only by rounding."""
+    """Train with `torch.compile`, which needs a C++ compiler. Compiling takes half a minute or more
+    and saved up to 6 % per step of a 135M model on a CPU, so it pays off for tasks of hundreds of
+    steps. Changes results by rounding only."""
 
 
 class Evaluation(Section):
-    """How tasks are scored: greedy decoding, by each task's own scorer."""
+    """How tasks are scored: greedy decoding, then each task's scorer."""
 
     batch_size: Positive = 64
     precision: Precision = "float32"
     rows: Literal["all", "validation"] = "all"
-    """Score all rows, or (a search's trials do) only those that `validation` sets apart."""
+    """Score all rows, or only the validation rows, as the trials of a search do."""
     set: str | None = None
-    """Evaluation set of the headline metrics; null takes the format's first."""
+    """Evaluation set of the headline metrics; null takes the first one of the format."""
     scorers: tuple[str, ...] = ()
-    """More scorers for all tasks, by a name in `agcl/scoring/scorers.py` or
-    `package.module:function`; each makes an evaluation set of its own, `test-rouge_l`."""
+    """Additional scorers for all tasks: names in `agcl/scoring/scorers.py`, or
+    `package.module:function`. Each adds an evaluation set such as `test-rouge_l`."""
     max_new_tokens: Positive | None = None
-    """Longest text that is decoded, for scorers that need text; null takes the longest answer of
-    the scored rows."""
+    """Maximum length of decoded text, for scorers that need text; null takes the length of the
+    longest expected answer."""
     validation: float = Field(0.0, ge=0, lt=1)
-    """Share of the rows that settings may be chosen by: of the training rows, which are then not
-    trained on (or all rows of the task's own validation split), or, where the trained rows are what
-    is scored, of those. No other metric counts them."""
+    """Share of rows held out for choosing settings; the test metrics leave them out. It is a share
+    of the training rows, which are then not trained on (if a task has a validation split, that is
+    used instead), or of the scored rows for tasks that are scored on their training rows."""
     text: Place | None = None
-    """Text file (UTF-8) on which the loss of the language model is measured before and after every
-    task: what training costs its other skills."""
+    """Text file (UTF-8) to measure the language-model loss on, before and after every task: what
+    training costs the model's other skills."""
     text_tokens: int = Field(20_000, ge=2)
-    """At most this many tokens, from the beginning of the text."""
+    """Maximum tokens, from the beginning of the text."""
+
+    @model_validator(mode="after")
+    def _has_validation_rows(self) -> "Evaluation":
+        if self.rows == "validation" and not self.validation:
+            raise ValueError("validation: required if rows is validation")
+        return self
 
 
 class Resources(Section):
-    """What each Ray Train session gets."""
+    """Resources of each Ray Train session."""
 
     num_workers: Positive = 1
     cpus_per_worker: Positive = 1
-    """CPU cores, and threads, a worker."""
+    """CPU cores and threads per worker."""
     gpus_per_worker: float = Field(0.0, ge=0, le=1)
-    """1 for a GPU a worker, with nccl. A part of one, such as 0.25, where the runs of a comparison,
-    of one worker each, shall share it; nobody divides its memory among them."""
+    """1 gives each worker a GPU and uses nccl. With one worker per run, a fraction such as 0.25
+    lets the runs of a comparison share a GPU; its memory is not partitioned between them."""
     shard_model: bool = False
-    """Share the model among the workers (FSDP2), for one that no device holds whole with its
-    gradients and optimizer state: each keeps a part of every weight, its Adam state and its gate,
-    and whole layers for as long as they compute; while it is loaded, all of it in main memory.
-    Slower; the same numbers to rounding. Attribution is then split by layers. With one worker there
-    is nothing to share."""
+    """Shard the model across the workers (FSDP2), if it does not fit on one device with its
+    gradients and optimizer state. Each worker stores a shard of every weight, its Adam state and
+    its gate, gathers a layer while it computes, and needs main memory for the whole model while it
+    loads. Slower; changes results by rounding only. Attribution is then split by layers. No effect
+    with one worker."""
     checkpoint_minutes: float = Field(10.0, ge=0)
-    """How often training is written down inside a task, three times the model's size, so that a
-    worker that is lost costs minutes; at most a twentieth of the time goes into it. 0: never."""
+    """How often to checkpoint within a task, so that losing a worker costs minutes. A checkpoint is
+    three times the model's size; written less often if that would cost more than 5 % of the time.
+    0 turns checkpoints off."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _written_by_earlier_versions(cls, given: Any) -> Any:
-        """`use_gpu` stands in the config of every run of version 0.4.1 and before."""
-        if isinstance(given, dict) and isinstance(given.get("use_gpu"), bool):
-            rest = {key: value for key, value in given.items() if key != "use_gpu"}
-            return {"gpus_per_worker": float(given["use_gpu"]), **rest}
-        return given
+    @model_validator(mode="after")
+    def _gpus_can_be_allocated(self) -> "Resources":
+        if 0 < self.gpus_per_worker < 0.01:
+            raise ValueError("gpus_per_worker: must be 0, or from 0.01 to 1")
+        if self.num_workers > 1 and self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                "gpus_per_worker: must be 0 or 1 with several workers; nccl does not support two "
+                "workers on one GPU"
+            )
+        return self
 
 
 class Tracking(Section):
-    """Where MLflow records runs."""
+    """Recording in MLflow."""
 
     uri: str | None = Field(
         default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI"), min_length=1
     )
-    """MLflow tracking URI, by default that of the environment's `MLFLOW_TRACKING_URI`; null is a
-    sqlite file in the storage folder. Credentials in it are used and never written: better give
-    them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    """MLflow tracking URI; defaults to the environment variable `MLFLOW_TRACKING_URI`. Null is a
+    sqlite file in the storage folder. Credentials in it are used but never written; prefer
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     enabled: bool = True
     register_model: str | None = Field(None, pattern=_NAME, max_length=100)
-    """Register the final model in MLflow under this name; its files are copied there."""
+    """Register the final model in MLflow under this name, which copies its files there."""
 
     @field_serializer("uri")
     def _without_credentials(self, uri: str | None, info: SerializationInfo) -> str | None:
@@ -157,10 +177,10 @@ class Tracking(Section):
 
 
 class Config(Section):
-    """One method over one sequence of tasks."""
+    """One method on one sequence of tasks."""
 
     name: str = Field("run", pattern=_NAME, max_length=100)
-    """Folder of the run under `storage`."""
+    """Folder of the run in `storage`."""
     method: str = "agcl"
     """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
     (`pipeline/config/presets.py`)."""
@@ -177,7 +197,7 @@ class Config(Section):
     training: Training = Training()
     importance: Importance = Importance()
     protect: tuple[Annotated[Gate | Project | Penalty, Field(discriminator="kind")], ...] = ()
-    """What later tasks must not change; applied together."""
+    """How earlier tasks are protected while later ones are trained; all items apply."""
     replay: Replay = Replay()
     freeze: Freeze = Freeze()
     adapter: Adapter | None = None
@@ -186,81 +206,69 @@ class Config(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     search: Search = Search()
 
-    @model_validator(mode="after")
-    def _gpus_can_be_had(self) -> "Config":
-        if 0 < self.resources.gpus_per_worker < 0.01:
-            raise ValueError("resources.gpus_per_worker: must be 0, or from 0.01 to 1")
-        if self.resources.num_workers > 1 and self.resources.gpus_per_worker not in (0, 1):
-            raise ValueError(
-                "resources.gpus_per_worker: must be 0 or 1 with several workers; nccl refuses two "
-                "on one GPU"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shareable(self) -> "Config":
-        if self.resources.shard_model and (self.adapter or self.training.compile):
-            other = "an adapter" if self.adapter else "training.compile"
-            raise ValueError(f"resources.shard_model: cannot be used with {other}")
-        return self
+    @property
+    def measures_entries(self) -> bool:
+        """`importance.entries`, or if that is null whether something needs it."""
+        given = self.importance.entries
+        return bool(self._needing_entries()) if given is None else given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        for conflict in (
+            *self._conflicts(),
+            *self._method_conflicts(),
+            *(self._adapter_conflicts() if self.adapter else ()),
+        ):
+            raise ValueError(conflict)
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.name in RESERVED_NAMES:
+            yield f"name: {self.name!r} is reserved in the storage folder"
+        if self.resources.shard_model and (self.adapter or self.training.compile):
+            other = "an adapter" if self.adapter else "training.compile"
+            yield f"resources.shard_model: cannot be combined with {other}"
+        if self.tracking.enabled and not (self.tracking.uri or self.storage.tracking_uri):
+            yield (
+                "tracking.uri: required if storage is an object store, which cannot hold MLflow's "
+                "sqlite file; or set tracking.enabled=false"
+            )
+        if self.model.is_builtin and self.importance.past:
+            yield "importance.past: needs a model folder, not the builtin model"
+
+    def _method_conflicts(self) -> Iterator[str]:
         if self.method in UNPROTECTED and (
             self.protect or self.replay.fraction or self.freeze != Freeze() or self.adapter
         ):
-            raise ValueError(
+            yield (
                 f"method: {self.method} protects nothing; choose another method for protect, "
                 "replay, freeze or adapter"
             )
         if self.method == "agcl" and not self.protect:
-            raise ValueError("protect: method agcl needs at least one protection")
-        if self.adapter:
-            self._check_adapter(self.adapter)
-        if self.evaluation.rows == "validation" and not self.evaluation.validation:
-            raise ValueError(
-                "evaluation.validation: must be set where evaluation.rows is validation"
-            )
-        if self.name in RESERVED_NAMES:
-            raise ValueError(f"name: {self.name!r} is a name that the storage folder uses itself")
-        if self.tracking.enabled and not (self.tracking.uri or self.storage.tracking_uri):
-            raise ValueError(
-                "tracking.uri: must be set where storage is an object store, which has no place "
-                "for MLflow's sqlite file; or set tracking.enabled=false"
-            )
+            yield "protect: method agcl needs at least one protection"
         kinds = [item.kind for item in self.protect]
         if "project" in kinds[:-1] or len(set(kinds)) < len(kinds):
-            raise ValueError("protect: one of each kind at most, and project last")
-        if not self.importance.entries:
-            self._check_without_entries(kinds)
-        if self.model.path == "builtin" and self.importance.past:
-            raise ValueError("importance.past: needs a model folder, not the builtin model")
-        return self
+            yield "protect: at most one item of each kind, and project last"
+        if self.importance.entries is False and (needing := self._needing_entries()):
+            yield f"importance.entries: must be true for {needing[0]}"
 
-    def _check_without_entries(self, kinds: Sequence[str]) -> None:
-        needing = [f"protect kind {kind}" for kind in kinds if kind != "project"]
+    def _adapter_conflicts(self) -> Iterator[str]:
+        if self.adapter and self.adapter.fresh and {i.kind for i in self.protect} - {"project"}:
+            yield (
+                "protect: with adapter.fresh only project can be used; importances of earlier "
+                "factors do not apply to fresh ones"
+            )
+        if self.protect and (self.importance.past or self.importance.source == "solo"):
+            yield (
+                "importance: with an adapter neither past nor source solo can be used; they belong "
+                "to other factors"
+            )
+
+    def _needing_entries(self) -> list[str]:
+        """The settings that need the importance of every weight, as error messages name them."""
+        needing = [f"protect kind {item.kind}" for item in self.protect if item.kind != "project"]
         if self.importance.permuted:
             needing.append("importance.permuted")
         if self.importance.estimator in ("magnitude", "random"):
             needing.append(f"estimator {self.importance.estimator}")
-        if needing:
-            raise ValueError(f"importance.entries: must be true for {needing[0]}")
-
-    def _check_adapter(self, adapter: Adapter) -> None:
-        if adapter.orthogonal and not adapter.fresh:
-            raise ValueError("adapter.orthogonal: needs adapter.fresh")
-        if adapter.fresh and not adapter.merge:
-            raise ValueError(
-                "adapter.merge: must be true with adapter.fresh, whose later adapters stand on the "
-                "earlier ones"
-            )
-        if adapter.fresh and any(item.kind != "project" for item in self.protect):
-            raise ValueError(
-                "protect: with adapter.fresh only project can be used: what entries of earlier "
-                "factors were worth says nothing of fresh ones"
-            )
-        if self.protect and (self.importance.past or self.importance.source == "solo"):
-            raise ValueError(
-                "importance: with an adapter neither past nor source solo can be used: they are of "
-                "other factors"
-            )
+        return needing

@@ -1,4 +1,4 @@
-"""The named methods: what each sets, and which of its settings a tuning budget is spent on."""
+"""The named methods: the settings of each, and the setting that tuning varies."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting to tune beside the learning rate, between two bounds."""
+    """A setting that is tuned in addition to the learning rate, and its bounds."""
 
     key: str
     low: float
@@ -16,18 +16,18 @@ class Knob:
 
 @dataclass(frozen=True)
 class Method:
-    """A preset of the config's method sections; a file's own sections come on top."""
+    """A preset of the config's method sections. Sections in the user's file replace it."""
 
     description: str
     sections: dict[str, Any] = field(default_factory=dict)
     knob: Knob | None = None
     controls: tuple[str, ...] = ()
-    """Methods that lack only what this one claims to gain by; compared with beside `sequential`."""
+    """Methods that lack only the claimed improvement; reports compare with them too."""
     variant_of: str | None = None
-    """A method that this one is, but for `changes`: a file's settings of that one count for both,
-    so that a control differs in nothing else."""
+    """The method that this one equals except for `changes`. It uses the file's settings for that
+    method, so that a control differs in nothing else."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Settings of a variant: keys of `importance`, or of the one item of `protect`."""
+    """Settings of a variant: keys of `importance`, or of the projection in `protect`."""
 
 
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
@@ -46,13 +46,14 @@ def _variant(description: str, of: str, knob: Knob, **changes: Any) -> Method:
 METHODS: dict[str, Method] = {
     "sequential": Method("plain fine-tuning, one task after the other"),
     "agcl": Method(
-        "projection away from the inputs that carried old answers",
+        "projection away from the inputs that carried the answers of earlier tasks",
         {"protect": [{"kind": "project"}]},
         _ENERGY,
         controls=("project_uniform", "project_answer", "project_random", "project_raw"),
     ),
     "gate": _gate(
-        "the paper's: weights with relevance move less", controls=("gate_permuted", "gate_random")
+        "the paper's gate: weights with relevance move less",
+        controls=("gate_permuted", "gate_random"),
     ),
     "ewc": Method(
         "elastic weight consolidation: Fisher information as a penalty",
@@ -62,41 +63,40 @@ METHODS: dict[str, Method] = {
         },
         Knob("protect.0.strength", 1e1, 1e7),
     ),
-    "replay": Method("a tenth of every earlier task mixed in", {"replay": {"fraction": 0.1}}),
+    "replay": Method("a tenth of each earlier task's rows mixed in", {"replay": {"fraction": 0.1}}),
     "freeze": Method("the bottom half of the layers frozen", {"freeze": {"layers": "bottom_half"}}),
     "das": Method(
-        "gate by the standardised gradient, after DAS",
+        "gate by the standardized gradient, after DAS",
         {
             "importance": {"estimator": "das"},
-            # A small log_scale is linear scaling.
+            # With a small log_scale the logarithmic scaling is linear.
             "protect": [{"kind": "gate", "log_scale": 1e-3}],
         },
         Knob("protect.0.strength", 0.25, 1.0, logarithmic=False),
     ),
-    "lora": Method("one LoRA adapter, trained on and on", {"adapter": {}}),
+    "lora": Method("one LoRA adapter for all tasks", {"adapter": {}}),
     "olora": Method(
-        "a LoRA adapter a task, kept orthogonal to the earlier ones (O-LoRA)",
+        "one LoRA adapter per task, kept orthogonal to the earlier ones (O-LoRA)",
         {"adapter": {"fresh": True, "orthogonal": 0.5}},
         Knob("adapter.orthogonal", 0.05, 5.0),
     ),
     "lora_agcl": Method(
-        "one LoRA adapter whose factors keep what they give for old inputs",
+        "one LoRA adapter for all tasks, projected like agcl",
         {"adapter": {}, "protect": [{"kind": "project"}]},
         _ENERGY,
         controls=("lora",),
     ),
     "inflora": Method(
-        "a LoRA adapter a task, kept off the inputs of the earlier ones (after InfLoRA)",
+        "one LoRA adapter per task, orthogonal to the inputs of earlier tasks (after InfLoRA)",
         {
             "adapter": {"fresh": True},
-            "importance": {"entries": False},
             "protect": [{"kind": "project", "weighting": "uniform", "unit_inputs": False}],
         },
         _ENERGY,
         controls=("lora", "olora"),
     ),
-    "joint": Method("upper bound of what is kept: all tasks at once"),
-    "solo": Method("upper bound of what is learned: every task alone from the base model"),
+    "joint": Method("upper bound of retention: all tasks trained together"),
+    "solo": Method("upper bound of learning: every task trained alone from the base model"),
     "gate_fisher": _gate(
         "gate by Fisher information", controls=("gate_random",), estimator="fisher"
     ),
@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
         "gate by weight times gradient", controls=("gate_random",), estimator="grad_x_param"
     ),
     "gate_magnitude": _gate(
-        "gate by the size of the weight", controls=("gate_random",), estimator="magnitude"
+        "gate by the absolute weight", controls=("gate_random",), estimator="magnitude"
     ),
     "gate_random": _variant(
         "control: gate by random numbers", "gate", _LOG_SCALE, estimator="random"
@@ -113,16 +113,19 @@ METHODS: dict[str, Method] = {
         "control: gate by shuffled relevance", "gate", _LOG_SCALE, permuted=True
     ),
     "project_uniform": _variant(
-        "control: all tokens weigh the same", "agcl", _ENERGY, weighting="uniform"
+        "control: all tokens have the same weight", "agcl", _ENERGY, weighting="uniform"
     ),
     "project_answer": _variant(
         "control: only the tokens that predict the answer", "agcl", _ENERGY, weighting="answer"
     ),
     "project_raw": _variant(
-        "control: tokens count by the length of their input too", "agcl", _ENERGY, unit_inputs=False
+        "control: inputs are not normalized, so long ones count more",
+        "agcl",
+        _ENERGY,
+        unit_inputs=False,
     ),
     "project_random": _variant(
-        "control: as many random directions", "agcl", _ENERGY, directions="random"
+        "control: the same number of random directions", "agcl", _ENERGY, directions="random"
     ),
     "frozen_embeddings": Method(
         "control: only embeddings, norms and head frozen", {"freeze": {"ungated": True}}

@@ -1,4 +1,4 @@
-"""The config's `search`: what `agcl search` varies, and how it chooses."""
+"""The config's `search`: what `agcl search` varies, and how it chooses settings."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ class Uniform(Section):
 
 
 class LogUniform(Section):
-    """A positive number between two bounds, spread evenly over its logarithm."""
+    """A positive number between two bounds, uniform in its logarithm."""
 
     type: Literal["loguniform"]
     low: float = Field(gt=0)
@@ -25,22 +25,22 @@ class LogUniform(Section):
 
 
 class Int(Section):
-    """A whole number between two bounds, both included."""
+    """An integer between two bounds, both inclusive."""
 
     type: Literal["int"]
     low: int
     high: int
 
 
-def _number_if_it_is(value: Any) -> Any:
-    """YAML reads 1e-3 as text."""
+def _number_if_possible(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)
     return value
 
 
-Value = Annotated[bool | int | float | str | None, BeforeValidator(_number_if_it_is)]
+Value = Annotated[bool | int | float | str | None, BeforeValidator(_number_if_possible)]
 
 
 class Choice(Section):
@@ -54,22 +54,22 @@ Dimension = Annotated[Uniform | LogUniform | Int | Choice, Field(discriminator="
 
 
 class Search(Section):
-    """What `agcl search` varies and how it chooses (Ray Tune, Optuna). A run does not look here."""
+    """What `agcl search` varies and how (Ray Tune, Optuna). Runs ignore this section."""
 
     space: dict[str, Dimension] = Field(default_factory=dict)
     """By config key, such as `protect.0.energy`; empty takes the scaling of the method's
-    protections, and the learning rate."""
+    protections and the learning rate."""
     searcher: Literal["tpe", "random"] = "tpe"
-    """Optuna's tree-structured Parzen estimator, or random points."""
+    """Optuna's tree-structured Parzen estimator, or random search."""
     objective: Literal["average", "retained_and_learned"] = "average"
-    """Average performance; or its two sides, of which the Pareto front is sought: what is retained
-    of the earlier tasks, and what is learned. On validation rows."""
+    """Maximize the average performance, or find the Pareto front of retention of earlier tasks and
+    learning of new ones. Measured on validation rows."""
     stopping: Literal["none", "asha", "median"] = "none"
-    """End bad trials after a task of the sequence. Which ones are stopped depends on which are
-    ahead, so with several at a time it can differ from run to run; nothing else does."""
+    """Stop bad trials after a task of the sequence. With trials side by side, which ones stop
+    depends on their speed and can differ from run to run; nothing else can."""
     round: Positive = 4
-    """Trials that are chosen together, from the results of all earlier rounds; they may run side by
-    side. What is tried does not depend on how many do."""
+    """Trials per round. They are chosen together, from the results of earlier rounds, so that the
+    choice does not depend on how many run side by side."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Search":

@@ -1,8 +1,8 @@
-"""What all sections of a config have in common."""
+"""The base of all config sections, and types that they share."""
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,12 +19,12 @@ from pipeline.secrets import has_credentials
 from pipeline.storage import Storage, storage_at
 
 _LONGEST = 4000
-"""Bytes of a path, below what systems take."""
+"""Bytes of a path; below the limit of common systems."""
 _P = TypeVar("_P", str, Path)
 
 
 def usable_path(path: _P) -> _P:
-    """Refuse a path that no system could open, before it is used."""
+    """Refuse a path that no system could open."""
     whole = os.fspath(path)
     if "\0" in whole:
         raise PydanticCustomError("path", "a path cannot contain NUL")
@@ -77,6 +77,7 @@ class Section(BaseModel):
     def _no_bool_for_a_number(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation is not bool:
+            allowed = (field.annotation, *get_args(field.annotation)) if field else (bool,)
+            if isinstance(value, bool) and bool not in allowed:
                 raise ValueError(f"{key}: cannot be true or false")
         return values

@@ -12,7 +12,8 @@ from agcl.parallel import distributed
 from pipeline.execution.failures import explain, is_peer_loss
 from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
-from pipeline.stages.context import LOG_FILE, Context, Emit, StageLog
+from pipeline.stages.context import Context, Emit, StageLog
+from pipeline.stages.files import LOG_FILE
 from pipeline.storage import artifact
 
 

@@ -1,43 +1,50 @@
-"""The stages of a plan, one function a kind: which settings and inputs each depends on."""
+"""The stages of a plan, one function per kind: the settings and inputs each depends on.
+
+All stages of one kind have the same config keys.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pipeline.config.check import is_builtin, model_folder
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
-from pipeline.config.sources import BASE_TASK, Source, held_out_sources, selection
+from pipeline.config.sources import BASE_TASK, held_out_sources, selection
+from pipeline.config.tasks import Source
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.evaluate import PREDICTIONS, TEXT, evaluate
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, PREDICTIONS, TEXT
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
-from pipeline.stages.train import CHECKS, IMPORTANCE_FILE, pretrain, train
+from pipeline.stages.train import pretrain, train
 
-_SCHEDULE = {"schedule", "warmup"}
 _TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
 
+Inputs = dict[str, Stage | External]
+"""By role."""
 
-def looking_at(base: Stage | External, adapter: Stage) -> dict[str, Stage | External]:
-    """Inputs of a stage that looks at an adapter on its base model."""
+
+def adapter_on(base: Stage | External, adapter: Stage) -> Inputs:
+    """Inputs of a stage that loads an adapter onto its base model."""
     return {"model": base, "adapter": adapter}
 
 
 def measures_solos(config: Config) -> bool:
-    """Whether every task is also trained alone, for its importance."""
+    """Whether every task is also trained alone, to measure its importance."""
     return bool(config.protect) and config.importance.source == "solo"
 
 
 def first_session(config: Config) -> str:
-    """Where the base model is made: apart from the sequence where solo models come in between."""
-    return "base" if is_builtin(config) and measures_solos(config) else "sequence"
+    """The session that trains the base model; a separate one if solo models start from it too."""
+    return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
-    """The stage that makes the built-in model's tokenizer, or the files of the given model's."""
-    if not is_builtin(config):
-        return External(model_folder(config), _TOKENIZER_FILES)
+    """The stage that trains the built-in model's tokenizer, or the given model's files."""
+    if not config.model.is_builtin:
+        return External(config.model.folder, _TOKENIZER_FILES)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
@@ -66,16 +73,18 @@ def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -
 def base_model_stage(
     config: Config, tokenizer: Stage | External, rows: Mapping[str, Stage]
 ) -> Stage | External:
-    """The stage that pretrains the built-in model, or the files of the given one."""
-    if not is_builtin(config):
-        return External(model_folder(config), _MODEL_FILES)
+    """The stage that pretrains the built-in model, or the given model's files."""
+    if not config.model.is_builtin:
+        return External(config.model.folder, _MODEL_FILES)
     settings = config.model.pretraining
     return Stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(exclude=_SCHEDULE),
+            **config.training.model_dump(),
             "learning_rate": settings.learning_rate,
+            "schedule": "constant",
+            "warmup": 0.0,
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
             "micro_batch_size": settings.batch_size,
@@ -88,12 +97,9 @@ def base_model_stage(
 
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:
-    """Settings of training task `index` with nothing to keep; the same for all methods."""
-    training = config.training
-    # What was made before there were schedules stays what a run without one needs.
-    unscheduled = training.schedule == "constant" and not training.warmup
+    """Settings for training task `index` without protection; the same for all methods."""
     return {
-        **training.model_dump(exclude=_SCHEDULE if unscheduled else None),
+        **config.training.model_dump(),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "replay": 0.0,
@@ -111,10 +117,9 @@ def train_stage(
     rows: Mapping[str, Stage],
     importances: Mapping[str, Stage],
 ) -> Stage:
-    """Task `index` (1 to T). With nothing to protect yet, all methods share the stage."""
+    """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
     settings = training_settings(config, index)
-    inputs: dict[str, Stage | External] = {"model": models[-1] if models else base}
-    inputs["rows"] = rows[task]
+    inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
     if config.protect:
         for i, file in enumerate(config.importance.past):
             inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
@@ -129,8 +134,8 @@ def train_stage(
         settings["freeze"] = config.freeze.model_dump()
     if config.adapter and models:
         if not config.adapter.fresh:
-            # The adapter lies beside weights that it is merged into; it goes on upon the base.
-            inputs |= {"model": base, "adapter": models[-1]}
+            # The last stage's model already contains the adapter; resume it on the base instead.
+            inputs |= adapter_on(base, models[-1])
         elif config.adapter.orthogonal:
             inputs |= {
                 f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
@@ -155,38 +160,21 @@ def solo_stages(
     stages = {}
     for index, task in enumerate(tasks, start=1):
         stage = train_stage(alone, index, task, base, [], rows, {})
-        stages[task] = _renamed(stage, f"solo/{index}-{task}", f"solo-{index}")
+        stages[task] = replace(stage, name=f"solo/{index}-{task}", session=f"solo-{index}")
     return stages
 
 
-def _renamed(stage: Stage, name: str, session: str) -> Stage:
-    return Stage(name, stage.fn, stage.config, stage.inputs, session, stage.train)
-
-
 def attribute_stage(
-    config: Config,
-    index: int,
-    task: str,
-    session: str,
-    inputs: Mapping[str, Stage | External],
+    config: Config, index: int, task: str, session: str, inputs: Mapping[str, Stage | External]
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
-    settings = config.importance
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
     return Stage(
         name=f"attribute/{index}-{task}",
         fn=attribute,
         config={
-            "estimator": settings.estimator,
-            "rules": settings.rules,
-            "top_k": settings.top_k,
-            "running_values": settings.running_values,
-            "permuted": settings.permuted,
-            **({} if settings.entries else {"entries": False}),
-            "samples": settings.samples,
-            "correct_only": settings.correct_only,
-            "batch_size": settings.batch_size,
-            "split": settings.split,
+            **config.importance.model_dump(exclude={"source", "past"}),
+            "entries": config.measures_entries,
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
@@ -205,36 +193,26 @@ def evaluate_stage(
     session: str,
     base: Stage | External | None = None,
 ) -> Stage:
-    """Score `model`, which may be an adapter that is not merged into its `base`."""
-    text = config.evaluation.text
-    apart = config.adapter is not None and not config.adapter.merge
-    looked_at = (
-        looking_at(base, model) if apart and base and isinstance(model, Stage) else {"model": model}
-    )
+    """Score `model`, which is only an adapter on its `base` if adapters are not merged."""
+    settings = config.evaluation
+    unmerged = config.adapter is not None and not config.adapter.merge
+    inputs: Inputs = {"model": model}
+    if unmerged and base and isinstance(model, Stage):
+        inputs = adapter_on(base, model)
+    inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
+    if settings.text:
+        inputs["text"] = External(settings.text.expanduser().absolute())
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
-            "batch_size": config.evaluation.batch_size,
-            "precision": config.evaluation.precision,
-            "scorers": list(config.evaluation.scorers),
-            "max_new_tokens": config.evaluation.max_new_tokens,
-            **({"text_tokens": config.evaluation.text_tokens} if text else {}),
-            **_only_validation(config, validation=config.evaluation.validation),
+            **settings.model_dump(mode="json", exclude={"rows", "set", "text"}),
+            "validation": settings.validation if settings.rows == "validation" else None,
         },
-        inputs={
-            **looked_at,
-            **{f"rows/{task}": stage for task, stage in rows.items()},
-            **({"text": External(text.expanduser().absolute())} if text else {}),
-        },
+        inputs=inputs,
         session=session,
         train=True,
     )
-
-
-def _only_validation(config: Config, **settings: Any) -> dict[str, Any]:
-    """Settings of a run whose test rows are left alone."""
-    return settings if config.evaluation.rows == "validation" else {}
 
 
 def report_stage(
@@ -244,7 +222,7 @@ def report_stage(
     scores: list[Stage],
     chain: list[Stage],
 ) -> Stage:
-    """Metrics, overlap of importances and checks, from all scores, importances and models."""
+    """The metrics, from the scores, importances and checks of all tasks."""
     measured = {s.name.partition("-")[2]: s for s in chain if s.fn is attribute}
     return Stage(
         name="report",
@@ -256,13 +234,13 @@ def report_stage(
             "held_out": held_out,
             "evaluation_set": config.evaluation.set,
             "validation": config.evaluation.validation,
-            **_only_validation(config, only_validation=True),
+            "only_validation": config.evaluation.rows == "validation",
         },
         inputs={
             **{f"scores/{i}": stage for i, stage in enumerate(scores)},
             **{f"importance/{task}": stage for task, stage in measured.items()},
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
-        session="sequence",  # If nothing else of that is left, it needs no Ray Train workers.
+        session="sequence",  # Alone in its session it still needs no Ray Train workers.
         reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
     )

@@ -1,18 +1,17 @@
-"""From a config to the list of its stages, readable top to bottom."""
+"""From a config to its stages, in dependency order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.check import is_builtin
 from pipeline.config.config import Config
 from pipeline.config.sources import held_out_sources, sources
 from pipeline.plan.nodes import (
+    adapter_on,
     attribute_stage,
     base_model_stage,
     evaluate_stage,
     first_session,
-    looking_at,
     prepare_stage,
     report_stage,
     solo_stages,
@@ -27,7 +26,7 @@ from pipeline.stages.train import train
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config asks for."""
+    """The stages of one config."""
 
     stages: tuple[Stage, ...]
     """In dependency order; the last one is the report."""
@@ -38,7 +37,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A config with its folder and its stages, resolved to artifacts."""
+    """A config with its result folder, and its stages resolved to artifacts."""
 
     config: Config
     folder: Path
@@ -48,17 +47,15 @@ class Run:
 
 
 def plan(config: Config) -> Plan:
-    """The stages of one method over one sequence. Reads no data and runs nothing."""
-    of_tasks, held_out = sources(config), held_out_sources(config)
-    tasks = [source.name for source in of_tasks]
+    """The stages of one method on one sequence of tasks. Reads no data and runs nothing."""
+    sequence, held_out = sources(config), held_out_sources(config)
+    tasks = [source.name for source in sequence]
     tokenizer = tokenizer_stage(config)
-    rows = {
-        source.name: prepare_stage(config, source, tokenizer) for source in [*of_tasks, *held_out]
-    }
+    rows = {s.name: prepare_stage(config, s, tokenizer) for s in [*sequence, *held_out]}
     base = base_model_stage(config, tokenizer, rows)
-    at_first = evaluate_stage(config, "0-base", base, rows, first_session(config))
-    builtin = [tokenizer, base] if is_builtin(config) else []
-    start = [*builtin[:1], *rows.values(), *builtin[1:], at_first]
+    before = evaluate_stage(config, "0-base", base, rows, first_session(config))
+    builtin = [tokenizer, base] if config.model.is_builtin else []
+    start = [*builtin[:1], *rows.values(), *builtin[1:], before]
     match config.method:
         case "joint":
             chain = _joint(config, tasks, base, rows)
@@ -66,10 +63,10 @@ def plan(config: Config) -> Plan:
             chain = _alone(config, tasks, base, rows)
         case _:
             chain = _sequence(config, tasks, base, rows)
-    scores = [at_first, *(stage for stage in chain if stage.fn is evaluate)]
+    scores = [before, *(stage for stage in chain if stage.fn is evaluate)]
     if config.method == "joint":
-        # One model stands for the one after every task.
-        scores = [at_first, *scores[1:] * len(tasks)]
+        # The one model fills every row of the matrix after the first.
+        scores = [before, *scores[1:] * len(tasks)]
     final = report_stage(config, tasks, [each.name for each in held_out], scores, chain)
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
@@ -81,7 +78,7 @@ def plan(config: Config) -> Plan:
 def _sequence(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
-    """Task after task, each from the model of the last one."""
+    """One task after the other, each from the previous task's model."""
     solos = solo_stages(config, tasks, base, rows)
     chain = list(solos.values())
     importances: dict[str, Stage] = {}
@@ -93,8 +90,8 @@ def _sequence(
         if config.protect:
             measured = solos[task] if solos else model
             on_factors = config.adapter is not None and not config.adapter.fresh
-            looked_at = looking_at(base, model) if on_factors else {"model": measured}
-            inputs = {**looked_at, "rows": rows[task]}
+            inputs = adapter_on(base, model) if on_factors else {"model": measured}
+            inputs["rows"] = rows[task]
             importances[task] = attribute_stage(config, index, task, measured.session, inputs)
             chain.append(importances[task])
         chain.append(evaluate_stage(config, f"{index}-{task}", model, rows, "sequence", base))
@@ -104,7 +101,7 @@ def _sequence(
 def _joint(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
-    """All tasks at once."""
+    """One model trained on all tasks together."""
     first, *others = tasks
     model = Stage(
         name="train/joint",
@@ -124,7 +121,7 @@ def _joint(
 def _alone(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
-    """Every task from the base model."""
+    """One model per task, each trained from the base model."""
     chain = []
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, [], rows, {})

@@ -12,7 +12,7 @@ from pipeline.config.config import Config
 from pipeline.config.presets import METHODS
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import RunResult, evaluation_sets
-from pipeline.stages.train import ADAPTER
+from pipeline.stages.files import ADAPTER
 from pipeline.storage import artifact
 
 MODEL, CARD, LOCATION = "model", "README.md", "location.txt"

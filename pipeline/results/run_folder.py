@@ -15,9 +15,7 @@ from pipeline.config.config import Config
 from pipeline.errors import StageFailed
 from pipeline.plan.plan import Run
 from pipeline.results.results import RunResult, StageRecord
-from pipeline.stages.metrics import IMPORTANCE_SUMMARY, METRICS
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import CHECKS
+from pipeline.stages.files import CHECKS, IMPORTANCE_SUMMARY, METRICS, SUMMARY
 from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 

@@ -31,7 +31,8 @@ from pipeline.search.rounds import LOST_WORKERS, Observe, Rounds
 from pipeline.search.space import corners
 from pipeline.search.trial import Trial
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import SCORES, evaluate
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.files import SCORES
 from pipeline.storage import artifact
 
 

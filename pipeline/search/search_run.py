@@ -26,8 +26,7 @@ from pipeline.search.space import Settings, space_of
 from pipeline.search.trial import Trial
 from pipeline.search.tuning import VALIDATION
 from pipeline.storage import artifact
-from pipeline.tracking.client import Tracker
-from pipeline.tracking.recorder import Recording, connect, open_recording
+from pipeline.tracking.sync import Mirror
 
 SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -100,68 +99,63 @@ def execute_search(
     """
     config = search.config
     check_address()
-    tracker = connect(config, console)
-    with config.storage.results(search.folder):
-        return _execute(search, tracker, command, console, watch)
+    mirror = Mirror(config, search.folder, search.folder.name, console, kind="search")
+    with config.storage.results(search.folder), mirror:
+        return _execute(search, mirror, command, console, watch)
 
 
 def _execute(
     search: Search,
-    tracker: Tracker | None,
+    mirror: Mirror,
     command: str,
     console: Console,
     watch: AbstractContextManager[Observe],
 ) -> Found:
     config = search.config
-    recording = open_recording(tracker, search.folder, search.folder.name, console, kind="search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
     config.storage.save_results(search.folder)
     shared = shared_stages(search)
     todo = sessions({"all trials": shared}, config.storage)
-    records = _Records(search, recording, {stage.name for stage in shared})
+    records = _Records(search, mirror, {stage.name for stage in shared})
 
     console.print(
         f"  {sum(len(s.stages) for s in todo)} of {len(shared)} stages that all trials share to "
         "run; starting Ray",
         highlight=False,
     )
-    try:
-        with cluster(config.resources) as side_by_side:
-            failures = run_with_progress(
-                todo,
-                search.folder,
-                config.resources,
-                lambda _: None,
-                console,
-                side_by_side=side_by_side,
-            )
-            if failures:
-                failures[0].log = search.folder / "error.log"
-                artifact.write_text(failures[0].log, failures[0].traceback)
-                raise failures[0]
-            with watch as observe:
+    with cluster(config.resources) as side_by_side:
+        failures = run_with_progress(
+            todo,
+            search.folder,
+            config.resources,
+            lambda _: None,
+            console,
+            side_by_side=side_by_side,
+        )
+        if failures:
+            failures[0].log = search.folder / "error.log"
+            artifact.write_text(failures[0].log, failures[0].traceback)
+            raise failures[0]
+        with watch as observe:
 
-                def on_change(trial: Trial) -> None:
-                    observe(trial)
-                    records.observe(trial)
+            def on_change(trial: Trial) -> None:
+                observe(trial)
+                records.observe(trial)
 
-                found = run_trials(search, side_by_side, on_change)
-    except BaseException as error:
-        recording.abort("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
-        raise
-    recording.try_again(now=True)
+            found = run_trials(search, side_by_side, on_change)
+    mirror.sync(now=True)
     pq.write_table(trials.table(found), search.folder / TABLE)
     best = trials.best(found)
-    result = _score(search, best, recording, command, console) if best else None
-    _finish(search, found, best, recording)
+    result = _score(search, best, mirror, command, console) if best else None
+    _finish(search, found, best, mirror)
     return Found(found, best, result)
 
 
 class _Records:
     """The MLflow side: a run for every trial, with the stages that only it has below."""
 
-    def __init__(self, search: Search, recording: Recording, shared: set[str]) -> None:
-        self.search, self.recording, self.shared = search, recording, shared
+    def __init__(self, search: Search, mirror: Mirror, shared: set[str]) -> None:
+        self.search, self.mirror, self.shared = search, mirror, shared
         self.opened: set[int] = set()
 
     def observe(self, trial: Trial) -> None:
@@ -173,24 +167,24 @@ class _Records:
             except InputError:
                 return  # No valid config, so nothing to record but the table's row.
             open_folder(run)
-            self.recording.add(label, run, kind="trial", without=self.shared)
+            self.mirror.add(label, run, kind="trial", without=self.shared)
         else:
-            self.recording.catch_up(label)
+            self.mirror.sync(label)
         if trial.state != "running":
             scores = (
                 {k: v for k, v in asdict(trial.last).items() if v is not None} if trial.last else {}
             )
-            self.recording.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
+            self.mirror.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
 
 
 def _score(
-    search: Search, best: Trial, recording: Recording, command: str, console: Console
+    search: Search, best: Trial, mirror: Mirror, command: str, console: Console
 ) -> RunResult:
     """Write the winner's config and run it: trained already, it is scored on the test rows."""
     run = best_run(search, best)
     artifact.write_text(search.folder / BEST_CONFIG, loading.dump(run.config))
     (result,) = execute(
-        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=recording.own
+        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=mirror.own
     )
     return result
 
@@ -212,9 +206,7 @@ def _forget_another(search: Search, winner: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finish(
-    search: Search, found: Sequence[Trial], best: Trial | None, recording: Recording
-) -> None:
+def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: Mirror) -> None:
     """Draw the figures, and give everything to MLflow."""
     from pipeline.search.figures import search_figures
 
@@ -228,4 +220,4 @@ def _finish(
     scores: Mapping[str, float] = {}
     if best and best.last:
         scores = {f"best_{k}": v for k, v in asdict(best.last).items() if v is not None}
-    recording.finish(files, scores)
+    mirror.finish(files, scores)

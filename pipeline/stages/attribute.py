@@ -1,4 +1,4 @@
-"""Attribute: which weights carried the right answers of a task."""
+"""Attribute: measure which weights and inputs produced the right answers of a task."""
 
 import json
 from collections.abc import Mapping
@@ -7,33 +7,41 @@ from typing import Any
 
 from agcl.attribution import attribute as attribute_batches
 from agcl.attribution.attribute import Split
-from agcl.importance import magnitude, permuted, random
+from agcl.importance import Importance, magnitude, permuted, random
 from agcl.lrp import attributed_linears
-from agcl.model import adapter
 from agcl.parallel import distributed
 from agcl.scoring.scorers import RIGHT_OR_WRONG
 from agcl.tasks import TRAIN, EncodedRows, sample
 from agcl.tasks.batches import collate, in_order
+from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import ADAPTER, IMPORTANCE_FILE
+from pipeline.stages.files import IMPORTANCE_FILE, SUMMARY, rows_file
 
 
 def attribute(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `importance.safetensors` for `model` on the training rows of `rows`.
+    """Write the importance of `model` on the training rows of `rows`.
 
-    With an `adapter` on the model it is that of the adapter's factors.
+    With the input `adapter`, the importance is that of the adapter's factors.
     """
-    model = context.take_model(inputs["model"])
-    peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
-    if peft_model is not None:
-        model = peft_model.get_base_model()
-    rows = EncodedRows(inputs["rows"] / f"{TRAIN}.arrow")
+    with context.borrowed_model(inputs) as model:
+        importance = _importance(model, config, inputs["rows"], context)
+    importance.check_finite()
+    if importance.is_zero():
+        raise ValueError("every importance is zero: no relevance reached any weight")
+    if context.is_first_worker:
+        importance.save(out_dir / IMPORTANCE_FILE)
+
+
+def _importance(
+    model: PreTrainedModel, config: Mapping[str, Any], folder: Path, context: Context
+) -> Importance:
+    """Attribute the rows of a prepared task, then apply the control that the config asks for."""
+    rows = EncodedRows(folder / rows_file(TRAIN))
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
-    summary = json.loads((inputs["rows"] / SUMMARY).read_text(encoding="utf-8"))
+    scorer = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scorer"]
     batches = in_order(len(chosen), config["batch_size"])
     split: Split = "layers" if context.shard_model else config["split"]
     mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
@@ -41,15 +49,15 @@ def attribute(
     importance = attribute_batches(
         model,
         (collate([rows[chosen[i]] for i in indices]) for indices in mine),
-        # Without an estimate of its own, for the input moments alone.
+        # `magnitude` and `random` estimate nothing from the rows; they only need the moments.
         estimator="das" if estimator in ("magnitude", "random") else estimator,
         top_k=config["top_k"],
         rules=config["rules"],
         moments=config["moments"],
         unit_inputs=config["unit_inputs"],
-        entries=config.get("entries", True),
-        # Of a long answer that is scored in part, hardly any is right to the letter.
-        correct_only=config["correct_only"] and summary["scorer"] in RIGHT_OR_WRONG,
+        entries=config["entries"],
+        # A long answer is scored by similarity; hardly any is exactly right.
+        correct_only=config["correct_only"] and scorer in RIGHT_OR_WRONG,
         split=split,
         running_values=config["running_values"],
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
@@ -58,11 +66,4 @@ def attribute(
         importance = magnitude(importance, attributed_linears(model))
     if estimator == "random":
         importance = random(importance, seed=config["seed"])
-    if config["permuted"]:
-        importance = permuted(importance, seed=config["seed"])
-    importance.check_finite()
-    if importance.is_zero():
-        raise ValueError("every importance is zero: no relevance reached any weight")
-    if context.is_first_worker:
-        importance.save(out_dir / IMPORTANCE_FILE)
-    context.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
+    return permuted(importance, seed=config["seed"]) if config["permuted"] else importance

@@ -1,22 +1,24 @@
-"""What a stage gets besides its config and inputs: device, log, and the model in memory."""
+"""What a stage gets besides its config and inputs: device, log, and the model held in memory."""
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from agcl.files.checkpoint import Checkpoint
-from agcl.model import models
+from agcl.model import adapter, models
 from agcl.parallel import distributed, sharding
 from agcl.train import Log
 from transformers import PreTrainedModel
 
+from pipeline.stages.files import ADAPTER
+
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
-"""Sends records, each with the folder name of its `artifact`, to whoever watches the run."""
-LOG_FILE = "log.jsonl"
+"""Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
 
 
 def _no_log(metrics: dict[str, float], step: int) -> None:
@@ -25,38 +27,38 @@ def _no_log(metrics: dict[str, float], step: int) -> None:
 
 @dataclass
 class Context:
-    """One worker's view of the session it runs in; the defaults are a plain single process."""
+    """One worker's view of its session. The defaults are those of a plain single process."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     log: Log = _no_log
     """Records metrics of the running stage by step."""
     folder: Path = Path()
-    """Where the running stage's out_dir will be once it is whole."""
+    """Where the running stage's out_dir is moved when the stage is complete."""
     shard_model: bool = False
-    """Whether the workers share the model among them."""
+    """Whether the model is sharded across the workers."""
     ray_data: bool = True
     """Whether prepare stages encode rows with Ray Data, or in this process."""
     checkpoint_minutes: float = 0.0
     checkpoint: Checkpoint | None = None
-    """Where the running stage goes on, if it was cut off in the middle of training."""
+    """Where the running stage saves its training state, and resumes from."""
     held: dict[Path, PreTrainedModel] = field(default_factory=dict)
 
     @property
     def is_first_worker(self) -> bool:
-        """Whether this worker writes the artifacts."""
+        """Whether this is rank 0, which writes the artifacts."""
         return distributed.rank() == 0
 
     def take_model(self, folder: Path) -> PreTrainedModel:
         """The model of an artifact, from memory if the last stage left it there.
 
-        The caller may change it; `hold_model` gives it back.
+        The caller may change it; `hold_model` returns it.
         """
         model = self.held.pop(folder, None)
         self.held.clear()
         return model if model is not None else self.placed(models.load_model(folder))
 
     def placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model just made, on this worker's device: the whole or a share of it."""
+        """Move a new model to this worker's device, sharded if the session shards models."""
         if self.shard_model:
             return sharding.shard(model, self.device)
         return model.to(self.device)
@@ -65,11 +67,20 @@ class Context:
         """Keep a model in memory as that of `folder` for the next stage."""
         self.held[folder] = model
 
+    @contextmanager
+    def borrowed_model(self, inputs: Mapping[str, Path]) -> Iterator[PreTrainedModel]:
+        """The input `model`, with the input `adapter` on it if there is one, to read only."""
+        model, peft_model = self.take_model(inputs["model"]), None
+        if "adapter" in inputs:
+            peft_model = adapter.load(model, inputs["adapter"] / ADAPTER)
+        yield peft_model.get_base_model() if peft_model else model
+        self.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
+
 
 class StageLog:
-    """Metrics of one stage: a JSON-lines file in its artifact, and records sent as they come.
+    """Metrics of one stage: written to a JSON-lines file in its artifact and sent while it runs.
 
-    Only the first worker has one.
+    Only rank 0 has one.
     """
 
     def __init__(self, name: str, file: Path, emit: Emit, interval: float = 0.5) -> None:
@@ -93,7 +104,7 @@ class StageLog:
         self.waiting, self.sent = [], time.monotonic()
 
     def close(self) -> None:
-        """Send what waits and close the file."""
+        """Send pending records and close the file."""
         if self.waiting:
             self._send()
         self.lines.close()

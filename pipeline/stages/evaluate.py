@@ -1,4 +1,4 @@
-"""Evaluate: one row of the accuracy matrix, every evaluation set of every task."""
+"""Evaluate: score a model on every evaluation set of every task, one row of the accuracy matrix."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from agcl.model import adapter, models
+from agcl.model import models
 from agcl.scoring.evaluate import predict, text_loss
 from agcl.scoring.generate import generate
 from agcl.scoring.scorers import TEACHER_FORCED, score, scorer_named
@@ -18,69 +18,74 @@ from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.prepare import SUMMARY
-from pipeline.stages.train import ADAPTER
+from pipeline.stages.files import PREDICTIONS, SCORES, SUMMARY, TEXT, rows_file
 from pipeline.storage.artifact import write_json
-
-SCORES, PREDICTIONS, TEXT = "scores.json", "predictions.parquet", "text.json"
 
 
 def evaluate(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `scores.json`: per prepared task and evaluation set, the mean score of its rows.
+    """Score `model`, with the input `adapter` on it if there is one.
 
-    A set is scored by its task's scorer, and by each of the config's `scorers` as a set named
-    `<set>-<scorer>`. Beside it `predictions.parquet`, from which every number can be computed
-    again: one row a scored row and scorer, with `predicted` the model's greedy answer (where only
-    exact match was asked for: as far as it is right, then the teacher-forced choice). With
-    `validation`, the share of the rows that settings may be chosen by, only those are scored.
-    Inputs are `model`, `rows/<task>`, perhaps the stage with the `adapter` to put on the model, and
-    perhaps `text`, on which the loss goes into `text.json`.
+    `scores.json` holds the mean score per task (inputs `rows/<task>`) and evaluation set. Each set
+    is scored by its task's scorer, and by each of the config's `scorers` as an additional set
+    `<set>-<scorer>`. `predictions.parquet` holds one line per scored row and scorer, enough to
+    recompute every metric; `predicted` is the model's greedy answer, or with exact match alone the
+    teacher-forced choice, which agrees with it up to the first wrong token. With a `validation`
+    share, only validation rows are scored. With the input `text`, `text.json` holds the loss on it.
     """
-    model = context.take_model(inputs["model"])
-    peft_model = adapter.load(model, inputs["adapter"] / ADAPTER) if "adapter" in inputs else None
-    if peft_model is not None:
-        model = peft_model.get_base_model()
-    tokenizer = models.load_tokenizer(inputs["model"])
     scores: dict[str, dict[str, float]] = {}
-    tables = []
+    tables: list[pa.Table] = []
     tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if r.startswith("rows/")}
-    for number, (task, folder) in enumerate(tasks.items(), start=1):
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        scores[task] = {}
-        for name, rows in _rows_to_score(folder, summary, config.get("validation")).items():
-            if not len(rows):
-                raise ValueError(
-                    f"evaluation.validation: {config['validation']} leaves {name} of task {task} "
-                    "no row to choose settings by; choose another share"
-                )
-            sets = {name: summary["scorer"]}
-            sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
-            texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
-            for set_name, scorer in sets.items():
-                scored = _scored(scorer, texts, rows.table, exact)
-                scores[task][set_name] = fmean(scored)
-                tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
-        context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
-    if "text" in inputs:
-        text = inputs["text"].read_text(encoding="utf-8")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
-        loss = text_loss(model, ids, precision=config["precision"])
-        context.log({"text_loss": loss}, len(tasks) + 1)
-        if context.is_first_worker:
-            write_json(out_dir / TEXT, {"loss": loss, "tokens": len(ids)})
+    with context.borrowed_model(inputs) as model:
+        tokenizer = models.load_tokenizer(inputs["model"])
+        for number, (task, folder) in enumerate(tasks.items(), start=1):
+            scores[task] = _score_task(model, tokenizer, config, task, folder, tables)
+            context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
+        if "text" in inputs:
+            text = inputs["text"].read_text(encoding="utf-8")
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
+            loss = text_loss(model, ids, precision=config["precision"])
+            context.log({"text_loss": loss}, len(tasks) + 1)
+            if context.is_first_worker:
+                write_json(out_dir / TEXT, {"loss": loss, "tokens": len(ids)})
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
-    context.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
+
+
+def _score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    task: str,
+    folder: Path,
+    tables: list[pa.Table],
+) -> dict[str, float]:
+    """The mean score of every evaluation set of a task; appends its predictions to `tables`."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    scores: dict[str, float] = {}
+    for name, rows in _rows_to_score(folder, summary, config["validation"]).items():
+        if not len(rows):
+            raise ValueError(
+                f"evaluation.validation: {config['validation']} leaves no validation row in {name} "
+                f"of task {task}; choose another share"
+            )
+        sets = {name: summary["scorer"]}
+        sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
+        texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+        for set_name, scorer in sets.items():
+            scored = _scored(scorer, texts, rows.table, exact)
+            scores[set_name] = fmean(scored)
+            tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
+    return scores
 
 
 def _rows_to_score(
     folder: Path, summary: Mapping[str, Any], validation: float | None
 ) -> dict[str, EncodedRows]:
-    """The rows of every evaluation set; only those that settings may be chosen by, if asked for."""
-    sets = {name: EncodedRows(folder / f"{s}.arrow") for name, s in summary["scored"].items()}
+    """The rows of every evaluation set; with a `validation` share, only validation rows."""
+    sets = {name: EncodedRows(folder / rows_file(s)) for name, s in summary["scored"].items()}
     if validation is None:
         return sets
     if VALIDATION in sets:
@@ -93,9 +98,9 @@ def _rows_to_score(
 
 
 def is_for_validation(prompt: str, answer: str, *, share: float) -> bool:
-    """Whether settings may be chosen by a scored row of a task without a split for that.
+    """Whether a scored row is a validation row, in a task that has no validation split.
 
-    Depends on the row alone, so that it stays when others come or go.
+    Depends on the row alone, so adding or removing rows does not move the others.
     """
     digest = hashlib.sha256(f"{prompt}\0{answer}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
@@ -108,9 +113,10 @@ def _answers(
     config: Mapping[str, Any],
     scorers: set[str],
 ) -> tuple[list[str], list[bool]]:
-    """The model's answer to every row, and whether it is exactly the given one.
+    """The model's answer to every row, and whether it is exactly the expected one.
 
-    Only rows that are not are decoded token by token, and those only for scorers that need it.
+    One teacher-forced pass finds the exact answers. The others are decoded token by token, unless
+    every scorer is exact match.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -135,7 +141,7 @@ def _answers(
 
 
 def _scored(name: str, texts: Sequence[str], rows: pa.Table, exact: Sequence[bool]) -> list[float]:
-    """The score of every row. Raises `ValueError` for one that is no number in [0, 1]."""
+    """The score of every row. Raises `ValueError` for a score that is not a number in [0, 1]."""
     if name == TEACHER_FORCED:
         return [float(right) for right in exact]
     scorer = scorer_named(name)

@@ -1,4 +1,4 @@
-"""Report: `metrics.json` from the rows of the accuracy matrix, and what the importances say."""
+"""Metrics: the accuracy matrix, what is computed from it, and a summary of the importances."""
 
 import json
 from collections.abc import Mapping
@@ -12,27 +12,32 @@ from agcl.importance import Importance, by_layer_and_module, overlap
 from agcl.tasks import VALIDATION
 
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import PREDICTIONS, TEXT, is_for_validation
-from pipeline.stages.train import CHECKS, IMPORTANCE_FILE
+from pipeline.stages.evaluate import is_for_validation
+from pipeline.stages.files import (
+    CHECKS,
+    IMPORTANCE_FILE,
+    IMPORTANCE_SUMMARY,
+    METRICS,
+    PREDICTIONS,
+    TEXT,
+)
 from pipeline.storage.artifact import write_json
-
-METRICS, IMPORTANCE_SUMMARY = "metrics.json", "importance.json"
 
 
 def report(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `metrics.json`, and `importance.json` and `checks.json` if there is any.
+    """Write `metrics.json`; with importances `importance.json`, with protections `checks.json`.
 
-    Inputs are `scores/0` ... `scores/T`, `importance/<task>` and `model/<stage>`; config holds
-    method, seed, task names, held-out names, the main evaluation set, the share of rows that are
-    for validation and whether `only` they were scored; then they stand for the others too.
+    Inputs are `scores/0` ... `scores/T`, `importance/<task>` and `model/<stage>`. The config holds
+    method, seed, task names, held-out names, the headline evaluation set, the share of validation
+    rows, and whether only those were scored; then the metrics are computed from them.
     """
     if not context.is_first_worker:
         return
-    tasks, held_out, share = config["tasks"], config["held_out"], config["validation"]
-    only = config.get("only_validation", False)
-    scores = [_scores(inputs[f"scores/{i}"], share, only=only) for i in range(len(tasks) + 1)]
+    tasks, share, only = config["tasks"], config["validation"], config["only_validation"]
+    folders = [inputs[f"scores/{i}"] for i in range(len(tasks) + 1)]
+    scores = [_scores(folder, share, only=only) for folder in folders]
     sets = _metrics(config, [test for test, _ in scores])
     main = config["evaluation_set"] if config["evaluation_set"] in sets else next(iter(sets))
     result = {
@@ -43,28 +48,22 @@ def report(
         **sets[main],
         "evaluation_sets": sets,
         "held_out": {
-            name: [next(iter(test[name].values())) for test, _ in scores] for name in held_out
+            name: [next(iter(test[name].values())) for test, _ in scores]
+            for name in config["held_out"]
         },
     }
-    texts = [inputs[f"scores/{i}"] / TEXT for i in range(len(tasks) + 1)]
-    if texts[0].exists():
-        result["text_loss"] = [json.loads(file.read_text("utf-8"))["loss"] for file in texts]
+    if (folders[0] / TEXT).exists():
+        result["text_loss"] = [json.loads((f / TEXT).read_text("utf-8"))["loss"] for f in folders]
     if share:
-        result["validation"] = _metrics(config, [chosen_by for _, chosen_by in scores])
+        result["validation"] = _metrics(config, [validation for _, validation in scores])
     write_json(out_dir / METRICS, result)
-    files = {r.removeprefix("importance/"): p for r, p in inputs.items() if "importance/" in r}
-    if files:
-        importances = [
-            Importance.load(folder / IMPORTANCE_FILE, verify=False) for folder in files.values()
-        ]
-        summary = {
-            "tasks": list(files),
-            "rows_attributed": [i.header["rows_attributed"] for i in importances],
-        }
-        if all(i.entries for i in importances):
-            summary["by_layer_and_module"] = [by_layer_and_module(i) for i in importances]
-            summary["overlap"] = overlap(importances)
-        write_json(out_dir / IMPORTANCE_SUMMARY, summary)
+    importances = {
+        role.removeprefix("importance/"): Importance.load(folder / IMPORTANCE_FILE, verify=False)
+        for role, folder in inputs.items()
+        if role.startswith("importance/")
+    }
+    if importances:
+        write_json(out_dir / IMPORTANCE_SUMMARY, _importance_summary(importances))
     checks = {
         role.removeprefix("model/"): json.loads((folder / CHECKS).read_text(encoding="utf-8"))
         for role, folder in inputs.items()
@@ -74,22 +73,34 @@ def report(
         write_json(out_dir / CHECKS, checks)
 
 
+def _importance_summary(by_task: Mapping[str, Importance]) -> dict[str, Any]:
+    importances = list(by_task.values())
+    summary = {
+        "tasks": list(by_task),
+        "rows_attributed": [i.header["rows_attributed"] for i in importances],
+    }
+    if all(i.entries for i in importances):
+        summary["by_layer_and_module"] = [by_layer_and_module(i) for i in importances]
+        summary["overlap"] = overlap(importances)
+    return summary
+
+
 Scores = dict[str, dict[str, float]]
 """By task, then evaluation set."""
 
 
 def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:
-    """Mean score of the test rows, and of the rows for validation; twice those, if they are `only`.
+    """Mean scores of the test rows and of the validation rows; with `only`, the latter twice.
 
-    A task's own validation set is for that. Of a task that has none (what it was trained on is
-    what is scored), it is a share of the rows. Raises `ValueError` where test rows were scored and
-    the share leaves no row on one side.
+    Validation rows are those of the task's validation set, or without one (a task that is scored
+    on its training rows) a share of the scored rows. Raises `ValueError` if that share leaves no
+    test row or no validation row.
     """
     rows = pq.read_table(folder / PREDICTIONS).to_pylist()
-    apart = {row["task"] for row in rows if _is_validation(row["evaluation_set"])}
+    has_set = {row["task"] for row in rows if _is_validation(row["evaluation_set"])}
     found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for row in rows:
-        if row["task"] in apart:
+        if row["task"] in has_set:
             for_validation = _is_validation(row["evaluation_set"])
         else:
             for_validation = is_for_validation(row["prompt"], row["answer"], share=share)
@@ -97,26 +108,27 @@ def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:
         values[for_validation].append(row["score"])
     test: Scores = {}
     validation: Scores = {}
-    for (task, name), (for_test, to_choose_by) in found.items():
-        if task not in apart and not only and (not for_test or (share and not to_choose_by)):
+    for (task, name), (of_test, of_validation) in found.items():
+        if task not in has_set and not only and (not of_test or (share and not of_validation)):
+            missing = "validation" if of_test else "test"
             raise ValueError(
-                f"evaluation.validation: {share} leaves {name} of task {task} no row on one side; "
+                f"evaluation.validation: {share} leaves no {missing} row in {name} of task {task}; "
                 "choose another share"
             )
-        if for_test:
-            test.setdefault(task, {})[name] = fmean(for_test)
-        if to_choose_by:
-            validation.setdefault(task, {})[name] = fmean(to_choose_by)
+        if of_test:
+            test.setdefault(task, {})[name] = fmean(of_test)
+        if of_validation:
+            validation.setdefault(task, {})[name] = fmean(of_validation)
     return (validation if only else test), validation
 
 
 def _is_validation(evaluation_set: str) -> bool:
-    """Also with another scorer, `validation-rouge_l`."""
+    """True also for the set with another scorer, `validation-rouge_l`."""
     return evaluation_set.partition("-")[0] == VALIDATION
 
 
 def _metrics(config: Mapping[str, Any], rows: list[Scores]) -> dict[str, dict[str, Any]]:
-    """Metrics by evaluation set that all tasks have, from the scores after every task."""
+    """Metrics by evaluation set, for the sets that all tasks have."""
     tasks = config["tasks"]
     sets = {}
     for name in rows[0][tasks[0]]:
@@ -124,7 +136,7 @@ def _metrics(config: Mapping[str, Any], rows: list[Scores]) -> dict[str, dict[st
             continue
         matrix = [[row[task][name] for task in tasks] for row in rows]
         if config["method"] == "solo":
-            # A learned task is answered by its own model, which nothing changes any more.
+            # Each task has its own model, so its score after training never changes.
             own = [matrix[j + 1][j] for j in range(len(tasks))]
             matrix = [[*own[:i], *row[i:]] for i, row in enumerate(matrix)]
         sets[name] = metrics.summary(matrix)

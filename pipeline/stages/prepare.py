@@ -1,7 +1,6 @@
-"""Prepare: a task's rows, rendered and tokenized by Ray Data, into memory-mapped Arrow files."""
+"""Prepare: render and tokenize a task's rows with Ray Data into memory-mapped Arrow files."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
 from pipeline.stages.context import Context
+from pipeline.stages.files import SUMMARY, rows_file
 from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
-"""Rows that are read, and text that is tokenized, at a time: what bounds memory."""
-SUMMARY = "summary.json"
+"""Rows read at a time, and bytes of text tokenized at a time. They bound the memory."""
 COUNTS = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-"""Counts of a split: what is kept, and the rows left out by reason."""
+"""Per split: rows and tokens that are kept, and rows that are dropped, by reason."""
 FILES = "file/"
-"""Prefix of the inputs that are a task's files."""
+"""Prefix of the roles of inputs that are a task's files."""
 
 
 def make_tokenizer(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """The built-in model's tokenizer, trained on its generic facts."""
+    """Train the built-in model's tokenizer on its generic facts."""
     rows = open_task(config["task"], {}).splits["train"]()
     models.builtin_tokenizer(row.prompt + row.answer for row in rows).save_pretrained(out_dir)
 
@@ -36,10 +35,10 @@ def make_tokenizer(
 def prepare(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write `<split>.arrow` for every split and `summary.json` with counts.
+    """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
-    Rows stream through Ray Data in order and are never whole in memory. Rows without a prompt or
-    an answer, and those longer than `max_length` tokens, are left out and counted.
+    Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
+    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
@@ -49,7 +48,7 @@ def prepare(
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)
         with (
-            pa.OSFile(str(out_dir / f"{split}.arrow"), "wb") as sink,
+            pa.OSFile(str(out_dir / rows_file(split)), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
             for table in encoded(source, tokenizer, chat=config["chat_template"]):
@@ -70,8 +69,9 @@ def prepare(
 def _encoded_here(
     source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
 ) -> Iterator[pa.Table]:
-    for block in _blocks(source):
-        yield _encode_block(block, tokenizer, chat=chat)
+    rows = source()
+    while block := list(islice(rows, _BLOCK_ROWS)):
+        yield encode(tokenizer, block, chat=chat)
 
 
 def _encoded_by_ray(
@@ -82,12 +82,11 @@ def _encoded_by_ray(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # It names the file and row.
     context.target_max_block_size = _BLOCK_BYTES
-    # Without a claim to CPUs, which workers may hold already while they wait for these rows.
-    dataset = ray.data.read_datasource(
-        _source_of(partial(_blocks, source)), override_num_blocks=1, num_cpus=0
-    ).map_batches(
-        partial(_encode_block, tokenizer=tokenizer, chat=chat),
+    # One streaming task. num_cpus=0, because workers that wait for these rows may hold all CPUs.
+    dataset: Any = ray.data.from_items([None]).map_batches(
+        lambda _: _encoded_here(source, tokenizer, chat=chat),
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=0,
@@ -96,42 +95,8 @@ def _encoded_by_ray(
         yield table.cast(SCHEMA)
 
 
-def _source_of(blocks: Callable[[], Iterator[pa.Table]]) -> Any:
-    """A Ray Data source of one streaming read task."""
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    class Rows(Datasource):
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            unknown = BlockMetadata(
-                num_rows=None, size_bytes=None, input_files=None, exec_stats=None
-            )
-            return [ReadTask(blocks, unknown)]
-
-    return Rows()
-
-
-def _blocks(source: RowSource) -> Iterator[pa.Table]:
-    rows = source()
-    while block := list(islice(rows, _BLOCK_ROWS)):
-        yield pa.table(
-            {"prompt": [row.prompt for row in block], "answer": [row.answer for row in block]}
-        )
-
-
-def _encode_block(table: pa.Table, tokenizer: PreTrainedTokenizerBase, chat: bool) -> pa.Table:
-    texts = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
-    return encode(tokenizer, [Row(prompt, answer) for prompt, answer in texts], chat=chat)
-
-
 def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
-    """The rows that are kept; adds to the counts."""
+    """The rows to keep. Adds to the counts."""
     rows = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
     filled = pa.array([not is_empty(Row(*row)) for row in rows])
     there = table.filter(filled)

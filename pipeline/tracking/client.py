@@ -1,4 +1,4 @@
-"""MLflow: one parent run a sequence, one child a stage. The only file that imports mlflow."""
+"""Client of MLflow: runs, metrics, artifacts, models. The only file that imports mlflow."""
 
 import json
 import logging
@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agcl.errors import InputError
 
@@ -20,17 +21,23 @@ from pipeline.storage.artifact import claimed, write_json
 
 EXPERIMENT = "agcl"
 _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
-_KIND = "custom_model_development"  # The UI then opens in its training view.
+_KIND = "custom_model_development"  # Makes the UI open in its training view.
 _PARAM_LENGTH = 6000
+_MOST_CHILDREN = 50_000  # The server's limit for one page.
 _DATABASE = "mlflow.db"
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A server that is down must not hold up a run for the four minutes that MLflow would try."""
+_ENVIRONMENT = {
+    # A server that is down must not hold up a run for the four minutes of MLflow's defaults.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # We report failures ourselves, in one line.
+}
 Content = bytes | str | Path
 """Bytes, text, or a file to copy."""
 
 
 def default_uri(storage: Path) -> str:
-    """The sqlite file in the storage folder."""
+    """The sqlite database in the storage folder."""
     return f"sqlite:///{storage / _DATABASE}"
 
 
@@ -38,13 +45,13 @@ class TrackingFailed(Exception):
     """MLflow could not be read or written."""
 
     def __init__(self, message: str, *, no_answer: bool) -> None:
-        """`no_answer`: the server did not answer, so that another time it may."""
+        """`no_answer`: the server could not be reached, so a later attempt may succeed."""
         super().__init__(message)
         self.no_answer = no_answer
 
 
 class _Client:
-    """MLflow's client; whatever a call of it raises becomes `TrackingFailed` of one line."""
+    """`MlflowClient` whose every exception becomes a `TrackingFailed` with a one-line message."""
 
     def __init__(self, uri: str) -> None:
         from mlflow import MlflowClient
@@ -59,10 +66,10 @@ class _Client:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except Exception as error:  # A store raises what its database or transport raises.
-                # Transport errors are OSErrors; of them, a malformed address is a ValueError too.
-                transport = error.__cause__ or error.__context__
-                no_answer = isinstance(transport, OSError) and not isinstance(transport, ValueError)
+            except Exception as error:  # Stores leak the errors of their database or transport.
+                # Transport errors are OSErrors; a malformed address is a ValueError as well.
+                cause = error.__cause__ or error.__context__
+                no_answer = isinstance(cause, OSError) and not isinstance(cause, ValueError)
                 reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
                 raise TrackingFailed(
                     f"cannot use MLflow at {masked(self._uri)} ({reason})", no_answer=no_answer
@@ -71,43 +78,50 @@ class _Client:
         return guarded
 
 
+class Child(NamedTuple):
+    """A stage's run below the run it belongs to."""
+
+    run_id: str
+    fingerprint: str
+    is_finished: bool
+
+
 class Tracker:
-    """Runs of one experiment, written by the driver alone and always by explicit run id."""
+    """The runs of our experiment. Only the driver writes them, always by explicit run id."""
 
     def __init__(self, storage: Path, uri: str | None) -> None:
-        """Connect. Raises `InputError` for a bad URI, `TrackingFailed` for a silent server."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # We say what failed, in a line.
-        for key, value in _PATIENCE.items():
+        """Connect; `uri` None is the storage folder's own database. Raises `TrackingFailed`.
+
+        Raises `InputError` for a URI whose credentials were masked.
+        """
+        for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # It would tell every retry.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # It logs every retry.
         self.uri = uri or default_uri(storage)
         if MASK in self.uri:
             raise InputError("tracking.uri: its credentials were never written; give them again")
-        try:
-            if uri is None:
-                _make_database(storage)
-            self.client: Any = _Client(self.uri)
-            self.experiment = _experiment(self.client, self.uri, storage)
-        except TrackingFailed as error:
-            if error.no_answer:
-                raise
-            raise InputError(f"tracking.uri: {error}") from None
+        if uri is None:
+            _make_database(storage)
+        self.client: Any = _Client(self.uri)
+        self.experiment = _experiment(self.client, self.uri, storage)
 
-    def start(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-        """Create a run and return its id."""
+    def start(
+        self, name: str, tags: Mapping[str, str], parent: str | None, at: float | None = None
+    ) -> str:
+        """Create a run and return its id. `at` is its start in seconds since 1970; None is now."""
         nested = {"mlflow.parentRunId": parent} if parent else {}
-        run = self.client.create_run(self.experiment, run_name=name, tags={**tags, **nested})
+        started = _milliseconds(at)
+        run = self.client.create_run(self.experiment, started, {**tags, **nested}, name)
         return str(run.info.run_id)
 
     def open(
         self, folder: Path, name: str, tags: Mapping[str, str], parent: str | None = None
     ) -> str:
-        """The id of the run that a folder knows, running again, or of a new one that it will know.
+        """The id of the run that `mlflow.json` in a folder names, reopened, or of a new run.
 
-        The folder holds a new run's key before there is the run, so that one whose process was
-        killed in between is found and not made twice.
+        The file holds a key before the run exists. If the process is killed in between, the next
+        one finds the run by its key instead of creating a second one.
         """
         file, uri = folder / _RUN_FILE, masked(self.uri)
         run_id = self._known(file, uri)
@@ -135,59 +149,51 @@ class Tracker:
         except TrackingFailed as error:
             if error.no_answer:
                 raise
-            return None
+            return None  # Deleted, or the database is a new one.
         return run_id
 
     def discard(self, run_id: str) -> None:
-        """Delete a run that is begun anew, so that nothing of it is there twice."""
+        """Delete a run that is about to be replaced."""
         self.client.delete_run(run_id)
 
-    def children(self, parent: str) -> dict[str, tuple[str, bool]]:
-        """Of a run's stage runs, by fingerprint: the id, and whether it is finished."""
-        found: dict[str, tuple[str, bool]] = {}
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment],
-                filter_string=f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'stage'",
-                page_token=token,
-            )
-            for run in page:
-                key = run.data.tags.get("fingerprint", "")
-                found[key] = (run.info.run_id, run.info.status == "FINISHED")
-            token = page.token
-            if not token:
-                return found
+    def children(self, parent: str) -> list[Child]:
+        """The stage runs below a run."""
+        found = self.client.search_runs(
+            [self.experiment],
+            f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'stage'",
+            max_results=_MOST_CHILDREN,
+        )
+        return [
+            Child(r.info.run_id, r.data.tags.get("fingerprint", ""), r.info.status == "FINISHED")
+            for r in found
+        ]
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Log nested values as dotted params; those already there stay."""
+        """Log nested values as dotted params. MLflow's params cannot change: existing ones stay."""
         from mlflow.entities import Param
 
-        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in _flat(values)]
-        there = self.client.get_run(run_id).data.params
-        new = [param for param in params if param.key not in there]
-        for start in range(0, len(new), 100):
-            self.client.log_batch(run_id, params=new[start : start + 100])
+        existing = self.client.get_run(run_id).data.params
+        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in _flat(values) if k not in existing]
+        self.client.log_batch(run_id, params=params)
 
     def metrics(
         self, run_id: str, records: Iterable[Mapping[str, Any]], at: float | None = None
     ) -> None:
-        """Log the numbers of records, each with its `step`; `of_...` only serve progress bars.
+        """Log the numbers of records by `step`. Keys `of_...` are totals for progress bars.
 
-        `at` is when they were measured, in seconds since 1970; None is now. Logging a number again
-        with the same time changes nothing.
+        `at` is the time of measurement in seconds since 1970; None is now. A point that is logged
+        again with the same time is not duplicated.
         """
         from mlflow.entities import Metric
 
-        now = int((time.time() if at is None else at) * 1000)
+        timestamp = _milliseconds(time.time() if at is None else at)
         metrics = [
-            Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), now, int(record.get("step", 0)))
+            Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), timestamp, record.get("step", 0))
             for record in records
             for key, value in record.items()
             if key != "step" and not key.startswith("of_") and isinstance(value, int | float)
         ]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self.client.log_batch(run_id, metrics=metrics)
 
     def dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
         """Record an input dataset."""
@@ -197,49 +203,45 @@ class Tracker:
         self.client.log_inputs(run_id, datasets=[DatasetInput(entry)])
 
     def artifacts(self, run_id: str, files: Mapping[str, Content]) -> None:
-        """Log bytes, text or existing files under the given artifact paths."""
-        for path, content in files.items():
-            folder, _, name = path.rpartition("/")
-            if isinstance(content, Path):
-                self.client.log_artifact(run_id, str(content), folder or None)
-            else:
-                self._log_content(run_id, folder, name, content)
-
-    def _log_content(self, run_id: str, folder: str, name: str, content: bytes | str) -> None:
-        import tempfile
-
+        """Log contents by artifact path."""
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / name
-            file.write_bytes(content if isinstance(content, bytes) else content.encode())
-            self.client.log_artifact(run_id, str(file), folder or None)
+            for path, content in files.items():
+                file = Path(scratch) / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Path):
+                    file.symlink_to(content.resolve())  # MLflow copies what it points to.
+                else:
+                    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+            self.client.log_artifacts(run_id, scratch)
 
     def register(self, run_id: str, name: str, folder: Path) -> None:
-        """Register the model in a folder as the next version of `name`; once a run."""
+        """Register the model in a folder as the next version of `name`, once per run."""
         if "registered_version" in self.client.get_run(run_id).data.tags:
             return
         model = self.client.create_logged_model(self.experiment, name, source_run_id=run_id)
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
-        known = self.client.search_registered_models(f"name = '{name}'")
-        if not known:
+        if not self.client.search_registered_models(f"name = '{name}'"):
             self.client.create_registered_model(name)
         version = self.client.create_model_version(
             name, source=model.artifact_location, run_id=run_id, model_id=model.model_id
         )
         self.client.set_tag(run_id, "registered_version", f"{name}/{version.version}")
 
-    def end(self, run_id: str, status: str = "FINISHED", error: str = "") -> None:
-        """Close a run as FINISHED, FAILED or KILLED."""
+    def end(
+        self, run_id: str, status: str = "FINISHED", error: str = "", at: float | None = None
+    ) -> None:
+        """Close a run as FINISHED, FAILED or KILLED. `at` is its end; None is now."""
         if error:
             self.client.set_tag(run_id, "error", masked(error))
-        self.client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id, status, end_time=_milliseconds(at))
 
 
 def _make_database(storage: Path) -> None:
-    """Make the storage folder's database, if there is none, aside and renamed.
+    """Create the storage folder's database under another name, then rename it.
 
-    Its first migrations take seconds: a process that is killed in them, or two at a time, would
-    leave a database that no one can open.
+    MLflow's migrations take seconds. A process killed during them, or two processes running them
+    at once, would leave a database that nobody can open.
     """
     file = storage / _DATABASE
     with nullcontext() if file.exists() else claimed(file):
@@ -252,7 +254,7 @@ def _make_database(storage: Path) -> None:
 
 
 def _experiment(client: Any, uri: str, storage: Path) -> str:
-    """The id of our experiment, which is made if there is none."""
+    """The id of our experiment, created if necessary."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         # Artifacts of a local database belong beside it; a server decides for itself.
@@ -262,45 +264,36 @@ def _experiment(client: Any, uri: str, storage: Path) -> str:
             tags = {"mlflow.experimentKind": _KIND}
             return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
         except TrackingFailed:
-            found = client.get_experiment_by_name(EXPERIMENT)  # Another run was faster.
+            found = client.get_experiment_by_name(EXPERIMENT)  # Another process was faster.
             if found is None:
                 raise
     return str(found.experiment_id)
 
 
-def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    items = (
-        values.items()
-        if isinstance(values, Mapping)
-        else enumerate(values)
-        if isinstance(values, list | tuple)
-        else ()
-    )
-    for key, value in items:
-        if isinstance(value, Mapping | list | tuple) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _milliseconds(at: float | None) -> int | None:
+    return None if at is None else int(at * 1000)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping | list | tuple) and value:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, inner in items:
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, value
 
 
 def serve(storage: Path, port: int) -> int:
-    """Run the MLflow UI of a storage folder on loopback until interrupted; its exit code."""
+    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code."""
     if not (storage / _DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
-    arguments = ["--backend-store-uri", default_uri(storage), "--host", "127.0.0.1"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    arguments = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri".split()
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            *arguments,
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ],
-        env=environment,
+        [sys.executable, "-m", "mlflow", "server", *arguments, default_uri(storage)],
+        env={
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
         check=False,
     ).returncode

@@ -1,4 +1,4 @@
-"""Metrics on a matrix of three tasks, worked out by hand."""
+"""Metrics on a matrix of three tasks, computed by hand."""
 
 import pytest
 
@@ -23,9 +23,9 @@ def test_three_tasks_by_hand():
     assert metrics.forgetting(MATRIX) == [pytest.approx(0.4), pytest.approx(-0.05), None]
 
 
-def test_forgetting_starts_from_the_best_score_since_training_and_before_the_end():
+def test_forgetting_is_measured_from_the_best_score_between_training_and_the_end():
     matrix = [[1.0, 0.0, 0.0], [0.6, 0.9, 0.0], [0.8, 0.7, 0.0], [0.3, 0.75, 1.0]]
-    # Task 1 was best after task 2, and the base model's 1.0 does not count; nor does task 2's
+    # Task 1 was best after task 2; the base model's 1.0 does not count, nor does task 2's
     # score before it was trained.
     assert metrics.forgetting(matrix) == [pytest.approx(0.5), pytest.approx(-0.05), None]
 
@@ -61,6 +61,6 @@ def test_one_task_has_no_transfer_and_no_forgetting():
         [[0.1, 0.2], [0.3], [0.5, 0.6]],
     ],
 )
-def test_a_matrix_of_another_shape_is_refused(matrix):
-    with pytest.raises(ValueError, match="one row more than columns"):
+def test_a_matrix_of_the_wrong_shape_is_refused(matrix):
+    with pytest.raises(ValueError, match="one more row than columns"):
         metrics.summary(matrix)

@@ -1,4 +1,4 @@
-"""The learning rate over a task's steps."""
+"""Learning-rate schedules over a task's steps."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def factors(num_steps, schedule, warmup=0.0):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("rising", [0, 3])
-def test_it_is_transformers_schedule_but_for_the_steps_that_rise(schedule, rising):
+def test_it_equals_transformers_schedule_except_in_warmup(schedule, rising):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     theirs = get_scheduler(name, optimizer, num_warmup_steps=rising, num_training_steps=12)
@@ -33,7 +33,7 @@ def test_it_is_transformers_schedule_but_for_the_steps_that_rise(schedule, risin
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])
-def test_no_step_is_without_a_rate_and_one_has_all_of_it(schedule, warmup, num_steps):
+def test_every_rate_is_positive_and_the_peak_is_reached(schedule, warmup, num_steps):
     found = factors(num_steps, schedule, warmup)
     assert min(found) > 0
     assert max(found) == 1

@@ -1,4 +1,4 @@
-"""The training loop: what it minimises, and what its result must not depend on."""
+"""The training loop: what it minimizes, and what its result must not depend on."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ OPTIONS = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
 
 
 def train(model, rows, *, learning_rate=1e-2, optimizer=None, **options):
-    """Train in place; returns (metrics, step) of every step."""
+    """Train in place; return (metrics, step) for every step."""
     logged = []
     optimizer = optimizer or GatedAdamW(model.named_parameters(), lr=learning_rate)
     train_task(
@@ -35,7 +35,7 @@ def losses(logged):
 
 @torch.no_grad()
 def answer_loss(model, rows):
-    """Mean cross-entropy of answer tokens, one row and one token at a time."""
+    """Mean cross-entropy of the answer tokens, computed row by row and token by token."""
     values = []
     for ids, prompt_tokens in rows:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0]
@@ -98,7 +98,7 @@ def test_the_result_does_not_depend_on_the_micro_batch_size(micro_batch_size):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
-def test_packed_rows_train_as_padded_ones(micro_batch_size):
+def test_packed_and_padded_rows_train_alike(micro_batch_size):
     rows = tiny.random_rows(10)
     padded, packed = (tiny.llama(dtype=torch.float64) for _ in range(2))
     first = train(padded, rows)
@@ -110,15 +110,15 @@ def test_packed_rows_train_as_padded_ones(micro_batch_size):
         torch.testing.assert_close(weights(packed)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_ragged_last_batch_is_one_more_step_over_the_rows_left(llama):
+def test_a_smaller_last_batch_is_a_step_over_the_remaining_rows(llama):
     rows = tiny.random_rows(10)
     logged = train(llama, rows, epochs=3, batch_size=4)
     assert [step for _, step in logged] == list(range(1, 10))
     assert {metrics["of_steps"] for metrics, _ in logged} == {9}
 
 
-def test_every_row_is_seen_once_an_epoch(llama):
-    """With steps of size zero the losses of an epoch average to the loss of all rows."""
+def test_every_row_is_seen_once_per_epoch(llama):
+    """With a learning rate of zero an epoch's losses average to the loss over all rows."""
     rows = tiny.random_rows(10)
     rows = [Encoded(row.input_ids, len(row.input_ids) - 2) for row in rows]
     optimizer = torch.optim.SGD(llama.parameters(), lr=0.0)
@@ -129,7 +129,7 @@ def test_every_row_is_seen_once_an_epoch(llama):
     assert losses(logged[:3]) != losses(logged[3:])
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_another_order():
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order():
     rows = tiny.random_rows(10)
     models = [tiny.llama() for _ in range(3)]
     logged = []
@@ -151,7 +151,7 @@ def test_dropout_is_on_and_drawn_from_the_seed():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_step(llama, value):
+def test_a_non_finite_loss_stops_before_the_step(llama, value):
     llama.lm_head.weight.data[3, 3] = value
     before = weights(llama)
     with pytest.raises(NonFiniteLoss, match="step 1 of 6"):
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(llama, value):
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def test_frozen_weights_keep_their_bits_and_a_closed_gate_too(llama):
+def test_frozen_weights_and_closed_gates_keep_their_bits(llama):
     frozen, gated = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
     llama.get_parameter(frozen).requires_grad_(False)
     before = weights(llama)

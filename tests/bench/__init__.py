@@ -1,1 +1,1 @@
-"""`python -m jobs.bench`: what attribution, protection and the pipeline cost."""
+"""`PYTHONPATH=tests python -m bench`: what attribution, protection and the pipeline cost."""

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench`: what attribution, protection and the pipeline cost.
+"""`PYTHONPATH=tests python -m bench`: what attribution, protection and the pipeline cost.
 
 Every figure is a ratio of two things done in turn, the median over pairs, with the quartiles. A
 sweep measures seconds at several values of one thing. Without names: all figures, no sweep.
@@ -27,7 +27,6 @@ SINGLE = {
     "projected_step": figures.projected_step,
     "packed_step": figures.packed_step,
     "compiled_step": figures.compiled_step,
-    "attention_step": figures.attention_step,
     "exact_match": figures.exact_match_against_generate,
 }
 NAMES = [*SINGLE, "pipeline", "task_30"]
@@ -73,7 +72,7 @@ def _measure_all(given: argparse.Namespace) -> int:
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.bench",
+        prog="python -m bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

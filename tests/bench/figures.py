@@ -6,7 +6,7 @@ import torch
 
 from agcl.attribution import attribute
 from agcl.lrp import attributed_linears, weight_of
-from agcl.model.forward import compiled, quick_attention
+from agcl.model.forward import compiled
 from agcl.modulation import GatedAdamW, random_bases
 from agcl.scoring.evaluate import exact_match
 from agcl.tasks.batches import collate
@@ -107,20 +107,6 @@ def compiled_step(setting: Setting) -> Figure:
             plain()
 
     return pairs("compiled_step", through_compile, plain, setting, 1.0, "the step without")
-
-
-def attention_step(setting: Setting) -> Figure:
-    """A training step in bfloat16 with attention in float32, if that is quicker, against without.
-
-    All rows in one micro-batch.
-    """
-    plain = _step(setting, precision="bfloat16")
-
-    def quick() -> None:
-        with quick_attention(setting.model, "bfloat16"):
-            plain()
-
-    return pairs("attention_step", quick, plain, setting, 1.0, "the step without")
 
 
 def exact_match_against_generate(setting: Setting) -> Figure:

@@ -32,7 +32,8 @@ from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.schedule import sessions
 from pipeline.run import open_run
 from pipeline.stages.context import Context
-from pipeline.stages.train import IMPORTANCE_FILE, train
+from pipeline.stages.files import IMPORTANCE_FILE
+from pipeline.stages.train import train
 
 TASKS = 3
 ENERGY = 0.8
@@ -166,6 +167,7 @@ def _plain_loop(config: Config, base: Path, device: str) -> None:
                 (collate([splits[TRAIN][i] for i in indices]) for indices in batches),
                 top_k=config.importance.top_k,
                 moments="relevance",
+                entries=config.measures_entries,
                 correct_only=False,
             )
         )

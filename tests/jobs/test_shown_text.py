@@ -60,7 +60,7 @@ def test_escape_sequences_do_not_reach_the_terminal_by_an_error(tmp_path, capsys
     config.write_text(f"tasks: {{format: jsonl, sequence: [{{name: a, train: {file}}}]}}\n")
     assert cli.main(["plan", str(config)]) == cli.BAD_INPUT
     error = capsys.readouterr().err
-    assert "no column 'prompt' (there are �[2J)" in error
+    assert "no column 'prompt' (columns: �[2J)" in error
     assert "\x1b" not in error
 
 

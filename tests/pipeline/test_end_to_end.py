@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_nothing(
     config = tiny_config(tmp_path / "storage", "training.learning_rate=1e30", method="sequential")
     with pytest.raises(ArithmeticError, match=r"at step \d+ of 40"):
         run_in_process(config)
-    assert not list(config.storage.glob("stages/train-*"))
+    assert not list(config.storage.root.glob("stages/train-*"))
 
 
 def test_a_damaged_artifact_is_named_and_not_built_upon(
@@ -265,4 +265,4 @@ def test_a_damaged_artifact_is_named_and_not_built_upon(
         artifact.CorruptArtifact, match=r"prepare-valley-\w+ is corrupt: train\.arrow"
     ):
         run_in_process(config)
-    assert not list(config.storage.glob("stages/train-*"))
+    assert not list(config.storage.root.glob("stages/train-*"))

@@ -9,7 +9,7 @@ import pytest
 from pipeline import estimate as estimates
 from pipeline.estimate import ProbeFailed, estimate
 from pipeline.run import open_run
-from pipeline.stages.train import IMPORTANCE_FILE
+from pipeline.stages.files import IMPORTANCE_FILE
 
 pytestmark = pytest.mark.timeout(300)
 TIMED = {"pretrain", "train", "attribute", "evaluate"}

@@ -87,7 +87,7 @@ def test_names_of_tasks_that_come_to_one_folder_are_refused(config_of, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": " b"}\n')
     sequence = [{"name": n, "train": str(tmp_path / "rows.jsonl")} for n in ("a b", "c", "a;b")]
     config = config_of(yaml.safe_dump({"tasks": {"format": "jsonl", "sequence": sequence}}))
-    with pytest.raises(InputError, match="'a b' and 'a;b' come to one folder"):
+    with pytest.raises(InputError, match="'a b' and 'a;b' give the same folder name"):
         open_run(config)
 
 

@@ -1,4 +1,4 @@
-"""`agcl run` in a process of its own, to be killed, starved and interrupted."""
+"""`agcl run` in a separate process that tests can kill, starve and interrupt."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Driver:
-    """`agcl run` on the config of one of the finished runs, in its own process and storage."""
+    """`agcl run` on the config of a finished run, in a separate process and storage."""
 
     def __init__(self, config, storage, folder):
         self.settings, self.config = config, folder / "config.yaml"
         self.inside: list[str] = []
-        """A command that runs others in a place of its own."""
+        """A command that runs another in an isolated environment."""
         self.move_to(storage)
 
     def move_to(self, storage):
@@ -40,7 +40,7 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A test run that a shell put into the background ignores SIGINT, and so would this.
+            # A test run in the background ignores SIGINT, and this process would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
@@ -50,7 +50,7 @@ class Driver:
         return process.returncode, out, err
 
     def wait_for(self, stage, process):
-        """Return as soon as the stage writes its artifact."""
+        """Wait until the stage writes its artifact."""
         deadline = time.monotonic() + 600
         while not list((self.storage / "stages").glob(f"{stage}-*.part")):
             assert process.poll() is None, process.communicate()
@@ -58,7 +58,7 @@ class Driver:
             time.sleep(0.02)
 
     def stop_at(self, stage, number, *settings):
-        """Send a signal as soon as the stage writes its artifact; the exit code."""
+        """Send a signal as soon as the stage writes its artifact; return the exit code."""
         process = self.start(*settings)
         self.wait_for(stage, process)
         process.send_signal(number)
@@ -66,14 +66,14 @@ class Driver:
         return process.returncode
 
     def finished(self):
-        """Manifests of the finished artifacts by folder."""
+        """Manifests of the finished artifacts, by folder."""
         folders = (self.storage / "stages").glob("*")
         manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}
 
 
 def processes_below(process, title=""):
-    """The processes that one has started, and those have, whose title has this in it."""
+    """Descendants of a process whose title contains a text."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for below in psutil.Process(process.pid).children(recursive=True):
@@ -101,7 +101,7 @@ def processes_that_name(text):
 
 
 def processes_in(storage):
-    """Processes that have a file below the folder open."""
+    """Processes with an open file below the folder."""
     found = []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):

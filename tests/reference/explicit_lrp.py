@@ -1,9 +1,9 @@
 """Layer-wise relevance propagation of a Llama, slow and explicit: the oracle of `agcl.lrp`.
 
-One row at a time, in float64: an own forward pass stores the activations, then relevance itself
+One row at a time, in float64: a separate forward pass stores the activations, then relevance itself
 (never a gradient) is redistributed layer by layer. A linear layer sends explicit messages
-`W_ji x_i / z_j R_j`; summed over outputs they are its input's relevance, summed over tokens the
-relevance of its weight.
+`W_ji x_i / z_j R_j`; their sum over outputs is the input's relevance, their sum over tokens the
+weight's relevance.
 """
 
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ class Explanation:
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Relevance of every entry of a linear layer's weight, summed over tokens."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """(tokens, in) a linear layer."""
+    """(tokens, in) per linear layer."""
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """(tokens, out) a linear layer: relevance arriving at its output."""
+    """(tokens, out) per linear layer: relevance arriving at its output."""
 
     def linear(self, name: str, weight: Tensor, x: Tensor, relevance: Tensor) -> Tensor:
-        """Redistribute over one linear layer and take notes; returns its input's relevance."""
+        """Redistribute over one linear layer and record it; return its input's relevance."""
         messages = weight * x[:, None, :] * share(relevance, x @ weight.T)[:, :, None]
         self.weights[name] = messages.sum(0)
         self.inputs[name], self.outputs[name] = x, relevance
@@ -51,7 +51,7 @@ def explain(model: Any, row: Any, rules: str = "attnlrp") -> Explanation:
     for place in range(row.prompt_tokens, len(ids)):
         relevance[place - 1, ids[place]] = logits[place - 1, ids[place]]
     explanation.target = float(relevance.sum())
-    # The norms' identity rule: what leaves a norm enters it.
+    # The norms' identity rule: output relevance equals input relevance.
     relevance = explanation.linear("lm_head.weight", weights["lm_head.weight"], normed, relevance)
     for layer in reversed(layers):
         relevance = layer.redistribute(relevance, explanation, rules)
@@ -60,7 +60,7 @@ def explain(model: Any, row: Any, rules: str = "attnlrp") -> Explanation:
 
 
 def share(relevance: Tensor, total: Tensor) -> Tensor:
-    """relevance / total, and 0 where there is no relevance."""
+    """relevance / total, or 0 where there is no relevance."""
     return torch.where(relevance == 0, 0.0, relevance / total)
 
 
@@ -69,7 +69,7 @@ def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _rotations(tokens: int, size: int, base: float) -> Tensor:
-    """(tokens, size, size): the matrix that rotary position embedding multiplies a head by."""
+    """(tokens, size, size): the matrices by which rotary position embedding multiplies a head."""
     frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
     angles = torch.arange(tokens).float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
@@ -80,7 +80,7 @@ def _rotations(tokens: int, size: int, base: float) -> Tensor:
 
 
 class _Layer:
-    """One decoder layer: activations of its forward, and the redistribution of relevance."""
+    """One decoder layer: the activations of its forward pass, and relevance redistribution."""
 
     def __init__(
         self, config: Any, weights: dict[str, Tensor], prefix: str, states: Tensor
@@ -125,11 +125,11 @@ class _Layer:
         return query, key, weights, weights @ self.value[:, group]
 
     def redistribute(self, relevance: Tensor, notes: Explanation, rules: str) -> Tensor:
-        """From the layer's output to its input."""
+        """Redistribute from the layer's output to its input."""
         to_mlp = share(relevance, self.out) * self.mlp
         to_middle = share(relevance, self.out) * self.middle
         to_product = self._linear(notes, "mlp.down_proj", self.product, to_mlp)
-        # A product of two branches gives each a half; under cp the gate is a constant.
+        # Each branch of a product gets half; under cp the gate is constant.
         up, gate = (1.0, 0.0) if rules == "cp" else (0.5, 0.5)
         to_middle = to_middle + self._linear(notes, "mlp.up_proj", self.norm2, up * to_product)
         to_middle += self._linear(notes, "mlp.gate_proj", self.norm2, gate * to_product)
@@ -173,5 +173,5 @@ class _Layer:
         return to_query, to_key, to_value
 
     def _unrotate(self, before: Tensor, after: Tensor, relevance: Tensor) -> Tensor:
-        """Through the rotation, a linear map of every token."""
+        """Redistribute through the rotation, a linear map per token."""
         return (self.rotation * before[:, None, :] * share(relevance, after)[:, :, None]).sum(1)

@@ -1,4 +1,4 @@
-"""A tiny model of every supported family, built in code."""
+"""A tiny model per supported family, built in code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def model(
     attention: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A random model of the family in eval mode; no weight, norm or bias has a special value."""
+    """A random model of the family in eval mode, without special values such as 0 or 1."""
     kind, settings = CONFIGS[architecture]
     config = AutoConfig.for_model(kind, **settings)
     with torch.random.fork_rng():
@@ -64,7 +64,7 @@ def model(
 
 
 def without_biases(built: PreTrainedModel) -> PreTrainedModel:
-    """Set every bias to zero: a bias takes relevance that goes to no input."""
+    """Set every bias to zero: a bias absorbs relevance, which then reaches no input."""
     for name, parameter in built.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -73,7 +73,7 @@ def without_biases(built: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def flow(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
-    """Input, output and the output's gradient of every layer that a backward inside reaches."""
+    """Input, output and output gradient of every layer reached by a backward pass inside."""
     seen: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def keep(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for broken input: configs, files and JSON as nobody would write them."""
+"""Hypothesis strategies for broken input: configs, files and JSON."""
 
 from copy import deepcopy
 
@@ -47,13 +47,6 @@ JUNK = st.recursive(
     ),
     max_leaves=6,
 )
-_LAUGHS = (
-    "["
-    + ", ".join(
-        ["&l0 [ha, ha]", *(f"&l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 40))]
-    )
-    + "]"
-)
 RAW_YAML = (
     "!!python/object/apply:os.mkdir [made-by-yaml]",
     "!!python/name:os.system",
@@ -68,9 +61,6 @@ RAW_YAML = (
     "&a [*a]",
     "&m {m: *m}",
     "*nowhere",
-    _LAUGHS,
-    "0x" + "f" * 5000,
-    "1" * 5000,
     "[" * 400,
     "{a: 1, a: 2}",
     "{<<: {a: 1}, b: 2}",
@@ -135,7 +125,7 @@ def _raw(draw, parent, key):
 
 @st.composite
 def config_texts(draw, trees):
-    """YAML of one of the trees with a few changes: values, keys, structure, tags, bytes."""
+    """YAML of one of the trees with a few mutations: values, keys, structure, tags, bytes."""
     tree = deepcopy(draw(st.sampled_from(trees)))
     changes = st.sampled_from([_junk, _drop, _rename, _more, _wrap, _write_out, _raw, _raw])
     for _ in range(draw(st.integers(0, 3))):
@@ -151,7 +141,7 @@ def config_texts(draw, trees):
 
 @st.composite
 def overrides(draw, keys):
-    """Settings of the command line, mostly of keys that exist."""
+    """Command-line overrides, mostly of existing keys."""
     number = draw(st.integers(0, 3))
     numbers = st.one_of(st.integers(), st.floats()).map(str)
     values = st.one_of(st.sampled_from(RAW_YAML), ODD_TEXT, numbers)
@@ -164,7 +154,7 @@ def overrides(draw, keys):
 
 @st.composite
 def damaged(draw, content):
-    """The bytes with some flipped, cut out, cut off, doubled or put in."""
+    """The bytes with some flipped, removed, truncated, duplicated or inserted."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(changed) - 1)))

@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, as `ray start` makes them, and jobs on them."""
+"""Clusters of several nodes on this machine, started by `ray start`, and jobs on them."""
 
 import json
 import os
@@ -39,12 +39,12 @@ def free_port():
 
 
 class Node:
-    """A node as `ray start` makes it."""
+    """A node started by `ray start`."""
 
     def __init__(self, environment, *arguments, inside=()):
-        """`inside` is a command that runs others in a place of its own."""
+        """`inside` is a command that runs another in an isolated environment."""
         command = [*inside, RAY, "start", "--block", "--disable-usage-stats", *arguments]
-        # Jobs are submitted to the head's agent, whose usual port another cluster may have.
+        # Jobs are submitted to the head's agent; another cluster may hold its default port.
         own = ["--object-store-memory=100000000", f"--dashboard-agent-listen-port={free_port()}"]
         self.process = psutil.Popen(
             [*command, *own],
@@ -54,11 +54,11 @@ class Node:
         )
 
     def processes(self, title=""):
-        """Its processes with a title like this."""
+        """The node's processes with a title like this."""
         return processes_below(self.process, title)
 
     def lose(self):
-        """End as a machine does that is taken away: its raylet without a word, and all with it."""
+        """Die like a machine that is taken away: raylet and all processes, without shutdown."""
         (raylet,) = [process for process in self.processes() if process.name() == "raylet"]
         raylet.send_signal(signal.SIGKILL)
 
@@ -72,10 +72,10 @@ class Node:
 
 
 class Cluster:
-    """A head without CPUs and worker nodes of one CPU each, with token authentication."""
+    """A head without CPUs, and worker nodes with one CPU each; token authentication."""
 
     def __init__(self, folder, environment=None, *, own=None):
-        """`own` is a folder that each worker node has for itself, empty at first."""
+        """`own` is a folder that is private to each worker node, initially empty."""
         self.own = own
         self.storage, self.port, dashboard = folder / "storage", free_port(), free_port()
         self.token = folder / "token"
@@ -114,15 +114,15 @@ class Cluster:
         )
 
     def have(self, number):
-        """Fresh worker nodes in place of those there were."""
+        """Replace the worker nodes with new ones."""
         self.end_workers()
         for _ in range(number):
             self.join()
 
     def join(self, **environment):
-        """Another worker node, once it is up: two that start at once may want the same port."""
-        # A folder of its own, as on a machine of its own: a node that fetches the working directory
-        # begins by clearing it away.
+        """Add a worker node and wait for it: two that start at once may pick the same port."""
+        # A separate folder, as on a separate machine: a node that fetches the working directory
+        # clears the folder first.
         self.joined += 1
         folder = f"--temp-dir={self.folder / str(self.joined)}"
         address = f"--address=127.0.0.1:{self.port}"
@@ -146,7 +146,7 @@ class Cluster:
         )
 
     def submit(self, job, *settings, environment=None):
-        """Submit the built-in config as the README says, made small; goes on at once."""
+        """Submit a small version of the built-in config as in the README; do not wait."""
         extra = {"excludes": ["/tests/"], "env_vars": environment or {}}
         command = [
             *("submit", "--no-wait", "--submission-id", job, "--working-dir", "."),
@@ -157,21 +157,21 @@ class Cluster:
 
         def accepted():
             done = self.ray_job(*command)
-            # The head's agent comes up after its dashboard.
+            # The head's agent starts after its dashboard.
             assert done.returncode == 0 or "No available agent" in done.stderr, done.stderr
             return done.returncode == 0
 
         wait_until(accepted, 60, "no agent")
 
     def outcome(self, client, job):
-        """How a job ended: its driver's exit code (None if it does not end), and its log."""
+        """Wait for a job; return its driver's exit code (None on timeout) and its log."""
         ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
         with suppress(TimeoutError):
             wait_until(lambda: client.get_job_status(job) in ended, 300, "the job does not end")
         return client.get_job_info(job).driver_exit_code, client.get_job_logs(job)
 
     def training(self, client, job):
-        """The node that trains, once the first task is under way."""
+        """The node that trains, once training on the first task has started."""
         stages = self.storage / "stages"
         try:
             wait_until(lambda: list(stages.glob("train-1-*.part")), 150, "no training")
@@ -186,7 +186,7 @@ class Cluster:
         )
 
     def finished(self):
-        """Manifests of the finished artifacts by folder."""
+        """Manifests of the finished artifacts, by folder."""
         folders = (self.storage / "stages").glob("*")
         manifests = {f.name: artifact.read_manifest(f) for f in folders if not f.suffix}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}

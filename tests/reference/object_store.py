@@ -1,4 +1,4 @@
-"""A real server of the S3 protocol (moto) on loopback, and what tests ask of its buckets."""
+"""A real S3 server (moto) on loopback, and helpers to inspect its buckets."""
 
 import itertools
 import logging
@@ -16,12 +16,12 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-"""Set for processes that use the server, with `AWS_ENDPOINT_URL`."""
+"""Environment for processes that use the server, besides `AWS_ENDPOINT_URL`."""
 _numbers = itertools.count()
 
 
 class Server:
-    """One server; every test takes a bucket of its own."""
+    """One server; each test uses its own bucket."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -44,7 +44,7 @@ class Server:
 
     @contextmanager
     def asking_who_it_is(self) -> Iterator[None]:
-        """Meanwhile refuse requests of those without a right, that is, all."""
+        """Deny all requests inside the context."""
         for allowed in ("0", "inf"):
             address = f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
             requests.post(address, data=allowed, timeout=5).raise_for_status()
@@ -56,13 +56,13 @@ class Server:
 
 
 class Bucket:
-    """A bucket, looked at past agcl."""
+    """A bucket, inspected without agcl."""
 
     def __init__(self, client: Any, name: str) -> None:
         self.client, self.name, self.uri = client, name, f"s3://{name}/some/prefix"
 
     def names(self) -> list[str]:
-        """Of all objects, below the storage's prefix."""
+        """Keys of all objects below the storage's prefix."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
         found = [each["Key"] for page in pages for each in page.get("Contents", [])]
         assert all(key.startswith("some/prefix/") for key in found)

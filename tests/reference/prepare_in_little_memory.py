@@ -1,7 +1,7 @@
-"""Prepare a task of JSON lines with a cap on every process; print the largest private memory.
+"""Prepare a task from JSON Lines with a memory cap per process; print the largest private memory.
 
-`python prepare_in_little_memory.py ROWS.jsonl FOLDER CAP_BYTES`: RLIMIT_DATA, which Ray's processes
-inherit, ends whoever wants more.
+`python prepare_in_little_memory.py ROWS.jsonl FOLDER CAP_BYTES`: RLIMIT_DATA, inherited by Ray's
+processes, kills any process that needs more.
 """
 
 import json

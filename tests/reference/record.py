@@ -1,4 +1,4 @@
-"""What MLflow must hold of a run of the built-in facts when it is complete."""
+"""What MLflow must hold for a complete run of the built-in facts."""
 
 import json
 
@@ -6,7 +6,7 @@ import mlflow
 
 
 def check_whole(uri, run):
-    """Every stage is there once and finished, and every number as in the artifacts, once."""
+    """Assert that every stage is recorded once and finished, with the artifacts' numbers once."""
     client = mlflow.MlflowClient(uri)
     parent = json.loads((run.folder / "mlflow.json").read_text())["run_id"]
     experiment = client.get_experiment_by_name("agcl").experiment_id

@@ -1,4 +1,4 @@
-"""What the tests let workers do with a model that they share, and one process with a whole one."""
+"""Functions that tests run on ranks with a sharded model, and on one process with a whole one."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -28,7 +28,7 @@ SETTINGS = {"epochs": 2, "batch_size": 5, "micro_batch_size": 2, "seed": 3}
 
 
 def model_of(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Sharded where there are workers to share it."""
+    """The model, sharded if there are several ranks."""
     built = families.model(architecture, dtype=dtype)
     return sharding.shard(built, torch.device("cpu")) if distributed.world_size() > 1 else built
 
@@ -50,7 +50,7 @@ def task(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics of every step and the weights after training with these protections and settings.
 
-    In float64: of a gradient that is zero but for rounding, Adam makes a step of full size.
+    In float64: where a gradient is zero up to rounding, Adam still takes a full-size step.
     """
     model, steps = model_of(architecture, torch.float64), []
     for name, parameter in model.named_parameters():
@@ -74,7 +74,7 @@ def task(
 
 
 def scores(architecture: str, rows: Sequence[Encoded]) -> tuple[list[bool], list[list[int]], float]:
-    """Verdicts, texts and loss on a text."""
+    """Exact-match verdicts, generated tokens and the loss on a text."""
     model = model_of(architecture)
     prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
     return (
@@ -85,7 +85,7 @@ def scores(architecture: str, rows: Sequence[Encoded]) -> tuple[list[bool], list
 
 
 def importance(architecture: str, rows: Sequence[Encoded], **options: Any) -> Any:
-    """Entries, moments and header; and whether weights and flags are as before."""
+    """Entries, moments and header, and whether weights and flags are unchanged."""
     model = model_of(architecture)
     before = weights_of(model)
     batches = (collate([rows[i] for i in b]) for b in in_order(len(rows), 3))
@@ -96,7 +96,7 @@ def importance(architecture: str, rows: Sequence[Encoded], **options: Any) -> An
 
 
 def stages(rows: Sequence[Encoded]) -> list[float]:
-    """Losses of training, then attribution, then training with half of the weights frozen."""
+    """Losses of training, attribution, and training with half of the weights frozen."""
     model, losses = model_of("LlamaForCausalLM"), []
     for frozen in ("", "mlp"):
         for name, parameter in model.named_parameters():
@@ -115,14 +115,14 @@ def stages(rows: Sequence[Encoded]) -> list[float]:
 
 
 def as_often_as_asked() -> AbstractContextManager[Any]:
-    """Checkpoints whatever part of the time they take."""
-    return patch.object(checkpoints, "_LARGEST_SHARE", float("inf"))
+    """Lift the limit on the time spent writing checkpoints."""
+    return patch.object(checkpoints, "_MAX_TIME_SHARE", float("inf"))
 
 
 def with_checkpoint(
     rows: Sequence[Encoded], folder: Path, stop: int | None = None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and weights of training up to a step or to the end, with a checkpoint a step."""
+    """Losses and weights of training, optionally up to a step, with a checkpoint per step."""
 
     class Interrupted(Exception):
         pass
@@ -147,7 +147,7 @@ def with_checkpoint(
 
 
 def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Write the model; gives the shape of this worker's share of every parameter."""
+    """Write the model; return the shape of this rank's shard of every parameter."""
     model = model_of(architecture)
     models.save(model, tokenizer, folder)
     return {
@@ -157,7 +157,7 @@ def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[in
 
 
 def stages_of(config: Any) -> None:
-    """Run a config's missing stages that train, the model shared, with a checkpoint a step."""
+    """Run a config's missing training stages with a sharded model and a checkpoint per step."""
     from pipeline.execution.session import run_stages
     from pipeline.run import open_run
     from pipeline.stages.context import Context

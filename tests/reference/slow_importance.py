@@ -1,4 +1,4 @@
-"""Importance and input moments by plain loops over rows and tokens, from the explicit LRP."""
+"""Importance and input moments from the explicit LRP, by loops over rows and tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ CUT_OFF_BY_CP = ("q_proj", "k_proj", "gate_proj")
 def importance(
     model: Any, rows: Sequence[Any], *, top_k: int | None, rules: str = "attnlrp"
 ) -> dict[str, Tensor]:
-    """Mean of every entry's `top_k` largest per-row relevances, each row scaled by its flow."""
+    """Mean of each entry's `top_k` largest per-row relevances, each row divided by its flow."""
     stacks: dict[str, list[Tensor]] = {}
     for row in rows:
         explanation = explain(model, row, rules)
@@ -33,7 +33,7 @@ def second_moments(
     rules: str = "attnlrp",
     unit_inputs: bool = True,
 ) -> dict[str, Tensor]:
-    """Sum over tokens, but for each row's last, of r x xᵀ, r of mean 1, x of length 1 if asked."""
+    """Σ r x xᵀ over all but each row's last token, r scaled to mean 1, x optionally to length 1."""
     explanations = [explain(model, row, rules) for row in rows]
     result = {}
     for name, inputs in explanations[0].inputs.items():

@@ -1,4 +1,4 @@
-"""Artifacts that tests put on an object store, and machines that know nothing but the store."""
+"""Artifacts that tests put in an object store, and machines that see only the store."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ FINGERPRINT = "f00d"
 
 
 def move_to(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another machine knows: nothing but the store."""
+    """The view of another machine: only the store."""
     monkeypatch.setenv("AGCL_CACHE", str(machine))
     bucket._manifest.cache_clear()
     object_store.check.cache_clear()
 
 
 def folder_of(uri: str) -> Path:
-    """The artifact's in this machine's cache."""
+    """The artifact's folder in this machine's cache."""
     return Bucket(uri).root / "stages" / "toy-f00d"
 
 

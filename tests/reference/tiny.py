@@ -22,7 +22,7 @@ def llama(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A random Llama with four query heads, in eval mode; no weight has a special value."""
+    """A random Llama with four query heads in eval mode, without special weight values."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -53,7 +53,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 
 
 def with_exact_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Keep the norms in the model's own precision; transformers computes them in float32."""
+    """Compute norms in the model's precision; transformers computes them in float32."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
@@ -67,9 +67,9 @@ def with_exact_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def answered_rows(
     model: LlamaForCausalLM, count: int, *, wrong: tuple[int, ...] = (), seed: int = 0
 ) -> list[Encoded]:
-    """Rows of several lengths whose answer is the model's own greedy one.
+    """Rows of several lengths, answered with the model's own greedy tokens.
 
-    The answers of the rows in `wrong` end with a token that the model does not choose.
+    Answers of rows in `wrong` end with a token that the model does not predict.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -85,7 +85,7 @@ def answered_rows(
 
 
 def random_rows(count: int, *, seed: int = 0) -> list[Encoded]:
-    """Prompts of several lengths with random answers of one or two tokens and an end."""
+    """Prompts of several lengths with random answers of one or two tokens and an end token."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(count):

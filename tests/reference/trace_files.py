@@ -1,7 +1,7 @@
 """Small files in TRACE's layout: `python tests/reference/trace_files.py FOLDER [ROWS]`.
 
-TRACE's own data is not free to copy. These rows are made by rules that a small model can learn, in
-the shape of each task: its kind of prompt, its kind of answer, its script.
+TRACE's data cannot be redistributed. These rows follow rules that a small model can learn, in each
+task's format: its kind of prompt, kind of answer and script.
 """
 
 import json
@@ -75,7 +75,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def write(root: Path, rows: int = 24) -> None:
-    """Write `<root>/<task>/{train,eval,test}.json`: so many rows, and a third for each other."""
+    """Write `<root>/<task>/{train,eval,test}.json`: `rows` for training, a third for the others."""
     for task, make in TASKS.items():
         (root / task).mkdir(parents=True, exist_ok=True)
         draw = random.Random(task)

@@ -1,4 +1,4 @@
-"""Two real gloo processes, started once a test session, and what the tests let them do."""
+"""Two gloo processes, started once per test session, and the functions that tests run in them."""
 
 import faulthandler
 import os
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 120
-"""Seconds that a result may take."""
+"""Timeout for a result, in seconds."""
 
 
 class Workers:
@@ -28,19 +28,19 @@ class Workers:
         self.processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """Results in rank order; an exception in a worker is raised here, the first one.
+        """Results in rank order. The first exception in a process is raised here.
 
-        After one that left a worker without an answer, the next call gets new processes.
+        If it left another process without a result, the next call starts new processes.
         """
         if not self.processes:
             self._start()
         for end in self.ends:
-            # Plain pickles: multiprocessing's own would share tensors' memory among processes.
+            # Plain pickles: multiprocessing's own would share tensor memory between processes.
             end.send_bytes(pickle.dumps((function, args, options)))
         results: dict[Any, Any] = {}
         failure: Exception | None = None
         while waiting := [end for end in self.ends if end not in results]:
-            # One that failed may have left the other waiting for it.
+            # A failed process may have left the other waiting for it.
             if not (ready := wait(waiting, 10 if failure else PATIENCE)):
                 stuck = f"no answer in {PATIENCE} s; where the workers are:\n{self._stacks()}"
                 self.close()
@@ -75,7 +75,7 @@ class Workers:
         return "\n".join(self._stack_file(rank).read_text() for rank in range(2))
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         for end in self.ends:
             end.close()
         for process in self.processes:
@@ -102,7 +102,7 @@ def _serve(rank: int, meeting: Path, stacks: Path, end: Any) -> None:
 
 
 def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **options: Any) -> Any:
-    """Attribute this worker's share of whole batches, taken in turn, or of the layers."""
+    """Attribute this rank's share of the batches (round-robin) or of the layers."""
     from reference import tiny
 
     from agcl.attribution import attribute
@@ -119,7 +119,7 @@ def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **optio
 
 
 def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
-    """Losses of every step, and the trained weights."""
+    """The loss of every step and the trained weights."""
     from reference import tiny
 
     from agcl.modulation import GatedAdamW
@@ -139,7 +139,7 @@ def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
 def train_with_checkpoint(
     rows: Any, folders: list[Path], stop: int | None = None, **options: Any
 ) -> Any:
-    """`train_rows`, up to a step or to the end, with a checkpoint a step in the worker's folder."""
+    """`train_rows`, optionally up to a step, with a checkpoint per step in the rank's folder."""
     from reference import tiny
 
     from agcl.files import checkpoint as checkpoints
@@ -155,7 +155,7 @@ def train_with_checkpoint(
             raise Interrupted
         return torch.zeros(())
 
-    checkpoints._LARGEST_SHARE = float("inf")
+    checkpoints._MAX_TIME_SHARE = float("inf")
     trained, losses = tiny.llama(), []
     with suppress(Interrupted):
         train_task(
@@ -179,7 +179,7 @@ def verdicts(rows: Any, model: dict[str, Any], **options: Any) -> list[bool]:
 
 
 def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tensors of two types and shapes summed over the workers, and one gathered from them."""
+    """Tensors of two dtypes and shapes summed over ranks, and one gathered from them."""
     from agcl.parallel import distributed
 
     mine = distributed.rank() + 1

@@ -10,7 +10,7 @@ _ROWS, _COLUMNS, _TOKENS, _WARPS = 16, 64, 16, 8
 largest tried for which eight kept values stay in registers (compute capability 8.0 and 9.0)."""
 
 
-def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
+def insert_products(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
     """Insert W ⊙ (gᵀx) of every sample into descending running values, in place.
 
     values (K, out, in) with K small (see `top_k`), weight (out, in), x (samples, tokens, in),
@@ -22,7 +22,7 @@ def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -
     num_kept, rows, columns = values.shape
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
     with torch.cuda.device_of(values):
-        _sink[grid](
+        _insert[grid](
             values,
             weight,
             x,
@@ -45,7 +45,7 @@ def sink_products_on_gpu(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -
 
 # Batches differ in both: else it would be compiled up to nine times in the middle of the work.
 @triton.jit(do_not_specialize=["samples", "tokens"])  # type: ignore[untyped-decorator]
-def _sink(  # type: ignore[no-untyped-def]
+def _insert(  # type: ignore[no-untyped-def]
     values,
     weight,
     x,

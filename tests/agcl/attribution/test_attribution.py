@@ -1,4 +1,4 @@
-"""Importance of weights: which samples count, and that grouping them does not."""
+"""Importance of weights: which samples count, and independence of batches and order."""
 
 import pytest
 import torch
@@ -28,9 +28,7 @@ def right(rows):
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, None, 7, 50])
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-def test_importance_is_the_mean_of_each_entrys_largest_row_relevances(
-    llama, rows, right, top_k, rules
-):
+def test_importance_is_the_mean_of_each_entrys_largest_relevances(llama, rows, right, top_k, rules):
     expected = slow_importance.importance(llama, right, top_k=top_k, rules=rules)
     found = attribute(llama, batches(rows, 4), top_k=top_k, rules=rules)
     assert found.entries.keys() == expected.keys()
@@ -61,7 +59,7 @@ def test_importance_does_not_depend_on_the_order_of_rows(llama, rows, top_k):
         torch.testing.assert_close(moment, other.moments[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_fewer_rows_than_k_are_averaged_over_the_rows_there_are(llama, right):
+def test_with_fewer_rows_than_k_all_rows_are_averaged(llama, right):
     two = right[:2]
     singles = [attribute(llama, batches([row], 1), top_k=1).entries for row in two]
     found = attribute(llama, batches(two, 2), top_k=4)
@@ -70,7 +68,7 @@ def test_fewer_rows_than_k_are_averaged_over_the_rows_there_are(llama, right):
         torch.testing.assert_close(entries, mean, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_wrongly_answered_rows_do_not_count(llama, rows, right):
+def test_incorrectly_answered_rows_do_not_count(llama, rows, right):
     mixed = attribute(llama, batches(rows, 3), top_k=2, moments="relevance")
     alone = attribute(llama, batches(right, 3), top_k=2, moments="relevance")
     for name, entries in mixed.entries.items():
@@ -83,7 +81,7 @@ def test_wrongly_answered_rows_do_not_count(llama, rows, right):
 
 
 @pytest.mark.parametrize("top_k", [3, None])
-def test_wrong_rows_count_where_the_user_asks_for_all(llama, rows, top_k):
+def test_incorrect_rows_count_without_correct_only(llama, rows, top_k):
     expected = slow_importance.importance(llama, rows, top_k=top_k)
     found = attribute(llama, batches(rows, 4), top_k=top_k, correct_only=False)
     assert found.header["rows_attributed"] == ROWS
@@ -92,7 +90,7 @@ def test_wrong_rows_count_where_the_user_asks_for_all(llama, rows, top_k):
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-def test_no_right_answer_is_an_error_that_says_so(llama, rules):
+def test_no_correct_answer_raises_an_error(llama, rules):
     rows = tiny.answered_rows(llama, 5, wrong=(0, 1, 2, 3, 4))
     with pytest.raises(NothingToAttribute, match="none of the 5 rows"):
         attribute(llama, batches(rows, 2), rules=rules)
@@ -106,7 +104,7 @@ def test_layers_that_cp_cuts_off_have_no_importance(llama, rows):
             assert bool(entries.any()) != cut, name
 
 
-def test_the_model_is_as_before_afterwards_also_after_an_exception(llama, rows, gradients):
+def test_the_model_is_restored_even_after_an_exception(llama, rows, gradients):
     llama.train()
     slopes = gradients(llama)
 
@@ -130,7 +128,7 @@ def test_progress_counts_rows(llama, rows):
     assert done == [4, 8, 9]
 
 
-def test_importances_carry_no_graph_and_own_their_memory(llama, rows):
+def test_importances_have_no_graph_and_own_their_memory(llama, rows):
     found = attribute(llama, batches(rows, 4), moments="uniform")
     weights = {name: p.detach().clone() for name, p in llama.named_parameters()}
     for tensor in [*found.entries.values(), *found.moments.values()]:
@@ -143,7 +141,7 @@ def test_importances_carry_no_graph_and_own_their_memory(llama, rows):
 def test_a_layer_that_outputs_zeros_has_zero_importance_not_nan(llama, top_k):
     """New blocks of an expanded model start with such layers."""
     llama.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    llama.lm_head.weight.data.mul_(1e3)  # large gradients arrive
+    llama.lm_head.weight.data.mul_(1e3)  # Large gradients reach the layer.
     rows = tiny.answered_rows(llama, 3)
     found = attribute(llama, batches(rows, 3), top_k=top_k, moments="relevance")
     found.check_finite()

@@ -1,4 +1,4 @@
-"""Other estimators than LRP against loops over single samples, and the controls."""
+"""Estimators other than LRP against loops over single samples, and the controls."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model():
 
 
 def sample_gradients(model, rows):
-    """Per sample, the gradients of its answer's log-probability by weight."""
+    """Per sample, the gradients of the answer's log-probability, by weight."""
     found = []
     for row in rows:
         model.zero_grad()
@@ -32,7 +32,7 @@ def estimate(model, rows, estimator, batch_size=3, **settings):
     return attribute(model, batches, estimator=estimator, correct_only=False, **settings)
 
 
-def test_fisher_is_the_mean_squared_gradient_of_single_samples(model):
+def test_fisher_is_the_mean_of_squared_per_sample_gradients(model):
     rows = tiny.random_rows(7)
     found = estimate(model, rows, "fisher").entries
     gradients = sample_gradients(model, rows)
@@ -63,7 +63,7 @@ def test_grad_x_param_is_weight_times_gradient_over_the_layers_flow(model):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_das_is_the_standardised_mean_gradient(model):
+def test_das_is_the_standardized_mean_gradient(model):
     rows = tiny.random_rows(5)
     gradients = sample_gradients(model, rows)
     for name, entries in estimate(model, rows, "das").entries.items():
@@ -83,7 +83,7 @@ def test_estimates_do_not_depend_on_the_batch_size(model, estimator):
             torch.testing.assert_close(other.moments[name], whole.moments[name])
 
 
-def test_estimators_leave_the_model_as_it_was(model):
+def test_estimators_restore_the_model(model):
     before = {name: p.clone() for name, p in model.named_parameters()}
     estimate(model, tiny.random_rows(2), "fisher")
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -105,7 +105,7 @@ def importance():
     return Importance(entries, {"a": torch.eye(4)}, {"estimator": "lrp"})
 
 
-def test_permuted_holds_the_same_values_elsewhere(importance):
+def test_permuted_shuffles_the_values(importance):
     shuffled = permuted(importance, seed=1)
     for name, entries in importance.entries.items():
         other = shuffled.entries[name]
@@ -116,7 +116,7 @@ def test_permuted_holds_the_same_values_elsewhere(importance):
     assert shuffled.moments is importance.moments
 
 
-def test_random_depends_on_the_seed_alone(importance):
+def test_random_depends_only_on_the_seed(importance):
     first, again, other = (random(importance, seed=seed).entries["a"] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -124,7 +124,7 @@ def test_random_depends_on_the_seed_alone(importance):
     assert 0 <= first.min() <= first.max() < 1
 
 
-def test_magnitude_is_the_size_of_the_weight(model, importance):
+def test_magnitude_is_the_absolute_weight(model, importance):
     linears = attributed_linears(model)
     for name, entries in magnitude(importance, linears).entries.items():
         assert torch.equal(entries, linears[name].weight.abs())

@@ -8,7 +8,7 @@ from agcl.attribution import attribute
 from agcl.tasks.batches import collate, in_order
 
 WRONG = (2, 3, 4)
-"""A whole batch of three is wrong if batches start at row 2, and two of one if they do not."""
+"""Batches of three that start at row 2 include one that is all wrong; from row 0 none is."""
 
 
 def moments(model, rows, batch_size=3, **options):
@@ -30,7 +30,7 @@ def right(rows):
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
+def test_moments_equal_a_loop_over_the_tokens_of_correct_rows(
     llama, rows, right, weighting, rules, top_k, unit, batch_size
 ):
     options = {"rules": rules, "unit_inputs": unit}
@@ -46,7 +46,7 @@ def test_moments_equal_a_loop_over_the_tokens_of_right_answers(
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
-def test_without_entries_the_moments_are_the_same_bits(llama, rows, weighting, rules, monkeypatch):
+def test_without_entries_the_moments_are_bit_identical(llama, rows, weighting, rules, monkeypatch):
     batches = [collate(rows[:4]), collate(rows[4:])]
     options = {"moments": weighting, "rules": rules}
     whole = attribute(llama, batches, **options)
@@ -61,7 +61,7 @@ def test_without_entries_the_moments_are_the_same_bits(llama, rows, weighting, r
     assert alone.header == whole.header
 
 
-def test_neither_entries_nor_moments_are_nothing_to_ask_for(llama, rows):
+def test_requesting_neither_entries_nor_moments_is_an_error(llama, rows):
     with pytest.raises(ValueError, match="nothing to collect"):
         attribute(llama, [collate(rows)], entries=False)
 
@@ -71,7 +71,7 @@ def test_weighting_by_relevance_differs_from_uniform(llama, rows):
     assert not any(torch.allclose(weighted[n], uniform[n], rtol=1e-2) for n in uniform)
 
 
-def test_of_unit_inputs_every_token_counts_alike(llama, right):
+def test_with_unit_inputs_every_token_counts_equally(llama, right):
     tokens = sum(len(row.input_ids) - 1 for row in right)
     for name, moment in moments(llama, right, moments="uniform").items():
         assert float(moment.trace()) == pytest.approx(tokens, rel=1e-4), name
@@ -79,7 +79,7 @@ def test_of_unit_inputs_every_token_counts_alike(llama, right):
         assert float(moment.trace()) != pytest.approx(tokens, rel=1e-2), name
 
 
-def test_under_cp_layers_without_relevance_weigh_tokens_equally(llama, rows):
+def test_under_cp_layers_without_relevance_weight_tokens_equally(llama, rows):
     weighted = moments(llama, rows, moments="relevance", rules="cp")
     uniform = moments(llama, rows, moments="uniform", rules="cp")
     for name in uniform:
@@ -105,7 +105,7 @@ def test_rows_seen_twice_count_twice(llama, right, weighting):
         torch.testing.assert_close(moment, 2 * once[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_a_last_batch_without_right_answers_adds_nothing(llama):
+def test_a_last_batch_without_correct_answers_adds_nothing(llama):
     rows = tiny.answered_rows(llama, 6, wrong=(3, 4, 5))
     for rules in ("attnlrp", "cp"):
         alone = moments(llama, rows[:3], moments="relevance", rules=rules)
@@ -114,7 +114,7 @@ def test_a_last_batch_without_right_answers_adds_nothing(llama):
             assert torch.equal(moment, alone[name]), name
 
 
-def test_moments_are_symmetric_and_absent_unless_asked_for(llama, rows):
+def test_moments_are_symmetric_and_absent_unless_requested(llama, rows):
     for name, moment in moments(llama, rows, moments="relevance").items():
         torch.testing.assert_close(moment, moment.T, rtol=1e-4, atol=1e-4, msg=name)
     assert not moments(llama, rows)

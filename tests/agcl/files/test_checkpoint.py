@@ -1,4 +1,4 @@
-"""Checkpoints inside a task: what goes on from one ends as if nothing had happened."""
+"""Checkpoints within a task: resumed training ends as if it had not been interrupted."""
 
 import math
 
@@ -28,23 +28,23 @@ class Interrupted(BaseException):
 
 
 class CountedRows(list):
-    """Rows that count how often they are looked at."""
+    """Rows that count how often they are read."""
 
-    looked_at = 0
+    reads = 0
 
     def __getitem__(self, index):
-        self.looked_at += 1
+        self.reads += 1
         return super().__getitem__(index)
 
 
 @pytest.fixture
 def every_step(monkeypatch):
-    """Checkpoints may take all the time."""
-    monkeypatch.setattr(checkpoints, "_LARGEST_SHARE", math.inf)
+    """Lift the limit on the time spent writing checkpoints."""
+    monkeypatch.setattr(checkpoints, "_MAX_TIME_SHARE", math.inf)
 
 
 def protected():
-    """A model with dropout, and all that its optimizer can hold."""
+    """A model with dropout, and an optimizer with every kind of state."""
     model = tiny.llama(dropout=0.5)
     model.model.embed_tokens.weight.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -53,7 +53,7 @@ def protected():
 
 
 def train(checkpoint=None, *, stop=None, rows=None):
-    """Train anew, perhaps up to a step; the weights, what was logged, and the rows."""
+    """Train from scratch, optionally up to a step; return weights, log and number of rows read."""
     model, optimizer = protected()
     rows = CountedRows(rows or tiny.random_rows(10))
     logged = []
@@ -74,7 +74,7 @@ def train(checkpoint=None, *, stop=None, rows=None):
     except Interrupted:
         interrupted = True
     assert interrupted == (stop is not None)
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, logged, rows.looked_at
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, logged, rows.reads
 
 
 def make(folder, identity="a task", seconds=0.0):
@@ -88,17 +88,17 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 8])
-def test_training_goes_on_where_it_was_cut_off_to_the_same_bits(tmp_path, every_step, stop):
+def test_interrupted_training_resumes_bit_for_bit(tmp_path, every_step, stop):
     whole = train()
     train(make(tmp_path), stop=stop)
     assert [file.name for file in tmp_path.iterdir()] == ["of-a-task.checkpoint"]
     rest = train(make(tmp_path))
     assert_same(rest, whole)
-    # Ten rows an epoch: four, four and two.
+    # Ten rows per epoch: four, four and two.
     assert rest[2] == 30 - [0, 4, 8, 10, 14, 18, 20, 24, 28][stop]
 
 
-def test_it_can_be_cut_off_again_and_again(tmp_path, every_step):
+def test_training_can_be_interrupted_repeatedly(tmp_path, every_step):
     whole = train()
     for stop in (2, 5, 7):
         train(make(tmp_path), stop=stop)
@@ -113,7 +113,7 @@ def test_a_finished_task_is_not_trained_again(tmp_path, every_step):
 
 
 @pytest.mark.parametrize("damage", ["identity", "cut", "flipped", "importance", "empty"])
-def test_what_is_no_checkpoint_of_the_task_is_passed_over(tmp_path, every_step, damage):
+def test_damaged_and_foreign_checkpoints_are_ignored(tmp_path, every_step, damage):
     whole = train()
     train(make(tmp_path, "another task" if damage == "identity" else "a task"), stop=4)
     (file,) = tmp_path.iterdir()
@@ -134,7 +134,7 @@ def test_what_is_no_checkpoint_of_the_task_is_passed_over(tmp_path, every_step, 
     assert again[2] == 30
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, every_step, monkeypatch):
+def test_a_full_disk_loses_the_checkpoint_but_not_the_training(tmp_path, every_step, monkeypatch):
     def disk_full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
@@ -146,8 +146,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, every_s
     assert not list(tmp_path.iterdir())
 
 
-def test_they_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
-    """Steps of a second, checkpoints of three: one every minute, though one a second is asked."""
+def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """Steps take 1 s, checkpoints 3 s: one per minute, although one per second is requested."""
     now = [0.0]
     written = []
 
@@ -164,8 +164,8 @@ def test_they_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
     assert written == [4, 67, 130, 193]
 
 
-def test_two_workers_go_on_together_though_one_sees_the_file(workers, tmp_path):
-    """The second worker is given another folder, as if its node did not share the disk."""
+def test_two_ranks_resume_together_although_only_one_sees_the_file(workers, tmp_path):
+    """The second rank gets another folder, as if its node did not share the disk."""
     rows = tiny.random_rows(10)
     whole = workers.run(remote.train_rows, rows, {}, **OPTIONS)
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -181,7 +181,7 @@ def test_two_workers_go_on_together_though_one_sees_the_file(workers, tmp_path):
             assert torch.equal(weights[name], weight), name
 
 
-def test_dropout_is_the_same_for_two_workers(workers):
+def test_dropout_is_the_same_on_two_ranks(workers):
     rows = tiny.random_rows(10)
     alone, _ = remote.train_rows(rows, {"dropout": 0.5}, **OPTIONS)
     assert alone != pytest.approx(remote.train_rows(rows, {}, **OPTIONS)[0], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Tasks from JSON lines and Parquet, and what every malformed file is answered with."""
+"""Tasks from JSON Lines and Parquet, and the error for every malformed file."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def rows(task, split=TRAIN):
     return list(task.splits[split]())
 
 
-def test_rows_of_both_files_rendered_by_the_users_templates(tmp_path):
+def test_templates_render_the_rows_of_both_files(tmp_path):
     train = write(
         tmp_path / "a.jsonl", b'{"q": "1+1", "a": 2}', b"", '{"q": "é?", "a": "ü"}'.encode()
     )
@@ -48,7 +48,7 @@ def test_without_a_test_file_the_training_rows_are_scored(tmp_path):
     assert set(found.splits) == {TRAIN}
 
 
-def test_a_folder_stands_for_its_files_in_order_of_name(tmp_path):
+def test_a_folder_means_its_files_in_name_order(tmp_path):
     for number in (2, 1, 3):
         write(tmp_path / f"part-{number}.jsonl", b'{"prompt": "%d", "answer": "a"}' % number)
     write(tmp_path / "notes.txt", b"not a record")
@@ -61,7 +61,7 @@ def test_a_folder_without_such_files_is_named(tmp_path):
         rows(task(tmp_path))
 
 
-def test_parquet_gives_the_rows_of_json_lines(tmp_path):
+def test_parquet_and_json_lines_give_the_same_rows(tmp_path):
     table = pa.table({"q": ["a", "b", "c"] * 1000, "n": list(range(3000))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=700)
     found = rows(task(tmp_path / "a.parquet", format="parquet", prompt="{q}", answer="{n}"))
@@ -73,7 +73,7 @@ def test_parquet_gives_the_rows_of_json_lines(tmp_path):
     [
         (b'{"prompt": "a", "answer": ', "not JSON"),
         (b"prompt,answer", "not JSON"),
-        (b'{"prompt": "a"}', "no column 'answer' .there are prompt."),
+        (b'{"prompt": "a"}', "no column 'answer' .columns: prompt."),
         (b'{"answer": "a"}', "'prompt'"),
         (b'{"prompt": "a", "answer": [4]}', "'answer' is a list"),
         (b'{"prompt": {"a": 1}, "answer": "4"}', "'prompt' is an object"),
@@ -108,7 +108,7 @@ def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path, column, reason):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all" * 10])
-def test_what_is_no_parquet_file_is_named(tmp_path, content):
+def test_an_invalid_parquet_file_is_named(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.parquet: not readable as Parquet"):
         check_rows(task(tmp_path / "a.parquet", format="parquet"), TRAIN)
@@ -139,26 +139,26 @@ def test_a_missing_file_is_named_before_any_row_is_read(tmp_path, split):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2", b"[" * 100_000])
-def test_what_is_no_json_is_named(tmp_path, content):
+def test_invalid_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json.*not (JSON|UTF-8)"):
         list(records.read(tmp_path / "a.json", "json"))
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', '"text"', "3", '["a"]', "[[1]]"])
-def test_json_that_is_no_list_of_objects_is_named(tmp_path, content):
+def test_json_other_than_a_list_of_objects_is_named(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(InputError, match=r"a\.json(, row 1)?: .*not a JSON"):
         list(records.read(tmp_path / "a.json", "json"))
 
 
 @pytest.mark.parametrize("template", ["{", "}", "a {b", "{}", "{0!r}", "{a:>3}", "{a}{}"])
-def test_a_template_that_cannot_be_read_is_refused(template):
+def test_an_invalid_template_is_refused(template):
     with pytest.raises(InputError, match="template"):
         columns(template)
 
 
-def test_what_stands_in_braces_is_a_column_and_never_an_attribute():
+def test_braces_hold_a_column_name_and_never_an_attribute():
     record = {"a.b": "dot", "a[0]": "index", "text": "x"}
     assert columns("{a.b} {a[0]}") == ["a.b", "a[0]"]
     assert render("{a.b} {a[0]}", record, "here") == "dot index"
@@ -166,5 +166,5 @@ def test_what_stands_in_braces_is_a_column_and_never_an_attribute():
         render("{text.__class__}", record, "here")
 
 
-def test_numbers_and_truth_values_are_written_as_json_writes_them():
+def test_numbers_and_booleans_are_written_as_in_json():
     assert render("{a} {b} {c}", {"a": 1, "b": 0.5, "c": True}, "") == "1 0.5 true"

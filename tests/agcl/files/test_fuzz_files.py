@@ -1,4 +1,4 @@
-"""Any damaged task or importance file: what it says, or an `InputError` that names it."""
+"""Any damaged task or importance file is read correctly or named in an `InputError`."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(folder, kind, content):
-    """All rows of a file of that kind."""
+    """All rows of a file of that format."""
     file = folder / f"damaged.{kind}"
     if kind in ("train", "labels", "instructions"):
         task = cl_benchmark.task("films", "SC", cl_files(folder, **{kind: content}))
@@ -79,15 +79,15 @@ def rows_of(folder, kind, content):
 
 
 def check(folder, kind, content):
-    found, said = [], str(folder)
+    found, message = [], str(folder)
     try:
         found = rows_of(folder, kind, content)
     except InputError as error:
-        said = str(error)
-    assert str(folder) in said
+        message = str(error)
+    assert str(folder) in message
     for row in found:
         assert isinstance(row, Row)
-        (row.prompt + row.answer).encode()  # A whole text, which a tokenizer takes.
+        (row.prompt + row.answer).encode()  # Valid text that a tokenizer accepts.
 
 
 WHOLE = {
@@ -100,7 +100,7 @@ WHOLE = {
 }
 
 
-def test_the_whole_files_are_read(folder):
+def test_intact_files_are_read(folder):
     for kind, content in {**WHOLE, "parquet": TABLE}.items():
         assert len(rows_of(folder, kind, content)) in (2, 3)
 
@@ -118,7 +118,7 @@ def test_a_damaged_task_file_is_read_or_named(folder, damage):
 @fuzz
 @given(st.sampled_from(sorted(WHOLE)), st.one_of(st.binary(max_size=60), JSON_VALUES))
 @example("json", [{"prompt": float("nan"), "answer": 1e400}])
-def test_a_file_of_anything_else_is_read_or_named(folder, kind, content):
+def test_a_file_with_arbitrary_content_is_read_or_named(folder, kind, content):
     if not isinstance(content, bytes):
         content = json.dumps([content] if kind != "instructions" else content).encode()
     check(folder, kind, content)
@@ -152,37 +152,37 @@ def importance_file(folder):
 
 
 def load_damaged(file, content):
-    """Whether it still loads; then it must be what was saved."""
+    """Whether the file still loads; if so, it must hold what was saved."""
     file.write_bytes(content)
-    loaded, said = None, str(file)
+    loaded, message = None, str(file)
     try:
         loaded = Importance.load(file)
     except InputError as error:
-        said = str(error)
-    assert str(file) in said
+        message = str(error)
+    assert str(file) in message
     assert loaded is None or same(loaded, SAVED)
     return loaded is not None
 
 
 @fuzz
 @given(st.data())
-def test_a_damaged_importance_is_what_was_saved_or_named(folder, importance_file, data):
+def test_a_damaged_importance_loads_unchanged_or_is_named(folder, importance_file, data):
     _, content = importance_file
     load_damaged(folder / "damaged.safetensors", data.draw(damaged(content)))
 
 
-def test_every_flipped_byte_of_an_importance_is_found(folder, importance_file):
+def test_every_flipped_byte_of_an_importance_is_detected(folder, importance_file):
     _, content = importance_file
     loads = 0
     for place in range(len(content)):
         changed = bytearray(content)
         changed[place] ^= 0x10
         loads += load_damaged(folder / "flipped.safetensors", changed)
-    # White space between the file's header and its values may become other white space.
+    # Whitespace between the file's header and its values may turn into other whitespace.
     assert loads <= 8
 
 
-def test_a_flipped_value_is_found_before_any_work(folder, importance_file):
+def test_a_flipped_value_is_detected_before_any_work(folder, importance_file):
     file, content = folder / "past.safetensors", importance_file[1]
     linears = {"a.weight": torch.nn.Linear(2, 2), "b.weight": torch.nn.Linear(3, 1)}
     file.write_bytes(content)

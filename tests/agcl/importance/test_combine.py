@@ -1,11 +1,11 @@
-"""Scaling, maximum over tasks, overlap and summaries on values worked out by hand."""
+"""Scaling, overlap and summaries on values computed by hand."""
 
 from math import log
 
 import pytest
 import torch
 
-from agcl.importance import Importance, by_layer_and_module, overlap, past_maximum, scaled
+from agcl.importance import Importance, by_layer_and_module, overlap, scaled
 
 
 def test_scaling_is_logarithmic_with_negative_relevance_as_zero():
@@ -14,7 +14,7 @@ def test_scaling_is_logarithmic_with_negative_relevance_as_zero():
     torch.testing.assert_close(scaled(entries, 3.0), expected)
 
 
-def test_scaling_reads_bfloat16_and_leaves_its_argument_alone():
+def test_scaling_accepts_bfloat16_and_does_not_change_its_argument():
     entries = torch.tensor([-1.0, 4.0, 1.0], dtype=torch.bfloat16)
     before = entries.clone()
     result = scaled(entries, 1000.0)
@@ -41,20 +41,7 @@ def tasks(*values, name="model.layers.0.mlp.up_proj.weight"):
     return [Importance({name: torch.tensor(v)}) for v in values]
 
 
-def test_past_maximum_is_taken_entry_by_entry_after_scaling_each_task():
-    # Scaled by their own largest entry with κ = 3: (1, log 2.5 / log 4) and (log 1.3 / log 4, 1).
-    past = tasks([[2.0, 1.0]], [[1.0, 10.0]])
-    name = "model.layers.0.mlp.up_proj.weight"
-    expected = torch.tensor([[1.0, 1.0]])
-    torch.testing.assert_close(past_maximum(past, name, 3.0), expected)
-    expected = torch.tensor([[1.0, log(2.5) / log(4)]])
-    torch.testing.assert_close(past_maximum(past[:1], name, 3.0), expected)
-    expected = torch.tensor([[log(1.3) / log(4), 1.0]])
-    torch.testing.assert_close(past_maximum(past[1:], name, 3.0), expected)
-    assert torch.equal(past[0].entries[name], torch.tensor([[2.0, 1.0]]))
-
-
-def test_overlap_is_the_common_share_of_top_entries_over_all_weights():
+def test_overlap_is_the_shared_fraction_of_top_entries_over_all_weights():
     def task(first, second):
         a, b = torch.zeros(8), torch.zeros(4)
         a[first], b[second] = 1.0, 1.0
@@ -67,8 +54,8 @@ def test_overlap_is_the_common_share_of_top_entries_over_all_weights():
         assert row == pytest.approx(wanted)
 
 
-def test_overlap_ranks_by_value_not_by_size():
-    """A large negative relevance is not among the top."""
+def test_overlap_ranks_by_value_not_by_magnitude():
+    """A large negative relevance is not among the top entries."""
     one, other = tasks([-9.0, 3.0, 1.0, 0.0], [9.0, 0.0, 0.0, 0.0], name="a")
     assert overlap([one, other], share=0.25) == [[1.0, 0.0], [0.0, 1.0]]
 
@@ -77,7 +64,7 @@ def test_overlap_takes_at_least_one_entry_of_a_weight():
     assert overlap(tasks([1.0, 2.0], [3.0, 4.0], name="a"), share=0.01) == [[1, 1], [1, 1]]
 
 
-def test_positive_relevance_is_summed_by_layer_and_kind_of_module():
+def test_positive_relevance_is_summed_per_layer_and_module_kind():
     importance = Importance(
         {
             f"model.layers.{layer}.{kind}.weight": torch.tensor([[layer + 1.0, -7.0], [0.5, 0.0]])

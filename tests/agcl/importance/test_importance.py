@@ -1,4 +1,4 @@
-"""The importance file: what is saved comes back, and what is none is refused by name."""
+"""The importance file round-trips, and an invalid file is named in the error."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def small():
     return Importance(entries, moments, {"rules": "attnlrp", "top_k": None, "rows": 3})
 
 
-def test_entries_moments_and_header_come_back(tmp_path):
+def test_entries_moments_and_header_round_trip(tmp_path):
     saved = small()
     saved.save(tmp_path / "importance.safetensors")
     loaded = Importance.load(tmp_path / "importance.safetensors")
@@ -60,7 +60,7 @@ def test_entries_may_be_absent(tmp_path):
     assert Importance({}, {"a.weight": torch.zeros(2, 2)}).is_zero()
 
 
-def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     file = tmp_path / "importance.safetensors"
 
     def disk_full(tensors, path, metadata):
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 
 
 def test_a_flipped_byte_of_the_header_never_escapes_as_another_error(tmp_path):
-    """Either the file is refused by name, or it still is a file of tensors."""
+    """Either the error names the file, or it still is a file of tensors."""
     file = tmp_path / "flipped.safetensors"
     small().save(file)
     content = file.read_bytes()
@@ -118,11 +118,11 @@ def test_a_flipped_byte_of_the_header_never_escapes_as_another_error(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_another_safetensors_file_is_no_importance(tmp_path, metadata):
+def test_another_safetensors_file_is_refused(tmp_path, metadata):
     file = tmp_path / "model.safetensors"
     save_file({"a.weight": torch.ones(2)}, file, metadata=metadata)
     for call in (Importance.load, lambda file: check_file(file, {})):
-        with pytest.raises(InputError, match=r"model\.safetensors.*no importance file"):
+        with pytest.raises(InputError, match=r"model\.safetensors.*not an agcl importance file"):
             call(file)
 
 
@@ -148,13 +148,13 @@ def test_importance_of_another_model_is_refused_with_file_and_tensor(
     assert tensor in str(raised.value)
 
 
-def test_zero_importance_is_recognised():
+def test_zero_importance_is_recognized():
     assert Importance({"a": torch.zeros(2, 2), "b": torch.zeros(1)}).is_zero()
     assert not Importance({"a": torch.zeros(2, 2), "b": torch.tensor([0.0, -1e-9])}).is_zero()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_named(value):
+def test_non_finite_values_are_named(value):
     good, bad = torch.zeros(2, 2), torch.tensor([[0.0, value]])
     Importance({"a": good}, {"a": good}).check_finite()
     with pytest.raises(ValueError, match=r"b\.weight"):
@@ -171,9 +171,7 @@ def test_header_is_json(tmp_path, llama):
     assert made.header["top_k"] is None
 
 
-def test_a_file_without_what_is_asked_for_or_with_moments_of_another_model_is_refused(
-    tmp_path, llama
-):
+def test_a_file_without_the_requested_parts_or_with_foreign_moments_is_refused(tmp_path, llama):
     file = tmp_path / "importance.safetensors"
     linears = attributed_linears(llama)
     moments = {n: torch.eye(m.weight.shape[1]) for n, m in linears.items()}
@@ -185,5 +183,5 @@ def test_a_file_without_what_is_asked_for_or_with_moments_of_another_model_is_re
     with pytest.raises(InputError, match=r"another model .*layers\.0\.self_attn\.q_proj"):
         check_file(file, others, entries=False, moments=True)
     Importance({n: torch.ones_like(m.weight) for n, m in linears.items()}).save(file)
-    with pytest.raises(InputError, match=f"{file}: no moments of inputs"):
+    with pytest.raises(InputError, match=f"{file}: no input moments"):
         check_file(file, linears, entries=False, moments=True)

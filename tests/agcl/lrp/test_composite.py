@@ -1,11 +1,12 @@
-"""`relevance_backward` changes no logit and leaves nothing behind."""
+"""`relevance_backward` changes no logits and leaves no trace."""
 
 import pytest
 import torch
 from reference import tiny
 from transformers import BloomConfig, BloomForCausalLM
 
-from agcl.lrp import UnsupportedArchitecture, attributed_linears, relevance_backward
+from agcl.lrp import attributed_linears, relevance_backward
+from agcl.lrp.families import UnsupportedArchitecture
 
 IDS = torch.arange(2, 12).view(2, 5)
 
@@ -35,7 +36,7 @@ def model(request):
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_logits_inside_equal_those_outside_bit_for_bit(model, rules, dtype):
+def test_logits_inside_and_outside_are_bit_identical(model, rules, dtype):
     model = model.to(dtype)
     with torch.no_grad():
         outside = logits_of(model)
@@ -47,7 +48,7 @@ def test_logits_inside_equal_those_outside_bit_for_bit(model, rules, dtype):
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-def test_flags_attention_and_gradients_are_as_before_afterwards(model, rules, gradients):
+def test_flags_attention_and_gradients_are_restored(model, rules, gradients):
     before, slopes = flags(model), gradients(model)
     with relevance_backward(model, rules):
         logits_of(model).sum().backward()
@@ -59,7 +60,7 @@ def test_flags_attention_and_gradients_are_as_before_afterwards(model, rules, gr
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_everything_is_as_before_after_an_exception_inside(model, gradients):
+def test_everything_is_restored_after_an_exception(model, gradients):
     before, slopes = flags(model), gradients(model)
 
     def fail():
@@ -74,7 +75,7 @@ def test_everything_is_as_before_after_an_exception_inside(model, gradients):
         assert torch.equal(slope, slopes[name]), name
 
 
-def test_gradients_differ_inside_so_the_checks_above_can_fail(llama, gradients):
+def test_gradients_differ_inside_so_that_the_tests_above_can_fail(llama, gradients):
     slopes = gradients(llama)
     with relevance_backward(llama):
         inside = gradients_inside(llama)
@@ -88,7 +89,7 @@ def gradients_inside(model):
     return torch.autograd.grad(output, weight)[0]
 
 
-def test_another_model_of_the_class_is_not_touched(llama, gradients):
+def test_another_model_of_the_same_class_is_not_affected(llama, gradients):
     other = tiny.llama(seed=1)
     slopes = gradients(other)
     with relevance_backward(llama):
@@ -107,13 +108,13 @@ def test_it_can_be_entered_again_with_other_rules(llama):
     assert not torch.allclose(found[0], found[1])
 
 
-def test_relevance_can_be_taken_where_the_caller_switched_gradients_off(llama):
+def test_relevance_is_available_when_the_caller_disabled_gradients(llama):
     with torch.no_grad(), relevance_backward(llama) as trace:
         logits_of(llama)[:, -1].sum().backward()
         assert torch.isfinite(trace.input_relevance()).all()
 
 
-def test_reading_relevance_before_a_backward_is_an_error(llama):
+def test_reading_relevance_before_a_backward_pass_is_an_error(llama):
     with relevance_backward(llama) as trace, pytest.raises(RuntimeError, match="no backward"):
         trace.input_relevance()
 
@@ -135,7 +136,7 @@ def test_unknown_rules_are_refused(llama):
 
 
 def test_all_linear_layers_of_the_decoder_are_attributed_and_the_head_is_not():
-    model = tiny.llama(layers=11)  # layer 1 and layer 10 must not be confused
+    model = tiny.llama(layers=11)  # Layers 1 and 10 must not be confused.
     expected = [
         name
         for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Relevance of the package against the explicit, slow LRP of tests/reference."""
+"""The package's relevance against the explicit, slow LRP in tests/reference."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_relevance_of_tokens_and_weights_equals_the_explicit_lrp(attention, kv_h
     model = tiny.with_exact_norms(
         tiny.llama(dtype=torch.float64, kv_heads=kv_heads, attention=attention)
     )
-    # Eager attention takes its softmax in float32.
+    # Eager attention computes its softmax in float32.
     close = {"rtol": 1e-8, "atol": 1e-9} if attention == "sdpa" else {"rtol": 1e-4, "atol": 1e-5}
     row = tiny.answered_rows(model, 3)[2]
     expected = explain(model, row, rules)
@@ -97,7 +97,7 @@ def test_cp_conserves_the_target_down_to_the_input_tokens(attention, kv_heads):
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_weight_relevance_sums_to_the_relevance_arriving_at_the_output(exact_llama, rules):
+def test_weight_relevance_sums_to_the_relevance_at_the_output(exact_llama, rules):
     row = tiny.answered_rows(exact_llama, 3)[2]
     arriving = {}
 

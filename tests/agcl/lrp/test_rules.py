@@ -1,4 +1,4 @@
-"""Every LRP rule against its Jacobian: relevance x·g must be what the rule's matrix sends."""
+"""Every LRP rule against its Jacobian: relevance x·g must match the rule's matrix."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ def gradient_of(output, *inputs, towards):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_identity_rule_passes_every_units_relevance_on(activation):
+def test_the_identity_rule_passes_each_units_relevance(activation):
     x = random(3, 7).requires_grad_()
     y = activation(x)
 
@@ -38,7 +38,7 @@ def test_identity_rule_passes_every_units_relevance_on(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_identity_rule_is_finite_at_zero_and_beside_it(activation, dtype):
+def test_the_identity_rule_is_finite_at_and_near_zero(activation, dtype):
     tiny = torch.finfo(dtype).tiny
     x = torch.tensor([0.0, -0.0, tiny, -tiny, 1e-6, -1e-6], dtype=dtype, requires_grad=True)
 
@@ -80,7 +80,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_norms_rule_is_the_jacobian_with_its_scale_frozen(name):
+def test_a_norm_rule_is_the_jacobian_with_constant_scale(name):
     rule, module, function = NORMS[name]
     x = random(5).requires_grad_()
     fixed = x.detach()
@@ -94,12 +94,12 @@ def test_a_norms_rule_is_the_jacobian_with_its_scale_frozen(name):
     torch.testing.assert_close(gradient, expected, **CLOSE)
     ordinary = jacobian(lambda v: function(v, v), fixed).T @ towards
     assert (expected - ordinary).abs().max() > 0.01, "the scale must matter here"
-    if name != "layer":  # Without a bias and centring all relevance passes.
+    if name != "layer":  # Without bias and centering all relevance passes.
         torch.testing.assert_close(x * gradient, y * towards, **CLOSE)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.25])
-def test_scaled_gradient_is_that_share_of_the_jacobian(factor):
+def test_a_scaled_gradient_is_that_fraction_of_the_jacobian(factor):
     x = random(4).requires_grad_()
 
     result = rules.scale_gradient(x, factor)
@@ -127,8 +127,8 @@ def test_attnlrp_gives_attention_inputs_their_share_of_the_jacobian(name, share)
     torch.testing.assert_close(gradient, expected, **CLOSE)
 
 
-def test_attnlrp_shares_the_values_product_in_half():
-    """With constant attention weights the value's relevance is half of the output's."""
+def test_attnlrp_halves_the_product_with_the_value():
+    """With constant attention weights the value gets half of the output's relevance."""
     query = key = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
     value, towards = random(1, 1, 3, 4).requires_grad_(), random(1, 1, 3, 4, seed=1)
 
@@ -139,7 +139,7 @@ def test_attnlrp_shares_the_values_product_in_half():
     torch.testing.assert_close((value * gradient).sum(), half, **CLOSE)
 
 
-def test_cp_sends_all_of_attention_through_the_value():
+def test_cp_sends_all_attention_relevance_to_the_value():
     query, key, value = (random(1, 2, 3, 4, seed=i).requires_grad_() for i in range(3))
     towards = random(1, 2, 3, 4, seed=9)
 
@@ -151,7 +151,7 @@ def test_cp_sends_all_of_attention_through_the_value():
     torch.testing.assert_close((value * found[2]).sum(), (mixed * towards).sum(), **CLOSE)
 
 
-def test_attention_wrapper_hands_mask_and_options_through():
+def test_the_attention_wrapper_forwards_mask_and_options():
     seen = {}
 
     def base(module, query, key, value, attention_mask, **options):

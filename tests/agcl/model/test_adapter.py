@@ -1,4 +1,4 @@
-"""LoRA and O-LoRA: what is attached, merged, saved, gone on with, and kept orthogonal."""
+"""LoRA and O-LoRA: attaching, merging, saving, resuming, and orthogonality."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def factors(peft_model):
     return {n: p.detach().clone() for n, p in peft_model.named_parameters() if "lora_" in n}
 
 
-def test_a_fresh_adapter_changes_nothing_and_trains_only_factors_of_linear_layers():
+def test_a_new_adapter_changes_nothing_and_trains_only_factors_of_linear_layers():
     peft_model = attached()
     assert torch.equal(logits(peft_model), logits(tiny.llama()))
     trained = {n for n, p in peft_model.named_parameters() if p.requires_grad}
@@ -52,7 +52,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_only_factors_of_linear_layer
     assert len(trained) == 2 * len(linears)
 
 
-def test_factors_depend_on_the_seed_alone_and_leave_the_global_one():
+def test_factors_depend_only_on_the_seed_and_do_not_touch_the_global_one():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one = factors(attached())
@@ -63,7 +63,7 @@ def test_factors_depend_on_the_seed_alone_and_leave_the_global_one():
     assert any(not torch.equal(one[n], other[n]) for n in one)
 
 
-def test_merged_weights_answer_as_the_adapter_did_under_the_old_names(tmp_path):
+def test_merged_weights_give_the_adapters_answers_under_the_original_names(tmp_path):
     peft_model = fitted(attached())
     adapted = logits(peft_model)
     before = [(n, p.shape) for n, p in tiny.llama().named_parameters()]
@@ -77,7 +77,7 @@ def test_merged_weights_answer_as_the_adapter_did_under_the_old_names(tmp_path):
     assert torch.equal(logits(plain), adapted)
 
 
-def test_removed_the_model_is_as_it_was():
+def test_removing_the_adapter_restores_the_model():
     peft_model = fitted(attached())
     model = adapter.removed(peft_model)
     assert torch.equal(logits(model), logits(tiny.llama()))
@@ -89,14 +89,14 @@ def test_removed_the_model_is_as_it_was():
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "Phi3ForCausalLM"])
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-def test_relevance_of_the_factors_is_that_of_their_outputs(architecture, rules):
+def test_the_factors_relevance_equals_that_of_their_outputs(architecture, rules):
     model = families.without_biases(families.model(architecture))
     peft_model = adapter.attach(model, rank=3, alpha=6.0, seed=0)
     inner = peft_model.get_base_model()
     linears = attributed_linears(inner)
     generator = torch.Generator().manual_seed(0)
     parameters = dict(inner.named_parameters())
-    for name in linears:  # B begins as zero, and A would have no relevance then.
+    for name in linears:  # B starts at zero, which would leave A without relevance.
         parameters[name].data = torch.randn(parameters[name].shape, generator=generator).double()
     with torch.no_grad():
         outside = logits(inner)
@@ -114,7 +114,7 @@ def test_relevance_of_the_factors_is_that_of_their_outputs(architecture, rules):
 
 
 def old_and_new_outputs(peft_model, change):
-    """The adapter's part of every layer's output for one batch, before and after a change."""
+    """The adapter's part of every layer's output for one batch."""
     layers = {n: m for n, m in peft_model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     inputs = {}
     handles = [
@@ -136,7 +136,7 @@ def old_and_new_outputs(peft_model, change):
     return before, outputs()
 
 
-def test_projection_keeps_what_the_factors_give_for_old_inputs():
+def test_projection_preserves_the_factors_outputs_for_old_inputs():
     peft_model = fitted(attached())
     inner = peft_model.get_base_model()
     batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
@@ -161,7 +161,7 @@ def test_projection_keeps_what_the_factors_give_for_old_inputs():
     assert any(not torch.allclose(unprotected[n], was[n], atol=1e-2) for n in was)
 
 
-def test_a_fresh_adapter_kept_away_gives_nothing_for_old_inputs():
+def test_a_new_adapter_kept_away_outputs_zero_for_old_inputs():
     model = tiny.llama()
     batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
     batch.labels[:, 4:] = IDS[:, 4:]
@@ -183,7 +183,7 @@ def test_a_fresh_adapter_kept_away_gives_nothing_for_old_inputs():
     assert changed.abs().max() > 1e-2
 
 
-def test_one_goes_on_where_a_saved_adapter_ended(tmp_path):
+def test_training_continues_from_a_saved_adapter(tmp_path):
     peft_model = fitted(attached())
     kept, adapted = factors(peft_model), logits(peft_model)
     adapter.save(peft_model, tmp_path, tmp_path)
@@ -194,7 +194,7 @@ def test_one_goes_on_where_a_saved_adapter_ended(tmp_path):
     assert all(not torch.equal(kept[n], tensor) for n, tensor in factors(again).items())
 
 
-def test_a_folder_that_does_not_fit_is_refused(tmp_path):
+def test_a_folder_without_a_matching_adapter_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         attached(start=tmp_path)
     adapter.save(attached(), tmp_path, tmp_path)
@@ -209,7 +209,7 @@ def earlier(tmp_path):
     return lora.directions([tmp_path / "0", tmp_path / "1"])
 
 
-def test_directions_are_the_stacked_a_by_weight(earlier):
+def test_directions_are_the_stacked_factors_a_by_weight(earlier):
     assert earlier.keys() == attributed_linears(tiny.llama()).keys()
     name = "model.layers.1.mlp.down_proj.weight"
     assert earlier[name].shape == (6, 24)

@@ -1,4 +1,4 @@
-"""Training through torch.compile: the same numbers, and no trace of it afterwards."""
+"""Training through torch.compile: same numbers, and no trace of it afterwards."""
 
 from itertools import chain
 
@@ -7,7 +7,7 @@ import torch
 from reference import families, tiny
 
 from agcl.errors import InputError
-from agcl.model.forward import activation_checkpointing, autocast, compiled, quick_attention
+from agcl.model.forward import activation_checkpointing, autocast, compiled
 from agcl.tasks.batches import collate, pack
 from agcl.train import summed_loss
 
@@ -23,7 +23,8 @@ def loss_and_gradients(model, batch, precision="float32"):
 
 def training(architecture):
     model = families.model(architecture, dtype=torch.float32).train()
-    for module in model.modules():  # Its random numbers are not those of an eager pass.
+    # Compiled dropout draws other random numbers than eager dropout.
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
@@ -32,7 +33,7 @@ def training(architecture):
 def check_same(model, batching, backend, *, checkpointing=False, precision="float32"):
     tolerance = 1e-4 if precision == "float32" else 3e-2
     batches = [batching(rows) for rows in BATCHES]
-    with quick_attention(model, precision), activation_checkpointing(model, checkpointing):
+    with activation_checkpointing(model, checkpointing):
         expected = [loss_and_gradients(model, batch, precision) for batch in batches]
         with compiled(model, backend=backend):
             found = [loss_and_gradients(model, batch, precision) for batch in batches]
@@ -50,14 +51,14 @@ def counting(calls):
 
 
 @pytest.mark.parametrize("batching", [collate, pack])
-def test_the_layers_are_compiled_once_for_all_and_compute_the_same(batching):
+def test_layers_share_one_compilation_and_compute_the_same(batching):
     torch.compiler.reset()
     graphs = []
     check_same(training("LlamaForCausalLM"), batching, counting(graphs))
     assert 1 <= len(graphs) <= 3
 
 
-def test_the_model_is_as_before_even_after_an_error_which_says_what_is_missing():
+def test_the_model_is_restored_even_after_an_error_that_names_what_is_missing():
     torch.compiler.reset()
     model, batch = training("LlamaForCausalLM"), collate(BATCHES[0])
     names, layers = [*model.state_dict()], [*model.model.layers]
@@ -79,7 +80,7 @@ def test_the_model_is_as_before_even_after_an_error_which_says_what_is_missing()
         assert torch.equal(one, other)
 
 
-def test_off_it_does_nothing():
+def test_switched_off_it_does_nothing():
     model = training("LlamaForCausalLM")
     with compiled(model, False):
         assert all(layer._compiled_call_impl is None for layer in model.model.layers)
@@ -91,7 +92,7 @@ def test_off_it_does_nothing():
     ("batching", "precision", "checkpointing"),
     [(collate, "float32", False), (pack, "bfloat16", True)],
 )
-def test_compiled_by_inductor_it_goes_with_all_settings(batching, precision, checkpointing):
+def test_inductor_works_with_all_settings(batching, precision, checkpointing):
     torch.compiler.reset()
     check_same(
         training("LlamaForCausalLM"),

@@ -1,6 +1,4 @@
-"""Logits only where answers are predicted: those of the whole pass, for every family."""
-
-from unittest.mock import patch
+"""Logits of answer tokens only: equal to those of a full pass, for every family."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from reference import families
 from torch.nn.functional import cross_entropy
 
 from agcl.lrp import FAMILIES
-from agcl.model.forward import activation_checkpointing, answer_logits, autocast, quick_attention
+from agcl.model.forward import activation_checkpointing, answer_logits
 from agcl.tasks import Encoded, batches
 from agcl.tasks.batches import IGNORED, answer_places, answer_tokens, by_length, collate, pack
 
@@ -16,7 +14,7 @@ ROWS = [Encoded([3, 4, 5, 6, 7, 8], 4), Encoded([9, 10, 11], 1), Encoded([12, 13
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_they_and_their_gradients_are_those_of_the_whole_pass(architecture):
+def test_logits_and_gradients_equal_those_of_a_full_pass(architecture):
     model, batch = families.model(architecture), collate(ROWS)
     found = answer_logits(model, batch)
     whole = model(batch.input_ids, use_cache=False).logits[:, :-1][batch.labels[:, 1:] != IGNORED]
@@ -33,19 +31,19 @@ def test_they_and_their_gradients_are_those_of_the_whole_pass(architecture):
 
 @pytest.fixture(params=[8, 256])
 def packed_line(request, monkeypatch):
-    """Short lines, some of them padded, and one line for all rows."""
-    monkeypatch.setattr(batches, "_LINE", request.param)
+    """Short lines, some of them padded, or one line for all rows."""
+    monkeypatch.setattr(batches, "_LINE_TOKENS", request.param)
 
 
 def long_rows():
-    """Longer and shorter than the families' sliding windows; no token comes twice."""
+    """Rows longer and shorter than the families' sliding windows; no token repeats."""
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
     return [Encoded(ids.tolist(), 1 + len(ids) // 3) for ids in drawn.split([7, 3, 12, 2, 9])]
 
 
 @pytest.mark.usefixtures("packed_line")
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_packed_rows_have_the_logits_and_gradients_of_padded_ones(architecture):
+def test_packed_and_padded_rows_have_the_same_logits_and_gradients(architecture):
     model = families.model(architecture)
     # transformers computes Gemma's norms in float32, and Gemma 2's attention.
     tolerance = 1e-4 if "Gemma" in architecture else 1e-10
@@ -80,13 +78,13 @@ def test_a_packed_row_sees_no_other_row(architecture):
         assert not torch.isclose(logits[1][~same], logits[0][~same]).all()
 
 
-def test_places_and_tokens_go_together_row_after_row():
+def test_positions_and_tokens_match_row_by_row():
     batch = collate(ROWS)
     assert answer_places(batch).nonzero().tolist() == [[0, 3], [0, 4], [1, 0], [1, 1], [2, 2]]
     assert answer_tokens(batch).tolist() == [7, 8, 10, 11, 15]
 
 
-def test_the_head_is_as_before_even_after_an_error():
+def test_the_head_is_restored_even_after_an_error():
     model, batch = families.model("LlamaForCausalLM"), collate(ROWS)
     before = model(batch.input_ids).logits
     answer_logits(model, batch)
@@ -97,14 +95,14 @@ def test_the_head_is_as_before_even_after_an_error():
     assert torch.equal(model(batch.input_ids).logits, before)
 
 
-def test_batches_by_length_hold_every_row_once_the_shortest_first():
+def test_batches_by_length_hold_every_row_once_shortest_first():
     lengths = [5, 2, 9, 2, 7, 1, 3]
     batches = by_length(lengths, 3)
     assert batches == [[5, 1, 3], [6, 0, 4], [2]]
 
 
 def gradients_and_saved_bytes(architecture, *, checkpointing):
-    """Gradients of a training pass with dropout, and what it kept for the backward pass."""
+    """Gradients of a training pass with dropout, and bytes saved for the backward pass."""
     model, batch = families.model(architecture).train(), collate(ROWS)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
@@ -127,55 +125,9 @@ def gradients_and_saved_bytes(architecture, *, checkpointing):
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less(architecture):
+def test_activation_checkpointing_gives_the_same_gradients_with_less_memory(architecture):
     plain, kept = gradients_and_saved_bytes(architecture, checkpointing=False)
     again, kept_again = gradients_and_saved_bytes(architecture, checkpointing=True)
     assert kept_again < 0.6 * kept
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
-
-
-def training_in_bfloat16(architecture, batch, *, quick):
-    """Loss, gradients, and the types of the queries that torch's fused attention was given."""
-    model = families.model(architecture, dtype=torch.float32, attention="sdpa")
-    types, fused = [], torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query, *args, **kwargs):
-        types.append((query.dtype, torch.is_autocast_enabled("cpu")))
-        return fused(query, *args, **kwargs)
-
-    with (
-        patch("torch.nn.functional.scaled_dot_product_attention", watched),
-        quick_attention(model, "bfloat16" if quick else "float32"),
-        autocast(model.device, "bfloat16"),
-    ):
-        loss = cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch))
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return [loss, *gradients], set(types)
-
-
-@pytest.mark.parametrize("batching", [collate, pack])
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel"]
-)
-def test_on_a_cpu_attention_is_in_float32_beside_bfloat16(architecture, batching):
-    batch = batching(long_rows())
-    plain, types = training_in_bfloat16(architecture, batch, quick=False)
-    assert all(autocasts for _, autocasts in types)
-    found, types = training_in_bfloat16(architecture, batch, quick=True)
-    assert types == {(torch.float32, False)}
-    for one, other in zip(found, plain, strict=True):
-        size = float(other.detach().abs().max())
-        torch.testing.assert_close(one, other, rtol=0, atol=3e-2 * max(size, 1e-3))
-
-
-def test_the_attention_is_as_before_even_after_an_error():
-    model = families.model("LlamaForCausalLM", dtype=torch.float32, attention="sdpa")
-
-    def fails():
-        with quick_attention(model, "bfloat16"):
-            raise ArithmeticError(model.config._attn_implementation)
-
-    with pytest.raises(ArithmeticError, match="agcl_float32"):
-        fails()
-    assert model.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""The built-in model, folders that plain transformers loads, and checks before loading."""
+"""The built-in model, folders that transformers can load, and checks before loading."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_the_builtin_tokenizer_is_deterministic_and_encodes_any_text(tokenizer):
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-def test_the_builtin_model_depends_on_its_seed_alone(model, tokenizer):
+def test_the_builtin_model_depends_only_on_its_seed(model, tokenizer):
     torch.manual_seed(99)
     state = torch.get_rng_state()
     same, other = (models.builtin_model(len(tokenizer), seed=s) for s in (0, 1))
@@ -49,7 +49,7 @@ def test_the_builtin_model_depends_on_its_seed_alone(model, tokenizer):
     assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_the_builtin_model_can_be_attributed_and_ends_with_its_tokenizers_end(model, tokenizer):
+def test_the_builtin_model_can_be_attributed_and_has_its_tokenizers_end_token(model, tokenizer):
     with relevance_backward(model):
         assert len(attributed_linears(model)) == 4 * 7
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -69,7 +69,7 @@ def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path, tokenizer):
+def test_a_folder_loads_in_float32_whatever_its_dtype(tmp_path, tokenizer):
     half = models.builtin_model(len(tokenizer), seed=0).bfloat16()
     models.save(half, tokenizer, tmp_path)
     loaded = models.load_model(tmp_path)
@@ -112,7 +112,7 @@ def test_a_folder_without_a_needed_file_is_refused(folder, lacks, reason):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b""])
-def test_a_config_that_is_no_json_object_is_refused(folder, content):
+def test_a_config_other_than_a_json_object_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
         models.check_folder(folder)
@@ -124,7 +124,7 @@ def test_a_config_that_is_no_json_object_is_refused(folder, content):
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported"),
         ({"architectures": []}, "not supported"),
         ({"architectures": None}, "not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )
 def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
@@ -147,18 +147,20 @@ def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
         {"hidden_act": "nope"},
     ],
 )
-def test_a_config_that_makes_no_model_is_refused_in_one_line(folder, values):
+def test_an_invalid_config_is_refused_in_one_line(folder, values):
     file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, **values}))
-    with pytest.raises(InputError, match=r"config\.json makes no model \(.+\)$"):
+    with pytest.raises(InputError, match=r"cannot build a model from .*config\.json \(.+\)$"):
         models.check_folder(folder)
 
 
-def test_weights_that_are_not_all_there_are_refused(folder, model):
+def test_incomplete_weights_are_refused(folder, model):
     kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "up_proj" not in k}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lack \d of the model's, such as model.layers.0.mlp"):
+    with pytest.raises(
+        InputError, match=r"lack \d of the model's parameters, such as model.layers.0.mlp"
+    ):
         models.load_model(folder)
 
 

@@ -31,7 +31,7 @@ def test_strength_above_one_closes_the_gate_and_never_inverts_it():
     assert gate[0, 2] == 0.0
 
 
-def test_the_most_important_past_task_decides():
+def test_each_entry_takes_the_maximum_over_past_tasks_each_scaled_by_its_own_maximum():
     two = past([[4.0, 0.0, 2.0]], [[0.0, 8.0, 1.0]])
     s = log(1 + 15 / 2) / log(16)
     gate = gates(two, strength=0.5, exponent=3.0, log_scale=15.0)[NAME]
@@ -49,7 +49,7 @@ def test_strength_zero_opens_every_gate_exactly():
     assert torch.equal(gate, torch.ones(1, 3))
 
 
-def test_the_importances_are_left_as_they_are():
+def test_the_importances_are_not_changed():
     importances = past([[3.0, 1.0, -2.0]])
     gates(importances, strength=1.0, exponent=2.0, log_scale=10.0)
     assert torch.equal(importances[0].entries[NAME], torch.tensor([[3.0, 1.0, -2.0]]))

@@ -1,4 +1,4 @@
-"""GatedAdamW: torch's AdamW where the gate is open, still weights where it is closed."""
+"""GatedAdamW: torch's AdamW where the gate is open, no movement where it is closed."""
 
 import copy
 
@@ -16,7 +16,7 @@ OPTIONS = {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
 
 
 def steps(model, optimizer, *, first=0, last=20):
-    """Optimizer steps on batches that depend on the step's number alone."""
+    """Optimizer steps on batches that depend only on the step number."""
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(2, tiny.VOCABULARY, (2, 6), generator=generator)
@@ -40,7 +40,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("on", SIDES)
 @pytest.mark.parametrize("gated", [True, False])
-def test_an_open_gate_equals_torchs_adamw_bit_for_bit(llama, on, gated):
+def test_with_an_open_gate_steps_are_bit_identical_to_adamw(llama, on, gated):
     plain = copy.deepcopy(llama)
     steps(plain, torch.optim.AdamW(plain.parameters(), fused=True, **OPTIONS))
     gate = filled(llama, 1.0) if gated else None
@@ -49,7 +49,7 @@ def test_an_open_gate_equals_torchs_adamw_bit_for_bit(llama, on, gated):
 
 
 @pytest.mark.parametrize("on", SIDES)
-def test_a_closed_gate_keeps_every_bit_and_leaves_the_others_free(llama, on):
+def test_a_closed_gate_keeps_every_bit_and_does_not_affect_other_weights(llama, on):
     before = weights(llama)
     gate = filled(llama, 0.0)
     gate[UP] = (torch.arange(24 * 16) % 2).float().view(24, 16)
@@ -78,7 +78,7 @@ def adamw_by_hand(weight, gradients, gate, on):
     return weight
 
 
-def test_any_gate_is_kept_in_a_byte_to_half_a_step(llama):
+def test_any_gate_is_stored_in_a_byte_to_half_a_step(llama):
     generator = torch.Generator().manual_seed(1)
     gate = {UP: torch.rand(24, 16, generator=generator)}
     before = weights(llama)[UP]
@@ -112,7 +112,7 @@ def test_a_fractional_gate_equals_the_closed_form(on):
 
 
 def test_a_constant_gate_on_the_gradient_cancels_and_on_the_update_does_not(llama):
-    """Why `update` is the default: Adam divides by the gradient's running size."""
+    """Why `update` is the default: Adam divides by the gradient's running magnitude."""
     moved = {}
     for on in SIDES:
         model = copy.deepcopy(llama)
@@ -125,7 +125,7 @@ def test_a_constant_gate_on_the_gradient_cancels_and_on_the_update_does_not(llam
 
 
 @pytest.mark.parametrize("option", ["gate", "basis"])
-def test_a_name_or_shape_that_does_not_fit_is_refused(llama, option):
+def test_an_unknown_name_or_wrong_shape_is_refused(llama, option):
     width = 24 if option == "gate" else 16
     for name, tensor in (
         ("model.layers.9.mlp.up_proj.weight", torch.ones(width, 16)),
@@ -162,7 +162,7 @@ def test_a_run_resumes_bit_for_bit_from_its_state(tmp_path, llama, on):
     assert_same(weights(resumed), weights(whole))
 
 
-def test_parameters_without_a_gradient_stay(llama):
+def test_parameters_without_a_gradient_do_not_change(llama):
     llama.lm_head.weight.requires_grad_(False)
     before = weights(llama)
     trainable = [(n, p) for n, p in llama.named_parameters() if p.requires_grad]
@@ -208,14 +208,14 @@ def protected_steps(llama, on, device="cpu"):
 
 
 @pytest.mark.parametrize("on", SIDES)
-def test_many_parameters_at_once_take_the_steps_of_each_alone(llama, on, monkeypatch):
+def test_many_parameters_at_once_step_like_each_alone(llama, on, monkeypatch):
     alone = protected_steps(llama, on)
-    monkeypatch.setattr("agcl.modulation.optimizer._parts", lambda parameters: [parameters])
+    monkeypatch.setattr("agcl.modulation.optimizer._chunks", lambda parameters: [parameters])
     torch.testing.assert_close(protected_steps(llama, on), alone, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("on", SIDES)
-def test_on_a_gpu_steps_are_those_on_a_cpu(llama, on):
+def test_steps_on_a_gpu_equal_those_on_a_cpu(llama, on):
     found, expected = protected_steps(llama, on, "cuda"), protected_steps(llama, on)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def past():
     ]
 
 
-def test_value_and_gradient_are_those_of_the_quadratic_form(parameters, past):
+def test_value_and_gradient_equal_those_of_the_quadratic_form(parameters, past):
     anchors = {name: p.detach().clone() for name, p in parameters.items()}
     penalise = quadratic_penalty(parameters, past, strength=3.0)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_value_and_gradient_are_those_of_the_quadratic_form(parameters, past):
     torch.testing.assert_close(a.grad, expected[0] + 1)
     torch.testing.assert_close(b.grad, expected[1])
     assert parameters["free"].grad is None
-    # Its Hessian is the diagonal λ ΣF: the penalty is the second-order expansion that EWC means.
+    # Its Hessian is the diagonal λ ΣF: the penalty is EWC's second-order expansion.
     hessian = torch.autograd.functional.hessian(lambda x: slow(x, b), a).reshape(12, 12)
     fisher = sum(i.entries["a"].double().clamp(min=0) for i in past)
     torch.testing.assert_close(hessian, torch.diag(3.0 * fisher.flatten()))
@@ -70,7 +70,7 @@ def test_another_models_importance_is_refused(parameters):
 
 
 @pytest.mark.parametrize("strength", [0.0, 1e6])
-def test_in_training_strength_decides_between_free_and_still(strength):
+def test_a_large_strength_keeps_weights_in_place_during_training(strength):
     start = tiny.llama()
     name = "model.layers.0.mlp.up_proj.weight"
 

@@ -1,4 +1,4 @@
-"""Projection: updates that leave the outputs for protected inputs as they are."""
+"""Projection: updates that do not change outputs for protected inputs."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def moment(vectors, spectrum=SPECTRUM):
     return vectors @ torch.diag(spectrum) @ vectors.T
 
 
-def test_projection_is_idempotent_and_its_result_orthogonal_to_the_basis():
+def test_projection_is_idempotent_and_orthogonal_to_the_basis():
     basis = orthonormal(6, 2)
     update = torch.randn(3, 6, dtype=torch.float64)
     once = project_out(update, basis)
@@ -36,7 +36,7 @@ def test_projection_is_idempotent_and_its_result_orthogonal_to_the_basis():
     ("energy", "rank"),
     [(0.0, 0), (0.01, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.91, 4), (1.0, 4)],
 )
-def test_the_fewest_leading_directions_with_the_share_of_the_trace(energy, rank):
+def test_the_fewest_leading_directions_holding_the_energy(energy, rank):
     vectors = orthonormal(4, 4)
     found = leading_directions(moment(vectors), energy)
     assert found.shape == (4, rank)
@@ -46,11 +46,11 @@ def test_the_fewest_leading_directions_with_the_share_of_the_trace(energy, rank)
     torch.testing.assert_close(found.T @ found, torch.eye(rank), atol=1e-6, rtol=0)
 
 
-def test_no_input_means_no_direction():
+def test_a_zero_moment_has_no_directions():
     assert leading_directions(torch.zeros(3, 3), 0.9).shape == (3, 0)
 
 
-def test_rounding_errors_below_zero_do_not_count():
+def test_eigenvalues_rounded_below_zero_do_not_count():
     spectrum = torch.tensor([4.0, 1.0, -1e-9, -1e-9], dtype=torch.float64)
     assert leading_directions(moment(orthonormal(4, 4), spectrum), 0.7).shape == (4, 1)
 
@@ -60,7 +60,7 @@ def past(*moments):
 
 
 def test_bases_span_what_all_past_tasks_used():
-    """Two tasks with one direction each; neither alone would hold the other's."""
+    """Two tasks with one direction each; neither alone covers the other's."""
     vectors = orthonormal(4, 4)
     first, second = (torch.outer(vectors[:, i], vectors[:, i]) for i in (0, 2))
     found = bases(past(3 * first, first + 2 * second), energy=0.99)["w"].double()
@@ -79,7 +79,7 @@ def test_bases_need_moments():
 
 @pytest.mark.parametrize("on", ["update", "gradient"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_outputs_for_protected_inputs_stay_through_adamw_with_weight_decay(gated, on):
+def test_adamw_with_weight_decay_preserves_outputs_for_protected_inputs(gated, on):
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(5, 6, generator=generator, dtype=torch.float64))
     start = parameter.detach().clone()
@@ -111,7 +111,7 @@ def test_a_projected_step_is_adamws_step_without_the_protected_directions():
     torch.testing.assert_close(projected.detach(), expected.detach())
 
 
-def test_an_empty_basis_is_plain_adamw_bit_for_bit():
+def test_an_empty_basis_is_bit_identical_to_adamw():
     start, slope = torch.randn(3, 4), torch.randn(3, 4)
     plain, projected = (nn.Parameter(start.clone()) for _ in range(2))
     plain.grad, projected.grad = slope.clone(), slope.clone()
@@ -120,7 +120,7 @@ def test_an_empty_basis_is_plain_adamw_bit_for_bit():
     assert torch.equal(plain, projected)
 
 
-def test_random_directions_are_as_many_and_orthonormal_and_of_the_seed():
+def test_random_directions_match_in_number_are_orthonormal_and_seeded():
     like = {"a": torch.zeros(12, 5), "b": torch.zeros(8, 0), "c": torch.zeros(6, 6)}
     drawn = random_bases(like, seed=1)
     for name, basis in drawn.items():

@@ -1,4 +1,4 @@
-"""A model that two workers share gives the numbers of a whole one."""
+"""A model sharded over two ranks gives the same numbers as a whole one."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def assert_close(found, expected, tolerance=1e-4):
 
 
 def protections(architecture):
-    """A gate of many values, a basis of a third of the inputs, and a Fisher information."""
+    """A gate with many values, a basis for a third of the inputs, and Fisher information."""
     generator = torch.Generator().manual_seed(1)
     model = families.model(architecture, dtype=torch.float32)
     shapes = {name: layer.weight.shape for name, layer in attributed_linears(model).items()}
@@ -36,8 +36,8 @@ def protections(architecture):
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Gemma2ForCausalLM"])
 @pytest.mark.parametrize("kinds", [(), ("gate",), ("basis",), ("fisher",), ("gate", "basis")])
-def test_training_is_that_of_a_whole_model(workers, architecture, kinds):
-    """Eleven rows in threes of micro-batches: the second worker has none for some."""
+def test_training_matches_a_whole_model(workers, architecture, kinds):
+    """Eleven rows in micro-batches of three: the second rank has none in some steps."""
     chosen = {kind: protections(architecture)[kind] for kind in kinds}
     steps, weights = sharded.task(architecture, ROWS, **chosen)
     for found, shared in workers.run(sharded.task, architecture, ROWS, **chosen):
@@ -47,7 +47,7 @@ def test_training_is_that_of_a_whole_model(workers, architecture, kinds):
 
 
 @pytest.mark.parametrize("setting", ["checkpointing", "packed"])
-def test_a_frozen_weight_keeps_its_bits_whatever_saves_memory(workers, setting):
+def test_a_frozen_weight_keeps_its_bits_with_every_memory_setting(workers, setting):
     frozen = "model.layers.0.mlp.up_proj.weight"
     steps, weights = sharded.task(LLAMA, ROWS, frozen=frozen)
     before = sharded.weights_of(families.model(LLAMA))
@@ -58,8 +58,8 @@ def test_a_frozen_weight_keeps_its_bits_whatever_saves_memory(workers, setting):
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2])
-def test_scores_are_those_of_a_whole_model(workers, architecture):
-    """Seven rows in twos: the second worker takes one batch again, and nobody waits forever."""
+def test_scores_match_a_whole_model(workers, architecture):
+    """Seven rows in batches of two: the second rank repeats a batch instead of deadlocking."""
     rows = tiny.answered_rows(families.model(architecture, dtype=torch.float32), 7, wrong=(0, 4))
     verdicts, texts, loss = sharded.scores(architecture, rows)
     assert verdicts == [index not in (0, 4) for index in range(7)]
@@ -77,7 +77,7 @@ def test_scores_are_those_of_a_whole_model(workers, architecture):
         {"estimator": "fisher"},
     ],
 )
-def test_importance_is_that_of_a_whole_model(workers, architecture, options):
+def test_importance_matches_a_whole_model(workers, architecture, options):
     entries, moments, header, _ = sharded.importance(architecture, ROWS, **options)
     for found in workers.run(sharded.importance, architecture, ROWS, split="layers", **options):
         assert found[2] == header
@@ -87,7 +87,7 @@ def test_importance_is_that_of_a_whole_model(workers, architecture, options):
 
 
 @pytest.mark.parametrize("weighting", ["relevance", "uniform"])
-def test_moments_without_entries_are_those_of_a_whole_model(workers, weighting):
+def test_moments_without_entries_match_a_whole_model(workers, weighting):
     options = {"moments": weighting, "entries": False}
     _, moments, _, _ = sharded.importance(LLAMA, ROWS, **options)
     for found in workers.run(sharded.importance, LLAMA, ROWS, split="layers", **options):
@@ -95,18 +95,18 @@ def test_moments_without_entries_are_those_of_a_whole_model(workers, weighting):
         assert_close(found[1], moments)
 
 
-def test_samples_cannot_be_split_where_every_worker_needs_the_others(workers):
+def test_a_sharded_model_cannot_be_split_by_samples(workers):
     with pytest.raises(ValueError, match="split by layers"):
         workers.run(sharded.importance, LLAMA, ROWS, split="samples")
 
 
-def test_stages_follow_each_other_on_one_sharded_model(workers):
+def test_stages_run_in_sequence_on_one_sharded_model(workers):
     losses = sharded.stages(ROWS)
     for found in workers.run(sharded.stages, ROWS):
         assert found == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_checkpoint_goes_on_sharded_or_whole(workers, tmp_path):
+def test_a_checkpoint_resumes_sharded_or_whole(workers, tmp_path):
     losses, weights = sharded.with_checkpoint(ROWS, tmp_path)
     (tmp_path / "file").unlink()
     for found, _ in workers.run(sharded.with_checkpoint, ROWS, tmp_path, stop=3):
@@ -120,8 +120,8 @@ def test_a_checkpoint_goes_on_sharded_or_whole(workers, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
-def test_what_is_saved_is_whole_and_what_is_held_is_a_share(workers, architecture, tmp_path):
-    """Gemma's embeddings are its head too."""
+def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_path):
+    """Gemma's embeddings are tied to its head."""
     tokenizer = models.builtin_tokenizer(["some text"], vocab_size=300)
     shares = workers.run(sharded.saved, architecture, tokenizer, tmp_path)
     expected = sharded.weights_of(families.model(architecture, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""One or two worker processes: the same importance, training and verdicts."""
+"""One rank or two: the same importance, training and verdicts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MODEL = {"seed": 0}
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("top_k", [1, 4])
-def test_top_k_importance_is_bit_equal_for_two_workers(workers, llama, top_k, rules):
+def test_top_k_importance_is_bit_identical_on_two_ranks(workers, llama, top_k, rules):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
     options = {"top_k": top_k, "rules": rules, "moments": "relevance"}
     entries, moments, header = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -24,7 +24,7 @@ def test_top_k_importance_is_bit_equal_for_two_workers(workers, llama, top_k, ru
             torch.testing.assert_close(other[1][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_importance_from_bfloat16_is_bit_equal_for_two_workers_and_rounded(workers, llama):
+def test_importance_from_bfloat16_is_rounded_and_bit_identical_on_two_ranks(workers, llama):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
     options = {"top_k": 4, "running_values": "bfloat16"}
     entries, _, header = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -39,7 +39,9 @@ def test_importance_from_bfloat16_is_bit_equal_for_two_workers_and_rounded(worke
 
 @pytest.mark.parametrize("top_k", [2, None])
 @pytest.mark.parametrize("moments", ["relevance", None])
-def test_importance_is_bit_equal_when_two_workers_share_the_layers(workers, llama, top_k, moments):
+def test_importance_is_bit_identical_when_two_ranks_split_the_layers(
+    workers, llama, top_k, moments
+):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
     options = {"top_k": top_k, "moments": moments, "split": "layers"}
     entries, alone, header = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -54,7 +56,7 @@ def test_importance_is_bit_equal_when_two_workers_share_the_layers(workers, llam
 
 
 @pytest.mark.parametrize("split", ["samples", "layers"])
-def test_moments_without_entries_are_the_same_for_two_workers(workers, llama, split):
+def test_moments_without_entries_are_the_same_on_two_ranks(workers, llama, split):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
     options = {"moments": "relevance", "entries": False}
     entries, moments, header = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -66,7 +68,7 @@ def test_moments_without_entries_are_the_same_for_two_workers(workers, llama, sp
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
-def test_mean_importance_is_the_same_for_two_workers(workers, llama, rules):
+def test_mean_importance_is_the_same_on_two_ranks(workers, llama, rules):
     rows = tiny.answered_rows(llama, 8, wrong=(3, 4))
     options = {"top_k": None, "rules": rules, "moments": "uniform"}
     entries, moments, header = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -80,7 +82,7 @@ def test_mean_importance_is_the_same_for_two_workers(workers, llama, rules):
 
 
 @pytest.mark.parametrize("top_k", [4, None])
-def test_a_worker_without_any_right_row_changes_nothing(workers, llama, top_k):
+def test_a_rank_without_correct_rows_changes_nothing(workers, llama, top_k):
     rows = tiny.answered_rows(llama, 6, wrong=(3, 4, 5))
     options = {"top_k": top_k, "moments": "relevance"}
     entries, moments, _ = remote.attribute_batches(rows, 3, MODEL, **options)
@@ -90,7 +92,7 @@ def test_a_worker_without_any_right_row_changes_nothing(workers, llama, top_k):
             torch.testing.assert_close(other[1][name], moments[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_worker_without_any_row_changes_nothing(workers, llama):
+def test_a_rank_without_rows_changes_nothing(workers, llama):
     rows = tiny.answered_rows(llama, 3)
     entries, _, header = remote.attribute_batches(rows, 3, MODEL, top_k=2)
     for other in workers.run(remote.attribute_batches, rows, 3, MODEL, top_k=2):
@@ -98,15 +100,15 @@ def test_a_worker_without_any_row_changes_nothing(workers, llama):
         assert all(torch.equal(other[0][name], tensor) for name, tensor in entries.items())
 
 
-def test_no_right_row_on_any_worker_is_an_error_everywhere(workers, llama):
+def test_no_correct_row_on_any_rank_is_an_error_on_all(workers, llama):
     rows = tiny.answered_rows(llama, 4, wrong=(0, 1, 2, 3))
     with pytest.raises(NothingToAttribute, match="none of the 4 rows"):
         workers.run(remote.attribute_batches, rows, 2, MODEL)
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(6, 2), (4, 4)])
-def test_training_is_the_same_for_two_workers(workers, batch_size, micro_batch_size):
-    """With 4 of 4 rows in one micro-batch the second worker has none; 10 rows leave a rest."""
+def test_training_is_the_same_on_two_ranks(workers, batch_size, micro_batch_size):
+    """With 4 rows in one micro-batch the second rank has none; 10 rows leave a remainder."""
     rows = tiny.random_rows(10)
     options = {
         "epochs": 2,
@@ -119,18 +121,18 @@ def test_training_is_the_same_for_two_workers(workers, batch_size, micro_batch_s
     assert first[0] == pytest.approx(losses, rel=1e-6)
     assert first[0] == second[0]
     for name, weight in weights.items():
-        # Adam divides by the gradient's size, so a rounding error in a tiny one is not tiny.
+        # Adam divides by the gradient's magnitude, so rounding errors in tiny gradients matter.
         torch.testing.assert_close(first[1][name], weight, rtol=1e-4, atol=1e-4, msg=name)
         assert torch.equal(first[1][name], second[1][name]), name
 
 
-def test_verdicts_are_those_of_all_rows_on_every_worker(workers, llama):
+def test_every_rank_gets_the_verdicts_of_all_rows(workers, llama):
     rows = tiny.answered_rows(llama, 7, wrong=(0, 4))
     expected = [index not in (0, 4) for index in range(7)]
     assert workers.run(remote.verdicts, rows, MODEL, batch_size=2) == [expected, expected]
 
 
-def test_sums_and_gathers_keep_types_and_shapes(workers):
+def test_sums_and_gathers_keep_dtypes_and_shapes(workers):
     for tensors, gathered in workers.run(remote.exchanged):
         assert torch.equal(tensors[0], torch.full((2, 3), 3.0))
         assert torch.equal(tensors[1], torch.tensor(30))
@@ -139,7 +141,7 @@ def test_sums_and_gathers_keep_types_and_shapes(workers):
         assert torch.equal(torch.stack(gathered), torch.tensor([[1, -1], [2, -2]]))
 
 
-def test_a_single_process_exchanges_nothing():
+def test_collectives_are_the_identity_in_a_single_process():
     tensors, gathered = remote.exchanged()
     assert torch.equal(tensors[0], torch.ones(2, 3))
     assert torch.equal(tensors[1], torch.tensor(10))

@@ -1,4 +1,4 @@
-"""Exact match by one forward pass: the verdict of greedy decoding."""
+"""Exact match in one forward pass: the same verdict as greedy decoding."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from agcl.train import train_task
 
 @pytest.fixture(scope="module")
 def half_trained():
-    """A model that learned the first half of the rows."""
+    """A model trained on the first half of the rows."""
     model, rows = tiny.llama(width=32), tiny.random_rows(16)
     optimizer = GatedAdamW(model.named_parameters(), lr=1e-2)
     train_task(model, rows[:8], optimizer, epochs=12, batch_size=8, micro_batch_size=8, seed=0)
@@ -20,7 +20,7 @@ def half_trained():
 
 
 def generated(model, row):
-    """What greedy decoding makes of the prompt, up to the end token."""
+    """Greedy decoding of the prompt, up to the end token."""
     prompt = torch.tensor([row.input_ids[: row.prompt_tokens]])
     output = model.generate(
         prompt,
@@ -83,13 +83,13 @@ def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
         assert verdict(wrong) == verdicts, place
 
 
-def test_no_rows_have_no_verdicts(half_trained):
+def test_no_rows_give_no_verdicts(half_trained):
     assert exact_match(half_trained[0], [], batch_size=4) == []
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 66, 300])
-def test_text_loss_is_the_mean_over_all_tokens_but_the_first_of_each_window(length):
-    model = tiny.llama(width=32)  # takes 64 tokens
+def test_text_loss_is_the_mean_over_all_but_each_windows_first_token(length):
+    model = tiny.llama(width=32)  # Maximum length: 64 tokens.
     ids = torch.randint(2, tiny.VOCABULARY, (length,)).tolist()
     losses = []
     for start in range(0, length, 64):

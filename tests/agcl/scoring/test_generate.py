@@ -1,4 +1,4 @@
-"""Batched greedy decoding against one row at a time without a cache."""
+"""Batched greedy decoding against one row at a time, without a cache."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model():
 
 
 def one_by_one(model, prompt, end):
-    """Arg-max token after token, every time over the whole text."""
+    """Argmax token by token, each time over the whole text."""
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + LONGEST:
@@ -30,21 +30,21 @@ def one_by_one(model, prompt, end):
 
 @pytest.fixture(scope="module")
 def end(model):
-    """A token that the model comes to after some tokens, for some prompts and not for others."""
+    """A token that the model generates after a few others, for some prompts only."""
     free = [one_by_one(model, prompt, None) for prompt in PROMPTS]
     counts = {t: sum(t in ids[1:] for ids in free) for ids in free for t in ids[1:]}
     return next(t for t, count in counts.items() if 1 < count < len(PROMPTS) - 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
-def test_batches_decode_as_one_row_at_a_time(model, end, batch_size):
+def test_batches_decode_like_single_rows(model, end, batch_size):
     expected = [one_by_one(model, prompt, end) for prompt in PROMPTS]
     assert len({len(ids) for ids in expected}) > 1
     found = generate(model, PROMPTS, end=end, max_new_tokens=LONGEST, batch_size=batch_size)
     assert found == expected
 
 
-def test_what_the_models_folder_says_of_decoding_does_not_count(model, end):
+def test_the_models_generation_config_is_ignored(model, end):
     expected = generate(model, PROMPTS, end=end, max_new_tokens=LONGEST, batch_size=4)
     configured = model.generation_config
     configured.do_sample, configured.temperature, configured.repetition_penalty = True, 9.0, 5.0
@@ -60,11 +60,11 @@ def test_what_the_models_folder_says_of_decoding_does_not_count(model, end):
         model.generation_config = tiny.llama().generation_config
 
 
-def test_nothing_to_continue_is_nothing(model):
+def test_no_prompts_give_no_continuations(model):
     assert generate(model, [], end=1, max_new_tokens=3, batch_size=2) == []
 
 
-def test_two_workers_give_what_one_gives(workers):
+def test_two_ranks_generate_the_same_as_one(workers):
     options = {"end": tiny.END, "max_new_tokens": LONGEST, "batch_size": 2}
     expected = remote.generated(PROMPTS, {"seed": 0}, **options)
     assert workers.run(remote.generated, PROMPTS, {"seed": 0}, **options) == [expected, expected]

@@ -1,4 +1,4 @@
-"""Scorers on published examples and on values worked out by hand."""
+"""Scorers on published examples and on values computed by hand."""
 
 import sys
 import types
@@ -15,9 +15,9 @@ def value(name, prediction, reference, prompt=""):
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("text", ["New York", "Ja, das ist gut.", "立场 支持", "x = f ( y )"])
-def test_an_answer_that_is_right_scores_one_and_an_empty_one_little(name, text):
+def test_a_correct_answer_scores_one_and_an_empty_one_little(name, text):
     assert value(name, text, text, prompt=f"{text} more") == pytest.approx(1.0)
-    # An empty simplification deletes rightly and adds nothing wrong.
+    # An empty simplification deletes correctly and adds nothing wrong.
     assert value(name, "", text, prompt="else") <= (0.9 if name == "sari" else 0)
 
 
@@ -32,7 +32,7 @@ def test_an_answer_that_is_right_scores_one_and_an_empty_one_little(name, text):
         ("first_character", " B because", "B\nThe line says so", 1),
         ("first_character", "A", "B", 0),
         ("first_character", "", "B", 0),
-        # Two of three words right, two of four found; "the" does not count.
+        # Precision 2/3, recall 2/4; "the" does not count.
         (
             "token_f1",
             "the red old house",
@@ -50,7 +50,7 @@ def test_an_answer_that_is_right_scores_one_and_an_empty_one_little(name, text):
             2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6),
         ),
         ("rouge_l", "支持学校", "学校", 2 * (2 / 4) / (2 / 4 + 1)),
-        # fuzz.ratio of the documentation of rapidfuzz.
+        # fuzz.ratio, from rapidfuzz's documentation.
         ("edit_similarity", "this is a test", "this is a test!", 0.96551724137931),
         ("edit_similarity", "abc", "xyz", 0),
     ],
@@ -59,7 +59,7 @@ def test_values(name, prediction, reference, expected):
     assert value(name, prediction, reference) == pytest.approx(expected)
 
 
-def test_sari_of_the_example_that_hugging_face_documents():
+def test_sari_of_hugging_faces_documented_example():
     found = sari_of(
         "About 95 species are currently accepted.",
         "About 95 you now get in.",
@@ -72,14 +72,14 @@ def test_sari_of_the_example_that_hugging_face_documents():
     assert found == pytest.approx(0.26953601953601954)
 
 
-def test_sari_worked_out_by_hand():
+def test_sari_computed_by_hand():
     # 1-grams: source a b c, prediction a d, reference a d e.
-    # keep: {a} of {a}, {a} of {a} -> 1; delete {b, c}, both right -> 1; add {d} of {d}, of {d, e}.
+    # keep: {a} of {a}, {a} of {a} -> 1; delete {b, c}, both correct -> 1; add {d} of {d}, {d, e}.
     add = [2 * 1 * 0.5 / 1.5]
     # 2-grams: source ab bc, prediction ad, reference ad de: nothing kept or to keep -> 1.
     add.append(2 * 1 * 0.5 / 1.5)
     # 3-grams: source abc, none predicted (precision 1), reference ade not found -> 0.
-    # 4-grams: none at all -> 1 each.
+    # 4-grams: none -> 1 each.
     by_n = [(2 + add[0]) / 3, (2 + add[1]) / 3, (1 + 1 + 0) / 3, 1]
     assert value("sari", "a d", "a d e", prompt="a b c") == pytest.approx(sum(by_n) / 4)
 
@@ -93,13 +93,13 @@ def test_a_users_scorer_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "their_scorers", module)
     assert score(scorer_named("their_scorers:half"), "a", "b", "?") == 0.5
     assert score(scorer_named("their_scorers:asks"), "a", "b", "?") == 1
-    for name, said in [
+    for name, message in [
         ("their_scorers:none", "no function 'none'"),
         ("their_scorers:one", "does not take"),
         ("their_scorers:number", "does not take"),
         ("their_scorers:", "no function ''"),
         ("no_such_module:f", "'no_such_module' cannot be imported"),
-        ("rouge", r"no scorer 'rouge' \(there are exact_match"),
+        ("rouge", r"no scorer 'rouge' \(choose from exact_match"),
     ]:
-        with pytest.raises(InputError, match=f"evaluation.scorers: .*{said}"):
+        with pytest.raises(InputError, match=f"evaluation.scorers: .*{message}"):
             scorer_named(name, "evaluation.scorers")

@@ -4,20 +4,29 @@ import pytest
 import torch
 
 from agcl.tasks import Encoded
-from agcl.tasks.batches import IGNORED, collate, in_order, pack, shuffled, targets
+from agcl.tasks.batches import (
+    IGNORED,
+    answer_places,
+    answer_tokens,
+    collate,
+    in_order,
+    pack,
+    shuffled,
+)
 
 
-def test_rows_are_padded_on_the_right_and_only_answers_are_labelled():
+def test_rows_are_right_padded_and_only_answers_are_labeled():
     batch = collate([Encoded([4, 5, 6], 1), Encoded([7, 8, 9, 2, 1], 3)])
     assert batch.input_ids.tolist() == [[4, 5, 6, 0, 0], [7, 8, 9, 2, 1]]
     x = IGNORED
     assert batch.labels.tolist() == [[x, 5, 6, x, x], [x, x, x, 2, 1]]
     assert batch.lengths.tolist() == [3, 5]
-    # The logit at place t predicts the token at t + 1.
-    assert targets(batch).tolist() == [[5, 6, x, x], [x, x, 2, 1]]
+    # The logit at position t predicts the token at t + 1.
+    assert answer_places(batch).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert answer_tokens(batch).tolist() == [5, 6, 2, 1]
 
 
-def test_packed_rows_lie_behind_each_other_and_no_row_predicts_the_next_ones_first_token():
+def test_packed_rows_are_consecutive_and_never_predict_the_next_rows_first_token():
     batch = pack([Encoded([4, 5], 0), Encoded([7, 8, 9, 2, 1], 3), Encoded([6, 3, 1], 2)])
     x = IGNORED
     assert batch.input_ids.tolist() == [[7, 8, 9, 2, 1, 6, 3, 1, 4, 5]]
@@ -27,7 +36,7 @@ def test_packed_rows_lie_behind_each_other_and_no_row_predicts_the_next_ones_fir
 
 
 @pytest.mark.parametrize("longest", [60, 300])
-def test_packed_lines_are_bounded_of_like_length_and_hold_every_row_once(longest):
+def test_packed_lines_have_bounded_similar_lengths_and_hold_every_row_once(longest):
     rows = [Encoded([1000 * n + i for i in range(n)], 1) for n in range(20, longest)]
     batch = pack(rows)
     bound = max(256, longest)
@@ -53,7 +62,7 @@ def test_batches_in_order(rows, size, expected):
     assert in_order(rows, size) == expected
 
 
-def test_shuffled_batches_hold_every_row_once_in_an_order_of_seed_and_epoch():
+def test_shuffled_batches_hold_every_row_once_ordered_by_seed_and_epoch():
     orders = {}
     for seed in range(3):
         for epoch in range(3):

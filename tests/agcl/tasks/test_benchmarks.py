@@ -1,4 +1,4 @@
-"""TRACE and the O-LoRA benchmark from small files in their layout."""
+"""TRACE and the O-LoRA benchmark, from small files in their layouts."""
 
 import json
 
@@ -19,7 +19,7 @@ def dump(file, content):
 
 @pytest.fixture
 def sentiment(tmp_path):
-    """Files of a set of two labels and two rows a split."""
+    """Files of a set with two labels and two rows per split."""
     dump(tmp_path / "instruction_config.json", {"SC": [{"instruction": INSTRUCTION}]})
     rows = [{"label": "Good", "sentence": "fine"}, {"sentence": "dull", "label": "Bad"}]
     folder = tmp_path / "SC" / "films"
@@ -32,7 +32,7 @@ def sentiment(tmp_path):
     }
 
 
-def test_a_set_is_rendered_as_its_authors_do(sentiment):
+def test_a_set_is_rendered_like_the_original(sentiment):
     task = cl_benchmark.task("films", "SC", sentiment)
     assert list(task.splits[TRAIN]()) == [
         Row(f"{INSTRUCTION}Option: Good, Bad \nfine\nAnswer:", " Good"),
@@ -74,7 +74,7 @@ def test_a_malformed_file_is_named(sentiment, part, content, reason):
         check_rows(cl_benchmark.task("films", "SC", sentiment), TRAIN)
 
 
-def test_a_trace_task_has_its_scorer_and_its_rows(tmp_path):
+def test_a_trace_task_has_its_own_scorer_and_rows(tmp_path):
     rows = [{"prompt": "Stance?", "answer": "A"}, {"prompt": "Which? ", "answer": "B"}]
     files = {split: dump(tmp_path / name, rows) for split, name in trace.FILES.items()}
     task = trace.task("20Minuten", files)

@@ -1,4 +1,4 @@
-"""Which rows are trained on, scored, or kept for validation."""
+"""Which rows are used for training, testing and validation."""
 
 import pytest
 
@@ -21,18 +21,18 @@ def chosen(task, split=TRAIN, **options):
     return list(found.splits[split]())
 
 
-def test_nothing_asked_for_changes_nothing():
+def test_without_limits_nothing_changes():
     assert chosen(task()) == [row(i) for i in range(1000)]
 
 
-def test_validation_rows_are_not_trained_on_and_none_is_lost():
+def test_validation_rows_are_excluded_from_training_and_none_is_lost():
     train, held = (chosen(task(), split, validation=0.3) for split in (TRAIN, VALIDATION))
     assert not set(train) & set(held)
     assert sorted([*train, *held], key=str) == sorted(map(row, range(1000)), key=str)
     assert 240 < len(held) < 360
 
 
-def test_added_rows_move_none_to_the_other_side():
+def test_adding_rows_does_not_move_others_between_splits():
     few = set(chosen(task(range(0, 1000, 2)), VALIDATION, validation=0.3))
     more = set(chosen(task(), VALIDATION, validation=0.3))
     assert few == {each for each in more if each in {row(i) for i in range(0, 1000, 2)}}
@@ -56,7 +56,7 @@ def test_validation_is_a_scored_set_and_the_tasks_own_split_comes_first():
 
 
 @pytest.mark.parametrize("limit", [1, 10, 999, 5000])
-def test_a_cut_keeps_that_many_rows_in_their_order(limit):
+def test_a_limit_keeps_that_many_rows_in_order(limit):
     found = chosen(task(), train_rows=limit)
     assert len(found) == min(limit, 1000)
     numbers = [int(each.prompt.split()[1]) for each in found]
@@ -65,17 +65,17 @@ def test_a_cut_keeps_that_many_rows_in_their_order(limit):
         assert numbers != list(range(limit))
 
 
-def test_a_larger_cut_holds_the_smaller_one():
+def test_a_larger_limit_includes_the_rows_of_a_smaller_one():
     assert set(chosen(task(), train_rows=50)) < set(chosen(task(), train_rows=100))
 
 
-def test_a_cut_of_what_validation_left_is_unbiased():
-    # With one seed for both, the rows left over would all have high positions.
+def test_a_limit_after_validation_is_unbiased():
+    # With the same seed for both, the remaining rows would all have high positions.
     train = chosen(task(), train_rows=100, validation=0.5)
     assert len(train) == 100
     assert len(chosen(task(), VALIDATION, validation=0.5, test_rows=20)) == 20
     assert len(chosen(task(), TEST, test_rows=20)) == 20
 
 
-def test_equal_rows_do_not_make_a_cut_larger():
+def test_duplicate_rows_do_not_exceed_a_limit():
     assert len(chosen(task([1] * 10 + [2] * 10), train_rows=5)) == 5

@@ -1,4 +1,4 @@
-"""The Concept-1K format, on small written files and, where it is at hand, the real one."""
+"""The Concept-1K format, on small generated files and, if available, the real one."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def write(folder, *blocks, encoding="utf-8"):
 def test_rows_of_a_task_with_question_and_paraphrase(tmp_path):
     blocks = block("Tea", 1), block("Gold", 2, "A2"), block("Tea", 3), block("Last", 4)
     task = concept1k.task(0, write(tmp_path, *blocks))
-    # The last block is dropped, as by the reference parser.
+    # The last block is dropped, as in the reference parser.
     assert list(task.splits[TRAIN]()) == [
         Row("Question: What is Tea for: case 1?\n Short Answer:", " thing 1"),
         Row("Question: What is Gold for: case 2?\n Short Answer:", " thing 2"),
@@ -92,7 +92,7 @@ def test_missing_empty_and_undecodable_files_are_named(tmp_path):
 
 
 @pytest.mark.skipif(not FULL_DATA, reason="AGCL_CONCEPT1K does not name the benchmark's folder")
-def test_the_benchmark_is_split_as_by_the_reference_code():
+def test_the_benchmark_is_split_like_the_reference_code():
     folder = Path(FULL_DATA)
     tasks = [concept1k.task(index, folder / "dataset.txt") for index in range(10)]
     sizes = [check_rows(task, TRAIN) for task in tasks]

@@ -1,4 +1,4 @@
-"""Rows to tokens: where the answer starts, what closes it, and the memory-mapped file."""
+"""Tokenized rows: where the answer starts and ends, and the memory-mapped file."""
 
 import pyarrow as pa
 import pytest
@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture
 def framing_tokenizer():
-    """Puts a start and an end token around every text, as some pretrained ones do."""
+    """Adds a start and an end token to every text, as some pretrained tokenizers do."""
     tokenizer = builtin_tokenizer([row.prompt for row in ROWS], vocab_size=300)
     tokenizer.add_special_tokens({"bos_token": "<start>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -45,7 +45,7 @@ def write(file, *tables):
     return file
 
 
-def test_prompt_answer_and_end_follow_each_other(tokenizer):
+def test_prompt_answer_and_end_are_concatenated(tokenizer):
     table = encode(tokenizer, iter(ROWS))
     assert table.schema == SCHEMA
     for row, (ids, prompt_tokens) in zip(ROWS, encoded(table), strict=True):
@@ -57,15 +57,15 @@ def test_prompt_answer_and_end_follow_each_other(tokenizer):
     assert table["answer"].to_pylist() == [row.answer for row in ROWS]
 
 
-def test_the_prompts_tokens_are_those_at_generation(tokenizer):
-    """Also where prompt and answer would merge into one token if they were encoded together."""
+def test_the_prompt_has_the_same_tokens_as_in_generation(tokenizer):
+    """Even where prompt and answer would merge into one token if encoded together."""
     merging = builtin_tokenizer(["abab abab abab"] * 50, vocab_size=280)
     [(ids, prompt_tokens)] = encoded(encode(merging, [Row("a", "b")]))
     assert ids[:prompt_tokens] == merging("a")["input_ids"]
     assert ids != [*merging("ab")["input_ids"], merging.eos_token_id]
 
 
-def test_special_tokens_stand_before_the_prompt_and_after_the_answer_only(framing_tokenizer):
+def test_special_tokens_are_only_before_the_prompt_and_after_the_answer(framing_tokenizer):
     start, end = framing_tokenizer.bos_token_id, framing_tokenizer.eos_token_id
     for ids, prompt_tokens in encoded(encode(framing_tokenizer, ROWS)):
         assert ids[0] == start
@@ -75,7 +75,7 @@ def test_special_tokens_stand_before_the_prompt_and_after_the_answer_only(framin
         assert 1 < prompt_tokens < len(ids) - 1
 
 
-def test_rows_come_back_from_a_memory_mapped_file(tmp_path, tokenizer):
+def test_rows_round_trip_through_a_memory_mapped_file(tmp_path, tokenizer):
     table = encode(tokenizer, ROWS)
     rows = EncodedRows(write(tmp_path / "rows.arrow", table, table.slice(1)))
     expected = encoded(table) + encoded(table)[1:]

@@ -1,4 +1,4 @@
-"""Built-in tasks: deterministic, of the promised size, and overlapping as described."""
+"""Built-in tasks: deterministic, with the documented size and overlap."""
 
 import pickle
 import re
@@ -20,7 +20,7 @@ def rows(task, split=TRAIN):
 
 
 def people(task):
-    """The invented names: capitalised words of the questions that are not their first word."""
+    """The invented names: capitalized words in the questions, except the first word."""
     found = set()
     for row in rows(task):
         question = row.prompt.removeprefix("Question: ").split("?")[0]
@@ -29,7 +29,7 @@ def people(task):
 
 
 def answers_by_question(task):
-    """Question with the name left out -> answers."""
+    """Question without the name -> answers."""
     names, table = people(task), {}
     for row in rows(task):
         question = re.sub("|".join(names), "X", row.prompt)
@@ -37,7 +37,7 @@ def answers_by_question(task):
     return table
 
 
-def test_every_task_asks_four_relations_of_every_person():
+def test_every_task_asks_about_four_relations_of_every_person():
     for task in tasks(8):
         assert check_rows(task, TRAIN) == check_rows(task, TEST) == 5 * 4
         assert len(people(task)) == 5
@@ -58,7 +58,7 @@ def test_people_of_base_and_all_tasks_are_disjoint():
     assert len(set.union(*groups)) == 7 + 5 * 8
 
 
-def test_neighbouring_tasks_share_relations_but_not_all():
+def test_neighboring_tasks_share_some_relations():
     for first, second in pairwise(map(answers_by_question, tasks(8))):
         shared = first.keys() & second.keys()
         assert 0 < len(shared) < 4
@@ -77,7 +77,7 @@ def test_no_question_is_asked_twice_in_a_task():
         assert len({row.prompt for row in rows(task)}) == 20
 
 
-def test_the_seed_decides_everything():
+def test_the_seed_determines_everything():
     def content(seed):
         return [(t.name, rows(t), rows(t, TEST)) for t in tasks(seed=seed)]
 
@@ -94,6 +94,6 @@ def test_names_can_be_folders(num_tasks):
     check_names(names)
 
 
-def test_row_sources_can_be_sent_to_workers():
+def test_row_sources_can_be_pickled():
     task = tasks()[1]
     assert rows(pickle.loads(pickle.dumps(task))) == rows(task)

@@ -1,4 +1,4 @@
-"""Tasks from Hugging Face data sets in local folders."""
+"""Tasks from Hugging Face datasets in local folders."""
 
 import pickle
 
@@ -14,7 +14,7 @@ ROWS = {"text": ["dull", "fine", "fun"], "label": [0, 1, 1]}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """No data set of another test, and nothing in the home folder."""
+    """Use a cache per test, and nothing in the home folder."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -31,7 +31,7 @@ def saved(folder, rows=ROWS, features=FEATURES):
     return folder
 
 
-def test_labels_stand_for_their_names(tmp_path):
+def test_labels_are_replaced_by_their_names(tmp_path):
     found = task(saved(tmp_path / "films"))
     expected = [Row("dull?", " bad"), Row("fine?", " good"), Row("fun?", " good")]
     assert list(found.splits[TRAIN]()) == expected
@@ -53,7 +53,7 @@ def test_a_folder_of_data_files_is_loaded(tmp_path):
     ("options", "reason"),
     [
         ({"train": "dev"}, "dev"),
-        ({"prompt": "{question}"}, r"train row 1: no column 'question' .there are text, label"),
+        ({"prompt": "{question}"}, r"train row 1: no column 'question' .columns: text, label"),
     ],
 )
 def test_a_missing_split_or_column_is_named(tmp_path, options, reason):
@@ -75,7 +75,7 @@ def test_broken_data_files_are_named(tmp_path, content):
         check_rows(task(tmp_path / "films", test=None), TRAIN)
 
 
-def test_an_empty_folder_and_a_name_that_is_nowhere_are_named(tmp_path, monkeypatch):
+def test_an_empty_folder_and_an_unknown_name_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "films").mkdir()
     for path in (tmp_path / "films", "nobody/no-such-data-set-here", "a b c"):

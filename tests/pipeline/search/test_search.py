@@ -23,7 +23,8 @@ from pipeline.search.rounds import Rounds
 from pipeline.search.search import run_trial, shared_stages
 from pipeline.search.search_run import BEST_CONFIG, best_run, open_search
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import PREDICTIONS, is_for_validation
+from pipeline.stages.evaluate import is_for_validation
+from pipeline.stages.files import PREDICTIONS
 from pipeline.storage import artifact
 from pipeline.tracking.client import default_uri
 

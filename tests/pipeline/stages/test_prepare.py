@@ -9,6 +9,7 @@ import ray
 from datasets import Dataset, DatasetDict
 from reference import trace_files
 
+from agcl.errors import InputError
 from agcl.model import models
 from agcl.tasks import EncodedRows, facts
 from pipeline.config.check import check_inputs
@@ -89,6 +90,21 @@ def test_rows_too_long_or_empty_are_left_out_and_counted(prepared, tmp_path):
     assert (counts["rows"], counts["too_long"], counts["empty"]) == (3, 1, 1)
     assert counts["answer_tokens"] == 6
     assert summary["scored"] == {"memorization": "train"}
+
+
+def test_a_row_that_became_unreadable_after_the_check_is_named(tmp_path, model_folder):
+    file = tmp_path / "rows.jsonl"
+    lines(file, [{"prompt": "a", "answer": "b"}, {"prompt": "c"}])
+    item = {"name": "mine", "prompt": "{prompt}", "answer": "{answer}", "scorer": "exact_match"}
+    rows = {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0}
+    config = {
+        "task": {"format": "jsonl", **item},
+        "selection": rows,
+        "max_length": 50,
+        "chat_template": False,
+    }
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: no column 'answer'"):
+        prepare(config, {"tokenizer": model_folder, "file/train": file}, tmp_path, Context())
 
 
 def test_a_folder_a_task_with_splits_by_file_name(prepared, tmp_path):

@@ -26,7 +26,13 @@ ASKED = [
     Row(LEARNED[2].prompt, " an old cat"),  # two words of three
     Row(LEARNED[3].prompt, " something else, much longer than that"),
 ]
-SETTINGS = {"batch_size": 3, "precision": "float32", "scorers": [], "max_new_tokens": None}
+SETTINGS = {
+    "batch_size": 3,
+    "precision": "float32",
+    "scorers": [],
+    "max_new_tokens": None,
+    "validation": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,7 @@ def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tm
         "held_out": [],
         "evaluation_set": None,
         "validation": 0.1,
+        "only_validation": False,
     }
     report(config, {"scores/0": folder, "scores/1": folder}, out, Context())
     metrics = json.loads((out / "metrics.json").read_text())
@@ -148,6 +155,7 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
         "top_k": 1,
         "running_values": "float32",
         "permuted": False,
+        "entries": True,
         "split": "samples",
         "samples": None,
         "correct_only": True,

@@ -1,0 +1,27 @@
+"""Names of the files that stages write and other stages, results and tracking read."""
+
+LOG_FILE = "log.jsonl"
+"""Every stage: its metrics by step, one JSON object per line."""
+SUMMARY = "summary.json"
+"""prepare: row and token counts per split, evaluation sets, scorer."""
+ADAPTER = "adapter"
+"""train: folder of the LoRA adapter."""
+CHECKS = "checks.json"
+"""train: whether the protection held. report: the same for all tasks."""
+IMPORTANCE_FILE = "importance.safetensors"
+"""attribute."""
+SCORES = "scores.json"
+"""evaluate: mean score per task and evaluation set."""
+PREDICTIONS = "predictions.parquet"
+"""evaluate: one line per scored row and scorer."""
+TEXT = "text.json"
+"""evaluate: language-model loss on `evaluation.text`."""
+METRICS = "metrics.json"
+"""report."""
+IMPORTANCE_SUMMARY = "importance.json"
+"""report: importance by layer, and its overlap between tasks."""
+
+
+def rows_file(split: str) -> str:
+    """prepare: the tokenized rows of one split."""
+    return f"{split}.arrow"

@@ -1,0 +1,193 @@
+"""Training under protections of earlier tasks: gates, projections, penalties, frozen weights."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from agcl.importance import Importance
+from agcl.lrp import attributed_linears, stored_transposed
+from agcl.model.forward import activation_checkpointing, compiled
+from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
+from agcl.modulation.checks import check
+from agcl.parallel import sharding
+from agcl.tasks import Rows
+from agcl.train import train_task
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.stages.context import Context
+from pipeline.stages.files import CHECKS, IMPORTANCE_FILE
+from pipeline.storage.artifact import write_json
+
+
+@dataclass
+class Protection:
+    """The config's `protect`, prepared for training: tensors are keyed by parameter name."""
+
+    gate: dict[str, Tensor] | None = None
+    on: GateOn = "update"
+    basis: dict[str, Tensor] | None = None
+    penalty: Callable[[], Tensor] | None = None
+    only: set[str] | None = None
+    """The only parameters to train; None trains all."""
+    before: dict[str, Tensor] = field(default_factory=dict)
+    """CPU copies of the gated and projected weights before training; rank 0 only."""
+
+    def protected(self, model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The gated and projected weights on the CPU. Collective: only rank 0 gets them."""
+        names = {*(self.gate or ()), *(self.basis or ())}
+        return sharding.on_rank_zero(
+            (name, p) for name, p in model.named_parameters() if name in names
+        )
+
+    def remember(self, model: torch.nn.Module) -> None:
+        """Copy the protected weights, to measure later how they moved. Collective."""
+        self.before = {name: weight.clone() for name, weight in self.protected(model)}
+
+
+def named(prefix: str, inputs: Mapping[str, Path]) -> list[Path]:
+    """The inputs whose role starts with `prefix`."""
+    return [path for role, path in inputs.items() if role.startswith(prefix)]
+
+
+def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
+    """The importances of earlier tasks: artifacts of stages, or files of the user.
+
+    Artifacts were verified when they were fetched; files are verified here.
+    """
+    return [
+        Importance.load(path / IMPORTANCE_FILE, verify=False)
+        if path.is_dir()
+        else Importance.load(path)
+        for path in named("importance/", inputs)
+    ]
+
+
+def protect(
+    model: PreTrainedModel, past: list[Importance], items: list[dict[str, Any]], seed: int
+) -> Protection:
+    """Prepare the items of the config's `protect` from the importances of earlier tasks."""
+    protection = Protection()
+    for item in items if past else []:
+        match item["kind"]:
+            case "gate":
+                protection.on = item["on"]
+                protection.gate = gates(
+                    past,
+                    strength=item["strength"],
+                    exponent=item["exponent"],
+                    log_scale=item["log_scale"],
+                )
+            case "project":
+                protection.basis = basis_of(item, past, seed, model.device)
+            case "penalty":
+                protection.penalty = quadratic_penalty(
+                    dict(model.named_parameters()), past, strength=item["strength"]
+                )
+        if item["ungated"] == "freeze" and (item.get("strength") or item.get("energy")):
+            protection.only = set(past[0].weights)
+    protection.remember(model)
+    return protection
+
+
+def basis_of(
+    item: Mapping[str, Any], past: list[Importance], seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The input directions that a projection protects, per weight. Computed on `device`."""
+    basis = bases(past, energy=item["energy"], device=device)
+    return random_bases(basis, seed=seed) if item["directions"] == "random" else basis
+
+
+def freeze(
+    model: PreTrainedModel, protection: Protection, settings: Mapping[str, Any] | None
+) -> None:
+    """Set `requires_grad` on the parameters to train; with LoRA these are factors only.
+
+    A layer's index is the first number in a parameter's name.
+    """
+    layers: set[int] = set()
+    attributed = set(attributed_linears(model))
+    has_factors = any(".lora_" in name for name in attributed)
+    if settings:
+        half = range(model.config.num_hidden_layers // 2)
+        layers = set(half if settings["layers"] == "bottom_half" else settings["layers"])
+    for name, parameter in model.named_parameters():
+        number = re.search(r"\.(\d+)\.", name)
+        parameter.requires_grad_(
+            (protection.only is None or name in protection.only)
+            and not (number and int(number[1]) in layers)
+            and not (settings and settings["ungated"] and name not in attributed)
+            and (name in attributed or not has_factors)
+        )
+
+
+def fit(
+    model: PreTrainedModel,
+    config: Mapping[str, Any],
+    rows: Rows,
+    context: Context,
+    protection: Protection,
+) -> None:
+    """Train the parameters that have `requires_grad` on the rows."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gate, basis = (
+        None if part is None else {name: part[name] for name in part if name in trained}
+        for part in (protection.gate, protection.basis)
+    )
+    optimizer = GatedAdamW(
+        trained.items(),
+        lr=config["learning_rate"],
+        weight_decay=config["weight_decay"],
+        gate=gate,
+        on=protection.on,
+        basis=basis,
+        transposed=stored_transposed(model) if basis else (),
+    )
+    with (
+        activation_checkpointing(model, config["activation_checkpointing"]),
+        compiled(model, config["compile"]),
+    ):
+        train_task(
+            model,
+            rows,
+            optimizer,
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            micro_batch_size=config["micro_batch_size"],
+            seed=config["seed"],
+            schedule=config["schedule"],
+            warmup=config["warmup"],
+            precision=config["precision"],
+            packing=config["packing"],
+            max_gradient_norm=config["max_gradient_norm"],
+            penalise=protection.penalty,
+            checkpoint=context.checkpoint,
+            log=context.log,
+        )
+
+
+def write_checks(
+    model: PreTrainedModel,
+    protection: Protection,
+    config: Mapping[str, Any],
+    num_rows: int,
+    out_dir: Path,
+) -> None:
+    """Measure whether gate and projection held, if there are any. Collective; rank 0 writes."""
+    after = dict(protection.protected(model))
+    if not after:
+        return
+    found = check(
+        protection.before,
+        after,
+        gate=protection.gate,
+        on=protection.on,
+        basis=protection.basis,
+        steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
+        transposed=stored_transposed(model),
+    )
+    write_json(out_dir / CHECKS, found)

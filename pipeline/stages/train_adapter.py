@@ -1,0 +1,89 @@
+"""The train stage with an adapter: LoRA factors are trained, the base model's weights are not."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agcl.model import adapter, models
+from agcl.modulation import lora
+from agcl.tasks import Rows
+from peft import PeftModel
+from torch import Tensor
+
+from pipeline.stages.context import Context
+from pipeline.stages.files import ADAPTER
+from pipeline.stages.protection import (
+    Protection,
+    basis_of,
+    fit,
+    freeze,
+    named,
+    past_importances,
+    protect,
+    write_checks,
+)
+
+
+def train_adapter(
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    out_dir: Path,
+    context: Context,
+    rows: Rows,
+) -> None:
+    """Train factors on `model` and write them, with `merge` also the merged model.
+
+    The factors are new, or continue those of the input `adapter`. They are kept orthogonal to
+    the inputs named `adapter/...`.
+    """
+    settings = config["adapter"]
+    peft_model = adapter.attach(
+        context.take_model(inputs["model"]),
+        rank=settings["rank"],
+        alpha=settings["alpha"],
+        seed=config["seed"],
+        start=inputs["adapter"] / ADAPTER if "adapter" in inputs else None,
+    )
+    model = peft_model.get_base_model()
+    past = past_importances(inputs)
+    if settings["fresh"] and past:
+        # The only protection a fresh adapter can have is a projection: its factors are new, so no
+        # importance of earlier factors applies to them, only the inputs that earlier tasks used.
+        (item,) = config["protect"]
+        basis = basis_of(item, past, config["seed"], model.device)
+        protection = Protection(basis=lora.keep_away(peft_model, basis))
+        protection.remember(model)
+    else:
+        protection = protect(model, past, config["protect"], config["seed"])
+    earlier = lora.directions([path / ADAPTER for path in named("adapter/", inputs)])
+    if earlier:
+        overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
+        protection.penalty = partial(_backward, overlap)
+    freeze(model, protection, config["freeze"])
+    fit(model, config, rows, context, protection)
+    write_checks(model, protection, config, len(rows), out_dir)
+    if context.is_first_worker:
+        adapter.save(peft_model, out_dir / ADAPTER, inputs["model"])
+    _finish(peft_model, settings["merge"], inputs["model"], out_dir, context)
+
+
+def _finish(
+    peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context
+) -> None:
+    """Write the merged model, or only the tokenizer, and hold the model for the next stage."""
+    tokenizer = models.load_tokenizer(base)
+    if not merge:
+        if context.is_first_worker:
+            tokenizer.save_pretrained(out_dir)
+        context.hold_model(adapter.removed(peft_model), base)
+        return
+    model = adapter.merged(peft_model)
+    models.save(model, tokenizer, out_dir)
+    context.hold_model(model, context.folder)
+
+
+def _backward(penalty: Callable[[], Tensor]) -> Tensor:
+    value = penalty()
+    value.backward()
+    return value

@@ -1,0 +1,221 @@
+"""What MLflow shows of one run: a run of its own, with one child per stage."""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
+
+from pipeline.plan.plan import Run
+from pipeline.plan.stage import ResolvedStage
+from pipeline.results.model_card import LOCATION, MODEL
+from pipeline.stages.context import Record
+from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SCORES, SUMMARY, TEXT
+from pipeline.tracking.client import Content, Tracker
+
+_LARGEST_COPY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run's MLflow run is closed with."""
+
+    metrics: Mapping[str, float]
+    files: Mapping[str, Content]
+    status: str
+    error: str
+
+
+class MirroredRun:
+    """A run, and what MLflow has of it: its own run, with one child per stage."""
+
+    def __init__(self, run: Run, name: str, kind: str, without: Collection[str]) -> None:
+        self.run, self.name, self.kind = run, name, kind
+        # Equal stages share an artifact, and have one child.
+        self.stages = {w.folder.name: s for s, w in run.resolved.items() if s not in without}
+        self.resolved = {stage: run.resolved[stage] for stage in self.stages.values()}
+        self.complete: set[str] = set()
+        self._find_complete()
+        self.reused = frozenset(self.complete)
+        self.ending: Ending | None = None
+        self.tracker: Tracker
+        self.forget()
+
+    def forget(self) -> None:
+        """After a failure MLflow may lack what it was sent: ask it again what it has."""
+        self.id = ""
+        """Of its MLflow run; empty while that is not open."""
+        self.children: defaultdict[str, list[str]] = defaultdict(list)
+        """Run ids by fingerprint; several if an answer of MLflow was lost."""
+        self.recorded: set[str] = set()
+        """Fingerprints of stages whose child is finished."""
+        self.live: dict[str, str] = {}
+        """Children of running stages."""
+        self.whole: set[str] = set()
+        """Stages whose live child has every record since they started."""
+
+    def _find_complete(self) -> None:
+        unknown = [stage for stage in self.resolved if stage not in self.complete]
+        with ThreadPoolExecutor() as pool:  # An object store takes a while per request.
+            found = list(
+                pool.map(ResolvedStage.is_complete, (self.resolved[stage] for stage in unknown))
+            )
+        self.complete |= {stage for stage, done in zip(unknown, found, strict=True) if done}
+
+    def sync(self, tracker: Tracker, above: str | None) -> bool:
+        """Record what MLflow does not know; True if that includes the run's end."""
+        if not self.id:
+            self._open(tracker, above)
+        if self.ending:
+            self.whole.clear()  # Nothing runs any more, whether its last record came or not.
+        self._find_complete()
+        for stage, work in self.resolved.items():
+            is_recorded = work.fingerprint in self.recorded or stage in self.whole
+            if stage in self.complete and not is_recorded:
+                self._record(stage)
+        if self.ending:
+            self._end(self.ending)
+        return self.ending is not None
+
+    def observe(self, records: Sequence[Record]) -> None:
+        """Show stages that run, and finish or fail their children when they do."""
+        by_stage = sorted(records, key=lambda record: str(record["artifact"]))  # Keeps the order.
+        for (artifact, is_state), group in groupby(
+            by_stage, lambda record: (str(record["artifact"]), "state" in record)
+        ):
+            stage = self.stages.get(artifact)
+            if stage and is_state:
+                for record in group:
+                    self._change(stage, record)
+            elif stage and self.resolved[stage].fingerprint not in self.recorded:
+                if stage not in self.live:  # MLflow was down when it started.
+                    self.live[stage] = self._start(stage)
+                self._log(stage, self.live[stage], group)
+
+    def _change(self, stage: str, record: Record) -> None:
+        child, is_whole = self.live.pop(stage, None), stage in self.whole
+        self.whole.discard(stage)
+        if record["state"] == "started":
+            self.live[stage] = self._start(stage)
+            self.whole.add(stage)
+        elif record["state"] == "finished":
+            self.complete.add(stage)
+            if child and is_whole:
+                self._finish(stage, child)
+            elif self.resolved[stage].fingerprint not in self.recorded:
+                self._record(stage)
+        elif child:
+            self.tracker.end(child, "FAILED", str(record["error"]))
+
+    def _open(self, tracker: Tracker, above: str | None) -> None:
+        config, folder = self.run.config, self.run.folder
+        tags = {"kind": self.kind, "method": config.method, "seed": str(config.seed)}
+        self.tracker = tracker
+        run_id = self.tracker.open(folder, self.name, tags, above)
+        self.tracker.params(run_id, config.model_dump(mode="json"))
+        self.tracker.artifacts(run_id, {"config.yaml": folder / "config.yaml"})
+        for child in self.tracker.children(run_id):
+            self.children[child.fingerprint].append(child.run_id)
+            if child.is_finished:
+                self.recorded.add(child.fingerprint)
+        self.id = run_id
+
+    def _start(self, stage: str, at: float | None = None) -> str:
+        """A new child for a stage, replacing earlier ones."""
+        fingerprint = self.resolved[stage].fingerprint
+        self.recorded.discard(fingerprint)
+        for old in self.children.pop(fingerprint, []):
+            self.tracker.discard(old)
+        kind, _, task = stage.partition("/")
+        tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": fingerprint}
+        if stage in self.reused:
+            tags["reused"] = "true"
+        child = self.tracker.start(stage, tags, self.id, at)
+        self.children[fingerprint].append(child)
+        self.tracker.params(child, self.resolved[stage].config)
+        return child
+
+    def _record(self, stage: str) -> None:
+        """Record a complete stage from its artifact, with the artifact's times."""
+        work = self.resolved[stage]
+        started, ended = _times(work)
+        child = self._start(stage, started)
+        lines = (work.read(LOG_FILE) or b"").splitlines()
+        self._log(stage, child, map(json.loads, lines), ended)
+        self._finish(stage, child, ended)
+
+    def _log(
+        self, stage: str, child: str, records: Iterable[Record], at: float | None = None
+    ) -> None:
+        """Log metrics; scores by the run's tasks, so that one chart can show run and stages."""
+        step = {"step": _task_index(stage)} if stage.startswith("evaluate/") else {}
+        self.tracker.metrics(child, [{**record, **step} for record in records], at)
+
+    def _finish(self, stage: str, child: str, at: float | None = None) -> None:
+        """Log what a stage made on the run, and finish the stage's child."""
+        work, (kind, _, task) = self.resolved[stage], stage.partition("/")
+        if kind == "evaluate":
+            scores = self._scores(work, _task_index(stage))
+            self.tracker.metrics(self.id, [scores], _times(work)[1])
+        elif kind == "attribute":
+            self.tracker.artifacts(self.id, _importance(work, f"importance/{task}"))
+        elif kind == "prepare":
+            source = f"{work.place}/{SUMMARY}"
+            self.tracker.dataset(self.id, stage, work.fingerprint[:32], source)
+        self.tracker.end(child, at=at)
+        self.recorded.add(work.fingerprint)
+        self.live.pop(stage, None)
+
+    def _scores(self, work: ResolvedStage, index: int) -> dict[str, float]:
+        """The row of the accuracy matrix, with the task index as step."""
+        tasks, scores = self.run.plan.tasks, json.loads(work.read(SCORES) or b"")
+        row: dict[str, float] = {
+            f"{name}/{task}": score for task, sets in scores.items() for name, score in sets.items()
+        }
+        for name in scores[tasks[0]]:
+            if all(name in scores[task] for task in tasks):
+                seen = [scores[task][name] for task in tasks[: max(index, 1)]]
+                row[f"{name}/average_of_seen_tasks"] = fmean(seen)
+        if (text := work.read(TEXT)) is not None:
+            row["text_loss"] = json.loads(text)["loss"]
+        return {"step": index, **row}
+
+    def _end(self, ending: Ending) -> None:
+        made = [work for stage, work in self.resolved.items() if stage in self.complete]
+        self.tracker.metrics(self.id, [ending.metrics], _times(made[-1])[1] if made else None)
+        self.tracker.artifacts(self.id, ending.files)
+        name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
+        if name and model.is_dir():
+            self.tracker.register(self.id, name, model)
+        self.tracker.end(self.id, ending.status, ending.error)
+
+    def abort(self, status: str, error: str) -> None:
+        """Close what is open as FAILED or KILLED."""
+        if self.id:
+            for child in self.live.values():
+                self.tracker.end(child, status)
+            self.tracker.end(self.id, status, error)
+
+
+def _task_index(stage: str) -> int:
+    """How many tasks of the sequence were trained before `evaluate/2-rivers`."""
+    return int(stage.partition("/")[2].partition("-")[0])
+
+
+def _times(work: ResolvedStage) -> tuple[float, float]:
+    """When a complete stage was started and finished, in seconds since 1970.
+
+    With the latter a point is in MLflow once, however often it is sent.
+    """
+    manifest = work.manifest() or {}
+    return manifest["started"], manifest["started"] + manifest["seconds"]
+
+
+def _importance(work: ResolvedStage, path: str) -> Mapping[str, Content]:
+    """The importance file, or its location if it is large or not on this machine."""
+    file = work.folder / IMPORTANCE_FILE
+    if file.exists() and file.stat().st_size <= _LARGEST_COPY:
+        return {f"{path}/{IMPORTANCE_FILE}": file}
+    return {f"{path}/{LOCATION}": f"{work.place}/{IMPORTANCE_FILE}"}

@@ -1,0 +1,202 @@
+"""MLflow as a mirror of the storage.
+
+Everything that MLflow shows of a finished stage is in the stage's artifact, so MLflow may be down
+at any time: `sync` asks it which stages it knows and records the others from their artifacts.
+While MLflow answers, running stages are shown live.
+"""
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.config.config import Config
+from pipeline.plan.plan import Run
+from pipeline.secrets import masked
+from pipeline.stages.context import Record
+from pipeline.tracking.client import Content, Tracker, TrackingFailed
+from pipeline.tracking.mirrored_run import Ending, MirroredRun
+
+_SECONDS_BETWEEN_SYNCS = 60.0
+_SECONDS_BETWEEN_BATCHES = 2.0
+
+
+class Mirror:
+    """The MLflow side of one execution: its runs and, optionally, one run above them.
+
+    A context manager, to be entered before runs are added; an exception closes what is open as
+    FAILED or KILLED. No method raises because MLflow fails: that prints one warning, and MLflow is
+    tried again every minute and by `sync(now=True)`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        title: str,
+        console: Console,
+        *,
+        kind: str | None = None,
+        above: str | None = None,
+    ) -> None:
+        """Connect, if the config enables it.
+
+        `kind` (`comparison`, `search`) adds a run called `title` above the others, whose id is kept
+        in `folder`. `above` is the parent of that run, or of all runs if there is none. Raises
+        `InputError` for a bad URI and for a storage folder that cannot be written.
+        """
+        config.storage.check_writable()
+        self.config, self.console = config, console
+        self.folder, self.title = folder, title
+        self.kind, self.above = kind, above
+        self.own: str | None = None
+        """Id of the run above the others."""
+        self._runs: dict[str, MirroredRun] = {}
+        """By label, until MLflow knows that they ended."""
+        self._unsent: list[Record] = []
+        self._synced = self._sent = time.monotonic()
+        self._is_behind = False
+        """Whether MLflow failed and lacks what has happened since."""
+        self._tracker: Tracker | None = None
+        """None while MLflow is down."""
+        try:
+            self._connect()
+        except TrackingFailed as error:
+            if not error.no_answer:
+                raise InputError(f"tracking.uri: {error}") from None
+            self._fall_behind(error)
+
+    def __enter__(self) -> "Mirror":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._surviving():
+            self._open_own()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        status = "FAILED" if error is None or isinstance(error, Exception) else "KILLED"
+        with self._surviving():
+            if self._tracker:
+                for run in self._runs.values():  # Without an exception: runs that failed alone.
+                    run.abort(status, str(error or ""))
+                if self.own and error is not None:
+                    self._tracker.end(self.own, status, str(error))
+
+    def add(
+        self, label: str, run: Run, *, kind: str = "sequence", without: Collection[str] = ()
+    ) -> None:
+        """Open a run's MLflow run and record its complete stages, ignoring those in `without`.
+
+        It is called `label` below a run of this execution, else by the title.
+        """
+        if self.config.tracking.enabled:
+            name = label if self.kind else self.title
+            with self._surviving():
+                self._runs[label] = MirroredRun(run, name, kind, without)
+            self.sync(label)
+
+    def sync(self, label: str | None = None, *, now: bool = False) -> None:
+        """Record every finished stage of a run that MLflow does not know.
+
+        With `now`, or after a minute, do so for all runs, and reconnect first if MLflow was down.
+        """
+        labels = [label] if label in self._runs else []
+        with self._surviving():
+            if now or time.monotonic() - self._synced >= _SECONDS_BETWEEN_SYNCS:
+                self._synced, labels = time.monotonic(), list(self._runs)
+                if not self._tracker:
+                    self._connect()
+                    self._open_own()
+            if self._tracker:
+                for each in labels:
+                    if self._runs[each].sync(self._tracker, self.own or self.above):
+                        del self._runs[each]
+                if self._is_behind:
+                    self._is_behind = False
+                    self.console.print("  MLflow is back; recorded what it missed", highlight=False)
+
+    def observe(self, records: Sequence[Record]) -> None:
+        """Show running stages live. Takes the records of artifacts in order."""
+        self.sync()
+        self._unsent += records
+        is_due = time.monotonic() - self._sent >= _SECONDS_BETWEEN_BATCHES
+        if is_due or any("state" in record for record in records):
+            batch, self._unsent, self._sent = self._unsent, [], time.monotonic()
+            with self._surviving():
+                for run in self._runs.values():
+                    if self._tracker:
+                        run.observe(batch)
+
+    def run_of(self, label: str) -> str | None:
+        """Id of a run's MLflow run; None if it is not recorded."""
+        return (self._runs[label].id or None) if label in self._runs else None
+
+    def finish_run(
+        self, label: str, results: Mapping[str, Any], files: Mapping[str, Content]
+    ) -> None:
+        """`end` a run with its final results."""
+        numbers = {key: value for key, value in results.items() if isinstance(value, float)}
+        if results["forgetting"]["mean"] is not None:
+            numbers["forgetting"] = results["forgetting"]["mean"]
+        self.end(label, {"step": len(results["tasks"]), **numbers}, files)
+
+    def end(
+        self,
+        label: str,
+        metrics: Mapping[str, float],
+        files: Mapping[str, Content] | None = None,
+        *,
+        status: str = "FINISHED",
+        error: str = "",
+    ) -> None:
+        """Record what is missing of a run, last metrics and files by artifact path, and close it.
+
+        If MLflow is down, a later `sync` does all that.
+        """
+        if label in self._runs:
+            self._runs[label].ending = Ending(metrics, files or {}, status, error)
+            self.sync(label)
+
+    def finish(
+        self, files: Mapping[str, Content], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Log files and metrics on the run above the others, and close it."""
+        with self._surviving():
+            if self._tracker and self.own:
+                self._tracker.metrics(self.own, [metrics or {}])
+                self._tracker.artifacts(self.own, files)
+                self._tracker.end(self.own)
+
+    def _connect(self) -> None:
+        if self.config.tracking.enabled:
+            self._tracker = Tracker(self.config.storage.root, self.config.tracking.uri)
+
+    def _open_own(self) -> None:
+        if self._tracker and self.kind:
+            self.own = self._tracker.open(self.folder, self.title, {"kind": self.kind}, self.above)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except (TrackingFailed, OSError, InputError) as error:  # The storage raises the latter two.
+            self._fall_behind(error)
+
+    def _fall_behind(self, error: Exception) -> None:
+        if not self._is_behind:
+            said = masked(" ".join(str(error).split()))
+            later = "continuing without MLflow; rerun the same command to record it"
+            warn(self.console, f"{said}; {later}")
+        self._tracker, self._is_behind, self._synced = None, True, time.monotonic()
+        self._unsent = []
+        for run in self._runs.values():
+            run.forget()
+
+
+def warn(console: Console, message: str) -> None:
+    """Print a warning of one line."""
+    console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,332 @@
+"""MLflow that is down, broken or killed: the run goes on, and its record is whole afterwards."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import closing, contextmanager, suppress
+
+import mlflow
+import pytest
+from reference.record import check_whole
+
+from agcl.errors import InputError
+from pipeline.config import loading
+from pipeline.plan.stage import ResolvedStage
+from pipeline.run import open_run
+from pipeline.tracking import sync
+from pipeline.tracking.client import Tracker, TrackingFailed
+
+BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
+BACK = "MLflow is back; recorded what it missed"
+CONTINUING = "continuing without MLflow; rerun the same command to record it"
+TRAIN = "train/1-harbour"
+
+
+@pytest.fixture
+def shown(replay):
+    """Shows runs of MLflow by name; of a name there is one."""
+
+    def find():
+        client = mlflow.MlflowClient(replay.uri)
+        runs = client.search_runs([client.get_experiment_by_name("agcl").experiment_id])
+        assert len({run.info.run_name for run in runs}) == len(runs)
+        return {run.info.run_name: run for run in runs}
+
+    return find
+
+
+@pytest.fixture
+def steps(replay, shown):
+    """The steps of a stage's metric that MLflow shows."""
+
+    def find(stage, key="loss"):
+        client = mlflow.MlflowClient(replay.uri)
+        points = client.get_metric_history(shown()[stage].info.run_id, key)
+        return sorted(point.step for point in points)
+
+    return find
+
+
+@contextmanager
+def broken(replay):
+    """MLflow's database lacks a table."""
+    with closing(sqlite3.connect(replay.run.config.storage.root / "mlflow.db")) as database:
+        database.execute("ALTER TABLE metrics RENAME TO gone")
+        yield
+        database.execute("ALTER TABLE gone RENAME TO metrics")
+
+
+def no_server(storage, uri):
+    raise TrackingFailed("cannot use MLflow at there (no answer)", no_answer=True)
+
+
+def test_a_server_that_is_down_at_the_start_gets_what_it_missed(replay, monkeypatch):
+    monkeypatch.setattr(sync, "Tracker", no_server)
+    with replay.mirror() as mirror:
+        replay.complete(*BASE)
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, "train/1", "attribute/1", "evaluate/1")
+        monkeypatch.setattr(sync, "Tracker", Tracker)
+        replay.play(mirror, "train/2")
+        assert mirror.run_of("tiny") is None  # No minute has passed.
+        monkeypatch.setattr(sync, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        replay.play(mirror, "attribute/2")
+        assert mirror.run_of("tiny")
+        replay.play(mirror, "evaluate/2", "report")
+        replay.finish(mirror)
+    check_whole(replay.uri, replay.run)
+    assert replay.said() == [
+        f"warning cannot use MLflow at there (no answer); {CONTINUING}",
+        BACK,
+    ]
+
+
+def test_a_database_that_fails_within_a_stage_misses_nothing(replay, steps, monkeypatch):
+    monkeypatch.setattr(sync, "_SECONDS_BETWEEN_BATCHES", 0.0)
+    replay.complete(*BASE)
+    start, *metrics = replay.state(TRAIN, "started"), *replay.metrics(TRAIN)
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        mirror.observe([start, *metrics[:2]])
+        assert steps(TRAIN) == [1, 2]  # While it runs.
+        with broken(replay):
+            mirror.observe(metrics[2:4])
+            (said,) = replay.said()
+            assert "no such table: metrics" in said
+            assert said.endswith(CONTINUING)
+            assert mirror.run_of("tiny") is None
+            mirror.observe(metrics[4:5])
+        mirror.sync(now=True)
+        mirror.observe(metrics[5:])
+        assert steps(TRAIN) == list(range(6, len(metrics) + 1))  # Live again.
+        replay.complete(TRAIN)
+        mirror.observe([replay.state(TRAIN, "finished")])
+        assert steps(TRAIN) == list(range(1, len(metrics) + 1))
+        replay.play(mirror, "attribute", "evaluate/1", "train/2", "evaluate/2", "report")
+        replay.finish(mirror)
+    assert replay.said()[1:] == [BACK]
+    check_whole(replay.uri, replay.run)
+
+
+def test_what_a_killed_driver_left_is_recorded_once_with_its_own_times(replay, shown, steps):
+    replay.complete(*BASE)
+    killed = replay.mirror().__enter__()
+    killed.add("tiny", replay.run)
+    killed.observe([replay.state(TRAIN, "started"), *replay.metrics(TRAIN)])
+    replay.complete(TRAIN)  # And nobody has said so.
+    replay.play(killed, "evaluate/1")  # Its scores are there, and its child is not finished yet.
+    evaluated = shown()["evaluate/1-harbour"].info.run_id
+    mlflow.MlflowClient(replay.uri).update_run(evaluated, status="RUNNING")
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, "attribute", "train/2", "evaluate/2", "report")
+        replay.finish(mirror)
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.finish(mirror)
+    check_whole(replay.uri, replay.run)
+    assert replay.said() == []
+    for index, stage in enumerate(["evaluate/1-harbour", "evaluate/2-valley"], start=1):
+        assert steps(stage, "memorization/valley") == [index]  # As on the run.
+    runs, manifest = shown(), replay.run.resolved[TRAIN].manifest()
+    assert runs[TRAIN].info.start_time == int(manifest["started"] * 1000)
+    assert runs[TRAIN].info.end_time == int((manifest["started"] + manifest["seconds"]) * 1000)
+    reused = {name for name, run in runs.items() if "reused" in run.data.tags}
+    assert TRAIN in reused
+    assert "attribute/1-harbour" not in reused
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("denied at http://me:hunter2@there"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_an_exception_closes_what_is_open(replay, shown, error, status):
+    with suppress(ValueError, KeyboardInterrupt), replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        mirror.observe([replay.state(TRAIN, "started")])
+        raise error
+    runs = shown()
+    assert {runs[name].info.status for name in ("tiny", TRAIN)} == {status}
+    said = runs["tiny"].data.tags.get("error", "")
+    assert said == str(error).replace("me:hunter2", "***")
+
+
+def test_a_stage_that_failed_or_was_lost_says_why_until_it_starts_again(replay, shown):
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        for state in ("lost", "failed"):
+            mirror.observe([replay.state(TRAIN, "started"), replay.metrics(TRAIN)[0]])
+            mirror.observe([replay.state(TRAIN, state, error=f"was {state}")])
+            assert shown()[TRAIN].info.status == "FAILED"
+            assert shown()[TRAIN].data.tags["error"] == f"was {state}"
+        replay.play(mirror, TRAIN)
+        assert shown()[TRAIN].info.status == "FINISHED"
+    assert shown()["tiny"].info.status == "FAILED"  # A run that ended without its results.
+
+
+def test_a_run_that_ends_while_mlflow_is_down_is_closed_when_it_is_back(replay, shown):
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run, kind="trial", without=BASE)
+        with broken(replay):
+            replay.play(mirror, TRAIN)
+            mirror.end("tiny", {"average": 0.5}, status="KILLED", error="stopped early")
+        mirror.sync(now=True)
+        ended = shown()["tiny"]
+    assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "stopped early")
+    assert ended.data.metrics["average"] == 0.5
+    assert set(shown()) == {"tiny", TRAIN}
+
+
+def test_no_stage_is_running_after_its_run_ended(replay, shown):
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        mirror.observe([replay.state(TRAIN, "started")])
+        replay.complete(TRAIN)  # And its worker was lost before it could say so.
+        mirror.end("tiny", {})
+        assert shown()[TRAIN].info.status == "FINISHED"
+
+
+def test_a_stage_that_another_command_finishes_is_recorded_within_a_minute(
+    replay, shown, monkeypatch
+):
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.complete(TRAIN)
+        mirror.observe([])
+        assert TRAIN not in shown()
+        monkeypatch.setattr(sync, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        mirror.observe([])
+        assert shown()[TRAIN].info.status == "FINISHED"
+
+
+def test_storage_that_cannot_be_read_does_not_end_the_run(replay, monkeypatch):
+    def unreadable(work):
+        raise OSError("storage: s3://someone:hunter2@there: reset")
+
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        monkeypatch.setattr(ResolvedStage, "is_complete", unreadable)
+        mirror.sync(now=True)
+    assert replay.said() == [f"warning storage: s3://***@there: reset; {CONTINUING}"]
+
+
+def test_a_silent_server_is_one_warning_within_seconds(replay):
+    with socket.socket() as free:  # Bound and not listening: connections are refused.
+        free.bind(("127.0.0.1", 0))
+        replay.use(f"http://someone:secret@127.0.0.1:{free.getsockname()[1]}")
+        started = time.monotonic()
+        replay.mirror()
+    assert time.monotonic() - started < 30
+    (line,) = replay.said()
+    assert line.endswith(f"(no answer); {CONTINUING}")
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("uri", ["magic://here", "nowhere:5000"])
+def test_a_bad_uri_ends_before_any_work(tiny_config, tmp_path, uri):
+    config = tiny_config(tmp_path / "storage", f"tracking.uri={uri}")
+    with pytest.raises(InputError, match=r"^tracking\.uri: "):
+        sync.Mirror(config, tmp_path / "storage" / "tiny", "tiny", None)
+    assert not config.storage.root.exists()
+
+
+def test_without_tracking_nothing_is_recorded(replay):
+    replay.use(None, "tracking.enabled=false")
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, "")
+        replay.finish(mirror)
+        assert mirror.run_of("tiny") is None
+    assert not (replay.run.folder / "mlflow.json").exists()
+
+
+class Server:
+    """An MLflow server that can be killed and started again."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri, self.folder, self.process = f"http://127.0.0.1:{self.port}", folder, None
+
+    def start(self):
+        store = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        store += ["--artifacts-destination", str(self.folder / "artifacts")]
+        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *store, *place],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                return
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.2)
+
+    def kill(self):
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_real_server_may_be_down_at_the_start_and_die_later(replay, server):
+    replay.use(server.uri)
+    with replay.mirror() as mirror:
+        replay.complete(*BASE)
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, "train/1")
+        server.start()
+        mirror.sync(now=True)
+        replay.play(mirror, "attribute/1")
+        server.kill()
+        replay.play(mirror, "evaluate/1", "train/2", "attribute/2")
+        server.start()
+        replay.play(mirror, "evaluate/2", "report")
+        replay.finish(mirror)
+    check_whole(server.uri, replay.run)
+    assert replay.said()[1::2] == [BACK, BACK]
+    assert all("no answer" in line for line in replay.said()[::2])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_server_that_dies_under_a_run_gets_everything_from_the_next(driver, finished, server):
+    def warnings(out):
+        return [line.strip() for line in out.splitlines() if "warning" in line]
+
+    server.start()
+    setting = f"tracking.uri={server.uri}"
+    process = driver.start(setting)
+    driver.wait_for("train-1-harbour", process)
+    server.kill()
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    (line,) = warnings(out)
+    assert line.endswith(f"(no answer); {CONTINUING}")
+    before = driver.finished()
+    server.start()
+    code, out, err = driver.finish(setting)
+    assert (code, warnings(out)) == (0, []), err
+    assert driver.finished() == before
+    assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
+    check_whole(server.uri, open_run(loading.load(driver.config)))
