@@ -1,4 +1,4 @@
-"""`agcl plan`: the stages of a config, what is done already, and what the rest will need."""
+"""`agcl plan`: the stages of a config, which of them are done, and what the others need."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: argparse.Namespace, command: str) -> int:
-    """Print one line a stage and an estimate; run nothing of it."""
+    """Print one line per stage and an estimate for the unfinished ones."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -37,13 +37,13 @@ def main(arguments: argparse.Namespace, command: str) -> int:
 
     gpu = run.config.resources.gpus_per_worker
     if gpu and not torch.cuda.is_available():
-        console.print("needs: not estimated, resources.gpus_per_worker is set and no GPU is here")
+        console.print("no estimate: resources.gpus_per_worker is set, but this machine has no GPU")
         return 0
-    console.print("[dim]a probe on a few rows ...[/]")
+    console.print("[dim]running a few rows of each task ...[/]")
     try:
         needs = estimate(run, "cuda" if gpu else "cpu")
     except ProbeFailed as failure:
-        console.print(f"the probe failed, as the run would: {failure}", markup=False)
+        console.print(f"the probe failed, and so would the run: {failure}", markup=False)
         return 1
     for line in _lines(needs, run.config.resources):
         console.print(line)
@@ -56,12 +56,12 @@ def _lines(needs: "Needs", resources: "Resources") -> list[str]:
     workers = resources.num_workers
     each = f"each of {workers} workers" if workers > 1 else "one worker"
     if workers > 1 and resources.shard_model:
-        each = f"a worker with the whole model; each of {workers} that share it needs less"
-    passing = f", and {needs.checkpoint_bytes / 1e9:.2f} GB for a checkpoint while training"
+        each = f"a worker with the whole model; {workers} workers that share it need less each"
+    passing = f", plus {needs.checkpoint_bytes / 1e9:.2f} GB for a checkpoint while training"
     return [
-        f"  memory  {needs.worker_bytes / 1e9:.1f} GB at most for {each}",
+        f"  memory  {needs.worker_bytes / 1e9:.1f} GB peak for {each}",
         f"  disk    {needs.disk_bytes / 1e9:.2f} GB" + passing * bool(needs.checkpoint_bytes),
-        f"  time    about {total} one session at a time ({parts})",
+        f"  time    about {total}, one session at a time ({parts})",
     ]
 
 

@@ -1,289 +1,179 @@
-"""What a run will need, from running the first stages of its plan on a few rows of every task."""
+"""Memory, disk and time that a run needs, measured by running its first stages on a few rows."""
 
 import json
 import resource
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import pyarrow as pa
 import torch
-from agcl.model import models
-from agcl.tasks import TRAIN, EncodedRows, Row, Task, encode
+from agcl.tasks import TRAIN
 from transformers.utils import logging
 
-from pipeline.config.config import Config
-from pipeline.config.sources import open_task
+from pipeline.config.config import Config, Resources
+from pipeline.config.loading import changed
+from pipeline.config.sources import held_out_sources, open_task, selection, sources
+from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import External, Stage, StageFunction
-from pipeline.stages.attribute import attribute
-from pipeline.stages.context import Context
+from pipeline.plan.schedule import needed_for
+from pipeline.plan.stage import ResolvedStage, Stage, StageFunction
+from pipeline.run import open_run
+from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import SUMMARY, rows_file
+from pipeline.stages.files import ADAPTER, LOG_FILE
 from pipeline.stages.metrics import report
-from pipeline.stages.prepare import make_tokenizer, prepare
-from pipeline.stages.train import pretrain, train
-from pipeline.storage.artifact import write_json
+from pipeline.stages.prepare import prepare
+from pipeline.stages.train import train
 
 _BATCHES = 3
-"""Batches of every task that are run."""
+"""Batches of each task in the probe. The first one warms up and is not timed."""
 _WORKERS_SECONDS = 12.0
 _SECONDS_ONCE: Mapping[StageFunction, float] = {prepare: 13.0, report: 7.0}
-"""Starts of Ray Train and Ray Data, and the report; on two cores, measured."""
-_BESIDE_RAY = 1.15
-"""Times as long as alone a stage takes on a CPU whose cores are all the workers': Ray's processes
-wake some hundred times a second, each in the way of a thread that the others then wait for. On two
-cores, measured."""
-_KINDS = {"pretrain": pretrain, "train": train, "attribute": attribute, "evaluate": evaluate}
+"""Startup of Ray Train and of Ray Data, and the report. Measured on two cores."""
+_RAY_SLOWDOWN = 1.15
+"""Slowdown of CPU stages by Ray's own processes when workers use every core. Measured on two."""
+_Rows = dict[str, dict[str, int]]
 
 
 class ProbeFailed(Exception):
-    """The probe ended with an error: the run would too."""
-
-
-@dataclass
-class Cost:
-    """What stages of one kind took on the probe's rows."""
-
-    seconds_a_row: float = 0.0
-    fixed_seconds: float = 0.0
-    fixed_bytes: int = 0
-    """Size of an artifact; rows in it count little."""
+    """A stage failed in the probe, so it would fail in the run."""
 
 
 @dataclass
 class Needs:
-    """An estimate for the stages of a run that are not done yet."""
+    """What the unfinished stages of a run need."""
 
     worker_bytes: int
-    """The most memory that the probe's process, or its GPU, had."""
-    disk_bytes: int = 0
+    """Peak memory of the probe's process, or of its GPU."""
+    disk_bytes: float = 0.0
     checkpoint_bytes: int = 0
-    """While a task trains, for what it would go on from: weights and the two states of Adam."""
+    """Size of a training checkpoint: the trained weights and both Adam moments."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By kind of stage; `start` is of Ray's sessions, with the report."""
+    """By kind of stage; `start` is the startup of Ray plus the report."""
 
 
 def estimate(run: Run, device: str = "cpu") -> Needs:
-    """Probe in a process of its own, which gives its memory back. Writes nothing that stays.
-
-    Raises `ProbeFailed` with the error of the stage that failed, as where memory does not suffice.
-    """
-    context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(run.config, device, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:
-        process.join()
-        raise ProbeFailed(
-            f"its process was killed (exit {process.exitcode}); most likely the memory did not do"
-        ) from None
-    finally:
-        ours.close()
-    process.join()
-    if isinstance(answer, str):
-        raise ProbeFailed(answer)
-    costs, sizes, worker_bytes = answer
-    return _for_all_stages(run, costs, sizes, worker_bytes)
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of a task there is."""
-
-    train_rows: int
-    scored_rows: int
-    stored_bytes: int
-
-
-def peak_memory() -> int:
-    """The most memory that this process had so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # What rusage says begins with what the parent had.
-        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _for_all_stages(
-    run: Run, costs: Mapping[str, Cost], sizes: Mapping[str, Size], worker_bytes: int
-) -> Needs:
-    needs = Needs(worker_bytes)
-    workers = run.config.resources.num_workers
-    open_stages = [s for s in run.plan.stages if not run.resolved[s.name].is_complete()]
-    for stage in open_stages:
-        if stage.fn is prepare:
-            needs.disk_bytes += sizes[stage.name.partition("/")[2]].stored_bytes
-        if not (kind := _kind(stage)):
-            continue
-        cost = costs[_key(stage)]
-        taken = cost.fixed_seconds + cost.seconds_a_row * _rows(stage, sizes) / workers
-        if not run.config.resources.gpus_per_worker:
-            taken *= _BESIDE_RAY
-        needs.seconds[kind] = needs.seconds.get(kind, 0.0) + taken
-        needs.disk_bytes += cost.fixed_bytes
-        if kind == "train" and run.config.resources.checkpoint_minutes:
-            needs.checkpoint_bytes = 3 * cost.fixed_bytes
-    starts = _WORKERS_SECONDS if any(stage.train for stage in open_stages) else 0.0
-    starts += sum(_SECONDS_ONCE.get(fn, 0.0) for fn in {stage.fn for stage in open_stages})
-    if starts:
-        needs.seconds["start"] = starts
+    """Run one stage of each unfinished kind on few rows and scale. Raises `ProbeFailed`."""
+    unfinished: dict[Path, Stage] = {}  # By folder, because equal stages share one artifact.
+    for stage in run.plan.stages:
+        if not (resolved := run.resolved[stage.name]).is_complete():
+            unfinished.setdefault(resolved.folder, stage)
+    todo = [stage for stage in unfinished.values() if stage.train or stage.fn is prepare]
+    examples: dict[str, str] = {}
+    # The base model's evaluation can include loading the model, so it is the last choice.
+    for stage in sorted(todo, key=lambda stage: stage.name == "evaluate/0-base"):
+        examples.setdefault(_kind(stage), stage.name)
+    with TemporaryDirectory(prefix="agcl-probe-") as scratch:
+        probe = open_run(_on_few_rows(run.config, scratch))
+        small = {stage.name: stage for stage in probe.plan.stages}
+        needed = needed_for([small[name] for name in examples.values()], probe.plan.stages)
+        chosen = [probe.resolved[stage.name] for stage in needed]
+        needs = Needs(_peak_of(chosen, device, run.config.resources.cpus_per_worker) if todo else 0)
+        few_rows, all_rows = _rows(probe.config), _rows(run.config)
+        for stage in todo:
+            name = examples[_kind(stage)]
+            ratio = _rows_in(stage, all_rows) / _rows_in(small[name], few_rows)
+            _add(needs, stage, ratio, probe.resolved[name], run.config.resources)
+    once = sum(_SECONDS_ONCE.get(fn, 0.0) for fn in {stage.fn for stage in unfinished.values()})
+    needs.seconds["start"] = once + _WORKERS_SECONDS * any(stage.train for stage in todo)
     return needs
 
 
-def _kind(stage: Stage) -> str | None:
-    """Of a stage that is timed."""
-    return next((kind for kind, fn in _KINDS.items() if fn is stage.fn), None)
+def _kind(stage: Stage) -> str:
+    """Equal for stages that differ only in their rows and their number of past tasks."""
+    roles = sorted({role.partition("/")[0] for role in stage.inputs})
+    return json.dumps([stage.fn.__name__, roles, {**stage.config, "seed": None}], sort_keys=True)
 
 
-def _key(stage: Stage) -> str:
-    """What costs alike: a kind of stage, and training with something to protect apart."""
-    return f"{_kind(stage)}{' protected' if stage.config.get('protect') else ''}"
-
-
-def _rows(stage: Stage, sizes: Mapping[str, Size]) -> float:
-    """Rows that pass through the model in a stage, the epochs counted."""
-    of = {
-        role: sizes[source.name.partition("/")[2]]
-        for role, source in stage.inputs.items()
-        if isinstance(source, Stage) and source.fn is prepare
+def _on_few_rows(config: Config, storage: str) -> Config:
+    sections = (config.training, config.importance, config.model.pretraining)
+    most = _BATCHES * max(section.batch_size for section in sections)
+    settings = {
+        "storage": storage,
+        "tracking.enabled": False,
+        "tasks.train_rows": min(most, config.tasks.train_rows or most),
+        "tasks.test_rows": min(most, config.tasks.test_rows or most),
+        "model.pretraining.epochs": 1,
+        "training.epochs": 1,
+        "importance.correct_only": False,  # After so little training, few answers are correct.
     }
-    if stage.fn is evaluate:
-        return sum(size.scored_rows for size in of.values())
-    rows: float = of["rows"].train_rows
-    if stage.fn is attribute:
-        return min(rows, stage.config["samples"] or rows)
-    share = stage.config.get("replay", 0.0)
-    rows += sum(share * size.train_rows for role, size in of.items() if role != "rows")
-    return float(stage.config["epochs"] * rows)
+    return changed(config, settings)
 
 
-def _probe(config: Config, device: str, end: Any) -> None:
-    """In its own process: sends costs by kind, sizes by task and the most memory, or an error."""
-    from pipeline.run import open_run
+def _peak_of(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
+    """Run stages in a process of their own, which frees its memory, and return its peak."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_run, stages, device, num_threads).result()
+        except BrokenExecutor:
+            raise ProbeFailed("its process was killed, most likely out of memory") from None
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.kill()  # Otherwise leaving the pool waits for the last stage.
+            raise
 
+
+def _run(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
     logging.disable_progress_bar()
-    torch.set_num_threads(config.resources.cpus_per_worker)
-    stage_name = "prepare"
+    torch.set_num_threads(num_threads)
+    records: list[Record] = []
     try:
-        with TemporaryDirectory(prefix="agcl-probe-") as scratch:
-            run = open_run(config)
-            sampled = _Sampled(run, Path(scratch), torch.device(device))
-            for stage in run.plan.stages:
-                stage_name = stage.name
-                sampled.run(stage)
-            end.send((sampled.costs, sampled.sizes, sampled.peak()))
-    except Exception as error:
-        end.send(f"{stage_name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        run_stages(stages, Context(torch.device(device), ray_data=False), records.extend)
+    except Exception:
+        failed = next(record for record in records if record.get("state") == "failed")
+        stage = next(stage for stage in stages if stage.folder.name == failed["artifact"])
+        raise ProbeFailed(f"{stage.name}: {failed['error']}") from None
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 
-class _Sampled:
-    """The stages of a plan on a few rows: the first of every kind, and what it needs."""
-
-    def __init__(self, run: Run, scratch: Path, device: torch.device) -> None:
-        self.real, self.scratch = run, scratch
-        self.context = Context(device=device)
-        self.made: dict[str, Path] = {}
-        self.costs: dict[str, Cost] = {}
-        self.sizes: dict[str, Size] = {}
-        training, importance = run.config.training, run.config.importance
-        self.num_rows = _BATCHES * max(training.batch_size, importance.batch_size)
-
-    def peak(self) -> int:
-        """Bytes."""
-        if self.context.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.context.device)
-        return peak_memory()
-
-    def run(self, stage: Stage) -> None:
-        """Run a stage on what there is of its inputs, if that is enough."""
-        inputs = {
-            role: source.path if isinstance(source, External) else self.made.get(source.name)
-            for role, source in stage.inputs.items()
-        }
-        known = {role: path for role, path in inputs.items() if path is not None}
-        timed = _kind(stage) is not None
-        if len(known) < len(inputs) or (timed and self._is_known(stage)):
-            return
-        if not (timed or stage.fn in (make_tokenizer, prepare)):
-            return
-        out_dir = self.scratch / str(len(self.made))
-        out_dir.mkdir()
-        if timed:
-            self._timed(stage, known, out_dir)
-        elif stage.fn is prepare:
-            self._prepare(stage, known, out_dir)
-        else:
-            stage.fn(stage.config, known, out_dir, self.context)
-        self.made[stage.name] = out_dir
-
-    def _is_known(self, stage: Stage) -> bool:
-        """Whether a stage like it was timed; an evaluation would say once how long it took, so the
-        one that warms up is none to time."""
-        trained = any(key.startswith("train") for key in self.costs)
-        return _key(stage) in self.costs or (stage.fn is evaluate and not trained)
-
-    def _timed(self, stage: Stage, inputs: Mapping[str, Path], out_dir: Path) -> None:
-        at: list[float] = []
-        self.context.log = lambda metrics, step: at.append(time.perf_counter())
-        self.context.folder = out_dir
-        config = {**stage.config}
-        config |= {key: value for key, value in _SHORT.items() if key in config}
-        started = time.perf_counter()
-        stage.fn(config, inputs, out_dir, self.context)
-        taken = time.perf_counter() - started
-        rows = max(
-            1, round(_rows(Stage("", stage.fn, config, stage.inputs), self._sampled_sizes()))
-        )
-        # The first step warms up; a log that is written once says only how long all took.
-        inner = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else taken
-        inner = min(inner, taken)
-        self.costs[_key(stage)] = Cost(
-            seconds_a_row=inner / rows,
-            fixed_seconds=taken - inner,
-            fixed_bytes=sum(f.stat().st_size for f in out_dir.rglob("*") if f.is_file()),
-        )
-
-    def _sampled_sizes(self) -> dict[str, Size]:
-        least = {name: min(self.num_rows, size.train_rows) for name, size in self.sizes.items()}
-        return {
-            name: Size(least[name], self._scored(self.made[f"prepare/{name}"]), 0)
-            for name in self.sizes
-        }
-
-    def _scored(self, folder: Path) -> int:
-        scored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scored"]
-        return sum(len(EncodedRows(folder / rows_file(split))) for split in scored.values())
-
-    def _prepare(self, stage: Stage, inputs: Mapping[str, Path], out_dir: Path) -> None:
-        """A few rows of every split, and how many there are of all."""
-        tokenizer = models.load_tokenizer(inputs["tokenizer"])
-        files = {r.removeprefix("file/"): p for r, p in inputs.items() if r.startswith("file/")}
-        task: Task = open_task(stage.config["task"], files, stage.config["selection"])
-        counts, stored = {}, 0.0
-        for split, source in task.splits.items():
-            rows = iter(source())
-            few: list[Row] = list(islice(rows, self.num_rows))
-            counts[split] = len(few) + sum(1 for _ in rows)
-            table = encode(tokenizer, few, chat=stage.config["chat_template"])
-            with (
-                pa.OSFile(str(out_dir / rows_file(split)), "wb") as sink,
-                pa.ipc.new_file(sink, table.schema) as writer,
-            ):
-                writer.write_table(table)
-            stored += table.nbytes * counts[split] / max(1, len(few))
-        write_json(out_dir / SUMMARY, {"scored": dict(task.scored), "scorer": task.scorer})
-        scored = sum(counts[split] for split in task.scored.values())
-        self.sizes[stage.name.partition("/")[2]] = Size(counts[TRAIN], scored, round(stored))
+def peak_memory() -> int:
+    """Peak memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # Not Linux, where rusage would include the parent's peak.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
 
 
-_SHORT = {"epochs": 1, "correct_only": False}
-"""Settings that the probe's stages have in place of the run's."""
+def _rows(config: Config) -> _Rows:
+    """Rows to train on, to score and to store, by prepare stage."""
+    rows = {}
+    for source in [*sources(config), *held_out_sources(config)]:
+        task = open_task(source.settings, source.files, selection(config, source))
+        count = {split: sum(1 for _ in read()) for split, read in task.splits.items()}
+        scored = sum(count[split] for split in task.scored.values())
+        rows[f"prepare/{source.name}"] = count | {"scored": scored, "stored": sum(count.values())}
+    return rows
+
+
+def _rows_in(stage: Stage, rows: _Rows) -> float:
+    """Rows that a stage processes, counting all epochs."""
+    if stage.fn is prepare:
+        return rows[stage.name]["stored"]
+    total = 0.0
+    for role, source in stage.inputs.items():
+        if isinstance(source, Stage) and source.fn is prepare:
+            share = stage.config["replay"] if role.startswith("replay/") else 1.0
+            total += share * rows[source.name]["scored" if stage.fn is evaluate else TRAIN]
+    return float(stage.config.get("epochs", 1) * min(total, stage.config.get("samples") or total))
+
+
+def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: Resources) -> None:
+    """Add a stage that has `ratio` times as many rows as its example in the probe."""
+    manifest = example.manifest() or {}
+    files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    needs.disk_bytes += sum(files.values()) * (ratio if stage.fn is prepare else 1)
+    if stage.fn is prepare:
+        return
+    if stage.fn is train and run.checkpoint_minutes:
+        adapter = [size for name, size in files.items() if name.startswith(f"{ADAPTER}/")]
+        needs.checkpoint_bytes = 3 * sum(adapter or files.values())
+    log = map(json.loads, (example.read(LOG_FILE) or b"").splitlines())
+    at = [line["seconds"] for line in log if "text_loss" not in line]
+    # Rows are timed from the first line on, after the warm-up. The rest does not depend on rows.
+    for_rows = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else manifest["seconds"]
+    seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / run.num_workers
+    seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
+    needs.seconds[stage.fn.__name__] = needs.seconds.get(stage.fn.__name__, 0.0) + seconds

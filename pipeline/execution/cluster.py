@@ -1,4 +1,4 @@
-"""The only place that starts or joins a Ray cluster, and knows what fits on it."""
+"""Starts or joins a Ray cluster, and computes what fits on it. No other module does either."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ from pipeline.config.config import Resources
 from pipeline.errors import RayFailed
 
 WORKER_NODES = "AGCL_WORKER_NODES"
-"""Environment variable of a cluster that adds nodes by itself, since Ray does not tell what it may
-grow to: `{"count": 8, "CPU": 16, "GPU": 1}`, the most worker nodes and what each of them has."""
+"""Environment variable of an autoscaling cluster: the maximum number of worker nodes and what each
+has, as in `{"count": 8, "CPU": 16, "GPU": 1}`. Ray itself does not report this."""
 WORKER_ENVIRONMENT = {
     "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,21 +28,18 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Longer than a lost node takes to be replaced; then `run_group` looks whether there is hope.
+    # Longer than replacing a lost node takes. Then `run_group` checks whether waiting can help.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 
 
 def check_address() -> None:
-    """See whether a cluster answers at `RAY_ADDRESS`, if that is set: Ray would try for minutes.
-
-    Raises `InputError`.
-    """
+    """Raise `InputError` if no cluster answers at `RAY_ADDRESS`. Ray would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
-        return  # Not set, or a word such as "auto".
+        return  # Not set, or a keyword such as "auto".
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
@@ -51,11 +48,11 @@ def check_address() -> None:
 
 @contextmanager
 def cluster(resources: Resources) -> Iterator[int]:
-    """Connect to the cluster of `RAY_ADDRESS`, or start one on this machine on loopback.
+    """Connect to the cluster at `RAY_ADDRESS`, or start one on this machine's loopback interface.
 
-    Yields how many sessions may run side by side. A local cluster ends with the context. Raises
-    `InputError` where no cluster answers or it can never have room for a session, `RayFailed` where
-    Ray does not start.
+    Yields how many sessions can run at a time. A local cluster ends with the context. Raises
+    `InputError` if no cluster answers or a session could never fit on it, and `RayFailed` if Ray
+    does not start.
     """
     on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -63,27 +60,27 @@ def cluster(resources: Resources) -> Iterator[int]:
     try:
         check_address()
         if os.environ.get("RAY_ADDRESS"):
-            environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code elsewhere.
+            environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code in another place.
             ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
         else:
             cpus = max(os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker)
-            # Ray warns of four times as many, and a group of workers is five processes.
+            # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
                 num_cpus=cpus,
-                include_dashboard=False,  # Eleven processes more, and nothing shows its address.
+                include_dashboard=False,  # Eleven more processes, at an address not shown.
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env=environment,
             )
         signal.signal(signal.SIGTERM, on_terminate)
-    except SystemExit:  # From Ray's own handler of SIGTERM, which it puts in place as it begins.
+    except SystemExit:  # Raised by the SIGTERM handler that Ray installs during startup.
         ray.shutdown()
         raise KeyboardInterrupt from None
     except InputError:
         raise
-    except Exception as error:  # Ray's have no common type: a raylet too slow, another version.
+    except Exception as error:  # Such as a slow raylet or a version mismatch; no common type.
         ray.shutdown()
         raise RayFailed(f"Ray did not start: {error}") from error
     try:
@@ -93,15 +90,15 @@ def cluster(resources: Resources) -> Iterator[int]:
 
 
 def needs(resources: Resources) -> dict[str, float]:
-    """What one worker of a session takes, as Ray counts it."""
+    """Ray resources of one worker."""
     gpu = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
     return {"CPU": resources.cpus_per_worker, **gpu}
 
 
 def nodes() -> list[Mapping[str, float]]:
-    """What each node has, counting those that the cluster can add by itself as `WORKER_NODES` says.
+    """Resources of each node, including those that an autoscaling cluster can add (`WORKER_NODES`).
 
-    Raises `InputError` where that cannot be read.
+    Raises `InputError` if that variable is invalid.
     """
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     text = os.environ.get(WORKER_NODES)
@@ -118,16 +115,16 @@ def nodes() -> list[Mapping[str, float]]:
 
 
 def side_by_side(resources: Resources, nodes: list[Mapping[str, float]]) -> int:
-    """How many sessions the nodes have room for at once. Raises `InputError` for none."""
+    """How many sessions fit on the nodes at a time. Raises `InputError` if none does."""
     each = needs(resources)
-    # Rounded up by a little: 1 // 0.1 is 9.
+    # Tolerate rounding errors: 1 // 0.1 is 9.
     room = [min(int(node.get(n, 0) / much + 1e-6) for n, much in each.items()) for node in nodes]
     if sum(room) >= resources.num_workers:
         return sum(room) // resources.num_workers
     having = ", ".join(_described({name: node.get(name, 0) for name in each}) for node in nodes)
     raise InputError(
         f"resources: the cluster has room for {sum(room)} of {resources.num_workers} workers that "
-        f"need {_described(each)} each (nodes: {having}); if it adds nodes by itself, set "
+        f"need {_described(each)} each (nodes: {having}); if it is autoscaling, set "
         f"{WORKER_NODES} (jobs/CLUSTER.md)"
     )
 

@@ -1,6 +1,6 @@
-"""What is said of a failure, in one line, and whose failure it was.
+"""One-line explanations of failures, and whether a stage or a lost process caused them.
 
-Imports torch where a stage's error is looked at: the processes that start workers need none of it.
+Functions import torch themselves, because the processes that start workers do not need it.
 """
 
 import os
@@ -16,8 +16,8 @@ from pipeline.storage.object_store import StoreFailed
 
 LESS_MEMORY = (
     "set training.activation_checkpointing, or lower training.micro_batch_size, "
-    "importance.batch_size, importance.top_k or evaluation.batch_size, or share the model among "
-    "workers by resources.shard_model"
+    "importance.batch_size, importance.top_k or evaluation.batch_size, or shard the model across "
+    "workers with resources.shard_model"
 )
 _NO_MEMORY = (
     "can't allocate memory",
@@ -26,11 +26,11 @@ _NO_MEMORY = (
     "CUDA error: out of memory",
     "ALLOC_FAILED",
 )
-"""How torch, the system and CUDA's libraries say it, by errors of many types."""
+"""Messages of torch, the operating system and CUDA libraries; the error types vary."""
 
 
 def explain(error: BaseException, stage: ResolvedStage) -> str:
-    """One line for the user."""
+    """An error of a stage as one line for the user."""
     import torch
 
     if "No space left on device" in str(error):
@@ -51,10 +51,10 @@ def explain(error: BaseException, stage: ResolvedStage) -> str:
 
 
 def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
-    """One line for the user on workers that are gone, or that could not be asked after."""
-    if isinstance(error, StoreFailed):  # Of a Ray task's, Ray's error is one too.
+    """The loss of workers, or of contact with them, as one line for the user."""
+    if isinstance(error, StoreFailed):  # Ray's wrapper of a task's error also has its type.
         return str(getattr(error, "cause", error))
-    # Ray's monitor of the node's memory; Ray Train tells of it in a cause only.
+    # Killed by Ray's memory monitor, which Ray Train mentions only in the cause.
     if kernel_killed or "running low on memory" in "".join(traceback.format_exception(error)):
         return f"out of memory, its workers were killed: {LESS_MEMORY}"
     reason = " ".join(str(error).split())[-300:]
@@ -68,14 +68,14 @@ def is_peer_loss(error: BaseException) -> bool:
     if isinstance(error, ray.exceptions.RayError):
         own = (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError)
         return not isinstance(error, own)
-    # gloo tells of a closed connection by a plain RuntimeError.
+    # gloo reports a closed connection as a plain RuntimeError.
     return isinstance(error, torch.distributed.DistError) or (
         type(error) is RuntimeError and "gloo" in str(error)
     )
 
 
 def kernel_kills() -> int:
-    """How many processes the kernel of this machine has killed for want of memory."""
+    """Number of processes that this machine's kernel has killed for lack of memory."""
     with suppress(OSError, ValueError):
         counters = Path("/proc/vmstat").read_text().split()
         return int(counters[counters.index("oom_kill") + 1])

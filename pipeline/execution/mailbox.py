@@ -1,6 +1,6 @@
-"""The actor through which the driver and its groups of workers talk.
+"""The actor through which the driver and its groups of workers communicate.
 
-In a module that imports almost nothing, since its process starts with every run.
+This module imports almost nothing, because every run starts a process for it.
 """
 
 from typing import Any
@@ -10,39 +10,39 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Queues of sessions for the groups, and what the groups report.
+    """Queues of sessions for the groups, and the records that the groups report.
 
-    There are two queues: of sessions that need Ray Train workers (`train`), and of the others.
+    There are two queues: one for sessions that need Ray Train workers (`train`), one for others.
     """
 
     def __init__(self) -> None:
         self.queues: dict[bool, list[Any]] = {True: [], False: []}
         self.closed: set[bool] = set()
         self.taken: dict[str, list[Any]] = {}
-        """Of each group, the sessions it took so far."""
+        """By group: the sessions it has taken so far."""
         self.done: dict[str, int] = {}
-        """Of each group, how many of those are finished."""
+        """By group: how many of those are finished."""
         self.finished: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.failed: set[str] = set()
 
     def queue(self, train: bool, name: str, session: list[Any]) -> None:
-        """Add a session, a reference in a list, so that only the workers dereference it."""
+        """Add a session as a reference in a list, so that only the workers dereference it."""
         self.queues[train].append((name, session))
 
     def close(self, train: bool) -> None:
-        """No more sessions come: groups that ask for one are told to end."""
+        """Declare the queue complete: groups that find it empty end."""
         self.closed.add(train)
 
     def stop(self) -> None:
-        """Drop the sessions that no group took, and end groups after the sessions they run."""
+        """Drop the queued sessions, and end each group after the session it is running."""
         self.queues = {True: [], False: []}
         self.closed = {True, False}
 
     def next(self, group: str, train: bool, index: int) -> Any:
-        """The session a group runs as its `index`-th, the same for every rank of the group.
+        """The `index`-th session of a group, the same for every rank of the group.
 
-        None if there is none yet, an empty list if there will be none.
+        None if there is no session yet, an empty list if there will never be one.
         """
         taken = self.taken.setdefault(group, [])
         if index == len(taken) and self.queues[train]:
@@ -52,7 +52,7 @@ class Mailbox:
         return [] if train in self.closed else None
 
     def finish(self, group: str) -> None:
-        """A group has finished the session it was running."""
+        """Record that a group has finished the session it was running."""
         index = self.number_done(group)
         self.done[group] = index + 1
         self.finished.append(self.taken[group][index][0])
@@ -81,5 +81,5 @@ class Mailbox:
         return taken
 
     def has_failed(self, artifacts: set[str]) -> bool:
-        """Whether a stage that makes one of these artifacts has failed."""
+        """Whether a stage has failed that makes one of these artifacts."""
         return bool(self.failed & artifacts)

@@ -1,4 +1,4 @@
-"""What the terminal shows while stages run: live bars, or plain lines where it is no terminal."""
+"""Progress of running stages: live bars in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,10 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class StageProgress:
-    """One line a running stage; finished stages stay as a line with their time."""
+    """Shows a bar per running stage and leaves a line per finished stage."""
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
-        """`titles` says how each artifact that is to be made is called."""
+        """`titles` are the names to show, by artifact."""
         self.console, self.num_done = console, 0
         self.titles = {artifact: escape(title) for artifact, title in titles.items()}
         self.bars = Progress(
@@ -46,7 +46,7 @@ class StageProgress:
         self.bars.stop()
 
     def observe(self, records: Iterable[Record]) -> None:
-        """Show records of artifacts: started, metrics, lost, finished or failed."""
+        """Show records of stages: started, metrics, lost, finished or failed."""
         for record in records:
             artifact = str(record["artifact"])
             match record.get("state"):
@@ -74,7 +74,7 @@ class StageProgress:
             )
 
     def _say_now_and_then(self, artifact: str, detail: str) -> None:
-        """Progress of long stages in logs, where no bar is shown."""
+        """Print the progress of a long stage occasionally."""
         if time.monotonic() - self.said >= _SECONDS_BETWEEN_LINES:
             self.said = time.monotonic()
             self.console.print(f"       {self.titles[artifact]} {detail}", highlight=False)
@@ -84,7 +84,7 @@ class StageProgress:
         if bar is not None:
             self.bars.remove_task(bar)
         self.console.print(
-            f"  [yellow]lost[/] a worker in {self.titles[artifact]}; it is started again",
+            f"  [yellow]lost[/] a worker in {self.titles[artifact]}; restarting it",
             highlight=False,
         )
 

@@ -1,7 +1,7 @@
-"""Runs the sessions of a plan on a Ray cluster, as far side by side as it allows.
+"""Runs the sessions of a plan on a Ray cluster, as many at a time as fit.
 
-Sessions whose inputs exist are queued in the mailbox. Groups of workers (`workers.run_group`) take
-them from there; the driver starts as many groups as there are sessions to run, or room for.
+Sessions whose inputs exist are queued in the mailbox, and groups of workers (`workers.run_group`)
+take them from there. The driver starts one group per queued session, up to the number that fits.
 """
 
 import shutil
@@ -43,15 +43,15 @@ def run_with_progress(
 ) -> list[StageFailed]:
     """Run sessions, if there are any, and show their progress.
 
-    With `side_by_side`, that many run at once on the cluster that Ray is connected to. Without it
-    they run on the cluster to join, or on one started on this machine.
+    With `side_by_side`, run that many at a time on the cluster that Ray is connected to. Otherwise,
+    join the cluster at `RAY_ADDRESS` or start one on this machine.
     """
     if side_by_side is None:
         number = sum(len(session.stages) for session in todo)
         start = f"{number} stages to run; starting Ray"
         console.print(f"  {start if todo else 'every stage is complete already'}", highlight=False)
     if not todo:
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a driver that was killed.
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a killed driver.
         return []
     with (
         nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
@@ -67,7 +67,7 @@ def run_with_progress(
 
 
 def _titles(todo: Sequence[Session]) -> dict[str, str]:
-    """What to call each artifact: its stage, with the runs that need it if not all do."""
+    """Title of each artifact: its stage, plus the runs that need it unless all do."""
     everyone = {owner for session in todo for owner in session.owners}
 
     def title(stage: str, owners: Sequence[str]) -> str:
@@ -87,24 +87,24 @@ def run_sessions(
     *,
     keep_going: bool = False,
 ) -> list[StageFailed]:
-    """Run every session after those it depends on, at most `side_by_side` at once.
+    """Run every session after those it depends on, at most `side_by_side` at a time.
 
-    `scratch` is a folder for Ray Train's own files, shared by all nodes; it is removed.
+    `scratch` is a folder for Ray Train's own files, shared by all nodes. It is removed afterwards.
 
-    Returns the failures. After the first one nothing new starts, and what runs is finished; with
-    `keep_going`, only what needs the failed session is skipped. An exception (an interrupt, say)
-    cancels what runs. Raises `StageFailed` if the mailbox is lost.
+    Returns the failures. After the first failure, running sessions finish and no other starts; with
+    `keep_going`, only sessions that need the failed one are skipped. An exception, such as an
+    interrupt, cancels running sessions. Raises `StageFailed` if the mailbox is lost.
     """
     run = _Run(sessions, scratch, resources, side_by_side, observe, keep_going)
     try:
         if any(session.train for session in sessions):
-            run.start_group(train=True)  # Takes seconds, during which rows can be prepared.
+            run.start_group(train=True)  # Takes seconds; rows can be prepared meanwhile.
         while run.waiting or run.groups:
             run.queue_ready()
             run.start_groups()
             run.end_unneeded()
             run.poll()
-    except ray.exceptions.RayError as error:  # The mailbox is gone, so nobody can tell.
+    except ray.exceptions.RayError as error:  # Without the mailbox, the cause is unknown.
         session = next(iter(run.queued.values()), sessions[-1])
         raise run.failure(session, error) from error
     finally:
@@ -134,26 +134,26 @@ class _Run:
     ) -> None:
         self.scratch, self.resources, self.most = scratch, resources, most
         self.observe, self.keep_going = observe, keep_going
-        # On the driver's node: no lost worker node takes the records and sessions along.
+        # On the driver's node, so that losing a worker node does not lose records and sessions.
         self.mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
         self.waiting = {session.name: session for session in sessions}
         self.queued: dict[str, Session] = {}
-        """Handed to the mailbox and not finished."""
+        """In the mailbox or running."""
         self.groups: dict[Any, _Group] = {}
-        """By the reference that is ready when the group has ended."""
+        """By the Ray reference that becomes ready when the group ends."""
         self.running: dict[str, str] = {}
         """The session that each group is running."""
         self.worked: set[str] = set()
-        """The groups that ever ran a session."""
+        """Groups that have run a session."""
         self.started = 0
         self.states: dict[str, Record] = {}
         """The last state record of each artifact."""
         self.failures: list[StageFailed] = []
         self.lost: set[str] = set()
-        """Sessions that failed, and those that need them."""
+        """Failed sessions, and sessions that need them."""
 
     def start_group(self, train: bool) -> None:
-        """Start a group, which takes sessions of its kind until there are no more."""
+        """Start a group, which runs queued sessions of its kind until there are no more."""
         self.started += 1
         group = _Group(f"group {self.started}", train)
         start = run_group.options(scheduling_strategy=here()).remote
@@ -171,7 +171,7 @@ class _Run:
             raise RuntimeError(f"sessions wait for each other: {sorted(self.waiting)}")
 
     def start_groups(self) -> None:
-        """Start groups for the sessions that are queued, as far as there is room."""
+        """Start groups for the queued sessions, up to the number that fits."""
         for train in (True, False):
             wanted = sum(session.train == train for session in self.queued.values())
             alive = sum(group.train == train for group in self.groups.values())
@@ -179,7 +179,7 @@ class _Run:
                 self.start_group(train)
 
     def end_unneeded(self) -> None:
-        """End the groups of a kind once no session of it is left to take."""
+        """End idle groups of a kind once no session of that kind is waiting."""
         for train in (True, False):
             if any(session.train == train for session in self.waiting.values()):
                 continue
@@ -188,10 +188,10 @@ class _Run:
             if names <= set(self.running.values()):
                 for ref, group in self.groups.items():
                     if group.train == train and group.name not in self.worked:
-                        ray.cancel(ref)  # Still starting, which may take long.
+                        ray.cancel(ref)  # It may still be starting, which can take long.
 
     def poll(self) -> None:
-        """Wait a moment, then see what the groups report and which of them ended."""
+        """Wait briefly, then process what the groups report and which of them ended."""
         ended, _ = ray.wait(list(self.groups), timeout=_POLL_SECONDS)
         records, finished, self.running = ray.get(self.mailbox.take.remote())
         self.worked |= self.running.keys()
@@ -205,7 +205,7 @@ class _Run:
                 self._fail(session, error)
 
     def _see(self, records: Sequence[Record]) -> None:
-        """Pass records on, without failures that only follow from a first one."""
+        """Forward records to `observe`, without failures that are consequences of the first one."""
         shown = []
         for record in records:
             artifact = str(record["artifact"])
@@ -230,7 +230,7 @@ class _Run:
         self.waiting = {n: s for n, s in self.waiting.items() if n not in self.lost}
 
     def failure(self, session: Session, error: Exception) -> StageFailed:
-        """Which stage of a session failed, and why."""
+        """The failed stage of a session, with the reason."""
         states = {stage.name: self.states.get(stage.folder.name, {}) for stage in session.stages}
         for stage, record in states.items():
             if record.get("state") == "failed":
@@ -242,7 +242,7 @@ class _Run:
 
 
 def _error_of(ref: Any) -> Exception | None:
-    """Why a group ended; None if it came to the end of the queue."""
+    """The error that ended a group; None if it ended normally."""
     try:
         ray.get(ref)
     except ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""Runs the stages of a session in this process, one after the other, each into its artifact."""
+"""Runs the stages of a session in this process."""
 
 import os
 import traceback
@@ -18,11 +18,11 @@ from pipeline.storage import artifact
 
 
 def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) -> None:
-    """Run stages one after the other, each into its artifact; skip the complete ones.
+    """Run stages in order, each into its artifact, and skip complete ones.
 
     Collective: call on every rank. Rank 0 writes, and waits while another run makes the same
     artifact. Emits `{"artifact", "state"}` records: started, finished, or failed with `error` and
-    `traceback`. A rank that was lost emits nothing, and neither do the ranks that lost it.
+    `traceback`. If a rank is lost, neither it nor the other ranks emit a failure.
     """
     verified: set[Path] = set()
     for stage in stages:
@@ -55,7 +55,7 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
 
 @contextmanager
 def _emitting_failure(stage: ResolvedStage, emit: Emit) -> Iterator[None]:
-    """Emit why the stage fails before the error ends this worker."""
+    """Emit why the stage failed before the error ends this worker."""
     try:
         yield
     except BaseException as error:
@@ -67,8 +67,8 @@ def _emitting_failure(stage: ResolvedStage, emit: Emit) -> Iterator[None]:
 
 
 def _verify_inputs(stage: ResolvedStage, verified: set[Path]) -> None:
-    """Compare the contents of artifacts with their hashes, once per session."""
-    # With a shared folder rank 0 checks for all; a bucket's copies are each machine's own.
+    """Compare the input files with their recorded hashes, once per session."""
+    # Rank 0 verifies a shared folder for all ranks. With a bucket, each machine has its own copy.
     if distributed.rank() == 0 or not stage.storage.shared:
         for folder in stage.inputs.values():
             if folder not in verified and (folder / artifact.MANIFEST).exists():

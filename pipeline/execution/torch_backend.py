@@ -1,4 +1,4 @@
-"""How the workers of a group find each other over the network."""
+"""The network interface through which the workers of a group connect."""
 
 import os
 from typing import Any
@@ -12,14 +12,14 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class ReachableConfig(TorchConfig):
-    """Ray Train's own, but that gloo listens where Ray reaches the worker's node.
+    """Ray Train's `TorchConfig`, with gloo on the interface through which Ray reaches the node.
 
-    By itself gloo takes the address of the host's name, which on many machines is 127.0.1.1.
+    By default, gloo uses the address that the host name resolves to, often 127.0.1.1.
     """
 
     @property
     def backend_cls(self) -> Any:
-        """What Ray Train calls to set up the workers."""
+        """The class through which Ray Train sets up the workers."""
         return _Backend
 
 

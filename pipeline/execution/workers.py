@@ -1,7 +1,8 @@
-"""Groups of workers: processes that run one session after another, as they take them.
+"""Groups of workers: processes that take sessions from the mailbox and run them.
 
-Starting a Ray Train worker group costs more than many a session, so a group stays for the next one.
-What only stages need is imported by those who run them: a process that starts workers is up sooner.
+Starting a Ray Train worker group often takes longer than a session, so a group stays for the next
+session. Functions that run stages import torch and the stages themselves, so that the process that
+starts the workers is ready sooner.
 """
 
 import platform
@@ -28,27 +29,28 @@ if TYPE_CHECKING:
     from pipeline.stages.context import Emit
 
 LOSSES = 3
-"""Losses of a session at the same place after which it counts as failed."""
+"""A session that is lost this many times at the same place has failed."""
 _POLL_SECONDS = 0.2
 
 
 def here() -> NodeAffinitySchedulingStrategy:
-    """Places on the caller's node what must not be lost with another one."""
+    """A scheduling strategy: on the caller's node, to survive the loss of any other."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def run_group(group: str, train: bool, resources: Resources, mailbox: Any, scratch: Path) -> None:
-    """Take sessions from the mailbox and run them: on Ray Train workers, or in this process.
+    """Take sessions from the mailbox and run them on Ray Train workers, or in this process.
 
-    `scratch` is a folder for Ray Train's own files that all nodes see (with a bucket, this one). A
-    group that loses a worker is started again, and its session resumes at the first unfinished
-    stage, until it was lost `LOSSES` times without another finished stage or checkpoint. If no node
-    can take its workers, the group waits for `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and fails.
+    `scratch` is a folder for Ray Train's own files that all nodes see; with a bucket, only this
+    node needs it. A group that loses a worker restarts, and its session resumes at the first
+    unfinished stage. The session fails once it was lost `LOSSES` times without finishing another
+    stage or checkpoint. If no node can fit the workers, the group waits for
+    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and then fails.
     """
 
     def emit(records: list[Any]) -> None:
-        # Waiting keeps records in order, and delivers them before a failing worker dies.
+        # Waiting keeps the records in order and delivers them before a failing worker exits.
         ray.get(mailbox.put.remote(records))
 
     losses, marker = 0, None
@@ -90,9 +92,9 @@ def _in_this_process(group: str, first: int, mailbox: Any, emit: "Emit") -> None
 
 
 def _sessions(group: str, train: bool, first: int, mailbox: Any) -> Iterator[Session]:
-    """The group's sessions from the `first`-th on, as they come.
+    """Sessions of the group as they become ready, starting with number `first`.
 
-    Every rank asks by itself: a rank that waited in a collective could time out.
+    Every rank polls the mailbox itself, because waiting in a collective could time out.
     """
     for index in count(first):
         while (taken := ray.get(mailbox.next.remote(group, train, index))) is None:
@@ -103,7 +105,7 @@ def _sessions(group: str, train: bool, first: int, mailbox: Any) -> Iterator[Ses
 
 
 def _unfinished(group: str, train: bool, mailbox: Any) -> Sequence[ResolvedStage]:
-    """What is left of the session that the group is running, or would run next."""
+    """Unfinished stages of the session that the group is running or would run next."""
     done = ray.get(mailbox.number_done.remote(group))
     taken = ray.get(mailbox.next.remote(group, train, done))
     return [stage for stage in ray.get(taken[0]).stages if not stage.is_complete()] if taken else []
@@ -144,7 +146,7 @@ def _on_workers(
             run_stages(session.stages, context, emit)
             if context.is_first_worker:
                 ray.get(mailbox.finish.remote(group))
-            del context  # Frees the model: the next session may be long in coming.
+            del context  # Frees the model while waiting for the next session.
             torch.cuda.empty_cache()
 
     TorchTrainer(
@@ -158,7 +160,8 @@ def _on_workers(
         run_config=RunConfig(
             name=f"group-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
-            # Ray Train cannot tell a stage's own error, which would repeat, from a lost worker.
+            # Restarts are ours: Ray Train cannot tell an error of a stage, which would recur, from
+            # the loss of a worker.
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=0, controller_failure_limit=0
             ),
@@ -167,7 +170,7 @@ def _on_workers(
 
 
 def _check_scratch(scratch: Path, stage: ResolvedStage, emit: "Emit") -> None:
-    """Refuse to run on a node that does not see the folder Ray Train made on the driver's node."""
+    """Fail if this node does not see the folder that Ray Train made on the driver's node."""
     if stage.storage.shared and not scratch.is_dir():
         why = f"storage: node {platform.node()} does not see {scratch.parent} of the driver's node"
         _refuse(why, stage, emit)
@@ -183,7 +186,7 @@ def _found_no_room(error: Exception) -> bool:
 
 
 def _check_room(resources: Resources, stage: ResolvedStage, emit: "Emit") -> None:
-    """Refuse to wait longer if no node could take the workers even with nothing else running."""
+    """Fail if the workers would not fit even with nothing else running; else wait longer."""
     try:
         side_by_side(resources, nodes())
     except InputError as error:

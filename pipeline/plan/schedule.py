@@ -1,8 +1,8 @@
-"""Which stages are missing, gathered into sessions.
+"""Groups the unfinished stages into sessions.
 
-A *session* is a list of stages that one group of workers runs one after the other, with the model
-kept in memory. Every stage still writes its own artifact, so an interrupted session resumes at its
-first unfinished stage.
+A *session* is a list of stages that one group of workers runs in order, with the model kept in
+memory. Every stage still writes its own artifact, so an interrupted session resumes at its first
+unfinished stage.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True)
 class Session:
-    """Unfinished stages that run in one place, in order."""
+    """Unfinished stages that one group of workers runs in order."""
 
     name: str
     stages: tuple[ResolvedStage, ...]
@@ -28,11 +28,10 @@ class Session:
 
 
 def sessions(plans: Mapping[str, Sequence[Stage]], storage: Storage) -> list[Session]:
-    """The sessions that complete every plan (stages by run), in an order that can be run.
+    """The sessions that complete every plan (stages by run), in dependency order.
 
-    Stages whose artifact is complete, and stages that only such stages need, are skipped. Sessions
-    are split by the set of runs that need them: what runs share is computed once, and before what
-    they do not share.
+    Complete stages, and stages that only complete stages need, are skipped. Sessions are split by
+    the set of runs that need them, so shared stages are computed once, before all others.
     """
     stage_of: dict[Path, tuple[Stage, ResolvedStage]] = {}
     owners: dict[Path, set[str]] = {}
@@ -83,7 +82,7 @@ def needed_for(goals: Sequence[Stage], stages: Sequence[Stage]) -> tuple[Stage, 
 
 
 def _missing(stages: Sequence[Stage], resolved: Mapping[str, ResolvedStage]) -> list[Stage]:
-    """Unfinished stages that a final stage needs, in dependency order."""
+    """Unfinished stages that the final stages need, in dependency order."""
     inner = {
         source.name for s in stages for source in s.inputs.values() if isinstance(source, Stage)
     }

@@ -1,4 +1,4 @@
-"""Stages, the nodes of the DAG, and where their artifacts are."""
+"""Stages, which are the nodes of the DAG, and the artifacts they resolve to."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from pipeline.stages.context import Context
 
 StageFunction = Callable[[Mapping[str, Any], Mapping[str, Path], Path, "Context"], None]
-"""`fn(config, inputs, out_dir, context)`: reads input folders, writes into out_dir."""
+"""`fn(config, inputs, out_dir, context)` reads the input folders and writes into out_dir."""
 
 
 @dataclass(frozen=True)
 class External:
-    """An input that no stage made: a file, or the files of a folder that fit a pattern."""
+    """An input that no stage makes: a file, or the files in a folder that match a pattern."""
 
     path: Path
     patterns: tuple[str, ...] = ("*",)
@@ -27,49 +27,49 @@ class External:
 
 @dataclass(frozen=True)
 class Stage:
-    """One node. Two stages with the same function, config and inputs are one artifact."""
+    """One node. Two stages with the same function, config and inputs share one artifact."""
 
     name: str
-    """Readable and unique in its plan, such as `train/2-rivers`."""
+    """Unique within the plan, such as `train/2-rivers`."""
     fn: StageFunction
     config: Mapping[str, Any]
-    """JSON: everything but the inputs that the result depends on."""
+    """Everything that the result depends on except the inputs, as JSON."""
     inputs: Mapping[str, "Stage | External"] = field(default_factory=dict)
     session: str = ""
     """Stages with the same session name and owners run in one session."""
     train: bool = False
-    """Needs Ray Train workers; a session of others runs in one plain Ray task."""
+    """Whether the stage needs Ray Train workers; otherwise it runs in a plain Ray task."""
     reads: tuple[str, ...] | None = None
-    """The only files that it reads of its inputs; None for all."""
+    """The only files it reads from its inputs; None means all."""
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage with its fingerprint, and so with its place in a storage; sent to the workers."""
+    """A stage with its fingerprint and its folder in a storage. Workers receive these."""
 
     name: str
     fn: StageFunction
     config: Mapping[str, Any]
     inputs: Mapping[str, Path]
     folder: Path
-    """The artifact, on this machine."""
+    """The artifact's folder on this machine."""
     record: Mapping[str, Any]
-    """Goes into the manifest; holds the fingerprint."""
+    """Written to the manifest; includes the fingerprint."""
     storage: Storage
     reads: tuple[str, ...] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of agcl's version, the function's name, the config and the inputs' fingerprints."""
+        """Hash of agcl's version, the function's name, the config and the input fingerprints."""
         return str(self.record["fingerprint"])
 
     @property
     def place(self) -> str:
-        """Where a user finds the artifact."""
+        """Path or URI of the artifact, for messages."""
         return self.storage.place(self.folder)
 
     def is_complete(self) -> bool:
-        """Whether the artifact is there. Raises `CorruptArtifact` if it is damaged."""
+        """Whether the artifact is complete. Raises `CorruptArtifact` if it is damaged."""
         return self.storage.is_complete(self.folder, self.fingerprint)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -77,18 +77,18 @@ class ResolvedStage:
         return self.storage.manifest(self.folder)
 
     def read(self, file: str) -> bytes | None:
-        """The content of one file of the finished artifact, or None if it has no such file."""
+        """The content of a file in the finished artifact, or None if there is no such file."""
         return self.storage.read(self.folder, file)
 
     def fetch(self) -> None:
-        """Make the finished artifact readable on this machine."""
+        """Make the finished artifact available on this machine."""
         self.storage.fetch(self.folder)
 
 
 def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStage]:
-    """Resolved stages by name, in dependency order; equal stages share one folder.
+    """Resolved stages by name, in dependency order. Equal stages share one folder.
 
-    Hashes every external input once. Runs nothing.
+    Hashes every external input once and runs nothing.
     """
     hashes: dict[External, str] = {}
     resolved: dict[str, ResolvedStage] = {}
@@ -113,7 +113,7 @@ def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStag
         }
         key = artifact.fingerprint(identity)
         first = by_fingerprint.get(key)
-        # Named by the function, so that a stage that two plans call differently is one folder.
+        # Named after the function: plans that name an equal stage differently share its folder.
         kind, slash, rest = stage.name.partition("/")
         readable = f"{stage.fn.__name__}-{rest}" if slash else kind
         folder = storage.root / STAGES / f"{artifact.folder_name(readable)}-{key[:8]}"

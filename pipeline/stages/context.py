@@ -36,6 +36,8 @@ class Context:
     """Where the running stage's out_dir is moved when the stage is complete."""
     shard_model: bool = False
     """Whether the model is sharded across the workers."""
+    ray_data: bool = True
+    """Whether prepare stages encode rows with Ray Data, or in this process."""
     checkpoint_minutes: float = 0.0
     checkpoint: Checkpoint | None = None
     """Where the running stage saves its training state, and resumes from."""
@@ -85,13 +87,15 @@ class StageLog:
         self.name, self.emit, self.interval = name, emit, interval
         self.lines = file.open("a", encoding="utf-8")
         self.waiting: list[Record] = []
-        self.sent = time.monotonic()
+        self.started = self.sent = time.monotonic()
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of one step."""
-        self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.waiting.append({"artifact": self.name, "step": step, **metrics})
-        if time.monotonic() - self.sent >= self.interval:
+        """Record metrics of one step, with `seconds` since the stage started."""
+        now = time.monotonic()
+        line = {"step": step, **metrics, "seconds": round(now - self.started, 4)}
+        self.lines.write(json.dumps(line) + "\n")
+        self.waiting.append({"artifact": self.name, **line})
+        if now - self.sent >= self.interval:
             self._send()
 
     def _send(self) -> None:

@@ -1,7 +1,6 @@
 """Prepare: render and tokenize a task's rows with Ray Data into memory-mapped Arrow files."""
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,14 @@ def prepare(
     files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
     task = open_task(config["task"], files, config["selection"])
     summary: dict[str, dict[str, int]] = {}
+    encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)
         with (
             pa.OSFile(str(out_dir / rows_file(split)), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
-            for table in _encoded(source, tokenizer, chat=config["chat_template"]):
+            for table in encoded(source, tokenizer, chat=config["chat_template"]):
                 writer.write_table(_usable(table, config["max_length"], counts))
                 context.log({"rows": counts["rows"]}, counts["rows"])
         if not counts["rows"]:
@@ -66,7 +66,15 @@ def prepare(
     )
 
 
-def _encoded(
+def _encoded_here(
+    source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> Iterator[pa.Table]:
+    rows = source()
+    while block := list(islice(rows, _BLOCK_ROWS)):
+        yield encode(tokenizer, block, chat=chat)
+
+
+def _encoded_by_ray(
     source: RowSource, tokenizer: PreTrainedTokenizerBase, *, chat: bool
 ) -> Iterator[pa.Table]:
     import ray.data
@@ -78,21 +86,13 @@ def _encoded(
     context.target_max_block_size = _BLOCK_BYTES
     # One streaming task. num_cpus=0, because workers that wait for these rows may hold all CPUs.
     dataset: Any = ray.data.from_items([None]).map_batches(
-        partial(_encode, source=source, tokenizer=tokenizer, chat=chat),
+        lambda _: _encoded_here(source, tokenizer, chat=chat),
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=0,
     )
     for table in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
         yield table.cast(SCHEMA)
-
-
-def _encode(
-    _: pa.Table, source: RowSource, tokenizer: PreTrainedTokenizerBase, chat: bool
-) -> Iterator[pa.Table]:
-    rows = source()
-    while block := list(islice(rows, _BLOCK_ROWS)):
-        yield encode(tokenizer, block, chat=chat)
 
 
 def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:

@@ -1,6 +1,6 @@
-"""Artifacts: folders that are whole or not there.
+"""Artifacts: folders that are either complete or absent.
 
-A stage writes into `<folder>.part`, which is renamed to `<folder>` once `manifest.json` is in it.
+A stage writes into `<folder>.part`, which is renamed to `<folder>` once it has a `manifest.json`.
 The manifest records what the folder was made from and the hash of every file.
 """
 
@@ -28,11 +28,11 @@ _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
 
 
 class CorruptArtifact(InputError):
-    """A finished artifact whose files are not what its manifest says."""
+    """A finished artifact whose files do not match its manifest."""
 
 
 def fingerprint(what: Any) -> str:
-    """SHA-256 of a JSON value, keys sorted."""
+    """SHA-256 of a JSON value with sorted keys."""
     text = json.dumps(what, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -44,10 +44,10 @@ def file_hash(file: Path) -> str:
 
 
 def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
-    """SHA-256 over names and contents of a file, or of a folder's files that fit a pattern.
+    """SHA-256 of a file, or of the names and contents of a folder's files that match a pattern.
 
-    A file that is as large and as old as before in this process is not read again: a search asks
-    for the hash of its base model with every trial.
+    Within a process, a file is read again only if its size or modification time has changed: a
+    search asks for the hash of its base model in every trial.
     """
     if path.is_file():
         return _hash_of(path)
@@ -66,10 +66,7 @@ def _hash_as_of(file: Path, size: int, changed: int) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished artifact; None where there is none.
-
-    Raises `CorruptArtifact` where it cannot be read.
-    """
+    """The manifest of a finished artifact, or None. Raises `CorruptArtifact` if it is invalid."""
     try:
         return parse_manifest((folder / MANIFEST).read_bytes(), folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def parse_manifest(content: bytes, place: Path | str) -> dict[str, Any]:
-    """The manifest in a file's content. Raises `CorruptArtifact` that names the place."""
+    """The manifest in a file's content. Raises `CorruptArtifact`, which names the place."""
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -92,9 +89,9 @@ def parse_manifest(content: bytes, place: Path | str) -> dict[str, Any]:
 
 
 def is_complete(folder: Path, expected: str) -> bool:
-    """Whether the folder is a finished artifact of this fingerprint with all its files.
+    """Whether the folder is a finished artifact with this fingerprint and all its files.
 
-    Compares sizes; `verify` compares contents. Raises `CorruptArtifact`.
+    Compares file sizes; `verify` compares contents. Raises `CorruptArtifact`.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -102,20 +99,20 @@ def is_complete(folder: Path, expected: str) -> bool:
             raise CorruptArtifact(corrupt(folder, f"it has no {MANIFEST}"))
         return False
     if manifest["fingerprint"] != expected:
-        raise CorruptArtifact(corrupt(folder, "its fingerprint is another"))
+        raise CorruptArtifact(corrupt(folder, "it has a different fingerprint"))
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise CorruptArtifact(corrupt(folder, f"{name} is missing"))
         if file.stat().st_size != entry["bytes"]:
-            raise CorruptArtifact(corrupt(folder, f"{name} has another size than was written"))
+            raise CorruptArtifact(corrupt(folder, f"{name} has a different size than was written"))
     return True
 
 
 def verify(folder: Path, only: Collection[str] | None = None) -> None:
-    """Compare every file, or those of these names, with its recorded hash.
+    """Compare every file, or only the named ones, with its recorded hash.
 
-    Raises `CorruptArtifact` naming the file.
+    Raises `CorruptArtifact`, which names the file.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -130,10 +127,10 @@ def verify(folder: Path, only: Collection[str] | None = None) -> None:
 
 @contextmanager
 def claimed(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the right to make an artifact or another file or folder, after waiting for its holder.
+    """Hold the exclusive right to make an artifact, or another file or folder.
 
-    A lock on `<path>.lock`, which the end of the process frees however it comes. `on_wait` is
-    called before waiting.
+    Waits for another holder, after calling `on_wait`. The lock is on `<path>.lock`, and the system
+    releases it when the process ends, however it ends.
     """
     file = _lock_of(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +144,7 @@ def claimed(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 break
-        os.close(descriptor)  # Whoever held it has removed the file: take a new one.
+        os.close(descriptor)  # The last holder has removed the file: lock a new one.
     try:
         yield
     finally:
@@ -156,18 +153,18 @@ def claimed(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def folder_name(stage_name: str) -> str:
-    """A stage's name as the name of a folder."""
+    """A stage's name as a folder name."""
     return re.sub(r"[^\w.-]", "_", stage_name.replace("/", "-"))
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """The file beside an artifact that tells where making it goes on."""
+    """The training checkpoint of an unfinished artifact, beside its folder."""
     return folder.with_name(folder.name + ".checkpoint")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove lock and checkpoint that a killed process left beside what is finished."""
-    for file in path.parent.glob(f"{checkpoint_of(path).name}*"):  # It, or the one being written.
+    """Remove the lock and checkpoint that a killed process left beside a finished artifact."""
+    for file in path.parent.glob(f"{checkpoint_of(path).name}*"):  # Also a partly written one.
         file.unlink(missing_ok=True)
     if _lock_of(path).exists():
         with claimed(path):
@@ -180,9 +177,9 @@ def _lock_of(path: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield `<folder>.part`, empty; on leaving normally seal it with a manifest and rename it.
+    """Yield an empty `<folder>.part`; on normal exit, add the manifest and rename it.
 
-    `record` must hold the fingerprint. After an exception the part is removed.
+    `record` must contain the fingerprint. After an exception, the part is removed.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -195,7 +192,7 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
             **record,
             **provenance(),
             "started": started,
-            "seconds": round(time.monotonic() - clock, 3),  # The clock may be set.
+            "seconds": round(time.monotonic() - clock, 3),  # The system clock may be changed.
             "files": {
                 str(f.relative_to(part)): {"bytes": f.stat().st_size, "sha256": file_hash(f)}
                 for f in files
@@ -212,12 +209,12 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON aside, flush it to disk, then rename."""
+    """Write a JSON file atomically: to a temporary file, flushed to disk, then renamed."""
     write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file aside, flush it to disk, then rename."""
+    """Write a text file atomically: to a temporary file, flushed to disk, then renamed."""
     aside = file.with_name(file.name + ".part")
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
@@ -226,7 +223,7 @@ def write_text(file: Path, text: str) -> None:
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Git commit of the code and versions of what it runs on."""
+    """Git commit of the code, and versions of Python and packages."""
     root = Path(agcl.__file__).parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -249,5 +246,5 @@ def _sync(path: Path) -> None:
 
 
 def corrupt(place: Path | str, why: str) -> str:
-    """One line that says which artifact is damaged, and what to do."""
+    """One line that says which artifact is damaged and what to do about it."""
     return f"artifact {place} is corrupt: {why}; delete that folder to compute it again"

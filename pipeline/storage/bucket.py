@@ -1,9 +1,9 @@
-"""A storage in a bucket, with a cache of what was used on each machine's disk.
+"""A storage in a bucket, with a cache on each machine's disk.
 
-A bucket has no rename, so a manifest decides. An artifact's files go to
-`<uri>/stages/<artifact>/<attempt>/`; `<uri>/stages/<artifact>/manifest.json`, written last, names
-the attempt, and without it there is no artifact. The attempt is a hash of all contents, so two
-uploads at once never mix files, and an upload that was cut off resumes with the missing files.
+A bucket cannot rename, so the manifest commits an artifact. Files go to
+`<uri>/stages/<artifact>/<attempt>/`, and then `<uri>/stages/<artifact>/manifest.json`, which names
+the attempt; without it there is no artifact. The attempt is a hash of all contents, so concurrent
+uploads never mix files, and an interrupted upload resumes with the missing files.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from agcl.files.checkpoint import Checkpoint
 
 CACHE = "AGCL_CACHE"
-"""Environment variable: the folder of the caches on this machine, `~/.cache/agcl` by default."""
+"""Environment variable: the folder for caches on this machine, `~/.cache/agcl` by default."""
 _TEMPORARY = (".part", ".lock")
-"""Suffixes of files that are no results."""
+"""Suffixes of files that are not results."""
 
 
 @dataclass(frozen=True)
 class Bucket(Storage):
-    """An object store (`s3://bucket/prefix`, `gs://...`), or whatever else `pyarrow.fs` opens.
+    """An object store (`s3://bucket/prefix`, `gs://...`), or anything else that `pyarrow.fs` opens.
 
-    Methods that ask the store raise `StoreFailed`.
+    Methods that access the store raise `StoreFailed`.
     """
 
     uri: str
@@ -75,7 +75,7 @@ class Bucket(Storage):
     def is_complete(self, folder: Path, fingerprint: str) -> bool:
         manifest = self.manifest(folder)
         if manifest and manifest["fingerprint"] != fingerprint:
-            raise self._corrupt(folder, "its fingerprint is another")
+            raise self._corrupt(folder, "it has a different fingerprint")
         return manifest is not None
 
     @override
@@ -111,10 +111,10 @@ class Bucket(Storage):
 
     @override
     def fetch(self, folder: Path, names: Collection[str] | None = None) -> Path:
-        """Download an artifact; one process does, the others on its machine wait.
+        """Download an artifact. Other processes on this machine wait for the one that does.
 
         With `names`, only those files are downloaded, into a folder beside the artifact's. Raises
-        `CorruptArtifact` if a file is not what its manifest says.
+        `CorruptArtifact` if a file does not match the manifest.
         """
         if folder.exists() or folder.parent != self.root / STAGES:
             return folder
@@ -149,7 +149,7 @@ class Bucket(Storage):
 
     @override
     def publish(self, folder: Path) -> None:
-        """Upload an artifact, its manifest last."""
+        """Upload an artifact, manifest last."""
         manifest = artifact.read_manifest(folder)
         assert manifest is not None, folder
         attempt = artifact.fingerprint(manifest["files"])[:16]
@@ -173,10 +173,9 @@ class Bucket(Storage):
     def checkpoint(self, folder: Path, fingerprint: str, seconds: float) -> "Checkpoint":
         """A checkpoint that survives the loss of its machine.
 
-        Training does not fail with an upload; then there is only an older checkpoint, or none.
+        A failed upload does not end training; an older checkpoint, or none, remains in the bucket.
         """
-
-        from agcl.files.checkpoint import Checkpoint  # It imports torch.
+        from agcl.files.checkpoint import Checkpoint  # Imports torch.
 
         def ignoring_failures(do: Any) -> Any:
             def attempt(file: Path) -> None:
@@ -206,14 +205,14 @@ class Bucket(Storage):
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # The first error says more.
+            with suppress(OSError):  # The first error is the informative one.
                 self.save_results(folder)
             raise
         self.save_results(folder)
 
     @override
     def save_results(self, folder: Path) -> None:
-        """Upload a run's files, and those of folders in it, but no links, locks or scratch."""
+        """Upload a run's files recursively, without links, locks and temporary files."""
         object_store.for_each(_results(folder), self._push)
 
     @override
@@ -239,11 +238,11 @@ class Bucket(Storage):
         aside.replace(file)
 
     def _modified(self, file: Path) -> int:
-        """When a file was uploaded, in nanoseconds since 1970; 0 without one."""
+        """Upload time of a file in nanoseconds since 1970; 0 if there is no file."""
         return object_store.info(self.uri, self._name(file)).mtime_ns or 0
 
     def _name(self, path: Path, *below: str) -> str:
-        """The name in the bucket of a path of the cache."""
+        """The name in the bucket of a path in the cache."""
         return "/".join([path.relative_to(self.root).as_posix(), *below])
 
     def _corrupt(self, folder: Path, why: str) -> CorruptArtifact:
@@ -252,7 +251,7 @@ class Bucket(Storage):
 
 @cache
 def _manifest(bucket: Bucket, folder: Path) -> dict[str, Any]:
-    """Cached once it exists: nothing changes it then. Raises `FileNotFoundError`."""
+    """Cached once it exists, since it never changes. Raises `FileNotFoundError`."""
     content = object_store.read(bucket.uri, bucket._name(folder, MANIFEST))
     manifest = artifact.parse_manifest(content, bucket.place(folder))
     if "attempt" not in manifest:
@@ -261,9 +260,9 @@ def _manifest(bucket: Bucket, folder: Path) -> dict[str, Any]:
 
 
 def bucket_of(uri: str) -> tuple[Bucket, Path]:
-    """The bucket that the URI of a run's folder lies in, and the folder on this machine.
+    """The bucket that contains a run, given the run's URI, and the run's folder on this machine.
 
-    Raises `InputError` if it lies in no storage.
+    Raises `InputError` if the URI is not inside a storage.
     """
     address, question, query = uri.partition("?")
     folder = address.rstrip("/")
@@ -274,7 +273,7 @@ def bucket_of(uri: str) -> tuple[Bucket, Path]:
         if object_store.info(bucket.uri, STAGES).type:
             return bucket, bucket.root / folder.removeprefix(f"{above}/")
         above = above.rpartition("/")[0]
-    raise InputError(f"{address}: no storage of runs and artifacts above it")
+    raise InputError(f"{address}: not inside a storage of runs and artifacts")
 
 
 def _results(folder: Path) -> Iterator[Path]:
@@ -288,7 +287,7 @@ def _results(folder: Path) -> Iterator[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file's path in a folder, whose parents are made. Names in a bucket are not trusted."""
+    """A file's path in a folder, with its parents made. Names in a bucket are not trusted."""
     file = folder / name
     if ".." in file.parts or file == folder or not file.is_relative_to(folder):
         raise CorruptArtifact(f"storage: refused a file named {name!r}")

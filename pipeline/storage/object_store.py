@@ -1,6 +1,6 @@
-"""Requests to an object store by its URI: retries, and errors of one line.
+"""Requests to an object store at a URI, with retries and one-line errors.
 
-Names of files are relative to the URI. `bucket.py` says what is stored under which name.
+File names are relative to the URI. `bucket.py` decides what is stored under which name.
 """
 
 import re
@@ -17,10 +17,10 @@ from agcl.errors import InputError
 from pipeline.secrets import masked
 
 _PAUSES = (1.0, 4.0, 16.0)
-"""Seconds before a request is sent again, beyond the retries of pyarrow itself."""
+"""Seconds before each retry, in addition to pyarrow's own retries."""
 _PERMANENT = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_|SIGNATURE|UNAUTHORIZED|EXPIRED")
 _REQUESTS = 8
-"""Files copied at the same time."""
+"""Number of concurrent copies."""
 T = TypeVar("T")
 
 
@@ -30,7 +30,7 @@ class StoreFailed(OSError):
 
 @cache
 def check(uri: str) -> None:
-    """Check once that the store can be read. Raises `InputError`."""
+    """Check, once per process, that the store can be read. Raises `InputError`."""
     try:
         store, root = _opened(uri)
         is_empty = not store.get_file_info(_below(root, recursive=False))
@@ -38,19 +38,19 @@ def check(uri: str) -> None:
         raise InputError(in_one_line(uri, error)) from None
     if is_empty and not _has_folders(store):  # A missing bucket looks like an empty one.
         bucket = root.partition("/")[0]
-        with suppress(OSError):  # The right to list a prefix need not include the bucket.
+        with suppress(OSError):  # Permission to list a prefix may not extend to the bucket.
             if not store.get_file_info(bucket).type:
                 raise InputError(f"storage: there is no bucket {bucket}")
 
 
 def info(uri: str, name: str) -> Any:
-    """Type, size and time of a file or folder; the type is false if it does not exist."""
+    """Type, size and time of a file or folder. The type is falsy if it does not exist."""
     store, root = _opened(uri)
     return _retried(uri, lambda: store.get_file_info(f"{root}/{name}"))
 
 
 def sizes(uri: str, folder: str) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by its path from there."""
+    """Size in bytes of every file below a folder, by relative path."""
     store, root = _opened(uri)
     at = f"{root}/{folder}"
     found = _retried(uri, lambda: store.get_file_info(_below(at)))
@@ -69,10 +69,10 @@ def read(uri: str, name: str) -> bytes:
 
 
 def write(uri: str, name: str, content: bytes) -> None:
-    """Write a small file, whole or not at all. Raises `StoreFailed`."""
+    """Write a small file atomically. Raises `StoreFailed`."""
     store, root = _opened(uri)
     path = f"{root}/{name}"
-    # A store with folders shows a file while it is written.
+    # File systems show a file while it is being written; object stores do not.
     aside = f"{path}.part" if _has_folders(store) else path
 
     def request() -> None:
@@ -113,13 +113,13 @@ def remove(uri: str, name: str) -> None:
 
 
 def for_each(items: Iterable[T], do: Callable[[T], Any]) -> None:
-    """Call `do` for all items, several at a time."""
+    """Call `do` for all items in several threads."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
         list(pool.map(do, items))
 
 
 def in_one_line(uri: str, error: Exception) -> str:
-    """What a user is told of an error: the store and the reason, without credentials."""
+    """An error as one line for the user: the store and the reason, without credentials."""
     if isinstance(error, StoreFailed):
         return str(error)
     text = " ".join(str(error).split())
@@ -128,8 +128,8 @@ def in_one_line(uri: str, error: Exception) -> str:
 
 @cache
 def _opened(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the URI's path in it."""
-    from pyarrow import fs  # Slow to import, and a local storage does without.
+    """The file system of a URI, and its path there."""
+    from pyarrow import fs  # Slow to import, and not needed for a local storage.
 
     store, root = fs.FileSystem.from_uri(uri)
     return store, root.rstrip("/")
@@ -151,10 +151,10 @@ def _has_folders(store: Any) -> bool:
 
 
 def _retried(uri: str, request: Callable[[], T]) -> T:
-    """The result of a request, sent again after pauses while the store fails.
+    """The result of a request, retried with pauses while the store fails. Raises `StoreFailed`.
 
-    Raises `StoreFailed`, but errors with a number as they are: they are the system's own (no such
-    file, no space left) and would come again.
+    Errors with an errno come from the operating system (no such file, no space left) and would
+    recur, so they are raised unchanged.
     """
     for pause in (*_PAUSES, None):
         try:

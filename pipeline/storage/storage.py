@@ -1,7 +1,7 @@
-"""What every storage can do, and the plain folder that is one.
+"""The interface of all storages, and the storage that is a plain folder.
 
-All paths that a storage takes and gives are on this machine, below `root`. A plain folder is
-itself that place; for a bucket it is a cache.
+All paths passed to or returned by a storage are on this machine, below `root`: the folder itself,
+or the cache of a bucket.
 """
 
 import os
@@ -25,10 +25,10 @@ STAGES = "stages"
 
 
 class Storage(ABC):
-    """Where the folders of runs and the artifacts of stages live."""
+    """Stores the folders of runs and the artifacts of stages."""
 
     shared: ClassVar[bool]
-    """Whether all nodes of a cluster see the same files below `root`."""
+    """Whether all nodes of the cluster see the same files below `root`."""
 
     @property
     @abstractmethod
@@ -38,20 +38,20 @@ class Storage(ABC):
     @property
     @abstractmethod
     def tracking_uri(self) -> str | None:
-        """Where MLflow records by default; None where there is no place for its database."""
+        """MLflow's default tracking URI; None if the storage cannot hold its database."""
 
     @abstractmethod
     def place(self, path: Path) -> str:
-        """Where a user finds what is at a path: the path, or its URI in a bucket."""
+        """The user-facing location of a path: the path itself, or its URI in a bucket."""
 
     def check(self) -> None:
-        """Raises `InputError` if the storage cannot be read. Writes nothing."""
+        """Raise `InputError` if the storage cannot be read. Writes nothing."""
         existing = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not existing.is_dir():
             raise InputError(f"storage: {existing} is not a folder")
 
     def check_writable(self) -> None:
-        """Raises `InputError` if the storage cannot be written."""
+        """Raise `InputError` if the storage cannot be written."""
         existing = next(path for path in (self.root, *self.root.parents) if path.exists())
         for folder in (existing, existing / STAGES):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
@@ -59,10 +59,10 @@ class Storage(ABC):
 
     @abstractmethod
     def is_complete(self, folder: Path, fingerprint: str) -> bool:
-        """Whether the artifact is complete. Raises `CorruptArtifact` if it is another one."""
+        """Whether the artifact is complete. Raises `CorruptArtifact` if it is a different one."""
 
     def publish_left_over(self, folder: Path, fingerprint: str) -> bool:
-        """Like `is_complete`, after finishing an upload that was cut off."""
+        """Finish an interrupted upload, if there is one; then like `is_complete`."""
         return self.is_complete(folder, fingerprint)
 
     @abstractmethod
@@ -71,57 +71,57 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, folder: Path, name: str) -> bytes | None:
-        """The content of one file of a complete artifact, or None if it has no such file."""
+        """The content of a file in a complete artifact, or None if there is no such file."""
 
     def fetch(self, folder: Path, names: Collection[str] | None = None) -> Path:
-        """Make an artifact, or only the files of these names, readable on this machine.
+        """Make an artifact, or only the named files, available on this machine.
 
-        Returns the folder to read from. Folders that are no artifacts are returned as they are.
+        Returns the folder to read from. Folders that are not artifacts are returned unchanged.
         """
         return folder
 
     @abstractmethod
     def publish(self, folder: Path) -> None:
-        """Make an artifact just written the storage's."""
+        """Add a new artifact, which is complete in its folder, to the storage."""
 
     def uri_of_files(self, folder: Path) -> str | None:
-        """Where the files of an artifact are when they need not be on this machine."""
+        """URI of an artifact's files if they may not be on this machine, else None."""
         return None
 
     def checkpoint(self, folder: Path, fingerprint: str, seconds: float) -> "Checkpoint":
-        """The checkpoint of the training that makes an artifact."""
-        from agcl.files.checkpoint import Checkpoint  # It imports torch.
+        """The training checkpoint of an artifact."""
+        from agcl.files.checkpoint import Checkpoint  # Imports torch.
 
         return Checkpoint(artifact.checkpoint_of(folder), fingerprint, seconds)
 
     def checkpoint_time(self, folder: Path) -> int:
-        """When that checkpoint was last written, in nanoseconds; 0 without one.
+        """Time of the last write of the checkpoint in nanoseconds; 0 if there is none.
 
-        Compare for equality only: the writer may have another clock.
+        Compare for equality only, since the writer's clock may differ.
         """
         file = artifact.checkpoint_of(folder)
         return file.stat().st_mtime_ns if file.exists() else 0
 
     def results(self, folder: Path) -> AbstractContextManager[None]:
-        """Work on a run's folder: current when entered, saved when left, also after an error."""
+        """Update a run's folder on entry and save it on exit, also after an error."""
         return nullcontext()
 
     @abstractmethod
     def save_results(self, folder: Path) -> None:
-        """Save a run's folder in the middle of the work on it."""
+        """Save a run's folder before the run has finished."""
 
     @abstractmethod
     def refresh(self, file: Path) -> None:
-        """Make one file of a run's folder current, which may remove it."""
+        """Update one file in a run's folder. Removes it if the storage has no such file."""
 
     def forget(self, file: Path) -> None:
-        """Remove one file of a run's folder for good."""
+        """Delete one file in a run's folder."""
         file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Local(Storage):
-    """A folder that all nodes of a cluster see."""
+    """A folder that all nodes of the cluster can see."""
 
     folder: Path
     shared = True

@@ -11,11 +11,9 @@ from reference.driver import Driver
 from reference.stored import move_to
 from rich.console import Console
 
-from agcl.tasks import encode
 from pipeline.config import loading
 from pipeline.execution.session import run_stages
 from pipeline.run import execute, open_run
-from pipeline.stages import prepare
 from pipeline.stages.context import Context
 from pipeline.storage import object_store
 
@@ -57,17 +55,6 @@ def copy_stages():
     return _copy_stages
 
 
-def _encoded(source, tokenizer, *, chat):
-    """What Ray Data gives, without it."""
-    yield encode(tokenizer, list(source()), chat=chat)
-
-
-@pytest.fixture
-def without_ray_data(monkeypatch):
-    """Prepare stages that run in this process encode their rows here."""
-    monkeypatch.setattr(prepare, "_encoded", _encoded)
-
-
 @pytest.fixture(scope="session")
 def run_in_process():
     """Runs a config's missing stages without Ray; gives the works by stage name."""
@@ -75,9 +62,7 @@ def run_in_process():
     def run(config):
         config.storage.root.mkdir(parents=True, exist_ok=True)
         works = open_run(config).resolved
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare, "_encoded", _encoded)
-            run_stages(list(works.values()), Context(), lambda records: None)
+        run_stages(list(works.values()), Context(ray_data=False), lambda records: None)
         return works
 
     return run

@@ -1,46 +1,116 @@
-"""What `agcl plan` foretells, against what a finished run took."""
+"""What `agcl plan` predicts, against what a run took."""
+
+import os
+import tempfile
+from dataclasses import replace
 
 import pytest
 
+from pipeline import estimate as estimates
 from pipeline.estimate import ProbeFailed, estimate
 from pipeline.run import open_run
 from pipeline.stages.files import IMPORTANCE_FILE
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.timeout(300)
+TIMED = {"pretrain", "train", "attribute", "evaluate"}
+GATE = "protect.0.kind=gate"
 
 
-def test_disk_and_kinds_are_those_of_the_finished_run(finished, tiny_config, tmp_path):
-    run = open_run(tiny_config(tmp_path / "storage", method="sequential"))
-    needs = estimate(run)
-    folders = {work.folder for work in finished.runs["sequential"].resolved.values()}
-    there = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
-    assert needs.disk_bytes == pytest.approx(there, rel=0.3)
-    assert set(needs.seconds) == {"pretrain", "train", "evaluate", "start"}
-    assert all(seconds > 0 for seconds in needs.seconds.values())
-    assert 2e8 < needs.worker_bytes < 4e9
+@pytest.fixture(scope="module")
+def measured(tiny_config, tmp_path_factory):
+    """A config's run, executed in one process, and the peak memory of that process."""
+    run = open_run(tiny_config(tmp_path_factory.mktemp("measured"), GATE))
+    return run, estimates._peak_of(list(run.resolved.values()), "cpu", 1)
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, which must be empty afterwards."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def test_the_estimate_is_close_to_what_the_run_took(measured, tiny_config, tmp_path):
+    run, peak = measured
+    needs = estimate(open_run(tiny_config(tmp_path / "storage", GATE)))
+    assert needs.worker_bytes == pytest.approx(peak, rel=0.15)
+    stages = run.resolved.values()
+    files = [f for stage in stages for f in stage.folder.rglob("*") if f.is_file()]
+    assert needs.disk_bytes == pytest.approx(sum(f.stat().st_size for f in files), rel=0.05)
+    weights = (run.resolved["train/2-valley"].folder / "model.safetensors").stat().st_size
+    assert needs.checkpoint_bytes == pytest.approx(3 * weights, rel=0.05)
+    assert needs.seconds.keys() == TIMED | {"start"}
+    for kind in TIMED:
+        took = sum(stage.manifest()["seconds"] for stage in stages if stage.fn.__name__ == kind)
+        assert took / 5 < needs.seconds[kind] < took * 5, kind
     assert not (tmp_path / "storage").exists()
 
 
-def test_what_is_done_needs_nothing_more(finished):
-    needs = estimate(finished.runs["gradient"])
+def test_a_finished_run_needs_nothing(measured):
+    needs = estimate(measured[0])
     assert needs.disk_bytes == 0
-    assert needs.seconds == {}
+    assert set(needs.seconds.values()) == {0.0}
 
 
-def test_a_run_that_protects_from_its_first_task_on_is_foretold_too(
-    finished, tiny_config, tmp_path
-):
-    """It has no plain training to tell from."""
-    works = finished.runs["gradient"].resolved
+def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, monkeypatch):
+    """The probe's own measurements are replaced, so that only the scaling is left."""
+    monkeypatch.setattr(estimates, "_peak_of", lambda *given: 1)
+    monkeypatch.setattr(estimates, "_add", lambda needs, stage, ratio, *given: _note(stage, ratio))
+    ratios = {}
+
+    def _note(stage, ratio):
+        ratios[stage.name] = ratio
+
+    config = tiny_config(tmp_path, GATE, "tasks.entities=100", "importance.samples=50")
+    assert config.training.epochs == 20
+    estimate(open_run(config))
+    # 400 rows per task and 64 of the base model, of which the probe takes at most 3 batches of 32.
+    assert ratios["prepare/valley"] == pytest.approx(800 / 192)
+    assert ratios["pretrain"] == config.model.pretraining.epochs
+    assert ratios["train/2-valley"] == pytest.approx(20 * 400 / 96)
+    assert ratios["attribute/2-valley"] == 1.0  # 50 samples in both.
+    assert ratios["evaluate/2-valley"] == pytest.approx((4 * 400 + 64) / (4 * 96 + 64))
+
+
+def test_a_given_model_that_is_protected_from_the_first_task_on(measured, tiny_config, tmp_path):
+    """The run then contains no stage that trains without protection."""
+    stages = measured[0].resolved
     settings = [
-        f"model.path={works['pretrain'].folder}",
-        f"importance.past=[{works['attribute/1-harbour'].folder / IMPORTANCE_FILE}]",
+        f"model.path={stages['pretrain'].folder}",
+        f"importance.past=[{stages['attribute/1-harbour'].folder / IMPORTANCE_FILE}]",
     ]
     run = open_run(tiny_config(tmp_path / "storage", *settings, method="gate"))
-    assert set(estimate(run).seconds) == {"train", "attribute", "evaluate", "start"}
+    assert estimate(run).seconds.keys() == (TIMED | {"start"}) - {"pretrain"}
+
+
+def test_a_checkpoint_of_an_adapter_holds_only_the_adapter(measured, tiny_config, tmp_path):
+    run = open_run(
+        tiny_config(
+            tmp_path / "storage",
+            f"model.path={measured[0].resolved['pretrain'].folder}",
+            method="lora",
+        )
+    )
+    needs = estimate(run)
+    assert 0 < needs.checkpoint_bytes < needs.disk_bytes / 4
 
 
 def test_a_stage_that_fails_is_named_with_its_error(tiny_config, tmp_path):
     run = open_run(tiny_config(tmp_path / "storage", "training.learning_rate=1e30"))
-    with pytest.raises(ProbeFailed, match=r"train/1-harbour: NonFiniteLoss: loss"):
+    with pytest.raises(
+        ProbeFailed, match=r"train/1-harbour: loss .* at step 2 of 2; lower training\."
+    ):
         estimate(run)
+
+
+def die(config, inputs, out_dir, context):
+    os._exit(9)
+
+
+def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
+    stage = replace(measured[0].resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
+    with pytest.raises(ProbeFailed, match="killed, most likely out of memory"):
+        estimates._peak_of([stage], "cpu", 1)

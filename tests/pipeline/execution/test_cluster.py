@@ -2,18 +2,14 @@
 
 import json
 import subprocess
-import time
 import tomllib
-from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
-from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from agcl.errors import InputError
-from jobs import spot_first
 from pipeline.config.check import check_inputs
 from pipeline.config.config import Resources
 from pipeline.config.loading import validate
@@ -158,39 +154,19 @@ def test_cluster_yaml_tells_jobs_where_things_are_and_what_it_grows_to(tmp_path)
     assert says.pop("count") == CLUSTER["max_workers"]
     assert all(node["resources"] == says for node in types.values())
     assert found["RAY_AUTH_MODE"] == "token"
-    module, _, function = found["RAY_AUTOSCALER_UTILIZATION_SCORER"].partition(".")
-    assert CLUSTER["file_mounts"][f"/home/ubuntu/agcl/{module}.py"] == f"./jobs/{module}.py"
-    assert callable(getattr(spot_first, function))
     assert found["PATH"].split(":")[0] == f"{tmp_path}/agcl/venv/bin"
     assert any(f" {Path(found['AGCL_STORAGE']).parent})" in c for c in commands)  # Mounted.
     (mlflow,) = [c for c in CLUSTER["head_start_ray_commands"] if "mlflow server" in c]
     assert f"--port {found['MLFLOW_TRACKING_URI'].rpartition(':')[2]} " in mlflow
 
 
-def test_spot_nodes_come_first_and_on_demand_nodes_stand_in():
-    """By Ray's own autoscaler: what it starts for eight sessions that wait for a GPU each."""
-    from ray.autoscaler._private import node_provider_availability_tracker as tracker
-    from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
-
-    types = CLUSTER["available_node_types"]
-    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    for name in ("head", "gpu_on_demand"):
-        assert "InstanceMarketOptions" not in types[name]["node_config"]
-    aws = tracker.NodeProviderAvailabilityTracker()
-
-    def started():
-        score = partial(spot_first.score, node_availability_summary=aws.summary())
-        waiting = [{"CPU": 1, "GPU": 1}] * 8
-        added, unplaced = get_nodes_for(types, {"head": 1}, "head", 8, waiting, score)
-        assert unplaced == []
-        return added
-
-    assert started() == {"gpu_spot": 8}
-    refused = NodeLaunchException("InsufficientInstanceCapacity", "no spot capacity", None)
-    aws.update_node_availability("gpu_spot", int(time.time()), refused)
-    assert started() == {"gpu_on_demand": 8}
-    aws.update_node_availability("gpu_spot", int(time.time()), None)
-    assert started() == {"gpu_spot": 8}
+def test_only_workers_are_spot_machines():
+    """Losing the head ends every job."""
+    options = {
+        name: node["node_config"].get("InstanceMarketOptions")
+        for name, node in CLUSTER["available_node_types"].items()
+    }
+    assert options == {"head": None, "gpu": {"MarketType": "spot"}}
 
 
 def test_every_dependency_is_pinned_where_nodes_install_from():

@@ -227,7 +227,7 @@ def test_in_a_log_progress_is_plain_lines():
         shown.observe([{"artifact": "b-1", "state": "started"}])
         shown.observe([{"artifact": "b-1", "state": "failed"}])
     lost, done, failed = out.getvalue().splitlines()
-    assert lost.split() == "lost a worker in train/1-x; it is started again".split()
+    assert lost.split() == "lost a worker in train/1-x; restarting it".split()
     assert done.split()[:2] == ["done", "train/1-x"]
     assert failed.split()[:2] == ["failed", "report"]
     assert "\x1b" not in out.getvalue()

@@ -60,7 +60,7 @@ def long_rows(tiny_config, tmp_path):
         "training={epochs: 1, batch_size: 64, micro_batch_size: 64}",
         method="sequential",
     )
-    return Driver(config, config.storage, tmp_path)
+    return Driver(config, config.storage.root, tmp_path)
 
 
 def squeezed(driver, squeeze, stage, *settings):

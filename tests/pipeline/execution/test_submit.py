@@ -40,7 +40,7 @@ def test_a_job_survives_the_loss_of_the_node_that_trains(cluster, client, num_wo
     node.lose()
     code, log = cluster.outcome(client, job)
     assert code == 0, log
-    assert log.count("lost a worker in train/1-harbour; it is started again") == 1
+    assert log.count("lost a worker in train/1-harbour; restarting it") == 1
     # What was finished before was neither made again nor touched.
     assert before.items() <= cluster.finished().items()
     assert log.count(" done pretrain") == 1

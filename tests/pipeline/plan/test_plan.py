@@ -3,7 +3,6 @@
 import pytest
 
 from pipeline.config import loading
-from pipeline.config.sources import sources
 from pipeline.plan.plan import plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import resolve
@@ -272,10 +271,6 @@ def test_a_moved_data_file_changes_nothing(jsonl, tmp_path):
     (tmp_path / "two.jsonl").rename(tmp_path / "moved.jsonl")
     moved = jsonl(f"tasks.sequence.1.train={tmp_path}/moved.jsonl")
     assert changed(before, works_of(moved)) == set()
-
-
-def test_the_stages_of_a_plan_name_their_task_sources(jsonl):
-    assert [source.name for source in sources(jsonl())] == ["first", "second"]
 
 
 def done_by(found):

@@ -36,7 +36,7 @@ SPACE = (
 
 
 @pytest.fixture
-def in_process(monkeypatch, without_ray_data):
+def in_process(monkeypatch):
     """Runs a search without Ray: trials one after the other in this process.
 
     Gives the trials, the stages that were computed and what was reported to Tune.
@@ -57,7 +57,7 @@ def in_process(monkeypatch, without_ray_data):
     def run(search, stop_after=None):
         shared = shared_stages(search)
         works = search.run_of(trials.Trial(0, {})).resolved
-        play([works[stage.name] for stage in shared], Context(), lambda records: None)
+        play([works[stage.name] for stage in shared], Context(ray_data=False), lambda records: None)
         rounds = Rounds(search, 1, lambda trial: None)
         number = 0
         while isinstance(found := rounds.suggest(f"id{number}"), dict):
@@ -191,7 +191,7 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
         sets = {(row["task"], row["evaluation_set"]) for row in scored(search, best)}
         assert sets == {("one", "validation"), ("two", "validation"), ("base", "memorization")}
         run = best_run(search, best)
-        run_stages(list(run.resolved.values()), Context(), lambda records: None)
+        run_stages(list(run.resolved.values()), Context(ray_data=False), lambda records: None)
         metrics = json.loads((run.resolved["report"].folder / "metrics.json").read_text())
         final = metrics["evaluation_sets"]["test"]["average_performance"]
         assert (final == 0) == changed, final
@@ -247,7 +247,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     settings = ("search.round=2", f"evaluation.text={tmp_path / 'text'}")
     of = search(3, *settings)
     undisturbed = in_process.run(search(3, f"storage={tmp_path / 'other'}", *settings))
-    copy_stages(tmp_path / "other", of.config.storage, ("tokenizer", "prepare"))
+    copy_stages(tmp_path / "other", of.config.storage.root, ("tokenizer", "prepare"))
     file = tmp_path / "config.yaml"
     file.write_text(loading.dump(tuned(of.config)))
     command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "3"]
@@ -257,7 +257,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         wait_for(lambda: any((trials.load(of.folder_of(n)) or NONE).progress for n in (0, 1)))
         first.kill()
         assert first.wait() == -signal.SIGKILL
-        stages = [f.parent for f in (of.config.storage / "stages").glob("*/manifest.json")]
+        stages = [f.parent for f in (of.config.storage.root / "stages").glob("*/manifest.json")]
         before = {
             path: artifact.read_manifest(path)["started"]
             for path in stages

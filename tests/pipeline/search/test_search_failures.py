@@ -30,11 +30,12 @@ class Search:
     """`agcl search` for two trials, in a process and a storage folder of its own."""
 
     def __init__(self, config, folder):
-        self.storage, self.folder = config.storage, config.storage / f"{config.name}-search"
-        file = folder / f"{config.storage.name}.yaml"
+        self.storage = config.storage.root
+        self.folder = self.storage / f"{config.name}-search"
+        file = folder / f"{self.storage.name}.yaml"
         file.write_text(loading.dump(config))
         self.command = [sys.executable, "-m", "jobs", "search", str(file), "--trials", "2"]
-        self.output = folder / f"{config.storage.name}.txt"
+        self.output = folder / f"{self.storage.name}.txt"
 
     def start(self):
         with self.output.open("w") as out:

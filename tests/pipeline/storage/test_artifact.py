@@ -147,7 +147,7 @@ def other_fingerprint(folder):
     ("damage", "said"),
     [
         (lose_file, r"a\.txt is missing"),
-        (truncate, r"a\.txt has another size"),
+        (truncate, r"a\.txt has a different size"),
         (garble_manifest, r"manifest\.json is not JSON"),
         (empty_manifest, r"manifest\.json lacks"),
         (list_manifest, r"manifest\.json lacks"),

@@ -54,7 +54,7 @@ def test_two_workers_on_two_nodes_lose_one_and_go_on_from_the_store(cluster, buc
     trainers[0].lose()
     code, log = cluster.outcome(client, "lost")
     assert code == 0, log
-    assert "lost a worker in train/1-harbour; it is started again" in log
+    assert "lost a worker in train/1-harbour; restarting it" in log
     assert log.count(" done pretrain") == 1
     assert {name: bucket.get(name) for name in before} == before
     metrics = json.loads(bucket.get("lost/metrics.json"))
