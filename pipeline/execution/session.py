@@ -46,7 +46,8 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         }
         stage = replace(stage, inputs=fetched)
         _verify_inputs(stage, verified)
-        _run(stage, context, emit)
+        with _prepared(stage, context, emit) as out_dir:
+            stage.fn(stage.config, stage.inputs, out_dir, context)
     verified.add(stage.folder)
     distributed.barrier()
     if context.is_first_worker:
@@ -77,7 +78,12 @@ def _verify_inputs(stage: ResolvedStage, verified: set[Path]) -> None:
                     verified.add(folder)
 
 
-def _run(stage: ResolvedStage, context: Context, emit: Emit) -> None:
+@contextmanager
+def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Path]:
+    """Give the context its log and checkpoint, and yield the folder to write into.
+
+    On leaving normally, rank 0 publishes the artifact.
+    """
     seconds = 60 * context.checkpoint_minutes
     checkpoint = (
         stage.storage.checkpoint(stage.folder, stage.fingerprint, seconds) if seconds else None
@@ -85,13 +91,13 @@ def _run(stage: ResolvedStage, context: Context, emit: Emit) -> None:
     context.folder, context.checkpoint = stage.folder, checkpoint
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
-        stage.fn(stage.config, stage.inputs, Path(os.devnull), context)
+        yield Path(os.devnull)
         return
     with artifact.writing(stage.folder, stage.record) as out_dir:
         log = StageLog(stage.folder.name, out_dir / LOG_FILE, emit)
         context.log = log
         try:
-            stage.fn(stage.config, stage.inputs, out_dir, context)
+            yield out_dir
         except ArithmeticError:
             if checkpoint:
                 checkpoint.remove()  # Deterministic failure: resuming would reproduce it.
