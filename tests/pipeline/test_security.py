@@ -311,7 +311,7 @@ def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_passw
     assert listeners(ui.port) == {"0100007F"}  # 127.0.0.1
     uri = f"http://someone:{PASSWORD.replace('/', '%2F').replace('@', '%40')}@127.0.0.1:{ui.port}"
     config = finished.configs["sequential"].model_copy(
-        update={"storage": ui.storage, "name": "shown", "tracking": Tracking(uri=uri)}
+        update={"storage": Local(ui.storage), "name": "shown", "tracking": Tracking(uri=uri)}
     )
     run = open_run(config)
     command = masked(f"agcl run x.yaml tracking.uri={uri}")

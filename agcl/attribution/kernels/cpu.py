@@ -1,5 +1,6 @@
 """The running top-K on the CPU: products of a batch and their insertion, compiled by numba."""
 
+import ctypes
 from typing import Any
 
 import numba
@@ -13,10 +14,22 @@ def insert_products(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> Non
     """Insert W ⊙ (gᵀx) of every sample into descending running values, in place.
 
     values (K, out, in), weight (out, in), x (samples, tokens, in), g (samples, tokens, out): finite
-    float32 on the CPU. Uses as many threads as torch does.
+    float32 on the CPU, values contiguous. Uses as many threads as torch does.
     """
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    _insert(values.numpy(), weight.numpy(), x.contiguous().numpy(), g.contiguous().numpy())
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    operands = [operand.contiguous() for operand in (weight, x, g)]
+    _insert(_array(values), *map(_array, operands))
+    # Numba shares torch's OpenMP, whose number of threads it sets as it starts.
+    torch.set_num_threads(threads)
+
+
+def _array(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor. `Tensor.numpy` would pin it, but FSDP frees weights."""
+    pointer = ctypes.cast(tensor.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    if not tensor.numel():
+        return np.empty(tensor.shape, np.float32)
+    return np.ctypeslib.as_array(pointer, tensor.shape)
 
 
 # `contract` allows fused multiply-adds but no other order of the sum, so a sample's products do not

@@ -1,5 +1,8 @@
 """The running K largest values: equal to torch.topk, whatever the order and grouping."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,6 +148,21 @@ def test_threads_share_the_rows_and_are_left_as_they_were(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(top.values, alone.values)
+
+
+def test_the_first_insertion_of_a_process_leaves_torchs_threads():
+    code = (
+        "import torch; from agcl.attribution.top_k import TopK; torch.set_num_threads(1)\n"
+        "weight = torch.zeros(4, 4); x = torch.zeros(1, 2, 4)\n"
+        "TopK(1, weight).insert_products(weight, x, x); assert torch.get_num_threads() == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_weight_can_still_be_resized_as_fsdp_does():
+    weight = torch.randn(4, 4)
+    TopK(1, weight).insert_products(weight, torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    weight.untyped_storage().resize_(0)
 
 
 def test_a_transposed_weight_and_no_samples_are_no_special_case():

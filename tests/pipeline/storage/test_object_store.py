@@ -138,6 +138,6 @@ def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
 
 def test_mlflow_needs_an_address_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(InputError, match=r"^tracking\.uri: must be set where storage is an object"):
+    with pytest.raises(InputError, match=r"^tracking\.uri: required if storage is an object store"):
         config(tmp_path, "storage=s3://bucket", "tracking.enabled=true")
     config(tmp_path, "storage=s3://bucket", "tracking={uri: 'http://127.0.0.1:5000'}")
