@@ -23,7 +23,7 @@ def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), found)
     before = load_file(folder / "model.safetensors")
     bases = found["bases"]([found["old"]], energy=0.8)
-    moved = {name: p.detach() - before[name] for name, p in found["model"].named_parameters()
+    moved = {name: p.detach().cpu() - before[name] for name, p in found["model"].named_parameters()
              if name in bases}  # fmt: skip
     assert all(step.norm() > 0 for step in moved.values())
     leaks = [(step @ bases[name]).norm() / step.norm() for name, step in moved.items()]

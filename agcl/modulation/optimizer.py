@@ -77,6 +77,7 @@ class GatedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_parameters()
         for group in self.param_groups:
             moving: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             gated = [p for p in moving if p in self.held]
@@ -87,6 +88,13 @@ class GatedAdamW(torch.optim.AdamW):
             for chunk in (*_chunks(gated), *_chunks(projected)):
                 self._protected_step(chunk, group)
         return loss
+
+    def _follow_parameters(self) -> None:
+        """Move gates and bases to the parameters' devices: a Trainer may move the model late."""
+        for protection in (self.held, self.basis):
+            for parameter, tensor in protection.items():
+                if tensor.device != parameter.device:
+                    protection[parameter] = tensor.to(parameter.device)
 
     def _protected_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Step parameters that either all have a gate or all have only a basis."""

@@ -219,3 +219,16 @@ def test_many_parameters_at_once_step_like_each_alone(llama, on, monkeypatch):
 def test_steps_on_a_gpu_equal_those_on_a_cpu(llama, on):
     found, expected = protected_steps(llama, on, "cuda"), protected_steps(llama, on)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gate", "basis"])
+def test_protection_follows_a_model_that_moves_to_the_gpu_later(kind):
+    layer = torch.nn.Linear(6, 4, bias=False)
+    protection = {"gate": torch.zeros(4, 6), "basis": torch.eye(6)}[kind]
+    optimizer = GatedAdamW(layer.named_parameters(), **{kind: {"weight": protection}})
+    layer.cuda()
+    before = layer.weight.detach().clone()
+    layer(torch.randn(3, 6, device="cuda")).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-7)
