@@ -97,22 +97,22 @@ def _parser() -> argparse.ArgumentParser:
         "--trials",
         type=_positive,
         default=1,
-        help="tuning budget a method: its defaults, and so many more learning rates (and values of "
-        "its own knob), chosen on validation rows with a seed of their own (default: no tuning)",
+        help="tuning trials per method, on validation rows and with a seed that no reported run "
+        "has: its defaults, then other learning rates and values of its knob (default: no tuning)",
     )
     sub = _add(commands, "search", search.main, "find the best scaling of importances", config=True)
     sub.add_argument(
         "--trials",
         type=_positive,
         default=12,
-        help="points to try, the config as it is among them (default: %(default)s); the config's "
-        "section search says what is varied, and by default the scaling and the learning rate are",
+        help="points to try, first the config itself (default: %(default)s); the config's section "
+        "search sets what varies, by default the scaling of the protections and the learning rate",
     )
     sub.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a search that was interrupted (the same command without it does too, but "
-        "starts one where there is none)",
+        help="resume an interrupted search (the same command without this does too, but starts a "
+        "new search if there is none)",
     )
     _add(
         commands,

@@ -34,10 +34,7 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     try:
         results = execute(runs, folder, title=title, command=command, console=console)
     except StageFailed as failure:
-        Console(stderr=True, soft_wrap=True).print(
-            f"agcl: {failure}", markup=False, highlight=False
-        )
-        return 1
+        return print_failure(failure)
     by_label = dict(zip(runs, results, strict=True))
     if len(runs) <= REPORTS_EACH:
         for label, result in by_label.items():
@@ -53,6 +50,12 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     for place in places:
         console.print(place, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def print_failure(failure: object) -> int:
+    """Say on stderr why a command failed; the exit code."""
+    Console(stderr=True, soft_wrap=True).print(f"agcl: {failure}", markup=False, highlight=False)
+    return 1
 
 
 def places_beside(config: Config, folder: Path) -> list[str]:

@@ -9,25 +9,25 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.search.rounds import Observe
+    from pipeline.search.engine import Observe
     from pipeline.search.trial import Trial
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTH, _WIDTH_OF_SETTING = 54, 13
-"""Columns of the table without settings, and with each; those that do not fit are in the file."""
+"""Characters of the table without settings, and of each setting; the file has those left out."""
 _ROWS = 24
-"""Trials that the live table shows; of more, the last ones."""
+"""Trials that the live table shows, the latest ones."""
 
 
 def main(arguments: argparse.Namespace, command: str) -> int:
-    """Search, and print the trials, the winner and how it does on the test rows."""
+    """Search; print the trials, the best one and its results on the test rows."""
     from rich.console import Console
     from rich.markup import escape
 
-    from jobs.execution import places_beside, print_matrices, print_metrics
+    from jobs.execution import places_beside, print_failure, print_matrices, print_metrics
     from pipeline.config import loading
     from pipeline.errors import StageFailed
-    from pipeline.search.search_run import BEST_CONFIG, execute_search, open_search
+    from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
     from pipeline.search.space import own_point
 
     console = Console(highlight=False)
@@ -40,59 +40,49 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     share = search.config.evaluation.validation
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
     if own_point(search.config, search.space) is None:
-        console.print("  the config itself is outside of this space, so it is not among the trials")
+        console.print("  the config itself is outside this space, so it is not among the trials")
     try:
         watch = TrialTable(console, search.num_trials)
         found = execute_search(search, command=command, console=console, watch=watch)
     except StageFailed as failure:
-        Console(stderr=True, soft_wrap=True).print(
-            f"agcl: {failure}", markup=False, highlight=False
-        )
-        return 1
+        return print_failure(failure)
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
     console.print(trial_table(found.trials, fitting))
     if found.best is None or found.result is None:
         reasons = {trial.reason for trial in found.trials if trial.reason}
-        Console(stderr=True, soft_wrap=True).print(
-            f"agcl: no trial reached the last task ({'; '.join(sorted(reasons)) or 'all stopped'})",
-            markup=False,
-            highlight=False,
-        )
-        return 1
+        why = "; ".join(sorted(reasons)) or "all stopped"
+        return print_failure(f"no trial reached the last task ({why})")
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
-    console.print("scored once on the rows that nothing was chosen by:")
+    console.print("scored once, on test rows that no choice depended on:")
     print_matrices(console, "best", found.result)
     print_metrics(console, {"best": found.result})
-    for name, place in (
-        ("config", search.folder / BEST_CONFIG),
-        ("report", search.folder / "best" / "report.html"),
-        ("trials", search.folder / "trials.parquet"),
+    for name, file in (
+        ("config", BEST_CONFIG),
+        ("report", f"{BEST}/report.html"),
+        ("trials", TABLE),
     ):
-        console.print(f"{name:11} {place}", soft_wrap=True, markup=False)
+        console.print(f"{name:11} {search.folder / file}", soft_wrap=True, markup=False)
     for line in places_beside(config, search.folder):
         console.print(line, soft_wrap=True, markup=False)
     return 0
 
 
 class TrialTable:
-    """The trials as they go: a live table, or a line a change where it is no terminal."""
+    """The running trials: a live table on a terminal, elsewhere one line per change."""
 
     def __init__(self, console: "Console", num_trials: int) -> None:
         from rich.live import Live
 
         self.console, self.num_trials = console, num_trials
         self.trials: dict[int, Trial] = {}
-        self.since: dict[int, float] = {}
-        """When each trial that runs began."""
-        self.took: list[float] = []
-        """Of the trials that ended meanwhile."""
-        self.first = 0.0
+        self.began = time.monotonic()
         self.live = Live(
             console=console, get_renderable=self._render, transient=True, refresh_per_second=2
         )
 
     def __enter__(self) -> "Observe":
+        self.began = time.monotonic()
         if self.console.is_terminal:
             self.live.start()
         return self._observe
@@ -103,27 +93,20 @@ class TrialTable:
     def _observe(self, trial: "Trial") -> None:
         before = self.trials.get(trial.number)
         self.trials[trial.number] = trial
-        if before is None and trial.state == "running":
-            self.since[trial.number] = time.monotonic()
-            self.first = self.first or time.monotonic()
-        if trial.state != "running" and trial.number in self.since:
-            self.took.append(time.monotonic() - self.since.pop(trial.number))
         if not self.console.is_terminal and trial != before:
             self._say(trial)
 
     def _say(self, trial: "Trial") -> None:
         from rich.markup import escape
 
-        last = trial.last
-        scores = (
-            f"average {last.average:.3f} retained {_number(last.retained)} learned "
-            f"{last.learned:.3f}"
-            if last
-            else ""
-        )
+        name = f"{trial.number} {trial.settings.get('method', '')}".strip()
+        scores, last = "", trial.last
+        if last:
+            scores = f"average {last.average:.3f} retained {_number(last.retained)} "
+            scores += f"learned {last.learned:.3f}"
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
-            f"  trial {trial.number} {trial.state} task {len(trial.progress)} {scores}{reason}"
+            f"  trial {name} {trial.state} task {len(trial.progress)} {scores}{reason}"
             f" [dim]{self._outlook()}[/]",
             soft_wrap=True,
         )
@@ -132,10 +115,11 @@ class TrialTable:
         from rich.console import Group
 
         shown = sorted(self.trials.values(), key=lambda trial: trial.number)[-_ROWS:]
-        return Group(trial_table(shown, 0), self._outlook())
+        tuning = any("method" in trial.settings for trial in shown)
+        return Group(trial_table(shown, int(tuning)), self._outlook())
 
     def _outlook(self) -> str:
-        """How many are done, the best so far, and the time left."""
+        """How many trials are done, the best so far, and the time left."""
         from pipeline.search.trial import best
 
         done = sum(trial.state != "running" for trial in self.trials.values())
@@ -143,15 +127,15 @@ class TrialTable:
         so_far = best(list(self.trials.values()))
         if so_far and so_far.last:
             parts.append(f"best {so_far.last.average:.3f} (trial {so_far.number})")
-        if self.took:
-            pace = (time.monotonic() - self.first) / len(self.took)
-            minutes, seconds = divmod(round(pace * (self.num_trials - done)), 60)
+        if done:
+            left = (time.monotonic() - self.began) / done * (self.num_trials - done)
+            minutes, seconds = divmod(round(left), 60)
             parts.append(f"about {minutes}:{seconds:02} left")
         return ", ".join(parts)
 
 
 def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
-    """One line a trial, with its settings if there are to be so many columns of them."""
+    """One line per trial, with its first `num_settings` settings."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -162,8 +146,10 @@ def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("trial", "state"):
         table.add_column(column)
-    for column in ("task", "retained", "learned", "average", *(_short(key) for key in keys)):
+    for column in ("task", "retained", "learned", "average"):
         table.add_column(column, justify="right")
+    for key in keys:
+        table.add_column(key.rpartition(".")[2], justify="right")
     for trial in trials:
         last = trial.last
         numbers = (last.retained, last.learned, last.average) if last else (None, None, None)
@@ -176,10 +162,6 @@ def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
             style="bold" if trial is winner else None,
         )
     return table
-
-
-def _short(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _value(value: Any) -> str:

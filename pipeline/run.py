@@ -75,7 +75,8 @@ def execute(
     """
     config = _first_config(runs)
     check_address()
-    mirror = _mirror(runs, folder, title, console, above)
+    kind = "comparison" if len(runs) > 1 else None
+    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
     with _alone(folder, console), config.storage.results(folder), mirror:
         done_before = _complete(runs)
         _run_missing(runs, folder, mirror, console)
@@ -95,14 +96,7 @@ def execute(
         return results
 
 
-def _run_missing(
-    runs: Mapping[str, Run],
-    folder: Path,
-    mirror: Mirror,
-    console: Console,
-    *,
-    keep_going: bool = False,
-) -> list[StageFailed]:
+def _run_missing(runs: Mapping[str, Run], folder: Path, mirror: Mirror, console: Console) -> None:
     """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
     config = _first_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
@@ -112,29 +106,19 @@ def _run_missing(
         mirror.add(label, run)
     config.storage.save_results(folder)  # Other machines then know of the run if it is killed.
     try:
-        failures = run_with_progress(
-            todo, folder, config.resources, mirror.observe, console, keep_going=keep_going
-        )
+        failures = run_with_progress(todo, folder, config.resources, mirror.observe, console)
     except StageFailed as of_all:
-        failures, keep_going = [of_all], False
+        failures = [of_all]
     for failure in failures:
         write_log(folder, failure)
-    if failures and not keep_going:
+    if failures:
         raise failures[0]
     mirror.sync(now=True)
-    return failures
 
 
 def _first_config(runs: Mapping[str, Run]) -> Config:
     """Storage, resources and tracking are the same for all runs."""
     return next(iter(runs.values())).config
-
-
-def _mirror(
-    runs: Mapping[str, Run], folder: Path, title: str, console: Console, above: str | None = None
-) -> Mirror:
-    kind = "comparison" if len(runs) > 1 else None
-    return Mirror(_first_config(runs), folder, title, console, kind=kind, above=above)
 
 
 def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
@@ -164,32 +148,6 @@ def _files(folder: Path, figures: Mapping[str, bytes]) -> dict[str, Content]:
         name: folder / name for name in (METRICS, REPORT_FILE) if (folder / name).exists()
     }
     return files | {f"figures/{name}": png for name, png in figures.items()}
-
-
-def execute_trials(
-    runs: Mapping[str, Run], folder: Path, *, title: str, command: str, console: Console
-) -> dict[str, RunResult]:
-    """Run what is missing of every run and give the results of those that did not fail.
-
-    A failed run does not end the others. Writes no reports.
-    """
-    config = _first_config(runs)
-    check_address()
-    mirror = _mirror(runs, folder, title, console)
-    with _alone(folder, console), config.storage.results(folder), mirror:
-        done_before = _complete(runs)
-        failures = _run_missing(runs, folder, mirror, console, keep_going=True)
-        for failure in failures:
-            console.print(f"  [yellow]failed trial[/] {escape(str(failure))}", highlight=False)
-        results = {
-            label: write_results(run, command, done_before)
-            for label, run in runs.items()
-            if run.resolved["report"].is_complete()
-        }
-        for label, result in results.items():
-            mirror.finish_run(label, result.metrics, _files(runs[label].folder, {}))
-        mirror.finish({})
-        return results
 
 
 def prepare_tasks(run: Run, console: Console) -> None:

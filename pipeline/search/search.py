@@ -1,238 +1,266 @@
-"""Ray Tune over a config's settings: every trial is a run of the same DAG.
+"""From a config to a finished search: check, run the shared stages, try, score the best once."""
 
-What no setting changes is computed once, before; only validation rows are scored. `rounds.py` says
-which points are tried.
-"""
-
-import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from ray import tune
-from ray.tune.progress_reporter import TrialProgressCallback
+import pyarrow.parquet as pq
+from agcl.errors import InputError
+from rich.console import Console
 
-from pipeline.config.config import Config, Resources
-from pipeline.config.loading import changed
-from pipeline.config.search import Dimension
-from pipeline.config.search import Search as SearchSection
-from pipeline.execution.cluster import needs
-from pipeline.execution.scheduler import run_sessions
-from pipeline.execution.session import run_stages
-from pipeline.plan.plan import Run, plan
-from pipeline.plan.schedule import Session, needed_for, sessions
-from pipeline.plan.stage import Stage, resolve
+from pipeline.config import loading
+from pipeline.config.config import Config
+from pipeline.errors import StageFailed
+from pipeline.execution.cluster import check_address, cluster
+from pipeline.execution.scheduler import run_with_progress
+from pipeline.plan.plan import Run
+from pipeline.plan.schedule import sessions
+from pipeline.results.results import RunResult
+from pipeline.results.run_folder import CONFIG_FILE, open_folder
+from pipeline.run import execute, open_run
 from pipeline.search import trial as trials
-from pipeline.search.rounds import LOST_WORKERS, Observe, Rounds
-from pipeline.search.space import corners
+from pipeline.search.engine import Observe, Search, run_trials
+from pipeline.search.space import Settings, corners, space_of
 from pipeline.search.trial import Trial
-from pipeline.stages.context import Context
-from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import SCORES
 from pipeline.storage import artifact
+from pipeline.tracking.sync import Mirror
+
+SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
+VALIDATION = 0.3
+"""Share of the scored rows to choose settings by, if the config sets none."""
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True)
-class Search:
-    """A search to run: what is tried, how often, and where it is recorded."""
+class Found:
+    """The result of a search."""
 
-    config: Config
-    """Of the trials, that is with only validation rows scored."""
-    space: Mapping[str, Dimension]
-    num_trials: int
-    folder: Path
-
-    def folder_of(self, number: int) -> Path:
-        """Where a trial is recorded."""
-        return self.folder / "trials" / str(number)
-
-    def load(self, number: int) -> Trial | None:
-        """What is recorded of a trial; None where it was not begun."""
-        # Another node may have written it.
-        self.config.storage.refresh(self.folder_of(number) / trials.RECORD)
-        return trials.load(self.folder_of(number))
-
-    def save(self, trial: Trial) -> None:
-        """Record a trial, whole or not at all."""
-        trial.save(self.folder_of(trial.number))
-        self.config.storage.save_results(self.folder_of(trial.number))
-
-    def run_of(self, trial: Trial) -> Run:
-        """The trial as a run of the DAG. Raises `InputError` where its settings do not agree."""
-        config = changed(self.config, trial.settings).model_copy(
-            update={"name": f"{self.config.name}-trial{trial.number}", "search": SearchSection()}
-        )
-        planned = plan(config)
-        # Neither the report nor the last task's importance is looked at.
-        stages = needed_for([s for s in planned.stages if s.fn is evaluate], planned.stages)
-        planned = replace(planned, stages=stages)
-        works = resolve(stages, config.storage)
-        return Run(config, self.folder_of(trial.number), planned, works)
+    trials: Sequence[Trial]
+    best: Trial | None
+    """None if no trial reached the last task."""
+    result: RunResult | None
+    """The best trial's, on test rows."""
 
 
-def shared_stages(search: Search) -> list[Stage]:
-    """The stages that are the same for every point of the space, in dependency order."""
-    one, other = (search.run_of(Trial(0, settings)) for settings in corners(search.space))
-    folders = {work.folder for work in other.resolved.values()}
-    return [stage for stage in one.plan.stages if one.resolved[stage.name].folder in folders]
+def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
+    """Check a search's config, space and input, and that its folder is free or its own.
 
-
-def run_trials(search: Search, side_by_side: int, observe: Observe) -> list[Trial]:
-    """Run what is missing of the trials, at most so many at once, on the cluster that Ray is on.
-
-    Gives all of them in order. A trial that failed before is tried again.
+    Writes nothing. Raises `InputError`; with `resume` also if there is no search to resume.
     """
-    rounds = Rounds(search, side_by_side, observe)
-    if rounds.waits():
-        scratch = search.folder / ".ray-tune"
-        # Tune would end quietly on an interrupt; the command's own handling is for all commands.
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-        try:
-            tune.Tuner(
-                tune.with_resources(_trainable(search), _resources(search.config.resources)),
-                tune_config=tune.TuneConfig(
-                    search_alg=rounds,
-                    num_samples=search.num_trials,
-                    scheduler=_scheduler(search),
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(scratch),
-                    failure_config=tune.FailureConfig(max_failures=LOST_WORKERS),
-                    verbose=0,
-                    callbacks=[_Silence()],
-                ),
-            ).fit()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return rounds.all()
+    if config.method in ("joint", "solo"):
+        raise InputError(f"method: {config.method} is a bound and no sequence; there is no search")
+    config = only_validation(config)
+    space = space_of(config)
+    search = Search(config, config.storage.root / f"{config.name}-search", num_trials, space)
+    num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
+    if num_tasks < 2 and config.search.objective != "average":
+        raise InputError("search.objective: one task alone has nothing to retain")
+    _check_folder(search, resume=resume)
+    return search
 
 
-class _Silence(TrialProgressCallback):
-    """In place of Tune's own report on every trial that ends, which even `verbose=0` leaves."""
-
-    def log_result(self, *args: Any, **kwargs: Any) -> None:
-        """Say nothing."""
-
-    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-        """Say nothing."""
+def only_validation(config: Config) -> Config:
+    """The config of trials: validation rows are set apart, and no others are scored."""
+    settings: Settings = {"evaluation.rows": "validation"}
+    if not config.evaluation.validation:
+        settings["evaluation.validation"] = VALIDATION
+    return loading.changed(config, settings)
 
 
-def _scheduler(search: Search) -> tune.schedulers.TrialScheduler | None:
-    by: dict[str, Any] = {"time_attr": "task", "metric": "average", "mode": "max"}
-    num_tasks = len(plan(search.config).tasks)
-    match search.config.search.stopping:
-        case "asha":
-            # One more than there are: a trial at its last task ends by itself.
-            return tune.schedulers.ASHAScheduler(
-                **by, grace_period=1, max_t=num_tasks + 1, reduction_factor=2
-            )
-        case "median":
-            return tune.schedulers.MedianStoppingRule(**by, grace_period=1, min_samples_required=3)
-    return None
-
-
-def _resources(resources: Resources) -> Any:
-    """What a trial holds: with one worker it computes itself, else its workers do."""
-    if resources.num_workers > 1:
-        # On the head, which no spot market takes away, and nothing that its workers need.
-        return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
-    return tune.PlacementGroupFactory([needs(resources)])
-
-
-def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
-    def trial(config: dict[str, Any]) -> None:
-        run_trial(search, config["number"])
-
-    return trial
-
-
-def run_trial(search: Search, number: int) -> None:
-    """Run a trial's unfinished stages, in a process of Tune's; report and record every task.
-
-    A stage that fails ends the trial as failed; lost workers raise, and Tune starts it again.
-    """
-    folder = search.folder_of(number)
-    recorded = search.load(number)
-    assert recorded is not None, folder
-    trial = Trial(number, recorded.settings)
-    run = search.run_of(trial)
-    shared = {stage.name for stage in shared_stages(search)}
-
-    def catch_up() -> None:
-        """Report every task that is finished by now."""
-        nonlocal trial
-        while (progress := _progress(run, len(trial.progress) + 1)) is not None:
-            seconds = _seconds(run, without=shared)
-            trial = replace(trial, progress=(*trial.progress, progress), seconds=seconds)
-            search.save(trial)
-            tune.report({"task": len(trial.progress), "average": progress.average})
-
-    catch_up()
-    failed = _run_stages(run, folder / ".ray-train", catch_up)
-    if failed:
-        trial = replace(trial, state="failed", reason=f"stage {failed[0]}: {failed[1]}")
-        artifact.write_text(folder / "error.log", failed[2])
-    else:
-        trial = replace(trial, state="finished")
-    search.save(trial)
-
-
-def _run_stages(
-    run: Run, scratch: Path, catch_up: Callable[[], None]
-) -> tuple[str, str, str] | None:
-    """Run what is missing; stage, reason and traceback of a failure."""
-    failed: dict[str, tuple[str, str, str]] = {}
-    names = {work.folder.name: stage for stage, work in run.resolved.items()}
-
-    def observe(records: Sequence[Mapping[str, Any]]) -> None:
-        for record in records:
-            stage = names[str(record["artifact"])]
-            if record.get("state") == "failed":
-                failed.setdefault("first", (stage, str(record["error"]), str(record["traceback"])))
-            elif record.get("state") == "finished" and stage.startswith("evaluate/"):
-                catch_up()
-
-    resources = run.config.resources
-    if resources.num_workers > 1:
-        todo: list[Session] = sessions({run.config.name: run.plan.stages}, run.config.storage)
-        lost = run_sessions(todo, scratch, resources, 1, observe)
-        if lost and not failed:
-            raise lost[0]
-        return failed.get("first")
-    torch.set_num_threads(resources.cpus_per_worker)
-    device = torch.device("cuda" if resources.gpus_per_worker else "cpu")
+def _check_folder(search: Search, *, resume: bool) -> None:
+    """Refuse a folder that holds another search: its trials are not comparable with these."""
+    file = search.folder / SEARCH_FILE
+    search.config.storage.refresh(file)
+    if not file.is_file():
+        if resume:
+            raise InputError(f"--resume: {search.folder} holds no search to resume")
+        return
     try:
-        context = Context(device, checkpoint_minutes=resources.checkpoint_minutes)
-        run_stages(list(run.resolved.values()), context, observe)
-    except Exception:
-        if not failed:  # Else the stage's failure was recorded before it was raised.
-            raise
-    return failed.get("first")
+        stored = loading.load(file)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; delete that folder to search again") from None
+    for section in Config.model_fields:
+        same = getattr(stored, section) == getattr(search.config, section)
+        if section not in ("resources", "tracking") and not same:
+            place = search.config.storage.place(search.folder)
+            raise InputError(
+                f"name: {place} holds a search with another {section!r} section; choose "
+                f"another name (name={search.config.name}-2) or delete that folder. Finished "
+                "stages are shared."
+            )
 
 
-def _progress(run: Run, number: int) -> trials.Progress | None:
-    """How the run stands after that task; None where it is not there yet."""
-    tasks = run.plan.tasks
-    if number > len(tasks):
-        return None
-    names = ["evaluate/0-base", *(f"evaluate/{i}-{t}" for i, t in enumerate(tasks, start=1))]
-    works = [run.resolved[name] for name in names[: number + 1]]
-    if not works[-1].is_complete():
-        return None
-    scores = [json.loads(work.read(SCORES) or b"") for work in works]
-    return trials.progress_after(scores, tasks)
+def execute_search(
+    search: Search, *, command: str, console: Console, watch: AbstractContextManager[Observe]
+) -> Found:
+    """Run a search: the stages that all trials share, the trials, and the best on test rows.
+
+    `watch`, entered while the trials run, is called with each trial whenever it changes. Raises
+    `StageFailed` for a stage that all trials need.
+    """
+    with mirrored(search, console) as mirror:
+        found = execute_trials(search, mirror, console, watch)
+        best = trials.best(found)
+        result = _score(search, best, mirror, command, console) if best else None
+        _finish(search, found, best, mirror)
+        return Found(found, best, result)
 
 
-def _seconds(run: Run, without: set[str]) -> float:
-    """Time that the run's own finished stages took."""
-    own = [work for name, work in run.resolved.items() if name not in without]
-    found = [work.manifest() for work in own if work.is_complete()]
-    return round(sum(float(manifest["seconds"]) for manifest in found if manifest), 3)
+@contextmanager
+def mirrored(search: Search, console: Console) -> Iterator[Mirror]:
+    """Keep other commands out of the search's folder, mirror it in MLflow, save it at the end."""
+    config = search.config
+    check_address()
+    title = search.folder.relative_to(config.storage.root).as_posix().replace("/", "-")
+    mirror = Mirror(config, search.folder, title, console, kind="search")
+    waiting = f"  waiting for another command that works on {search.folder}"
+    on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
+    with artifact.claimed(search.folder, on_wait), config.storage.results(search.folder), mirror:
+        yield mirror
+
+
+def execute_trials(
+    search: Search, mirror: Mirror, console: Console, watch: AbstractContextManager[Observe]
+) -> list[Trial]:
+    """Run all trials on one Ray cluster, after the stages that they share.
+
+    Raises `StageFailed` for a stage that all trials need.
+    """
+    config = search.config
+    artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
+    config.storage.save_results(search.folder)  # The search is known even if it is killed.
+    runs = example_runs(search)
+    shared = in_several(runs)
+    plans = {
+        label: [s for s in run.plan.stages if run.resolved[s.name].folder.name in shared]
+        for label, run in runs.items()
+    }
+    todo = sessions(plans, config.storage)
+    missing = sum(len(session.stages) for session in todo)
+    console.print(f"  {missing} shared stages to run; starting Ray", highlight=False)
+    with cluster(config.resources) as side_by_side:
+        failures = run_with_progress(
+            todo,
+            search.folder,
+            config.resources,
+            lambda _: None,
+            console,
+            side_by_side=side_by_side,
+            keep_going=bool(search.known),
+        )
+        _raise_common(failures, runs, search.folder)
+        with watch as observe:
+            record = _Records(search, mirror, shared)
+
+            def on_change(trial: Trial) -> None:
+                observe(trial)
+                record.observe(trial)
+
+            found = run_trials(search, shared, side_by_side, on_change)
+    mirror.sync(now=True)
+    pq.write_table(trials.table(found), search.folder / TABLE)
+    return found
+
+
+def example_runs(search: Search) -> dict[str, Run]:
+    """Runs that show what trials share: all that are known, else two opposite points."""
+    if search.known:
+        points = [settings for settings, _ in search.known.values()]
+        runs = [search.run_of(number, settings) for number, settings in enumerate(points)]
+        return {run.folder.name: run for run in runs}
+    one, other = (search.run_of(0, settings) for settings in corners(search.space))
+    return {"one": one, "other": other}
+
+
+def _artifacts(run: Run) -> set[str]:
+    return {stage.folder.name for stage in run.resolved.values()}
+
+
+def in_several(runs: Mapping[str, Run]) -> set[str]:
+    """The artifacts that more than one run needs."""
+    count = Counter(name for run in runs.values() for name in _artifacts(run))
+    return {name for name, times in count.items() if times > 1}
+
+
+def _raise_common(failures: Sequence[StageFailed], runs: Mapping[str, Run], folder: Path) -> None:
+    """Raise the failure of a stage that all trials need.
+
+    Any other will fail again in each trial that needs it, and be recorded there.
+    """
+    common = set.intersection(*map(_artifacts, runs.values()))
+    first = next(iter(runs.values())).resolved
+    for failure in failures:
+        if failure.stage in first and first[failure.stage].folder.name in common:
+            failure.log = folder / "error.log"
+            artifact.write_text(failure.log, failure.traceback)
+            raise failure
+
+
+class _Records:
+    """The MLflow side: a child run per trial, with the stages that only this trial has."""
+
+    def __init__(self, search: Search, mirror: Mirror, shared: Collection[str]) -> None:
+        self.search, self.mirror, self.shared = search, mirror, shared
+        self.opened: set[int] = set()
+
+    def observe(self, trial: Trial) -> None:
+        label = self.search.label(trial.number)
+        if trial.number in self.opened:
+            self.mirror.sync(label)
+        else:
+            try:
+                run = self.search.run_of(trial.number, trial.settings)
+            except InputError:
+                return  # Not a valid config: only the table has it.
+            self.opened.add(trial.number)
+            open_folder(run)
+            without = {n for n, s in run.resolved.items() if s.folder.name in self.shared}
+            self.mirror.add(label, run, kind="trial", without=without)
+        if trial.state != "running":
+            scores = asdict(trial.last) if trial.last else {}
+            scores = {name: score for name, score in scores.items() if score is not None}
+            self.mirror.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
+
+
+def _score(
+    search: Search, best: Trial, mirror: Mirror, command: str, console: Console
+) -> RunResult:
+    """Write the best trial's config and run it: all is trained, so it only scores test rows."""
+    run = best_run(search, best)
+    artifact.write_text(search.folder / BEST_CONFIG, loading.dump(run.config))
+    (result,) = execute(
+        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=mirror.own
+    )
+    return result
+
+
+def best_run(search: Search, best: Trial) -> Run:
+    """The best trial as an ordinary run, which scores test rows too."""
+    settings = {**best.settings, "evaluation.rows": "all", "name": f"{search.config.name}-best"}
+    config = loading.changed(search.config, settings)
+    file, folder = search.folder / BEST_CONFIG, search.folder / BEST
+    if file.is_file() and file.read_text(encoding="utf-8") != loading.dump(config):
+        # With more trials another one may win. What the last one left is copies and links.
+        config.storage.forget(folder / CONFIG_FILE)
+        shutil.rmtree(folder, ignore_errors=True)
+    return open_run(config, folder)
+
+
+def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: Mirror) -> None:
+    """Draw the figures, and give everything to MLflow."""
+    from pipeline.search.figures import search_figures
+
+    pictures = search_figures(search.space, found)
+    for name, png in pictures.items():
+        (search.folder / "figures").mkdir(exist_ok=True)
+        (search.folder / "figures" / name).write_bytes(png)
+    names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
+    files: dict[str, Any] = {name: search.folder / name for name in names}
+    files |= {f"figures/{name}": png for name, png in pictures.items()}
+    scores = asdict(best.last) if best and best.last else {}
+    mirror.finish(files, {f"best_{k}": v for k, v in scores.items() if v is not None})

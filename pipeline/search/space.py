@@ -1,4 +1,4 @@
-"""What a search varies: the space of a config, its points, and what no point changes."""
+"""The space that a search varies: by default or from the config, and as Optuna knows it."""
 
 from collections.abc import Iterator, Mapping
 from functools import reduce
@@ -21,18 +21,18 @@ from pipeline.config.search import Choice, Dimension, Int, LogUniform, Uniform
 Settings = dict[str, Any]
 """Values by dotted config key."""
 SEARCHABLE = ("training", "importance", "protect", "replay", "freeze", "adapter")
-"""Sections that a search may vary: with other rows or another model, trials could not be
-compared."""
+"""Config sections that a search may vary. Trials on other rows or another model would not be
+comparable."""
 _LEARNING_RATE = 4.0
-"""The learning rate is sought from a quarter of the config's to four times it."""
+"""By default the learning rate varies from a quarter of the config's to four times it."""
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def space_of(config: Config) -> dict[str, Dimension]:
-    """The dimensions to search, by config key: those that the config names, or the default ones.
+    """The dimensions to search, by config key: the config's, or else the default ones.
 
-    Raises `InputError` naming the key that cannot be searched, or whose values are not valid.
+    Raises `InputError` with the key that cannot be searched or has an invalid value.
     """
     space = config.search.space or default_space(config)
     for key, dimension in space.items():
@@ -50,7 +50,7 @@ def space_of(config: Config) -> dict[str, Dimension]:
 
 
 def default_space(config: Config) -> dict[str, Dimension]:
-    """The scaling of the importances by what protects with them, and the learning rate."""
+    """The learning rate, and how strongly each protection scales by the importances."""
     rate = config.training.learning_rate
     space: dict[str, Dimension] = {
         "training.learning_rate": LogUniform(
@@ -75,42 +75,25 @@ def default_space(config: Config) -> dict[str, Dimension]:
 
 
 def distributions(space: Mapping[str, Dimension]) -> dict[str, BaseDistribution]:
-    """The space as Optuna knows it; a choice is among the indices of its values."""
+    """The space as Optuna knows it."""
     return {key: _distribution(dimension) for key, dimension in space.items()}
 
 
-def settings_of(space: Mapping[str, Dimension], params: Mapping[str, Any]) -> Settings:
-    """The settings of a point that Optuna drew."""
-    return {
-        key: dimension.values[params[key]] if isinstance(dimension, Choice) else params[key]
-        for key, dimension in space.items()
-    }
-
-
-def own_point(config: Config, space: Mapping[str, Dimension]) -> dict[str, Any] | None:
-    """The config itself as a point for Optuna; None where it lies outside of the space."""
-    point: dict[str, Any] = {}
+def own_point(config: Config, space: Mapping[str, Dimension]) -> Settings | None:
+    """The config's own values as a point of the space; None if it lies outside."""
     raw = config.model_dump(mode="json")
-    for key, dimension in space.items():
-        value: Any
-        try:
-            value = reduce(_step, key.split("."), raw)
-        except (KeyError, IndexError, TypeError):
-            return None
-        if isinstance(dimension, Choice):
-            if value not in dimension.values:
-                return None
-            value = dimension.values.index(value)
-        elif value is None or not dimension.low <= value <= dimension.high:
-            return None
-        point[key] = value
-    return point
+    try:
+        point = {key: reduce(_step, key.split("."), raw) for key in space}
+    except (KeyError, IndexError, TypeError):
+        return None
+    inside = all(_contains(dimension, point[key]) for key, dimension in space.items())
+    return point if inside else None
 
 
 def corners(space: Mapping[str, Dimension]) -> tuple[Settings, Settings]:
     """Two points that differ in every dimension with more than one value.
 
-    What is the same in the stages of both, no point changes.
+    A stage that is the same at both is the same at every point.
     """
     ends = {key: list(_extremes(dimension)) for key, dimension in space.items()}
     return {k: values[0] for k, values in ends.items()}, {k: v[-1] for k, v in ends.items()}
@@ -118,6 +101,12 @@ def corners(space: Mapping[str, Dimension]) -> tuple[Settings, Settings]:
 
 def _step(node: Any, part: str) -> Any:
     return node[int(part)] if isinstance(node, list) else node[part]
+
+
+def _contains(dimension: Dimension, value: Any) -> bool:
+    if isinstance(dimension, Choice):
+        return value in dimension.values
+    return value is not None and bool(dimension.low <= value <= dimension.high)
 
 
 def _extremes(dimension: Dimension) -> Iterator[Any]:
@@ -136,4 +125,4 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
         case Int():
             return IntDistribution(dimension.low, dimension.high)
         case Choice():
-            return CategoricalDistribution(range(len(dimension.values)))
+            return CategoricalDistribution(dimension.values)

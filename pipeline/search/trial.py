@@ -1,17 +1,24 @@
-"""Trials of a search: what is recorded of each, how they compare, and which is the best."""
+"""A trial: a run of the config with other settings. What runs in its process, and its record."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow as pa
+import torch
 from agcl.metrics import Matrix
+from ray import tune
 
-from pipeline.storage.artifact import write_json
+from pipeline.execution.scheduler import run_sessions
+from pipeline.execution.session import run_stages
+from pipeline.plan.plan import Run
+from pipeline.plan.schedule import sessions
+from pipeline.stages.context import Context, Emit, Record
+from pipeline.stages.files import SCORES
 
+State = Literal["running", "finished", "stopped", "failed"]
 _SCHEMA = pa.schema(
     [
         ("trial", pa.int32()),
@@ -21,114 +28,151 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
-State = Literal["running", "finished", "stopped", "failed"]
-RECORD = "trial.json"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How a trial stands after a task: means over evaluation sets, on validation rows."""
+    """Scores after a task: means over the evaluation sets, on validation rows, in [0, 1]."""
 
     average: float
-    """Of the tasks so far, the mean score now."""
+    """Mean current score of the tasks so far."""
     learned: float
-    """Of the tasks so far, the mean score right after each was trained."""
+    """Mean score of the tasks so far, each right after its own training."""
     retained: float | None
-    """Of the tasks before the last one trained, the mean score now; None after the first."""
+    """Mean current score of all earlier tasks; None after the first task."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the search space and what came of it."""
+    """One point of the search space and its result."""
 
     number: int
     """From 0, in the order in which points were chosen."""
     settings: Mapping[str, Any]
-    """By dotted config key; empty for the config as it is."""
+    """Values by dotted config key."""
     state: State = "running"
-    """`stopped` is ended early because others were better."""
+    """`stopped`: ended early because other trials were better."""
     progress: tuple[Progress, ...] = ()
-    """After every task so far."""
+    """After each task so far."""
     seconds: float = 0.0
-    """Time that its stages took when they were computed, without those that all trials share."""
+    """Compute time of the stages that no other trial has."""
     reason: str | None = None
     """Why it failed."""
 
     @property
     def last(self) -> Progress | None:
-        """How it stands, or ended; None before the first task."""
+        """The latest scores; None before the first task."""
         return self.progress[-1] if self.progress else None
 
-    def save(self, folder: Path) -> None:
-        """Write it into its folder, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, asdict(self))
 
+def run_trial(run: Run, shared: Collection[str]) -> None:
+    """Run a trial's missing stages; report to Tune after each task. Called in a Tune process.
 
-def load(folder: Path) -> Trial | None:
-    """The trial of a folder; None where there is none that can be read."""
+    `shared` names the artifacts whose compute time is not the trial's. A stage that fails ends the
+    trial with a last report of `reason` and `traceback`, so that Tune does not retry it. Lost
+    workers raise, and Tune does retry.
+    """
+    reports = _Reports(run, shared)
+    failures: list[Record] = []
+
+    def observe(records: list[Record]) -> None:
+        failures.extend(record for record in records if record.get("state") == "failed")
+        if any(record.get("state") == "finished" for record in records):
+            reports.catch_up()
+
+    reports.catch_up()
     try:
-        raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        progress = tuple(Progress(**entry) for entry in raw.pop("progress"))
-        return Trial(progress=progress, **raw)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        _run_stages(run, observe)
+    except Exception:
+        if not failures:  # The process or its workers were lost.
+            raise
+    if failures:
+        stages = {stage.folder.name: name for name, stage in run.resolved.items()}
+        failed = failures[0]
+        reason = f"stage {stages[str(failed['artifact'])]}: {failed['error']}"
+        tune.report({"reason": reason, "traceback": failed["traceback"]})
+
+
+class _Reports:
+    """Reports to Tune how a trial stands after each task."""
+
+    def __init__(self, run: Run, shared: Collection[str]) -> None:
+        self.tasks, self.alone = run.plan.tasks, run.config.method == "solo"
+        stages = run.resolved
+        self.own = [stage for stage in stages.values() if stage.folder.name not in shared]
+        scored = [stage for name, stage in stages.items() if name.startswith("evaluate/")]
+        # `joint` is evaluated once, for all tasks.
+        self.scored = scored + scored[-1:] * (len(self.tasks) + 1 - len(scored))
+        self.rows: list[Mapping[str, Mapping[str, float]]] = []
+
+    def catch_up(self) -> None:
+        """Report every task that is finished by now."""
+        for stage in self.scored[len(self.rows) :]:
+            if not stage.is_complete():
+                return
+            self.rows.append(json.loads(stage.read(SCORES) or b""))
+            if len(self.rows) > 1:
+                scores = progress_after(self.rows, self.tasks, alone=self.alone)
+                task = {"task": len(self.rows) - 1, "seconds": self._seconds()}
+                tune.report({**task, **asdict(scores)})
+
+    def _seconds(self) -> float:
+        manifests = [stage.manifest() for stage in self.own if stage.is_complete()]
+        return round(sum(float(each["seconds"]) for each in manifests if each), 3)
+
+
+def _run_stages(run: Run, observe: Emit) -> None:
+    """In this process, or on several workers. Raises if a stage fails or a process is lost."""
+    resources = run.config.resources
+    if resources.num_workers > 1:
+        todo = sessions({run.config.name: run.plan.stages}, run.config.storage)
+        for failure in run_sessions(todo, run.folder / ".ray-train", resources, 1, observe):
+            raise failure
+        return
+    torch.set_num_threads(resources.cpus_per_worker)
+    device = torch.device("cuda" if resources.gpus_per_worker else "cpu")
+    context = Context(device, checkpoint_minutes=resources.checkpoint_minutes)
+    run_stages(list(run.resolved.values()), context, observe)
 
 
 def progress_after(
-    rows: Sequence[Mapping[str, Mapping[str, float]]], tasks: Sequence[str]
+    rows: Sequence[Mapping[str, Mapping[str, float]]], tasks: Sequence[str], *, alone: bool = False
 ) -> Progress:
-    """How a trial stands after its last task so far.
+    """The scores after the last task so far.
 
     `rows` are the scores by task and evaluation set, of the base model and after every task so far.
+    With `alone` each task is answered by the model that was trained on it alone.
     """
-    num_done = len(rows) - 1
+    done = len(rows) - 1
     matrices: list[Matrix] = [
         [[row[task][name] for task in tasks] for row in rows]
         for name in rows[0][tasks[0]]
         if all(name in rows[0][task] for task in tasks)
     ]
+    learned = [[m[i + 1][i] for i in range(done)] for m in matrices]
+    now = learned if alone else [m[-1][:done] for m in matrices]
     return Progress(
-        average=fmean(fmean(m[-1][:num_done]) for m in matrices),
-        learned=fmean(fmean(m[i + 1][i] for i in range(num_done)) for m in matrices),
-        retained=fmean(fmean(m[-1][: num_done - 1]) for m in matrices) if num_done > 1 else None,
+        average=fmean(map(fmean, now)),
+        learned=fmean(map(fmean, learned)),
+        retained=fmean(fmean(scores[:-1]) for scores in now) if done > 1 else None,
     )
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial of the highest average, the first of equals."""
-    finished = [trial for trial in trials if trial.state == "finished" and trial.last]
-    return max(finished, key=lambda t: (_last(t).average, -t.number), default=None)
-
-
-def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The finished trials that no other one beats in what is retained and what is learned."""
-    finished = [
-        t for t in trials if t.state == "finished" and t.last and t.last.retained is not None
-    ]
-
-    def sides(trial: Trial) -> tuple[float, float]:
-        return _last(trial).retained or 0.0, _last(trial).learned
-
-    def is_beaten(one: Trial) -> bool:
-        mine = sides(one)
-        return any(
-            theirs != mine and all(t >= m for t, m in zip(theirs, mine, strict=True))
-            for theirs in map(sides, finished)
-        )
-
-    return [trial for trial in finished if not is_beaten(trial)]
+    """The finished trial with the highest average, the first of equals; None if none finished."""
+    finished = [(t.last.average, -t.number, t) for t in trials if t.state == "finished" and t.last]
+    return max(finished)[-1] if finished else None
 
 
 def table(trials: Sequence[Trial]) -> pa.Table:
-    """One row a trial: number, state, task reached, scores, seconds, reason, and its settings."""
+    """One row per trial: number, state, task reached, scores, seconds, reason, and settings."""
     found = pa.Table.from_pylist(
         [
             {
                 "trial": trial.number,
                 "state": trial.state,
                 "task": len(trial.progress),
-                **(asdict(trial.last) if trial.last else dict.fromkeys(Progress.__annotations__)),
+                **(asdict(trial.last) if trial.last else {}),
                 "seconds": trial.seconds,
                 "reason": trial.reason,
             }
@@ -142,18 +186,8 @@ def table(trials: Sequence[Trial]) -> pa.Table:
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """Numbers as they are; text where not all of them are of one kind."""
+    """Numbers stay numbers; values of mixed types become text."""
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) > 1 and not kinds <= {int, float}:
         values = [None if value is None else str(value) for value in values]
     return pa.array(values, pa.float64() if kinds == {int, float} else None)
-
-
-def ended(trial: Trial, state: State, reason: str | None = None) -> Trial:
-    """The trial in its last state."""
-    return replace(trial, state=state, reason=reason)
-
-
-def _last(trial: Trial) -> Progress:
-    assert trial.last is not None
-    return trial.last

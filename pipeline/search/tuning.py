@@ -1,52 +1,80 @@
 """The same tuning budget for every method of a comparison, spent on validation rows."""
 
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from agcl.errors import InputError
+from rich.console import Console
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
-from pipeline.results.results import RunResult
+from pipeline.config.search import Search as SearchSection
+from pipeline.run import open_run
+from pipeline.search import trial as trials
+from pipeline.search.engine import Observe, Search
+from pipeline.search.search import TABLE, execute_trials, mirrored, only_validation
+from pipeline.search.space import Settings
+from pipeline.search.trial import Trial
+from pipeline.storage.artifact import write_json
 
 SEED_OFFSET = 10_000
-"""Trials have a seed of their own, so that no reported run was chosen by itself."""
-VALIDATION = 0.3
-"""Share of the scored rows for validation, where the config says none."""
+"""Added to the seed of trials, so that no reported run is chosen by its own result."""
 LEARNING_RATE = 4.0
-"""Trials go from the config's learning rate divided by this to it multiplied."""
+"""Trials go from the config's learning rate divided by this to it multiplied by this."""
 ADAPTER_LEARNING_RATE = 10.0
-"""Trials of LoRA go about this many times the config's rate: what it needs to learn as full
+"""Trials of LoRA are around this many times the config's rate: what it needs to learn as full
 fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`, Concept-1K)."""
+CHOSEN_FILE = "tuning.json"
+_RATE = "training.learning_rate"
 
 
-def candidates(config: Config, trials: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class Chosen:
+    """A method's best trial."""
+
+    chosen: int
+    """Its number among the method's trials."""
+    settings: Sequence[str]
+    """`key=value`; empty for the method's defaults."""
+    score: float
+    """Average performance on validation rows, mean over the evaluation sets."""
+    edge: str | None
+    """`smallest` or `largest` if no trial had a learning rate further out."""
+    trials: Sequence[Mapping[str, Any]]
+    """`settings` and `score` of every trial; the score of a failed one is None."""
+
+
+def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
     """Settings of each of a method's trials: its defaults first, then spread evenly.
 
     With an adapter the second trial is the defaults at `ADAPTER_LEARNING_RATE` times the config's
-    rate. Every further one moves the learning rate and, where the method has one, its own knob
-    (`methods.METHODS`), by the Halton sequence (1960): half the rate, then twice of it, so that few
-    trials look both ways. The same for any method with the same knob, and for any order.
+    rate. Every further one moves the learning rate and, if the method has one, its own knob
+    (`METHODS`), by the Halton sequence (1960): half the rate, then twice the rate, so that few
+    trials look both ways. Methods with the same knob get the same values, whatever is compared.
     """
     from scipy.stats import qmc  # Half a second, and only here.
 
     knob = METHODS[config.method].knob
     middle = config.training.learning_rate
-    found: list[list[str]] = [[]]
+    found: list[dict[str, float]] = [{}]
     if config.adapter:
         middle *= ADAPTER_LEARNING_RATE
-        found.append([_learning_rate(middle)])
-    # Point 0 is a corner and point 1 the middle, in whose place the defaults are.
-    for x, y in qmc.Halton(d=2, scramble=False).random(trials + 1)[2:].tolist():
-        rate = middle * LEARNING_RATE ** (2 * x - 1)
-        settings = [_learning_rate(rate)]
-        if knob:
-            settings.append(f"{knob.key}={_rounded(_between(knob, y))}")
-        found.append(settings)
-    return found[:trials]
+        found.append({_RATE: _rounded(middle)})
+    # The defaults stand for points 0, a corner, and 1, the middle. Optuna's QMCSampler cannot skip
+    # them, and assigns dimensions by name: a method's knob would decide which rates it tries.
+    for x, y in qmc.Halton(d=2, scramble=False).random(num_trials + 1)[2:].tolist():
+        values = {_RATE: _rounded(middle * LEARNING_RATE ** (2 * x - 1))}
+        found.append(values | ({knob.key: _rounded(_between(knob, y))} if knob else {}))
+    return found[:num_trials]
 
 
-def _learning_rate(rate: float) -> str:
-    return f"training.learning_rate={_rounded(rate)}"
+def arguments(settings: Mapping[str, float]) -> list[str]:
+    """Settings as on the command line."""
+    # YAML reads 1e-3 as text and 1.00e-03 as a number.
+    return [f"{key}={value:.2e}" for key, value in settings.items()]
 
 
 def _between(knob: Knob, share: float) -> float:
@@ -55,34 +83,75 @@ def _between(knob: Knob, share: float) -> float:
     return knob.low + (knob.high - knob.low) * share
 
 
-def _rounded(value: float) -> str:
-    # YAML reads 1e-3 as text and 1.0e-3 as a number.
-    return f"{value:.2e}"
+def _rounded(value: float) -> float:
+    return float(f"{value:.2e}")
 
 
-def trial(config: Config, number: int) -> Config:
-    """The config of a method's trial of that number."""
-    name = f"{config.name}-{config.method}-trial{number}"
-    return config.model_copy(update={"seed": config.seed + SEED_OFFSET, "name": name})
+def open_tuning(
+    load: Callable[[list[str], str], Config], methods: Sequence[str], num_trials: int, folder: Path
+) -> Search:
+    """The trials of all methods as one search, whose points are all known beforehand.
 
-
-def score(result: RunResult) -> float:
-    """What a trial is chosen by: average performance on validation rows, mean over the sets."""
-    sets: Mapping[str, Any] = result.metrics["validation"]
-    return fmean(values["average_performance"] for values in sets.values())
-
-
-def edge(rates: Mapping[int, float], chosen: int) -> str | None:
-    """`smallest` or `largest` where the chosen trial's learning rate is that of all tried.
-
-    The method might then do better still beyond it. None of fewer than three trials.
+    `load` reads a method's config with more settings. Raises `InputError` for bad input, and if
+    the folder holds trials of another config.
     """
-    if len(rates) < 3:
+    known: dict[str, tuple[Settings, Config]] = {}
+    for method in methods:
+        for number, settings in enumerate(candidates(load([], method), num_trials)):
+            config = only_validation(load(arguments(settings), method))
+            update = {"seed": config.seed + SEED_OFFSET, "search": SearchSection()}
+            config = config.model_copy(update=update)
+            known[f"{method}-{number}"] = ({"method": method, **settings}, config)
+    first = next(iter(known.values()))[1]
+    search = Search(first, folder, len(known), known=known)
+    for number, (settings, _) in enumerate(known.values()):
+        run = search.run_of(number, settings)
+        open_run(run.config, run.folder)
+    return search
+
+
+def execute_tuning(
+    search: Search, *, console: Console, watch: AbstractContextManager[Observe]
+) -> dict[str, Chosen]:
+    """Run the trials of all methods side by side; the best of each, also in `tuning.json`.
+
+    Raises `StageFailed` for a stage that all trials need, `InputError` if every trial of a method
+    failed.
+    """
+    with mirrored(search, console) as mirror:
+        found = execute_trials(search, mirror, console, watch)
+        rates = [config.training.learning_rate for _, config in search.known.values()]
+        chosen = {
+            method: choose([t for t in found if t.settings["method"] == method], rates)
+            for method in dict.fromkeys(trial.settings["method"] for trial in found)
+        }
+        record = {method: best and asdict(best) for method, best in chosen.items()}
+        write_json(search.folder / CHOSEN_FILE, record)
+        mirror.finish({name: search.folder / name for name in (TABLE, CHOSEN_FILE)})
+    for method, best in chosen.items():
+        if best is None:
+            raise InputError(f"--trials: every trial of method {method} failed")
+    return {method: best for method, best in chosen.items() if best}
+
+
+def choose(tried: Sequence[Trial], rates: Sequence[float]) -> Chosen | None:
+    """The best of a method's trials, the first of equals; None if all failed.
+
+    `rates` are the learning rates by trial number. With fewer than three finished trials, neither
+    end of the rates is called an edge.
+    """
+    best = trials.best(tried)
+    if best is None:
         return None
-    ends = {min(rates.values()): "smallest", max(rates.values()): "largest"}
-    return ends.get(rates[chosen])
-
-
-def best(scores: Mapping[int, float]) -> int:
-    """Number of the best trial, the first of equals. Failed ones are not in `scores`."""
-    return min(scores, key=lambda number: (-scores[number], number))
+    listed: list[dict[str, Any]] = [
+        {
+            "settings": arguments({k: v for k, v in trial.settings.items() if k != "method"}),
+            "score": trial.last.average if trial.state == "finished" and trial.last else None,
+        }
+        for trial in tried
+    ]
+    finished = [rates[trial.number] for trial in tried if trial.state == "finished"]
+    ends = {min(finished): "smallest", max(finished): "largest"}
+    edge = ends.get(rates[best.number]) if len(finished) > 2 else None
+    number = tried.index(best)
+    return Chosen(number, **listed[number], edge=edge, trials=listed)

@@ -22,7 +22,7 @@ def test_a_bad_space_or_nothing_to_resume_ends_before_any_work(agcl):
     file.write_text("name: mine")
     code, lines = agcl("search", file, "--resume")
     assert code == cli.BAD_INPUT
-    assert "mine-search holds no search to go on with" in lines[0]
+    assert "mine-search holds no search to resume" in lines[0]
     assert not list(agcl.place.iterdir())
 
 
@@ -53,7 +53,7 @@ def test_without_a_terminal_every_change_is_a_line():
     assert "(stage train/1-a: loss nan)" in lines[3]
 
 
-def test_on_a_terminal_there_is_a_table_that_goes_on():
+def test_on_a_terminal_there_is_a_live_table():
     text = shown(Trial(0, SETTINGS), Trial(0, SETTINGS, "finished", (HALF, DONE)), terminal=True)
     assert "retained" in text
     assert "1/3 done, best 0.625 (trial 0)" in text

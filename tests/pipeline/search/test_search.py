@@ -7,26 +7,36 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from ray import tune
+from ray.tune.search import ConcurrencyLimiter
 
 from agcl.errors import InputError
 from pipeline.config import loading
 from pipeline.execution.session import run_stages
+from pipeline.plan.plan import plan
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
-from pipeline.search.rounds import Rounds
-from pipeline.search.search import run_trial, shared_stages
-from pipeline.search.search_run import BEST_CONFIG, best_run, open_search
+from pipeline.search.engine import Points, Search, Watch
+from pipeline.search.search import (
+    BEST_CONFIG,
+    best_run,
+    example_runs,
+    in_several,
+    only_validation,
+    open_search,
+)
+from pipeline.search.trial import run_trial
 from pipeline.stages.context import Context
 from pipeline.stages.evaluate import is_for_validation
 from pipeline.stages.files import PREDICTIONS
 from pipeline.storage import artifact
-from pipeline.tracking.client import default_uri
 
 ROOT = Path(__file__).parents[3]
 SPACE = (
@@ -37,36 +47,53 @@ SPACE = (
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Runs a search without Ray: trials one after the other in this process.
+    """Runs a search without Ray: the trials of a round one after the other, in this process.
 
-    Gives the trials, the stages that were computed and what was reported to Tune.
+    Gives the trials, the artifacts that were computed and what was reported to Tune.
     """
     played = Played()
-    monkeypatch.setattr(tune, "report", played.reported.append)
-    monkeypatch.setattr(
-        "pipeline.search.search.run_stages", lambda works, *rest: play(works, *rest)
-    )
+    monkeypatch.setattr(tune, "report", lambda report: played.report(report))
 
-    def play(works, context, emit):
-        def watched(records):
+    def watched(stages, context, emit):
+        def see(records):
             played.computed += [r["artifact"] for r in records if r.get("state") == "started"]
             emit(records)
 
-        run_stages(works, context, watched)
+        context.ray_data = False
+        run_stages(stages, context, see)
 
-    def run(search, stop_after=None):
-        shared = shared_stages(search)
-        works = search.run_of(trials.Trial(0, {})).resolved
-        play([works[stage.name] for stage in shared], Context(ray_data=False), lambda records: None)
-        rounds = Rounds(search, 1, lambda trial: None)
-        number = 0
-        while isinstance(found := rounds.suggest(f"id{number}"), dict):
-            if number == stop_after:
-                return rounds.all()
-            run_trial(search, found["number"])
-            rounds.on_trial_complete(f"id{number}", {})
-            number += 1
-        return rounds.all()
+    monkeypatch.setattr("pipeline.search.trial.run_stages", watched)
+
+    def run(search):
+        examples = example_runs(search)
+        shared = in_several(examples)
+        for example in examples.values():
+            stages = [s for s in example.resolved.values() if s.folder.name in shared]
+            watched(stages, Context(), lambda records: None)
+        num_tasks = len(plan(search.config).tasks)
+        size = search.config.search.round
+        points = ConcurrencyLimiter(Points(search, num_tasks), size, batch=True)
+        watch = Watch(search, num_tasks, lambda trial: None)
+        for first in range(0, search.num_trials, size):
+            ids = [str(n) for n in range(first, min(first + size, search.num_trials))]
+            trials = {
+                trial_id: SimpleNamespace(config=points.suggest(trial_id)) for trial_id in ids
+            }
+            for trial_id, trial in trials.items():
+                play(trial_id, trial, shared, points, watch, search)
+        return list(watch.trials.values())
+
+    def play(trial_id, trial, shared, points, watch, search):
+        def report(scores):
+            played.reported.append(scores)
+            points.on_trial_result(trial_id, {**scores, "training_iteration": scores.get("task")})
+            watch.on_trial_result(0, [], trial, scores)
+
+        played.report = report
+        watch.on_trial_start(0, [], trial)
+        run_trial(search.run_of(**trial.config["trial"]), shared)
+        points.on_trial_complete(trial_id, played.reported[-1])
+        watch.on_trial_complete(0, [], trial)
 
     played.run = run
     return played
@@ -91,9 +118,10 @@ def search(tiny_config, tmp_path):
 
 def scored(search, trial):
     """The rows that a trial's evaluate stages scored."""
-    works = search.run_of(trial).resolved
-    files = [w.folder / PREDICTIONS for name, w in works.items() if name.startswith("evaluate/")]
-    assert len(files) == 3
+    resolved = search.run_of(trial.number, trial.settings).resolved
+    stages = [stage for name, stage in resolved.items() if name.startswith("evaluate/")]
+    assert len(stages) == 3
+    files = [stage.folder / PREDICTIONS for stage in stages]
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
@@ -104,18 +132,20 @@ def test_trials_score_validation_rows_only_and_report_after_every_task(search, i
     rows = [row for trial in found for row in scored(of, trial)]
     assert rows
     assert all(is_for_validation(row["prompt"], row["answer"], share=0.3) for row in rows)
-    averages = [[progress.average for progress in trial.progress] for trial in found]
-    assert in_process.reported == [
-        {"task": task, "average": averages[trial][task - 1]} for trial in (0, 1) for task in (1, 2)
-    ]
+    averages = [progress.average for trial in found for progress in trial.progress]
+    assert [(r["task"], r["average"]) for r in in_process.reported] == list(
+        zip([1, 2, 1, 2], averages, strict=True)
+    )
 
 
 def test_an_extra_trial_computes_only_what_its_settings_change(search, in_process):
-    in_process.run(search(1))
-    first = list(in_process.computed)
-    assert sum(name.startswith(("prepare-", "pretrain", "tokenizer")) for name in first) == 5
+    first = in_process.run(search(1))
+    computed = list(in_process.computed)
+    assert sum(name.startswith(("prepare-", "pretrain", "tokenizer")) for name in computed) == 5
     in_process.computed.clear()
-    in_process.run(search(2))
+    of = search(2)
+    again, extra = in_process.run(of)
+    assert again == first[0]
     kinds = [name.rpartition("-")[0] for name in in_process.computed]
     # The importance of the last task protects nothing.
     assert kinds in (
@@ -123,23 +153,14 @@ def test_an_extra_trial_computes_only_what_its_settings_change(search, in_proces
         # A point of the other weighting has other moments too.
         ["attribute-1-harbour", "train-2-valley", "evaluate-2-valley"],
     )
-    of = search(2)
-    works = of.run_of(trials.load(of.folder_of(1))).resolved
-    assert trials.load(of.folder_of(1)).seconds == pytest.approx(
-        sum(
-            artifact.read_manifest(work.folder)["seconds"]
-            for name, work in works.items()
-            if name not in {stage.name for stage in shared_stages(of)}
-        ),
-        abs=0.01,
-    )
-
-
-def test_a_trial_that_was_interrupted_goes_on_at_its_first_unfinished_stage(search, in_process):
-    whole = in_process.run(search(2, "name=whole"))
-    in_process.run(search(2), stop_after=1)  # All stages are there: another name shares them.
+    shared = in_several(example_runs(of))
+    own = {s.folder for s in of.run_of(1, extra.settings).resolved.values()}
+    seconds = [artifact.read_manifest(f)["seconds"] for f in own if f.name not in shared]
+    assert extra.seconds == pytest.approx(sum(seconds), abs=0.01)
+    # The same search again finds everything in the storage, as does one of another name.
     in_process.computed.clear()
-    assert [t.settings for t in in_process.run(search(2))] == [t.settings for t in whole]
+    for same in (search(2), search(2, "name=other")):
+        assert in_process.run(same) == [again, extra]
     assert in_process.computed == []
 
 
@@ -147,12 +168,30 @@ def test_a_stage_that_fails_fails_its_trial_and_says_why(search, in_process):
     of = search(3, "search.space={training.learning_rate: {type: choice, values: [1e+9, 1e-3]}}")
     found = in_process.run(of)
     failed = [trial for trial in found if trial.settings["training.learning_rate"] == 1e9]
-    assert failed
-    assert len(failed) < 3
+    assert 0 < len(failed) < 3
     for trial in failed:
         assert trial.state == "failed"
         assert trial.reason.startswith("stage train/1-harbour: loss")
-        assert "NonFiniteLoss" in (of.folder_of(trial.number) / "error.log").read_text()
+        assert "NonFiniteLoss" in (of.run_folder(trial.number) / "error.log").read_text()
+
+
+@pytest.mark.parametrize("method", ["joint", "solo"])
+def test_a_bound_has_the_average_of_its_report(method, tiny_config, tmp_path, in_process):
+    """`compare --trials` tunes these too, and a search refuses them."""
+    settings = ("training.epochs=4", "evaluation.validation=0.3")
+    config = tiny_config(tmp_path / "storage", *settings, method=method)
+    known = {f"{method}-0": ({"method": method}, only_validation(config))}
+    search = Search(only_validation(config), tmp_path / "tuning", 1, known=known)
+    reports = []
+    in_process.report = reports.append
+    run_trial(search.run_of(0, {"method": method}), set())
+    assert [report["task"] for report in reports] == [1, 2]
+    run = open_run(config)
+    run_stages(list(run.resolved.values()), Context(ray_data=False), lambda records: None)
+    metrics = json.loads(run.resolved["report"].read("metrics.json"))
+    sets = metrics["validation"].values()
+    assert reports[-1]["average"] == pytest.approx(fmean(s["average_performance"] for s in sets))
+    assert reports[-1]["learned"] == pytest.approx(fmean(s["learning_accuracy"] for s in sets))
 
 
 def write_tasks(folder, changed=False):
@@ -186,8 +225,9 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
             "importance.correct_only=false",
         )
         search = open_search(config, 5, resume=False)
-        found.append([trial.settings | {"at": trial.progress} for trial in in_process.run(search)])
-        best = trials.best([trials.load(search.folder_of(n)) for n in range(5)])
+        tried = in_process.run(search)
+        found.append([trial.settings | {"at": trial.progress} for trial in tried])
+        best = trials.best(tried)
         sets = {(row["task"], row["evaluation_set"]) for row in scored(search, best)}
         assert sets == {("one", "validation"), ("two", "validation"), ("base", "memorization")}
         run = best_run(search, best)
@@ -254,7 +294,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     # Output goes to a file: what Ray leaves behind would hold a pipe open.
     with (tmp_path / "out").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-        wait_for(lambda: any((trials.load(of.folder_of(n)) or NONE).progress for n in (0, 1)))
+        wait_for(lambda: "running task 1" in (tmp_path / "out").read_text())
         first.kill()
         assert first.wait() == -signal.SIGKILL
         stages = [f.parent for f in (of.config.storage.root / "stages").glob("*/manifest.json")]
@@ -268,10 +308,6 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         )
     said = (tmp_path / "out").read_text()
     assert second.returncode == 0, said
-    after = [trials.load(of.folder_of(n)) for n in range(3)]
-    assert [(t.settings, t.state, t.progress) for t in after] == [
-        (t.settings, t.state, t.progress) for t in undisturbed
-    ]
     best = trials.best(undisturbed)
     assert f"best is trial {best.number}:" in said
 
@@ -280,19 +316,16 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     for stage, started in before.items():
         assert artifact.read_manifest(stage)["started"] == started
     run = open_run(loading.load(of.folder / "best.yaml"))
-    assert all(work.is_complete() for work in run.resolved.values())
+    assert all(stage.is_complete() for stage in run.resolved.values())
     assert run.config.protect[0].energy == best.settings["protect.0.energy"]
-    rows = pq.read_table(of.folder / "trials.parquet").to_pylist()
-    assert [row["average"] for row in rows] == [trial.last.average for trial in undisturbed]
-    for name in ("parallel-coordinates.png", "pareto-front.png"):
+    table = trials.table(undisturbed).drop(["seconds"])
+    assert pq.read_table(of.folder / "trials.parquet").drop(["seconds"]) == table
+    for name in ("optimization-history.png", "slices.png", "pareto-front.png"):
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
-    check_mlflow(tmp_path / "storage", best)
+    check_mlflow(of.config.storage.tracking_uri, best)
 
     with pytest.raises(InputError, match=r"another 'search' section"):
         search(3, *settings, "search.round=3", resume=True)
-
-
-NONE = trials.Trial(0, {})
 
 
 def tuned(config):
@@ -307,9 +340,9 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def check_mlflow(storage, best):
+def check_mlflow(uri, best):
     """One run for the search, below it the trials with their own stages, and the winner's."""
-    client = MlflowClient(default_uri(storage))
+    client = MlflowClient(uri)
     (experiment,) = [e for e in client.search_experiments() if e.name == "agcl"]
     by_id = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id])}
     kinds = {}

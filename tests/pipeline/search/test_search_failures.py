@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from reference.driver import processes_below
 from safetensors import SafetensorError, safe_open
 
 from pipeline.config import loading
-from pipeline.search import trial as trials
 from pipeline.storage import artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,9 +45,8 @@ class Search:
         assert process.wait(timeout=900) == 0, self.output.read_text()
 
     def trials(self):
-        """What came of the trials, but for the time that they took."""
-        found = [trials.load(self.folder / "trials" / str(number)) for number in range(2)]
-        return [(trial.settings, trial.state, trial.progress) for trial in found]
+        """The trials, without the time that they took."""
+        return pq.read_table(self.folder / "trials.parquet").drop(["seconds"]).to_pylist()
 
     def metrics(self):
         return json.loads((self.folder / "best" / "metrics.json").read_text())

@@ -4,13 +4,13 @@ import pytest
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.search.search import Search, shared_stages
+from pipeline.search.engine import Search
+from pipeline.search.search import example_runs, in_several
 from pipeline.search.space import (
     corners,
     default_space,
     distributions,
     own_point,
-    settings_of,
     space_of,
 )
 
@@ -53,12 +53,11 @@ def test_by_default_the_scaling_of_the_protections_is_searched_and_the_rate(conf
     )
 
 
-def test_the_config_itself_is_a_point_and_a_point_gives_settings(config):
+def test_the_config_itself_is_a_point(config):
     own = config("importance.top_k=4", method="gate")
     space = default_space(own)
     point = own_point(own, space)
-    assert point["importance.top_k"] == 1  # The second of its values.
-    assert settings_of(space, point) == {
+    assert point == {
         "training.learning_rate": 1e-3,
         "protect.0.log_scale": 1e5,
         "protect.0.strength": 1.0,
@@ -103,8 +102,10 @@ def test_a_bad_space_is_one_line_that_names_the_key(config, space, said):
 
 
 def names(config, tmp_path):
-    search = Search(config, space_of(config), 1, tmp_path / "search")
-    return {stage.name for stage in shared_stages(search)}
+    examples = example_runs(Search(config, tmp_path / "search", 1, space_of(config)))
+    shared = in_several(examples)
+    resolved = examples["one"].resolved
+    return {name for name, stage in resolved.items() if stage.folder.name in shared}
 
 
 START = {"tokenizer", "pretrain", "evaluate/0-base"} | {

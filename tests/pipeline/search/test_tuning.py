@@ -2,16 +2,21 @@
 
 import io
 import json
-from types import SimpleNamespace
+from contextlib import nullcontext
 
+import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from agcl.errors import InputError
-from jobs import tuning as job
 from pipeline.config.presets import METHODS
-from pipeline.run import execute_trials, open_run
 from pipeline.search import tuning
+from pipeline.search.search import example_runs, in_several
+from pipeline.search.trial import Progress, Trial
+from pipeline.search.tuning import arguments, candidates, choose, execute_tuning, open_tuning
+
+RATE = "training.learning_rate"
 
 
 @pytest.fixture
@@ -23,143 +28,184 @@ def load(tiny_config, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
     config = load([], method)
-    tried = tuning.candidates(config, 5)
+    tried = candidates(config, 5)
     assert len(tried) == 5
-    assert tried[0] == []
-    configs = [load(settings, method) for settings in tried]  # All are valid settings.
+    assert tried[0] == {}
+    configs = [load(arguments(settings), method) for settings in tried]  # All are valid settings.
     rates = [each.training.learning_rate for each in configs]
+    assert rates[1:] == [settings[RATE] for settings in tried[1:]]
     assert len(set(rates)) == 5
     middle = rates[0] * (10 if config.adapter else 1)
     assert all(middle / 4 <= rate <= middle * 4 for rate in rates[1:])
     alike = "lora" if config.adapter else "sequential"
-    assert tuning.candidates(load([], alike), 5)[3][0] == tried[3][0]
+    assert [s.get(RATE) for s in candidates(load([], alike), 5)] == [s.get(RATE) for s in tried]
     knob = METHODS[method].knob
     if knob:
-        own = [settings[1] for settings in tried if len(settings) == 2]
-        values = [float(setting.removeprefix(f"{knob.key}=")) for setting in own]
+        values = [settings[knob.key] for settings in tried if knob.key in settings]
         assert len(set(values)) == (3 if config.adapter else 4)
         assert all(knob.low <= value <= knob.high for value in values)
 
 
+def test_methods_with_the_same_knob_try_the_same_values(load):
+    tried = candidates(load([], "agcl"), 6)
+    for control in METHODS["agcl"].controls:
+        assert candidates(load([], control), 6) == tried
+
+
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
     config = load([], "agcl")
-    assert tuning.candidates(config, 3) == tuning.candidates(config, 9)[:3]
-
-
-def rates_of(tried):
-    return [float(settings[0].split("=")[1]) for settings in tried]
+    assert candidates(config, 3) == candidates(config, 9)[:3]
 
 
 def test_three_trials_look_below_and_above(load):
-    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "agcl"), 3)
-    assert tried[0] == []
-    assert rates_of(tried[1:]) == [5e-4, 2e-3]
+    tried = candidates(load(["training.learning_rate=1.0e-3"], "agcl"), 3)
+    assert [settings.get(RATE) for settings in tried] == [None, 5e-4, 2e-3]
 
 
 def test_trials_of_lora_go_about_ten_times_the_rate_and_its_defaults_are_tried_there(load):
-    tried = tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 4)
-    assert tried[:2] == [[], ["training.learning_rate=1.00e-02"]]
-    assert rates_of(tried[2:]) == [5e-3, 2e-2]
-    assert tuning.candidates(load(["training.learning_rate=1.0e-3"], "olora"), 2) == tried[:2]
+    config = load(["training.learning_rate=1.0e-3"], "olora")
+    tried = candidates(config, 4)
+    assert tried[:2] == [{}, {RATE: 1e-2}]
+    assert [settings[RATE] for settings in tried[2:]] == [5e-3, 2e-2]
+    assert candidates(config, 2) == tried[:2]
 
 
 def test_the_rates_of_a_large_budget_fill_the_range(load):
-    config = load([], "agcl")
-    lower = sum(float(s[0].split("=")[1]) < 1e-3 for s in tuning.candidates(config, 41)[1:])
-    assert lower in (19, 20, 21)
+    tried = candidates(load([], "agcl"), 41)[1:]
+    assert sum(settings[RATE] < 1e-3 for settings in tried) in (19, 20, 21)
 
 
-def test_trials_have_a_seed_that_no_reported_run_has(load):
-    config = load(["seed=7"], "agcl")
-    trial = tuning.trial(config, 2)
-    assert trial.seed == 7 + tuning.SEED_OFFSET
-    assert trial.name != config.name
+def test_trials_have_their_own_seed_and_score_validation_rows_only(load, tmp_path):
+    search = open_tuning(
+        lambda more, method: load(["seed=7", *more], method), ["agcl"], 3, tmp_path
+    )
+    for number in range(3):
+        config = search.run_of(number, {}).config
+        assert config.seed == 7 + tuning.SEED_OFFSET
+        assert config.evaluation.rows == "validation"
+        assert config.evaluation.validation == 0.3
 
 
-def result(**scores):
-    """A result whose rows to choose by say this, and whose test rows the opposite."""
-    validation = {name: {"average_performance": score} for name, score in scores.items()}
-    test = {name: {"average_performance": 1 - score} for name, score in scores.items()}
-    return SimpleNamespace(metrics={"validation": validation, "evaluation_sets": test})
+def test_what_trials_of_several_methods_share_is_found_beforehand(load, tmp_path):
+    search = open_tuning(load, ["sequential", "agcl"], 2, tmp_path)
+    runs = example_runs(search)
+    assert list(runs) == ["sequential-0", "sequential-1", "agcl-0", "agcl-1"]
+    shared = in_several(runs)
+    for run in runs.values():
+        own = {name for name, s in run.resolved.items() if s.folder.name not in shared}
+        first = {"attribute/1-harbour"} if run.config.method == "agcl" else set()
+        assert own == first | {"train/2-valley", "evaluate/2-valley"}
+    # Both rates of the first task, once for both methods.
+    assert sum(name.startswith("train-1") for name in shared) == 2
 
 
-def test_a_trial_is_scored_by_its_validation_rows_over_all_sets():
-    assert tuning.score(result(memorization=0.9, generalization=0.3)) == pytest.approx(0.6)
+def trials(scores, method="agcl", first=0):
+    """Trials with these averages; None is a failed one."""
+    return [
+        Trial(number, {"method": method, RATE: 1e-3 * number}, "failed", reason="why")
+        if score is None
+        else Trial(
+            number,
+            {"method": method, RATE: 1e-3 * number},
+            "finished",
+            (Progress(average=score, learned=score, retained=None),),
+        )
+        for number, score in enumerate(scores, start=first)
+    ]
 
 
-def test_the_first_of_equal_trials_is_chosen():
-    assert tuning.best({0: 0.5, 1: 0.7, 2: 0.7}) == 1
+def test_the_first_of_equal_trials_is_chosen_and_all_are_listed():
+    chosen = choose(trials([None, 0.5, 0.7, 0.7]), [0, 1e-3, 2e-3, 3e-3])
+    assert (chosen.chosen, chosen.score) == (2, 0.7)
+    assert chosen.settings == ["training.learning_rate=2.00e-03"]
+    assert [trial["score"] for trial in chosen.trials] == [None, 0.5, 0.7, 0.7]
+    assert choose(trials([None, None]), [1, 2]) is None
+
+
+def test_a_rate_at_the_end_of_those_tried_is_named():
+    rates = [1e-3, 3e-3, 9e-3, 2.5e-4]  # The third one failed.
+    edges = []
+    for best in (0, 1, 3):
+        scores = [0.1, 0.1, None, 0.1]
+        scores[best] = 0.9
+        edges.append(choose(trials(scores), rates).edge)
+    assert edges == [None, "largest", "smallest"]
+    assert choose(trials([0.1, 0.2]), rates).edge is None
 
 
 @pytest.fixture
-def trials(monkeypatch, load, tmp_path):
+def execute(monkeypatch, load, tmp_path):
     """Tunes two methods with made-up scores of their trials; None is a failed one."""
 
-    def tune(scores):
-        def execute_trials(runs, *_, **__):
-            assert list(runs) == list(scores)
-            return {k: result(set=v) for k, v in scores.items() if v is not None}
+    def untracked(settings, method):
+        return load(["tracking.enabled=false", *settings], method)
 
-        monkeypatch.setattr(job, "execute_trials", execute_trials)
-        (tmp_path / "compare" / "tuning").mkdir(parents=True)
-        return job.tune(load, ["sequential", "agcl"], 2, tmp_path / "compare", "agcl test")
+    def run(scores):
+        folder = tmp_path / "storage" / "tuning"
+        search = open_tuning(untracked, ["sequential", "agcl"], 2, folder)
 
-    return tune
+        def execute_trials(*ignored):
+            (folder / "trials.parquet").touch()
+            return trials(scores[:2], "sequential") + trials(scores[2:], first=2)
+
+        monkeypatch.setattr(tuning, "execute_trials", execute_trials)
+        console = Console(file=io.StringIO())
+        return execute_tuning(search, console=console, watch=nullcontext())
+
+    return run
 
 
-def test_every_method_takes_its_best_trial_and_all_are_written_down(trials, tmp_path):
-    scores = {"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": 0.2}
-    chosen = trials(scores)
-    assert chosen["sequential"] == []
-    rate, energy = chosen["agcl"]
-    assert rate.startswith("training.learning_rate=")
-    assert energy.startswith("protect.0.energy=")
-    written = json.loads((tmp_path / "compare" / "tuning" / "tuning.json").read_text())
+def test_every_method_takes_its_best_trial_and_all_are_written_down(execute, tmp_path):
+    chosen = execute([0.4, 0.3, None, 0.2])
+    assert (chosen["sequential"].chosen, chosen["agcl"].chosen) == (0, 1)
+    written = json.loads((tmp_path / "storage" / "tuning" / "tuning.json").read_text())
     assert [trial["score"] for trial in written["agcl"]["trials"]] == [None, 0.2]
-    assert written["agcl"]["chosen"] == 1
+    assert written["agcl"]["settings"] == ["training.learning_rate=3.00e-03"]
 
 
-def test_a_rate_at_the_end_of_what_was_tried_is_told():
-    rates = {0: 1e-3, 1: 3e-3, 3: 2.5e-4}
-    assert [tuning.edge(rates, n) for n in rates] == [None, "largest", "smallest"]
-    assert tuning.edge({0: 1e-3, 1: 3e-3}, 1) is None
-
-
-def test_methods_whose_best_rate_is_the_last_tried_are_named(load, monkeypatch, tmp_path, capsys):
-    rates = [s[0].split("=")[1] for s in tuning.candidates(load([], "sequential"), 4)[1:]]
-    number = 1 + rates.index(min(rates, key=float))
-    results = {f"sequential-{n}": result(set=0.9 if n == number else 0.1) for n in range(4)}
-    monkeypatch.setattr(job, "execute_trials", lambda *_, **__: results)
-    (tmp_path / "compare" / "tuning").mkdir(parents=True)
-    job.tune(load, ["sequential"], 4, tmp_path / "compare", "agcl test")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "The smallest learning rate tried was the best of sequential: a still smaller" in said
-
-
-def test_a_method_without_a_finished_trial_is_named(trials):
+def test_a_method_without_a_finished_trial_is_named(execute):
     with pytest.raises(InputError, match="every trial of method agcl failed"):
-        trials({"sequential-0": 0.4, "sequential-1": 0.3, "agcl-0": None, "agcl-1": None})
+        execute([0.4, 0.3, None, None])
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_failed_trial_does_not_end_the_others(finished, tiny_config, copy_stages, tmp_path):
-    """On Ray, the base model taken from earlier runs; the run that fails comes first."""
-    folder, storage = tmp_path / "trials", tmp_path / "storage"
-    copy_stages(finished.storage, storage, ("tokenizer", "prepare", "pretrain", "evaluate-0"))
-    settings = {"diverged": ["training.learning_rate=1e30"], "fine": ["training.epochs=1"]}
-    runs = {
-        label: open_run(
-            tiny_config(storage, *more, name=label, method="sequential"), folder / label
-        )
-        for label, more in settings.items()
-    }
-    out = io.StringIO()
-    results = execute_trials(
-        runs, folder, title="trials", command="agcl test", console=Console(file=out, width=200)
+def test_trials_of_all_methods_run_together_and_a_failed_one_ends_no_other(
+    finished, load, copy_stages, tmp_path, monkeypatch
+):
+    """On Ray. The first task at a rate that diverges fails once for both methods, and in each."""
+    monkeypatch.setattr(tuning, "candidates", lambda config, trials: [{RATE: 1e30}, {}])
+    copy_stages(finished.storage, tmp_path / "storage", ("tokenizer", "prepare"))
+    folder = tmp_path / "storage" / "tiny-compare" / "tuning"
+    search = open_tuning(
+        lambda more, method: load(["training.epochs=1", *more], method),
+        ["sequential", "agcl"],
+        2,
+        folder,
     )
-    assert list(results) == ["fine"]
-    assert results["fine"].metrics["learning_accuracy"] >= 0
-    assert "failed trial stage train/1-harbour failed: " in out.getvalue()
-    assert list((folder / "logs").glob("train-1-harbour-*.log"))
+    observed = []
+    watch = nullcontext(observed.append)
+    chosen = execute_tuning(search, console=Console(file=io.StringIO()), watch=watch)
+    assert [best.chosen for best in chosen.values()] == [1, 1]
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [row["state"] for row in rows] == ["failed", "finished"] * 2
+    assert [row["method"] for row in rows] == ["sequential"] * 2 + ["agcl"] * 2
+    for row in rows[::2]:
+        assert row["reason"].startswith("stage train/1-harbour: loss")
+    assert (folder / "trials" / "agcl-0" / "error.log").is_file()
+
+    client = MlflowClient(search.config.storage.tracking_uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "agcl"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.data.tags["kind"] == "search"]
+    children = {r.info.run_name: r for r in runs if r.data.tags["kind"] == "trial"}
+    assert sorted(children) == ["agcl-0", "agcl-1", "sequential-0", "sequential-1"]
+    statuses = [children[name].info.status for name in sorted(children)]
+    assert statuses == ["FAILED", "FINISHED"] * 2
+    above = {run.data.tags["mlflow.parentRunId"] for run in children.values()}
+    assert above == {parent.info.run_id}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "trials.parquet",
+        "tuning.json",
+    }
