@@ -248,6 +248,8 @@ def _resources(resources: Resources, side_by_side: int) -> tune.PlacementGroupFa
     so that only as many trials start as their workers have room for.
     """
     if resources.num_workers > 1:
-        share = int(10_000 / side_by_side) / 10_000  # The precision of Ray's resources.
+        # Not all of it: Ray Train places a helper of each trial's workers on the head too. Rounded
+        # to the precision of Ray's resources.
+        share = int(9_000 / side_by_side) / 10_000
         return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": share}])
     return tune.PlacementGroupFactory([needs(resources)])
