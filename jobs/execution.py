@@ -61,7 +61,9 @@ def print_failure(failure: object) -> int:
 def places_beside(config: Config, folder: Path) -> list[str]:
     """Lines that say where else than in a folder its results are: MLflow, an object store."""
     lines = []
-    if config.tracking.uri is not None:
+    if not config.tracking.enabled:
+        pass
+    elif config.tracking.uri is not None:
         lines.append(f"MLflow      {masked(config.tracking.uri)}")
     elif config.storage.tracking_uri is not None:
         lines.append(f"MLflow UI   agcl ui --storage {config.storage}")
