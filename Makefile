@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		> /dev/null 2>&1 || true
 	touch $@
 
-# Known vulnerabilities of the pinned versions; asks PyPI, and is no part of the tests.
+# Known vulnerabilities of the pinned versions; asks PyPI, and is not part of the tests.
 audit: $(VENV)/installed
 	$(PIP) pip-audit
 	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict

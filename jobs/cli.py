@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
-        return _say(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+        return _say(
+            INTERRUPTED, "interrupted; finished stages are kept, and the same command resumes"
+        )
     except (StoreFailed, RayFailed) as error:
         return _say(FAILED, str(error))
     except OSError as error:
@@ -90,9 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--methods",
         default="sequential,agcl",
-        help="by comma, or all (default: %(default)s); `agcl methods` lists them",
+        help="separated by commas, or all (default: %(default)s); see `agcl methods`",
     )
-    sub.add_argument("--seeds", type=_positive, default=1, help="seeds a method, from the config's")
+    sub.add_argument(
+        "--seeds", type=_positive, default=1, help="seeds per method, counting up from the config's"
+    )
     sub.add_argument(
         "--trials",
         type=_positive,
@@ -100,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tuning trials per method, on validation rows and with a seed that no reported run "
         "has: its defaults, then other learning rates and values of its knob (default: no tuning)",
     )
-    sub = _add(commands, "search", search.main, "find the best scaling of importances", config=True)
+    sub = _add(
+        commands, "search", search.main, "tune one method's settings and learning rate", config=True
+    )
     sub.add_argument(
         "--trials",
         type=_positive,
@@ -136,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = _add(commands, "methods", methods.main, "list the methods, or show one")
     sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")
-    sub = _add(commands, "report", report.main, "write report.html of a run again")
+    sub = _add(
+        commands, "report", report.main, "rewrite report.html of a finished run or comparison"
+    )
     sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
     sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")
     sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")

@@ -26,7 +26,9 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     print(yaml.safe_dump(settings, sort_keys=False).rstrip() if settings else "sets nothing")
     if method.knob:
         knob = method.knob
-        print(f"tuned beside the learning rate: {knob.key} from {knob.low:g} to {knob.high:g}")
+        print(
+            f"tuned in addition to the learning rate: {knob.key} from {knob.low:g} to {knob.high:g}"
+        )
     if method.controls:
         print(f"compare with its controls: {', '.join(method.controls)}")
     return 0

@@ -188,13 +188,26 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = {name for section in _sections() for name in section.model_fields}
         close = difflib.get_close_matches(parts[-1], known, n=1)
-        return f"{key}: unknown key" + (f" (did you mean {close[0]!r}?)" if close else "")
+        meant = _at_its_section(close[0]) if close and len(parts) == 1 else "".join(close)
+        return f"{key}: unknown key" + (f" (did you mean {meant!r}?)" if meant else "")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         # The messages of our own validators begin with the field's name.
         return f"{key}.{message}" if key else message
     given = "" if error["type"] == "missing" else f" (got {_shown(error['input'])})"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _at_its_section(key: str) -> str:
+    """A key as it is written at the top of a config: `training.epochs` for `epochs`."""
+    if key in Config.model_fields:
+        return key
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        fields = getattr(section, "model_fields", {}) if isinstance(section, type) else {}
+        if key in fields:
+            return f"{name}.{key}"
+    return key
 
 
 def _shown(value: Any) -> str:

@@ -48,7 +48,7 @@ def run_with_progress(
     """
     if side_by_side is None:
         number = sum(len(session.stages) for session in todo)
-        start = f"{number} stages to run; starting Ray"
+        start = f"stages to run: {number}; starting Ray"
         console.print(f"  {start if todo else 'every stage is complete already'}", highlight=False)
     if not todo:
         shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a killed driver.
