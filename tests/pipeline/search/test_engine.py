@@ -183,8 +183,9 @@ def test_trials_whose_workers_compute_do_not_take_their_place(search, on_tune):
         def work():
             time.sleep(0.2)
 
-        # As groups of workers are started: outside of the trial's own placement group.
-        ray.get(ray.remote(num_cpus=2, scheduling_strategy=here())(work).remote())
+        # As Ray Train does: outside of the trial's placement group, with an actor on the head.
+        needs = {"num_cpus": 2, "resources": {"node:__internal_head__": 0.001}}
+        ray.get(ray.remote(scheduling_strategy=here(), **needs)(work).remote())
         report(run)
 
     found = on_tune(search(3, "resources.num_workers=2", "search.round=3"), body, side_by_side=1)
