@@ -140,7 +140,8 @@ def test_losses_count_from_the_last_checkpoint_on(ran):
 
 def test_a_group_stays_for_the_next_session(ran, folder):
     groups = {file.stem: file.read_text() for file in folder.glob("*.group")}
-    assert groups.pop("i") in groups.values()
+    sessions = groups.keys() - {"f"}  # In the session of e.
+    assert len({groups[name] for name in sessions}) < len(sessions)
 
 
 def test_what_starts_workers_imports_nothing_that_only_stages_need():
