@@ -35,7 +35,7 @@ def check_inputs(config: Config) -> None:
         kinds = {item.kind for item in config.protect}
         for file in config.importance.past:
             check_file(
-                file.expanduser().absolute(),
+                file,
                 linears,
                 entries=bool(kinds - {"project"}),
                 moments="project" in kinds,
@@ -93,7 +93,7 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
         )
     if file := config.evaluation.text:
         try:
-            with file.expanduser().open(encoding="utf-8") as text:
+            with file.open(encoding="utf-8") as text:
                 if not text.read(1000).strip():
                     raise InputError(f"evaluation.text: {file} is empty")
         except OSError as error:

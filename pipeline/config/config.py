@@ -18,7 +18,7 @@ from pipeline.config.section import (
     Seed,
     Share,
     StoragePlace,
-    usable_path,
+    absolute,
 )
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.secrets import masked
@@ -28,7 +28,12 @@ RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
 """Names in the storage folder that are not runs."""
 CREDENTIALS = {"credentials": True}
 """Context of `model_dump` for a config that is used, not written: keeps the credentials."""
+_BUILTIN = "builtin"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _model_place(path: str) -> str:
+    return path if path == _BUILTIN else str(absolute(Path(path)))
 
 
 class Pretraining(Section):
@@ -44,7 +49,7 @@ class Pretraining(Section):
 class Model(Section):
     """The model to train."""
 
-    path: Annotated[str, AfterValidator(usable_path)] = "builtin"
+    path: Annotated[str, AfterValidator(_model_place)] = _BUILTIN
     """`builtin`, or the folder of a Hugging Face causal language model in safetensors."""
     pretraining: Pretraining = Pretraining()
     """For `builtin` only."""
@@ -52,12 +57,12 @@ class Model(Section):
     @property
     def is_builtin(self) -> bool:
         """Whether this is the built-in model."""
-        return self.path == "builtin"
+        return self.path == _BUILTIN
 
     @property
     def folder(self) -> Path:
-        """The absolute folder of a model that is not built in."""
-        return Path(self.path).expanduser().absolute()
+        """The folder of a model that is not built in."""
+        return Path(self.path)
 
 
 class Training(Section):

@@ -1,10 +1,11 @@
 """Reads a config: the method's preset, the file and the overrides become one validated `Config`."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from agcl.errors import InputError
@@ -73,7 +74,8 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML. `load` of it gives the same config, without credentials."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    raw = config.model_dump(mode="json")
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
@@ -94,8 +96,30 @@ def _order(key: str) -> tuple[bool, bool]:
     return bool(path), last not in _KINDS
 
 
+_CORE_SCHEMA = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": ("<<", ["<"]),
+}
+"""YAML 1.2's scalars: a pattern and the first characters by type. PyYAML's own are those of YAML
+1.1, which reads 010 as 8, 1:30 as 90, 1e-3 as text and `no` as false."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as something other than text."""
+
+    yaml_implicit_resolvers: ClassVar = {}
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data only. Refuses duplicate keys, of which the later value would silently win."""
+
+    yaml_implicit_resolvers: ClassVar = {}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -106,6 +130,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return node
+
+
+for _type, (_pattern, _first) in _CORE_SCHEMA.items():
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_type}", re.compile(f"(?:{_pattern})$"), _first
+        )
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
+)
 
 
 def _parse(text: str) -> Any:
@@ -195,6 +230,8 @@ def _explain(error: Any) -> str:
         # The messages of our own validators begin with the field's name.
         return f"{key}.{message}" if key else message
     given = "" if error["type"] == "missing" else f" (got {_shown(error['input'])})"
+    if error["type"] == "string_type" and isinstance(error["input"], dict):
+        given += "; text with braces needs quotes in YAML"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
 

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,29 +20,31 @@ from pipeline.storage import Storage, storage_at
 
 _LONGEST = 4000
 """Bytes of a path; below the limit of common systems."""
-_P = TypeVar("_P", str, Path)
 
 
-def usable_path(path: _P) -> _P:
-    """Refuse a path that no system could open."""
+def absolute(path: Path) -> Path:
+    """The path from the current folder or `~`. Refuses one that no system could open.
+
+    Made absolute when the config is read: trials run in other folders, and the `config.yaml` of a
+    run works from anywhere.
+    """
     whole = os.fspath(path)
     if "\0" in whole:
         raise PydanticCustomError("path", "a path cannot contain NUL")
     if len(whole.encode()) > _LONGEST or any(len(p.encode()) > 255 for p in whole.split("/")):
         raise PydanticCustomError("path", "a name in this path is too long")
     try:
-        Path(path).expanduser()
+        return path.expanduser().absolute()
     except RuntimeError:
         raise PydanticCustomError("path", "there is no such home folder") from None
-    return path
 
 
 Precision = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Place = Annotated[Path, AfterValidator(usable_path)]
-"""A path of the user's; `~` is the home folder."""
+Place = Annotated[Path, AfterValidator(absolute)]
+"""A path of the user's, made absolute; `~` is the home folder."""
 
 
 def _storage(value: Any) -> Storage:
@@ -51,8 +53,8 @@ def _storage(value: Any) -> Storage:
     if not isinstance(value, str | Path):
         raise PydanticCustomError("path_type", "must be a folder or the URI of an object store")
     if isinstance(value, Path) or "://" not in value:
-        return storage_at(usable_path(Path(value)))
-    usable_path(value)
+        return storage_at(absolute(Path(value)))
+    absolute(Path(value))
     if has_credentials(value):
         raise PydanticCustomError(
             "uri", "credentials do not go into the URI but into the environment (AWS_PROFILE, ...)"

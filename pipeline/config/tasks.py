@@ -15,7 +15,7 @@ from agcl.tasks.template import columns
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.config.section import Place, Positive, Section, Seed, usable_path
+from pipeline.config.section import Place, Positive, Section, Seed, absolute
 
 if TYPE_CHECKING:
     from pipeline.config.config import Config
@@ -99,7 +99,7 @@ class Concept1KTasks(TaskSection):
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """All tasks are in one file."""
-        file = _absolute(self.path) / "dataset.txt"
+        file = self.path / "dataset.txt"
         for index in range(self.count):
             settings = {"index": index, "concepts_per_task": self.concepts_per_task}
             yield Source(f"concepts-{index}", settings, {"file": file})
@@ -119,7 +119,7 @@ class TraceTasks(TaskSection):
     def sources(self, config: "Config") -> Iterator[Source]:
         """Each task has a folder."""
         for name in self.sequence or trace.ORDERS[self.order]:
-            paths = {split: _absolute(self.path) / name / f for split, f in trace.FILES.items()}
+            paths = {split: self.path / name / f for split, f in trace.FILES.items()}
             if not paths["validation"].is_file():
                 del paths["validation"]
             yield Source(name, {"name": name}, _existing(paths))
@@ -136,14 +136,13 @@ class ClBenchmarkTasks(TaskSection):
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """Each dataset has a folder, in the folder of its type."""
-        root = _absolute(self.path)
-        folders = cl_benchmark.folders(root)
+        folders = cl_benchmark.folders(self.path)
         for name in self.sequence:
             if name not in folders:
                 there = ", ".join(folders)
                 raise InputError(f"tasks.sequence: no set {name!r} (there are {there})")
             paths = {part: folders[name] / f"{part}.json" for part in ("train", "test", "labels")}
-            paths["instructions"] = root / cl_benchmark.INSTRUCTIONS
+            paths["instructions"] = self.path / cl_benchmark.INSTRUCTIONS
             settings = {"name": name, "type": folders[name].parent.name}
             yield Source(name, settings, _existing(paths))
 
@@ -200,7 +199,7 @@ class FileTask(OwnTask):
     def files(self) -> Paths:
         """The files by split, if they are given one by one."""
         given = {split: getattr(self, split) for split in files.SPLITS}
-        return {split: _absolute(path) for split, path in given.items() if path is not None}
+        return {split: path for split, path in given.items() if path is not None}
 
 
 class FileTasks(TaskSection, Rendering):
@@ -214,7 +213,7 @@ class FileTasks(TaskSection, Rendering):
         """Each task has a folder, or a file per split."""
         for task in self.sequence:
             name = task.name or (task.path.name if task.path else "")
-            paths = self._in_folder(_absolute(task.path)) if task.path else task.files
+            paths = self._in_folder(task.path) if task.path else task.files
             yield Source(name, {"name": name, **self.rendering_of(task)}, paths)
 
     def _in_folder(self, folder: Path) -> Paths:
@@ -224,10 +223,15 @@ class FileTasks(TaskSection, Rendering):
         return {s: path for s, path in paths.items() if path.exists() or s == "train"}
 
 
+def _folder_or_name(path: str) -> str:
+    folder = absolute(Path(path))
+    return str(folder) if folder.is_dir() else path
+
+
 class HuggingFaceTask(OwnTask):
     """One task from a dataset that the library `datasets` loads."""
 
-    path: Annotated[str, AfterValidator(usable_path)]
+    path: Annotated[str, AfterValidator(_folder_or_name)]
     """Folder, or name on the hub (set HF_HUB_OFFLINE=0 for the first download)."""
     name: str | None = None
     """Null takes the last part of the path."""
@@ -252,7 +256,7 @@ class HuggingFaceTasks(TaskSection, Rendering):
     def sources(self, config: "Config") -> Iterator[Source]:
         """A local folder is an input, whose contents count; a name on the hub is a setting."""
         for task in self.sequence:
-            folder = _absolute(Path(task.path))
+            folder = Path(task.path)
             name = task.name or Path(task.path).name
             splits = {split: getattr(task, split) for split in files.SPLITS}
             settings = {
@@ -282,10 +286,6 @@ OPEN: dict[str, Callable[[Settings, Paths], Task]] = {
     ),
 }
 """By format: from the settings and files of a source to its task."""
-
-
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
 
 
 def _existing(paths: Paths) -> Paths:

@@ -122,7 +122,7 @@ def train_stage(
     inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
     if config.protect:
         for i, file in enumerate(config.importance.past):
-            inputs[f"importance/past-{i}"] = External(file.expanduser().absolute())
+            inputs[f"importance/past-{i}"] = External(file)
         inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
         if len(inputs) > 2:
             settings["protect"] = [item.model_dump() for item in config.protect]
@@ -201,7 +201,7 @@ def evaluate_stage(
         inputs = adapter_on(base, model)
     inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
     if settings.text:
-        inputs["text"] = External(settings.text.expanduser().absolute())
+        inputs["text"] = External(settings.text)
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,

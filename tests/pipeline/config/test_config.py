@@ -259,3 +259,50 @@ def test_a_setting_changes_one_of_two_places_that_share_an_alias(tmp_path):
 def test_a_mapping_may_be_merged_into_another(tmp_path):
     file = write(tmp_path, "training: &t {epochs: 3}\nevaluation: {<<: {batch_size: 4}}\n")
     assert loading.load(file).evaluation.batch_size == 4
+
+
+def test_relative_paths_are_made_absolute_once(tmp_path, monkeypatch):
+    (tmp_path / "saved").mkdir()
+    monkeypatch.chdir(tmp_path)
+    text = """
+model: {path: models/mine}
+evaluation: {text: some.txt}
+importance: {past: [old.safetensors]}
+tasks: {format: jsonl, sequence: [{name: a, train: data/a.jsonl, test: ../b.jsonl}, {path: c}]}
+"""
+    config = loading.load(write(tmp_path, text))
+    monkeypatch.chdir("/")
+    assert loading.load(write(tmp_path, loading.dump(config))) == config
+    assert config.model.folder == tmp_path / "models/mine"
+    assert config.evaluation.text == tmp_path / "some.txt"
+    assert config.importance.past == (tmp_path / "old.safetensors",)
+    one, two = config.tasks.sequence
+    assert (one.train, one.test) == (tmp_path / "data/a.jsonl", tmp_path / "../b.jsonl")
+    assert two.path == tmp_path / "c"
+    monkeypatch.chdir(tmp_path)
+    text = "tasks: {format: huggingface, sequence: [{path: saved}, {path: org/on-the-hub}]}\n"
+    of_hub = loading.load(write(tmp_path, text)).tasks.sequence
+    assert [task.path for task in of_hub] == [str(tmp_path / "saved"), "org/on-the-hub"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("1e-3", 1e-3), ("0x10", 16), ("0o10", 8), ("-3", -3), ("1:30", "1:30"),
+     ("no", "no"), ("2024-01-01", "2024-01-01"), ("null", None), ("True", True)],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2_in_both_directions(text, value):
+    assert loading._parse(text) == value
+    dumped = yaml.dump({"key": value}, Dumper=loading._Dumper)
+    assert loading._parse(dumped) == {"key": value}
+    assert loading._parse(yaml.dump([text], Dumper=loading._Dumper)) == [text]
+
+
+def test_a_time_is_no_number_of_epochs(file):
+    with pytest.raises(InputError, match=r"^training.epochs: .*got '1:30'"):
+        loading.load(file, ["training.epochs=1:30"])
+
+
+def test_braces_without_quotes_are_explained(tmp_path):
+    text = "tasks: {format: jsonl, sequence: [{path: a}], answer: {answer}}\n"
+    with pytest.raises(InputError, match=r"tasks.answer: .*braces needs quotes in YAML"):
+        loading.load(write(tmp_path, text))

@@ -200,7 +200,6 @@ def test_a_method_that_protects_nothing_refuses_protections(problem):
         "a: [1\n",
         "a: b: c\n",
         "\tname: x\n",
-        "a: 2024-13-45\n",
         b"name: \xff\xfe\n",
         b"name: \x00\n",
         "a: !!python/object:os.system x\n",
@@ -234,7 +233,7 @@ def test_an_override_without_key_or_equals_is_quoted(problem, override):
     assert "key.path=value" in message
 
 
-@pytest.mark.parametrize("override", ["seed=[1", "seed={", "name=2024-13-45"])
+@pytest.mark.parametrize("override", ["seed=[1", "seed={"])
 def test_an_override_whose_value_is_no_yaml_is_quoted(problem, override):
     assert repr(override) in problem("", override)
 
