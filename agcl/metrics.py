@@ -28,9 +28,7 @@ def learning_accuracy(matrix: Matrix) -> float:
 def backward_transfer(matrix: Matrix) -> float | None:
     """Mean over tasks i < T of the final score minus the just-learned one; None for one task."""
     last = len(matrix[0]) - 1
-    if last == 0:
-        return None
-    return fmean(matrix[-1][i] - matrix[i + 1][i] for i in range(last))
+    return fmean(matrix[-1][i] - matrix[i + 1][i] for i in range(last)) if last else None
 
 
 def forward_transfer(matrix: Matrix) -> float | None:
@@ -38,10 +36,8 @@ def forward_transfer(matrix: Matrix) -> float | None:
 
     None for one task.
     """
-    num_tasks = len(matrix[0])
-    if num_tasks == 1:
-        return None
-    return fmean(matrix[i][i] - matrix[0][i] for i in range(1, num_tasks))
+    later = range(1, len(matrix[0]))
+    return fmean(matrix[i][i] - matrix[0][i] for i in later) if later else None
 
 
 def forgetting(matrix: Matrix) -> list[float | None]:

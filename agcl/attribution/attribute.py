@@ -1,6 +1,7 @@
 """Relevance of every weight for a task's correct answers, streamed over samples and ranks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Literal, cast
 
 import torch
@@ -18,10 +19,6 @@ from agcl.tasks.batches import Batch, answer_places, answer_tokens
 
 Split = Literal["samples", "layers"]
 """How attribution is distributed over ranks."""
-
-
-class NothingToAttribute(ValueError):
-    """The model answers no row correctly, so there is no correct answer to attribute."""
 
 
 def attribute(
@@ -64,15 +61,14 @@ def attribute(
     the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
 
     The result does not depend on batch size, row order or number of ranks, up to rounding. Raises
-    `NothingToAttribute` if `correct_only` leaves no sample, and `ValueError` for a sharded model
-    split by samples or if neither entries nor moments are requested.
+    `ValueError` if `correct_only` leaves no sample, for a sharded model split by samples, or if
+    neither entries nor moments are requested.
     """
     if not (entries or moments):
         raise ValueError("nothing to collect: request entries, moments or both")
     by_relevance = estimator in ("lrp", "grad_x_param")
     rules = rules if estimator == "lrp" else "gradient"
     top_k = top_k if by_relevance else None
-    target = _answer_logits if by_relevance else _log_likelihood
     linears = attributed_linears(model)
     collectors = {
         n: Collector(
@@ -82,33 +78,27 @@ def attribute(
     }
     seen = used = 0
     backward = entries or moments == "relevance"
-    with torch.set_grad_enabled(backward), relevance_backward(model, rules):
-        handles = [linears[n].register_forward_hook(c.hook) for n, c in collectors.items()]
-        try:
-            for batch in batches:
-                batch = batch.to(model.device)
-                logits = answer_logits(model, batch)
-                keep = (
-                    answered_correctly(logits, batch)
-                    if correct_only
-                    else torch.ones_like(batch.lengths, dtype=torch.bool)
-                )
-                selection = _select(batch, keep, moments)
-                for collector in collectors.values():
-                    collector.start(selection)
-                if len(selection.rows) and backward:
-                    target(logits, batch, keep).backward()
-                seen += len(keep)
-                used += len(selection.rows)
-                log(seen)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with torch.set_grad_enabled(backward), relevance_backward(model, rules), ExitStack() as hooks:
+        for name, collector in collectors.items():
+            hooks.enter_context(linears[name].register_forward_hook(collector.hook))
+        for batch in batches:
+            batch = batch.to(model.device)
+            logits = answer_logits(model, batch)
+            every = torch.ones_like(batch.lengths, dtype=torch.bool)
+            keep = answered_correctly(logits, batch) if correct_only else every
+            selection = _select(batch, keep, moments)
+            for collector in collectors.values():
+                collector.start(selection)
+            if len(selection.rows) and backward:
+                _target(logits, batch, keep, likelihood=not by_relevance).backward()
+            seen += len(keep)
+            used += len(selection.rows)
+            log(seen)
     counts = torch.tensor([seen, used], device=model.device)
     if split == "samples":
         distributed.sum_in_place([counts])
     if counts[1] == 0:
-        raise NothingToAttribute(
+        raise ValueError(
             f"the model answers none of the {int(counts[0])} rows correctly; train longer or set "
             "importance.correct_only to false"
         )
@@ -162,16 +152,12 @@ def _from_owners(
     }
 
 
-def _answer_logits(logits: Tensor, batch: Batch, keep: Tensor) -> Tensor:
-    """Sum of the answer tokens' logits over the rows in the mask `keep`."""
+def _target(logits: Tensor, batch: Batch, keep: Tensor, *, likelihood: bool) -> Tensor:
+    """Sum of the answer tokens' logits, or log-probabilities, over the rows in the mask `keep`."""
+    logits = logits.log_softmax(-1) if likelihood else logits
     of_answers = logits.gather(-1, answer_tokens(batch).unsqueeze(-1)).squeeze(-1)
     rows = answer_places(batch).nonzero()[:, 0]
     return of_answers[keep[rows]].sum()
-
-
-def _log_likelihood(logits: Tensor, batch: Batch, keep: Tensor) -> Tensor:
-    """Sum of the answers' log-probabilities over the rows in the mask `keep`."""
-    return _answer_logits(logits.log_softmax(-1), batch, keep)
 
 
 def _select(batch: Batch, keep: Tensor, weighting: MomentWeighting | None) -> Selection:

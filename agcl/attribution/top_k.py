@@ -14,7 +14,7 @@ _MAX_K_ON_GPU = 8
 class TopK:
     """Running K largest values of every entry, in descending order.
 
-    A reduction: the state after any sequence of `insert` and `merge` depends only on the multiset
+    A reduction: the state after any sequence of insertions and merges depends only on the multiset
     of inserted tensors, never on their order or grouping, bit for bit. That holds in bfloat16 too,
     since rounding keeps the order: what is kept are the rounded K largest.
     """
@@ -25,11 +25,6 @@ class TopK:
         self.values = torch.full(shape, -torch.inf, dtype=dtype or like.dtype, device=like.device)
         """(k, *shape); slots not yet filled hold -inf."""
         self.count = 0
-
-    def insert(self, value: Tensor) -> None:
-        """Insert one tensor of the entries' shape. Overwrites `value`."""
-        _insert(self.values, value.to(self.values.dtype))
-        self.count += 1
 
     def insert_products(self, weight: Tensor, x: Tensor, g: Tensor) -> None:
         """Insert W ⊙ (gᵀx) of every sample, without holding more than some rows of them.
@@ -44,25 +39,23 @@ class TopK:
 
             gpu.insert_products(self.values, weight, x, g)
             return
+        compiled = self._fits_the_cpu_kernel(weight)
         rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
-        if self._fits_the_cpu_kernel(weight) and self.values.dtype == self.computed_in:
+        if compiled and self.values.dtype == self.computed_in:
             rows = len(weight)  # Needs no copies.
         for first in range(0, len(weight), rows):
             part = slice(first, first + rows)
             kept = self.values[:, part]
             # bfloat16 is widened and rounded again, some rows at a time.
             wide = kept.to(self.computed_in, memory_format=torch.contiguous_format)
-            self._insert_products(wide, weight[part], x, g[:, :, part])
+            if compiled:
+                from agcl.attribution.kernels import cpu  # Numba takes a second to load.
+
+                cpu.insert_products(wide, weight[part], x, g[:, :, part])
+            else:
+                _insert_all(wide, torch.bmm(g[:, :, part].transpose(1, 2), x).mul_(weight[part]))
             if wide is not kept:
                 kept.copy_(wide)
-
-    def _insert_products(self, values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> None:
-        if self._fits_the_cpu_kernel(weight):
-            from agcl.attribution.kernels import cpu  # Numba takes a second to load.
-
-            cpu.insert_products(values, weight, x, g)
-        else:
-            _insert_all(values, torch.bmm(g.transpose(1, 2), x).mul_(weight))
 
     def merge(self, values: Tensor, count: int) -> None:
         """Insert another running state, `values` of shape (k, *shape) holding `count` tensors."""
@@ -82,17 +75,13 @@ class TopK:
 
 
 def _insert_all(slots: Tensor, values: Tensor) -> None:
+    """Insert each value into descending slots, (k, *shape). Overwrites `values`."""
     for value in values:
-        _insert(slots, value)
-
-
-def _insert(slots: Tensor, value: Tensor) -> None:
-    """Insert into descending slots, (k, *shape); overwrites `value`."""
-    spare = torch.empty_like(value)
-    for slot in slots:
-        torch.minimum(slot, value, out=spare)
-        torch.maximum(slot, value, out=slot)
-        value, spare = spare, value
+        spare = torch.empty_like(value)
+        for slot in slots:
+            torch.minimum(slot, value, out=spare)
+            torch.maximum(slot, value, out=slot)
+            value, spare = spare, value
 
 
 def _fits_the_gpu_kernel(values: Tensor, weight: Tensor) -> bool:

@@ -100,15 +100,15 @@ def check_file(
     stored, _ = tensor_file.open_file(file, _KIND)
     with stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-    present = [part for part in (_ENTRIES, _MOMENTS) if any(key.startswith(part) for key in shapes)]
-    if entries and present == [_MOMENTS]:
-        raise InputError(f"{file}: no relevance of single weights, which gate and penalty need")
-    if moments and present == [_ENTRIES]:
-        raise InputError(f"{file}: no input moments, which a projection needs")
-    requested = [part for part, wanted in ((_ENTRIES, entries), (_MOMENTS, moments)) if wanted]
-    for part in requested or present[:1] or [_ENTRIES]:
+    parts = (
+        (_ENTRIES, entries, "relevance of single weights, which gate and penalty need"),
+        (_MOMENTS, moments, "input moments, which a projection needs"),
+    )
+    for part, requested, content in parts:
         in_file = {k.removeprefix(part): shape for k, shape in shapes.items() if k.startswith(part)}
-        for name in [*linears, *in_file]:
+        if requested and not in_file:
+            raise InputError(f"{file}: no {content}")
+        for name in [*linears, *in_file] if in_file else ():
             expected = _shape(linears[name], part) if name in linears else None
             if in_file.get(name) != expected:
                 raise InputError(

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 import torch
@@ -15,24 +14,8 @@ from agcl.lrp.families import architecture_of, family_named, modules_named
 from agcl.lrp.rules import RuleSet
 
 
-@dataclass
-class Trace:
-    """Input embeddings of the last forward pass inside `relevance_backward`."""
-
-    embeddings: Tensor | None = field(default=None)
-
-    def input_relevance(self) -> Tensor:
-        """Relevance of every input token after `target.backward()`, shape (batch, tokens).
-
-        The relevance of the token's embedding; learned position embeddings (GPT-2) get their own.
-        """
-        if self.embeddings is None or self.embeddings.grad is None:
-            raise RuntimeError("no backward pass reached the embeddings in relevance_backward")
-        return (self.embeddings * self.embeddings.grad).sum(-1)
-
-
 @contextmanager
-def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> Iterator[Trace]:
+def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> Iterator[None]:
     """Make backward passes of `model` follow LRP's rules inside the context.
 
     The forward pass is unchanged. At any activation `a`, `a * a.grad` is its relevance for the
@@ -40,16 +23,14 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
     a gradient. On exit, hooks, flags and attention are restored, even after an exception.
 
     Rule sets: `attnlrp` (Achtibat 2024), `cp` (Ali 2022; conserves relevance) and `gradient` (no
-    rules). Raises `UnsupportedArchitecture` for a model family without a table.
+    rules). Raises `InputError` for a model family without a table.
     """
     if rules not in get_args(RuleSet):
         raise ValueError(f"rules must be one of {get_args(RuleSet)}, not {rules!r}")
     family = family_named(architecture_of(model))
-    trace = Trace()
 
     def make_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        trace.embeddings = output.detach().requires_grad_()
-        return trace.embeddings
+        return output.detach().requires_grad_()
 
     def on_norm(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         return family.norm(module, args[0], output)
@@ -68,21 +49,18 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
     with ExitStack() as undo:
         _freeze_and_eval(model, undo)
         undo.callback(model.get_input_embeddings().register_forward_hook(make_leaf).remove)
-        if rules == "gradient":
-            with torch.enable_grad():
-                yield trace
-            return
-        _replace_attention(model, rules, undo)
         hooks: list[tuple[Callable[..., Any], Callable[..., Any], tuple[str, ...]]] = [
             (nn.Module.register_forward_hook, on_norm, family.norms),
             (nn.Module.register_forward_hook, on_activation, family.activations),
             (nn.Module.register_forward_pre_hook, on_product, family.products),
         ]
-        for register, hook, names in hooks:
-            for module in modules_named(model, names).values():
-                undo.callback(register(module, hook).remove)
-        with torch.enable_grad():
-            yield trace
+        if rules != "gradient":
+            _replace_attention(model, rules, undo)
+            for register, hook, names in hooks:
+                for module in modules_named(model, names).values():
+                    undo.callback(register(module, hook).remove)
+        undo.enter_context(torch.enable_grad())
+        yield
 
 
 def _freeze_and_eval(model: nn.Module, undo: ExitStack) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from agcl.errors import InputError
 from agcl.lrp.rules import constant_scale
 
 NormRule = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -58,68 +59,44 @@ class Family:
     gate."""
 
 
+def _in(parent: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for name in names.split())
+
+
 _LLAMA = Family(
     linears=(
-        "model.layers.#.self_attn.q_proj",
-        "model.layers.#.self_attn.k_proj",
-        "model.layers.#.self_attn.v_proj",
-        "model.layers.#.self_attn.o_proj",
-        "model.layers.#.mlp.gate_proj",
-        "model.layers.#.mlp.up_proj",
-        "model.layers.#.mlp.down_proj",
+        *_in("model.layers.#.self_attn", "q_proj k_proj v_proj o_proj"),
+        *_in("model.layers.#.mlp", "gate_proj up_proj down_proj"),
     ),
-    norms=(
-        "model.layers.#.input_layernorm",
-        "model.layers.#.post_attention_layernorm",
-        "model.norm",
-    ),
+    norms=(*_in("model.layers.#", "input_layernorm post_attention_layernorm"), "model.norm"),
     norm=rms_norm,
     activations=("model.layers.#.mlp.act_fn",),
     products=("model.layers.#.mlp.down_proj",),
 )
-_HEAD_NORMS = ("model.layers.#.self_attn.q_norm", "model.layers.#.self_attn.k_norm")
-_QWEN3 = replace(_LLAMA, norms=(*_LLAMA.norms, *_HEAD_NORMS))
-_GEMMA2 = replace(
-    _LLAMA,
-    norms=(
-        *_LLAMA.norms,
-        "model.layers.#.pre_feedforward_layernorm",
-        "model.layers.#.post_feedforward_layernorm",
-    ),
-    norm=gemma_norm,
-)
-_GEMMA3 = replace(_GEMMA2, norms=(*_GEMMA2.norms, *_HEAD_NORMS))
+_HEAD_NORMS = _in("model.layers.#.self_attn", "q_norm k_norm")
+_MLP_NORMS = _in("model.layers.#", "pre_feedforward_layernorm post_feedforward_layernorm")
+_GEMMA2 = replace(_LLAMA, norms=(*_LLAMA.norms, *_MLP_NORMS), norm=gemma_norm)
 _PHI3 = replace(
     _LLAMA,
     linears=(
-        "model.layers.#.self_attn.qkv_proj",
-        "model.layers.#.self_attn.o_proj",
-        "model.layers.#.mlp.gate_up_proj",
-        "model.layers.#.mlp.down_proj",
+        *_in("model.layers.#.self_attn", "qkv_proj o_proj"),
+        *_in("model.layers.#.mlp", "gate_up_proj down_proj"),
     ),
     activations=("model.layers.#.mlp.activation_fn",),
 )
 _GPT2 = Family(
-    linears=(
-        "transformer.h.#.attn.c_attn",
-        "transformer.h.#.attn.c_proj",
-        "transformer.h.#.mlp.c_fc",
-        "transformer.h.#.mlp.c_proj",
-    ),
-    norms=("transformer.h.#.ln_1", "transformer.h.#.ln_2", "transformer.ln_f"),
+    linears=_in("transformer.h.#", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+    norms=_in("transformer", "h.#.ln_1 h.#.ln_2 ln_f"),
     norm=layer_norm,
     activations=("transformer.h.#.mlp.act",),
 )
 _GPT_NEOX = Family(
     linears=(
-        "gpt_neox.layers.#.attention.query_key_value",
-        "gpt_neox.layers.#.attention.dense",
-        "gpt_neox.layers.#.mlp.dense_h_to_4h",
-        "gpt_neox.layers.#.mlp.dense_4h_to_h",
+        *_in("gpt_neox.layers.#.attention", "query_key_value dense"),
+        *_in("gpt_neox.layers.#.mlp", "dense_h_to_4h dense_4h_to_h"),
     ),
     norms=(
-        "gpt_neox.layers.#.input_layernorm",
-        "gpt_neox.layers.#.post_attention_layernorm",
+        *_in("gpt_neox.layers.#", "input_layernorm post_attention_layernorm"),
         "gpt_neox.final_layer_norm",
     ),
     norm=layer_norm,
@@ -130,9 +107,9 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
-    "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3ForCausalLM": replace(_LLAMA, norms=(*_LLAMA.norms, *_HEAD_NORMS)),
     "Gemma2ForCausalLM": _GEMMA2,
-    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForCausalLM": replace(_GEMMA2, norms=(*_GEMMA2.norms, *_HEAD_NORMS)),
     "Phi3ForCausalLM": _PHI3,
     "GPT2LMHeadModel": _GPT2,
     "GPTNeoXForCausalLM": _GPT_NEOX,
@@ -140,17 +117,13 @@ FAMILIES: dict[str, Family] = {
 """By the class name in the model's `config.json`."""
 
 
-class UnsupportedArchitecture(ValueError):
-    """The model's class has no entry in `FAMILIES`."""
-
-
 def family_named(architecture: str) -> Family:
     """The table of an architecture, by the class name in the model's `config.json`.
 
-    Raises `UnsupportedArchitecture` if there is none.
+    Raises `InputError` if there is none.
     """
     if architecture not in FAMILIES:
-        raise UnsupportedArchitecture(
+        raise InputError(
             f"architecture {architecture} is not supported: agcl/lrp/families.py has no entry "
             f"for it (supported: {', '.join(FAMILIES)})"
         )

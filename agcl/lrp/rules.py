@@ -33,20 +33,12 @@ class _ReplaceGradient(torch.autograd.Function):
         return gradient, None, None, None
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
+def constant_scale(x: Tensor, y: Tensor, scale: Tensor, *, centered: bool = False) -> Tensor:
+    """Normalization `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17).
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return `x`; multiply its gradient by `factor` (the uniform rule, AttnLRP eq. 13)."""
-    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return, no-untyped-call]
+    `centered` is for `y = scale(x) * (x - mean(x)) + bias`; a bias absorbs relevance.
+    """
+    return _ReplaceGradient.apply(x, y.detach(), scale.detach(), centered)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def identity(x: Tensor, y: Tensor) -> Tensor:
@@ -55,16 +47,12 @@ def identity(x: Tensor, y: Tensor) -> Tensor:
     All relevance passes: the gradient factor is y/x. At x = 0 the relevance x·g is 0 for any
     factor, so the factor is set to 0.
     """
-    factor = torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
-    return _ReplaceGradient.apply(x, y.detach(), factor.detach(), False)  # type: ignore[no-any-return, no-untyped-call]
+    return constant_scale(x, y, torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x)))
 
 
-def constant_scale(x: Tensor, y: Tensor, scale: Tensor, *, centered: bool = False) -> Tensor:
-    """Normalization `y = scale(x) * x` with its scale held constant (AttnLRP eq. 17).
-
-    `centered` is for `y = scale(x) * (x - mean(x)) + bias`; a bias absorbs relevance.
-    """
-    return _ReplaceGradient.apply(x, y.detach(), scale.detach(), centered)  # type: ignore[no-any-return, no-untyped-call]
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return `x`; multiply its gradient by `factor` (the uniform rule, AttnLRP eq. 13)."""
+    return constant_scale(x, x, torch.tensor(factor))
 
 
 def attention_inputs(

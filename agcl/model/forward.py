@@ -1,7 +1,7 @@
 """Forward passes: precision, checkpointing, compilation, and logits of answer tokens only."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -20,11 +20,9 @@ _RECOMPILE_LIMIT = 64
 default limit of 8 it silently falls back to eager."""
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Context for a forward pass in the given precision; weights keep their dtype."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager
@@ -35,14 +33,13 @@ def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterato
     are bit-identical, dropout included (Chen 2016, "Training deep nets with sublinear memory
     cost"). Raises `ValueError` for a model that does not support it.
     """
-    if not on:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    if on:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        if on:
+            model.activation_checkpointing_disable()
 
 
 @contextmanager
@@ -54,10 +51,7 @@ def compiled(
     Layers are compiled one by one, so that identical layers share one compilation; embeddings,
     mask and head stay eager. Results agree up to rounding. Raises `InputError` if compiling fails.
     """
-    if not on:
-        yield
-        return
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in model.modules() if on and isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:
@@ -83,11 +77,6 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         return (args[0][:, :-1][places].unsqueeze(0), *args[1:])
 
     head = cast(nn.Module, model.get_output_embeddings())
-    handle = head.register_forward_pre_hook(cast(Any, keep))
-    try:
-        logits: Tensor = model(
-            batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        ).logits
-    finally:
-        handle.remove()
-    return logits.squeeze(0)
+    with head.register_forward_pre_hook(cast(Any, keep)):
+        output = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    return cast(Tensor, output.logits).squeeze(0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from agcl.errors import InputError
-from agcl.lrp.families import UnsupportedArchitecture, family_named
+from agcl.lrp.families import family_named
 from agcl.parallel import distributed, sharding
 
 BUILTIN, BUILTIN_LAYERS = "builtin", 4
@@ -133,7 +134,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     architecture = (config.get("architectures") or ["(none named in config.json)"])[0]
     try:
         family_named(str(architecture))
-    except UnsupportedArchitecture as error:
+    except InputError as error:
         raise InputError(f"model.path: {folder}: {error}") from None
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise InputError(f"model.path: {folder} has no weights (expected model.safetensors)")
@@ -149,8 +150,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def empty_model(folder: Path) -> PreTrainedModel:
     """The folder's model on the meta device: parameter names and shapes without memory."""
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agcl.model.adapter import WEIGHTS, factor_a
-from agcl.modulation.projection import project_out
+from agcl.modulation.projection import projected_part
 
 _PREFIX, _FACTOR_A = "base_model.model.", ".lora_A.weight"
 
@@ -24,7 +24,7 @@ def keep_away(peft_model: PeftModel, basis: Mapping[str, Tensor]) -> dict[str, T
     factors = dict(peft_model.get_base_model().named_parameters())
     by_factor = {factor_a(name): tensor for name, tensor in basis.items()}
     for name, tensor in by_factor.items():
-        factors[name].copy_(project_out(factors[name], tensor.to(factors[name])))
+        factors[name].sub_(projected_part(factors[name], tensor.to(factors[name])))
     return by_factor
 
 

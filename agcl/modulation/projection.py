@@ -62,8 +62,3 @@ def projected_part(update: Tensor, basis: Tensor, *, transposed: bool = False) -
     if transposed:
         return basis @ (basis.T @ update)
     return (update @ basis) @ basis.T
-
-
-def project_out(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:
-    """ΔW (I - U Uᵀ); shapes as in `projected_part`."""
-    return update - projected_part(update, basis, transposed=transposed)

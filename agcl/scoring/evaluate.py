@@ -1,6 +1,6 @@
 """Greedy exact match in one teacher-forced forward pass, and the loss on plain text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,18 +30,6 @@ def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
     return hit.all(dim=1)
 
 
-def exact_match(
-    model: PreTrainedModel,
-    rows: Rows,
-    *,
-    batch_size: int,
-    precision: Precision = "float32",
-) -> list[bool]:
-    """Whether each row is answered exactly, in row order. Collective: same result on every rank."""
-    predicted = predict(model, rows, batch_size=batch_size, precision=precision)
-    return [ids == rows[i].input_ids[rows[i].prompt_tokens :] for i, ids in enumerate(predicted)]
-
-
 @torch.no_grad()
 def predict(
     model: PreTrainedModel,
@@ -56,23 +44,16 @@ def predict(
     a wrong token, later predictions still see the correct prefix. Rows of similar length share a
     batch; batches do not depend on the number of ranks. Collective: same result on every rank.
     """
-    was_training = model.training
-    model.eval()
-    device = model.device
     sizes = [(len(row.input_ids), row.prompt_tokens) for row in (rows[i] for i in range(len(rows)))]
     lengths = [length - prompt_tokens for length, prompt_tokens in sizes]
-    predicted = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int32, device=device)
+    shape = len(rows), max(lengths, default=0)
+    predicted = torch.zeros(shape, dtype=torch.int32, device=model.device)
     batches = by_length([length for length, _ in sizes], batch_size)
-    for number, counts in distributed.in_turn(len(batches)):
-        indices = batches[number]
-        batch = collate([rows[i] for i in indices]).to(device)
-        with autocast(device, precision):
-            logits = answer_logits(model, batch)
+    for indices, _, logits in _passes(model, rows, batches, precision):
         per_row = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
-        for i, tokens in zip(indices, per_row, strict=True) if counts else ():
+        for i, tokens in zip(indices, per_row, strict=True):
             predicted[i, : lengths[i]] = tokens
     distributed.sum_in_place([predicted])
-    model.train(was_training)
     return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]
 
 
@@ -91,19 +72,26 @@ def text_loss(
     windows = [window for window in windows if len(window.input_ids) > 1]
     if not windows:
         raise ValueError(f"a text of {len(token_ids)} tokens has nothing to predict")
-    was_training = model.training
-    model.eval()
     total = torch.zeros(len(windows), dtype=torch.float64, device=model.device)
     batches = in_order(len(windows), _WINDOW_BATCH_SIZE)
-    for number, counts in distributed.in_turn(len(batches)):
-        indices = batches[number]
-        batch = collate([windows[i] for i in indices]).to(model.device)
-        with autocast(model.device, precision):
-            logits = answer_logits(model, batch)
+    for indices, batch, logits in _passes(model, windows, batches, precision):
         losses = cross_entropy(logits.float(), answer_tokens(batch), reduction="none").double()
         rows = answer_places(batch).nonzero()[:, 0]
-        if counts:
-            total[indices] = total.new_zeros(len(indices)).index_add(0, rows, losses)
+        total[indices] = total.new_zeros(len(indices)).index_add(0, rows, losses)
     distributed.sum_in_place([total])
-    model.train(was_training)
     return float(total.sum()) / sum(len(window.input_ids) - 1 for window in windows)
+
+
+def _passes(
+    model: PreTrainedModel, rows: Rows, batches: Sequence[list[int]], precision: Precision
+) -> Iterator[tuple[list[int], Batch, Tensor]]:
+    """This rank's batches in eval mode: row indices, batch and the logits of its answer tokens."""
+    was_training = model.training
+    model.eval()
+    for number, counts in distributed.in_turn(len(batches)):
+        batch = collate([rows[i] for i in batches[number]]).to(model.device)
+        with autocast(model.device, precision):
+            logits = answer_logits(model, batch)
+        if counts:
+            yield batches[number], batch, logits
+    model.train(was_training)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from agcl.model.forward import Precision, autocast
@@ -59,17 +60,14 @@ def _continue(
     model: PreTrainedModel, prompts: list[Sequence[int]], end: int, precision: Precision
 ) -> torch.Tensor:
     """New tokens of a batch, (prompts, at most max_new_tokens)."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), end, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    padded = pad_sequence(ids, batch_first=True, padding_value=end, padding_side="left")
+    mask = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
     with autocast(model.device, precision):
         out = model.generate(
-            input_ids=ids.to(model.device),
+            input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),
             # Ranks of a sharded model keep running forward passes until all have finished.
             synced_gpus=sharding.is_sharded(model),
         )
-    return cast(torch.Tensor, out)[:, width:]
+    return cast(torch.Tensor, out)[:, padded.shape[1] :]

@@ -19,6 +19,7 @@ from rapidfuzz.distance import LCSseq
 from agcl.errors import InputError
 
 Scorer = Callable[..., float]
+Ngrams = Counter[tuple[str, ...]]
 TEACHER_FORCED = "exact_match"
 """The one scorer that needs no generated text: a forward pass decides whether greedy decoding would
 produce the answer's tokens (`agcl/scoring/evaluate.py`)."""
@@ -80,21 +81,8 @@ def sari(prediction: str, reference: str, prompt: str) -> float:
     Mean of the scores for words kept (F1), deleted (precision) and added (F1), each against the
     reference. An empty denominator scores 1, as in Hugging Face's `evaluate`.
     """
-    return sari_of(prompt, prediction, [reference])
-
-
-def sari_of(source: str, prediction: str, references: Sequence[str]) -> float:
-    """SARI against several references."""
-    of_source, predicted = words(source), words(prediction)
-    of_references = [words(reference) for reference in references]
-    return fmean(
-        fmean(
-            _sari_n(
-                _ngrams(of_source, n), _ngrams(predicted, n), [_ngrams(r, n) for r in of_references]
-            )
-        )
-        for n in (1, 2, 3, 4)
-    )
+    texts = [words(text) for text in (prompt, prediction, reference)]
+    return fmean(fmean(_sari_n(*(_ngrams(text, n) for text in texts))) for n in (1, 2, 3, 4))
 
 
 SCORERS: dict[str, Scorer] = {
@@ -164,38 +152,27 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def _ngrams(tokens: Sequence[str], n: int) -> Ngrams:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
-def _sari_n(
-    source: Counter[tuple[str, ...]],
-    predicted: Counter[tuple[str, ...]],
-    references: Sequence[Counter[tuple[str, ...]]],
-) -> tuple[float, float, float]:
+def _sari_n(source: Ngrams, predicted: Ngrams, expected: Ngrams) -> tuple[float, float, float]:
     """Scores for n-grams of one length kept, deleted and added."""
-    expected = sum(references, Counter())
-    # Counts are multiplied to compare with those of all references together.
-    source_all, predicted_all = (
-        Counter({gram: count * len(references) for gram, count in grams.items()})
-        for grams in (source, predicted)
-    )
-    kept, to_keep = source_all & predicted_all, source_all & expected
+    kept, to_keep = source & predicted, source & expected
     correctly_kept = kept & expected
-    keep = _f1(
-        _mean_share(correctly_kept, kept),
-        correctly_kept.total() / to_keep.total() if to_keep else 1.0,
-    )
-    deleted = source_all - predicted_all
-    delete = _mean_share(deleted - expected, deleted)
+    deleted = source - predicted
     added, to_add = set(predicted) - set(source), set(expected) - set(source)
     correctly_added = len(added & to_add)
-    add = _f1(
-        correctly_added / len(added) if added else 1.0,
-        correctly_added / len(to_add) if to_add else 1.0,
+    return (
+        _f1(_mean_share(correctly_kept, kept), _share(correctly_kept.total(), to_keep.total())),
+        _mean_share(deleted - expected, deleted),
+        _f1(_share(correctly_added, len(added)), _share(correctly_added, len(to_add))),
     )
-    return keep, delete, add
 
 
-def _mean_share(correct: Counter[tuple[str, ...]], total: Counter[tuple[str, ...]]) -> float:
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _mean_share(correct: Ngrams, total: Ngrams) -> float:
     return fmean(correct[gram] / count for gram, count in total.items()) if total else 1.0

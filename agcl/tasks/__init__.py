@@ -1,6 +1,6 @@
 """Task formats and their encoding. A format is a module with a function that returns a `Task`."""
 
-from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, MixedRows, Rows, encode, sample
+from agcl.tasks.encoding import SCHEMA, Encoded, EncodedRows, Rows, encode, sample
 from agcl.tasks.task import (
     TEST,
     TRAIN,
@@ -20,7 +20,6 @@ __all__ = [
     "VALIDATION",
     "Encoded",
     "EncodedRows",
-    "MixedRows",
     "Row",
     "RowSource",
     "Rows",

@@ -7,7 +7,6 @@ Layout: `<root>/instruction_config.json` (instructions by type of task) and
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from agcl.errors import InputError
 from agcl.tasks import records
@@ -35,9 +34,10 @@ def task(name: str, type: str, files: Mapping[str, Path]) -> Task:
 
 
 def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
-    labels = _labels(files["labels"])
-    instruction = _instruction(files["instructions"], type)
-    head = f"{instruction}Option: {', '.join(labels)} \n"
+    labels = records.read_json(files["labels"])
+    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
+        raise InputError(f"{files['labels']}: not a JSON list of labels")
+    head = f"{_instruction(files['instructions'], type)}Option: {', '.join(labels)} \n"
     for place, record in records.read(files[split], "json"):
         label, sentence = (records.text(record, key, place) for key in ("label", "sentence"))
         if label == NO_LABEL:
@@ -47,18 +47,10 @@ def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
         yield Row(f"{head}{sentence}\nAnswer:", f" {label}".rstrip())
 
 
-def _labels(file: Path) -> list[str]:
-    labels = records.read_json(file)
-    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
-        raise InputError(f"{file}: not a JSON list of labels")
-    return labels
-
-
 def _instruction(file: Path, type: str) -> str:
     """The first instruction for a type of task."""
-    by_type: Any = records.read_json(file)
     try:
-        instruction = by_type[type][0]["instruction"]
+        instruction = records.read_json(file)[type][0]["instruction"]
     except (KeyError, IndexError, TypeError):
         raise InputError(f"{file}: no instruction for tasks of type {type!r}") from None
     if not isinstance(instruction, str):

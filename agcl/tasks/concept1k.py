@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from agcl.errors import InputError
+from agcl.tasks import records
 from agcl.tasks.task import TEST, TRAIN, Row, Task
 
 FIRST_TASK_CONCEPTS, TASK_CONCEPTS, NUM_TASKS = 105, 102, 10
@@ -45,11 +46,9 @@ def task(index: int, file: Path, *, concepts_per_task: int | None = None) -> Tas
 def task_concepts(facts: tuple[Fact, ...]) -> list[list[str]]:
     """The concepts of every task, in the reference code's order."""
     concepts = list(dict.fromkeys(fact.concept for fact in facts))
-    order = list(range(len(concepts)))
-    random.Random(1).shuffle(order)
-    shuffled = [concepts[i] for i in order]
+    random.Random(1).shuffle(concepts)
     starts = [0, *(FIRST_TASK_CONCEPTS + i * TASK_CONCEPTS for i in range(NUM_TASKS - 1))]
-    return [shuffled[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    return [concepts[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
@@ -63,12 +62,7 @@ def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
 @cache
 def read(file: Path) -> tuple[Fact, ...]:
     """Parse `dataset.txt` (3.4 MB). Raises `InputError` naming the line of a malformed block."""
-    if not file.is_file():
-        raise InputError(f"tasks.path: no file {file}")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text at byte {error.start}") from None
+    lines = records.read_text(file).splitlines()
     starts = [n for n, line in enumerate(lines) if line.startswith("(") and line.endswith(")")]
     facts = [_fact(file, lines, start) for start in starts[:-1]]
     if not facts:

@@ -99,21 +99,6 @@ class EncodedRows:
         )
 
 
-class MixedRows:
-    """A concatenation of selected rows from several sources."""
-
-    def __init__(self, parts: Sequence[tuple[Rows, Sequence[int]]]) -> None:
-        """Each part is (rows, indices to take)."""
-        self.sources = [(rows, index) for rows, indices in parts for index in indices]
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> Encoded:
-        rows, index_in_part = self.sources[index]
-        return rows[index_in_part]
-
-
 def sample(num_rows: int, count: int, *, seed: int) -> list[int]:
     """A seeded random sample of `count` row indices (or all if fewer), in ascending order."""
     import torch  # Not at module level: reading a config imports this module.

@@ -68,12 +68,12 @@ def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
 
     Evaluation sets: `memorization` (the trained questions) and `generalization` (paraphrases).
     """
+    relations = [(index + offset) % len(RELATIONS) for offset in range(RELATIONS_PER_TASK)]
+    first = base_entities + index * entities
+    rows = partial(_rows, seed, str(index), first, entities, relations)
     return Task(
         name=PLACES[index] if index < len(PLACES) else f"place-{index + 1}",
-        splits={
-            split: partial(_task_rows, index, split, entities, base_entities, seed)
-            for split in (TRAIN, TEST)
-        },
+        splits={split: partial(rows, (split,)) for split in (TRAIN, TEST)},
         scored={"memorization": TRAIN, "generalization": TEST},
         memorized=True,
     )
@@ -81,46 +81,31 @@ def task(index: int, *, entities: int, base_entities: int, seed: int) -> Task:
 
 def base(*, entities: int, seed: int) -> Task:
     """Generic facts for pretraining the built-in model, with both questions for every fact."""
+    relations = list(range(RELATIONS_PER_TASK))
     return Task(
         name="base",
-        splits={TRAIN: partial(_base_rows, entities, seed)},
+        splits={TRAIN: partial(_rows, seed, "base", 0, entities, relations, (TRAIN, TEST))},
         scored={"memorization": TRAIN},
         memorized=True,
     )
 
 
-def _task_rows(
-    index: int, split: str, entities: int, base_entities: int, seed: int
+def _rows(
+    seed: int,
+    name: str,
+    first: int,
+    entities: int,
+    relations: list[int],
+    splits: tuple[str, ...],
 ) -> Iterator[Row]:
-    first = base_entities + index * entities
-    people = list(islice(_names(seed), first, first + entities))
-    relations = [
-        list(RELATIONS)[(index + offset) % len(RELATIONS)] for offset in range(RELATIONS_PER_TASK)
-    ]
-    for row in _facts(people, relations, f"{seed}/{index}"):
-        yield row[split]
-
-
-def _base_rows(entities: int, seed: int) -> Iterator[Row]:
-    people = list(islice(_names(seed), entities))
-    for row in _facts(people, list(RELATIONS)[:RELATIONS_PER_TASK], f"{seed}/base"):
-        yield from row.values()
-
-
-def _facts(people: list[str], relations: list[str], seed: str) -> Iterator[dict[str, Row]]:
-    choose = random.Random(seed)
-    for person in people:
+    choose = random.Random(f"{seed}/{name}")
+    for person in islice(_names(seed), first, first + entities):
         for relation in relations:
-            question, paraphrase, pool = RELATIONS[relation]
+            question, paraphrase, pool = list(RELATIONS.values())[relation]
             answer = choose.choice(pool.split("|") if "|" in pool else pool.split())
-            yield {
-                TRAIN: Row(_prompt(question.format(person)), f" {answer}"),
-                TEST: Row(_prompt(paraphrase.format(person)), f" {answer}"),
-            }
-
-
-def _prompt(question: str) -> str:
-    return f"Question: {question}\nShort answer:"
+            for split in splits:
+                asked = (question if split == TRAIN else paraphrase).format(person)
+                yield Row(f"Question: {asked}\nShort answer:", f" {answer}")
 
 
 def _names(seed: int) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """Tasks from Hugging Face `datasets`: a local folder or a name on the Hub."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks.task import TEST, TRAIN, Row, Task
-from agcl.tasks.template import render
+from agcl.tasks.records import Records
+from agcl.tasks.task import Task
+from agcl.tasks.template import task_of_records
 
 
 def task(
@@ -17,31 +18,21 @@ def task(
     *,
     subset: str | None,
     revision: str | None,
-    prompt: str,
-    answer: str,
-    scorer: str = "exact_match",
+    **rendering: str,
 ) -> Task:
     """A task from a dataset; `splits` maps `train`, optionally `test`, `validation` to its splits.
 
     `path` is a folder (of data files, or written by `save_to_disk`) or a name on the Hub, `subset`
-    its configuration. `prompt` and `answer` are templates over its columns; class labels are
-    replaced by their names. Without a test split the training rows are scored.
+    its configuration. Class labels are replaced by their names. `rendering` is that of
+    `task_of_records`.
     """
-    return Task(
-        name=name,
-        splits={
-            ours: partial(_rows, path, subset, revision, theirs, prompt, answer)
-            for ours, theirs in splits.items()
-        },
-        scored={TEST: TEST} if TEST in splits else {"memorization": TRAIN},
-        scorer=scorer,
-        memorized=TEST not in splits,
-    )
+    records = {
+        ours: partial(_records, path, subset, revision, theirs) for ours, theirs in splits.items()
+    }
+    return task_of_records(name, records, **rendering)
 
 
-def _rows(
-    path: str, subset: str | None, revision: str | None, split: str, prompt: str, answer: str
-) -> Iterator[Row]:
+def _records(path: str, subset: str | None, revision: str | None, split: str) -> Records:
     from datasets import ClassLabel
 
     dataset = _load(path, subset, revision, split)
@@ -51,26 +42,15 @@ def _rows(
         if isinstance(feature, ClassLabel)
     }
     try:
-        for number, record in enumerate(dataset, start=1):
-            place = f"{path}, {split} row {number}"
-            yield _row(dict(record), names, prompt, answer, place)
+        for number, record in enumerate(map(dict, dataset), start=1):
+            for column, name in names.items():
+                try:
+                    record[column] = name(record[column])
+                except (ValueError, TypeError):  # -1 and None mean no label.
+                    record[column] = None
+            yield f"{path}, {split} row {number}", record
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}, {split}: {_reason(error)}") from None
-
-
-def _row(
-    record: dict[str, Any],
-    names: Mapping[str, Callable[[int], str]],
-    prompt: str,
-    answer: str,
-    place: str,
-) -> Row:
-    for column, name in names.items():
-        try:
-            record[column] = name(record[column])
-        except (ValueError, TypeError):  # -1 and None mean no label.
-            record[column] = None
-    return Row(render(prompt, record, place), render(answer, record, place))
 
 
 def _load(path: str, subset: str | None, revision: str | None, split: str) -> Any:

@@ -27,14 +27,21 @@ def read(path: Path, format: str) -> Records:
         yield from reader(file)
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `InputError` naming file and line if it is invalid."""
+def read_text(file: Path) -> str:
+    """The content of a text file. Raises `InputError` naming it if it is missing or not UTF-8."""
     if not file.is_file():
         raise InputError(f"no file {file}")
     try:
-        return json.loads(file.read_bytes())
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text at byte {error.start}") from None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises `InputError` naming file and line if it is invalid."""
+    content = read_text(file)
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{file}{line}: not JSON ({_reason(error)})") from None
@@ -89,11 +96,10 @@ def _parquet(file: Path) -> Records:
 
     try:
         with pq.ParquetFile(file) as source:
-            number = 0
-            for batch in source.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", record
+            batches = source.iter_batches(batch_size=1024)
+            records = (record for batch in batches for record in batch.to_pylist())
+            for number, record in enumerate(records, start=1):
+                yield f"{file}, row {number}", record
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not readable as Parquet ({_reason(error)})") from None
 

@@ -1,11 +1,13 @@
 """Templates for prompts and answers: text with column names in braces, `{question}\\nAnswer:`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from string import Formatter
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks.records import text
+from agcl.tasks.records import Records, text
+from agcl.tasks.task import TEST, TRAIN, Row, Task
 
 
 def columns(template: str) -> list[str]:
@@ -14,13 +16,9 @@ def columns(template: str) -> list[str]:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"template {template!r}: {error}; write {{{{ for a brace") from None
-    found = []
-    for _, column, format_spec, conversion in parts:
-        if column == "" or format_spec or conversion:
-            raise InputError(f"template {template!r}: only {{column}} is allowed in braces")
-        if column is not None:
-            found.append(column)
-    return found
+    if any(column == "" or spec or conversion for _, column, spec, conversion in parts):
+        raise InputError(f"template {template!r}: only {{column}} is allowed in braces")
+    return [column for _, column, _, _ in parts if column is not None]
 
 
 def render(template: str, record: Mapping[str, Any], place: str) -> str:
@@ -28,9 +26,33 @@ def render(template: str, record: Mapping[str, Any], place: str) -> str:
 
     The text in braces is taken as a column name, so a template cannot access attributes of values.
     """
-    filled = []
-    for literal, column, _, _ in Formatter().parse(template):
-        filled.append(literal)
-        if column is not None:
-            filled.append(text(record, column, place))
-    return "".join(filled)
+    return "".join(
+        literal if column is None else literal + text(record, column, place)
+        for literal, column, _, _ in Formatter().parse(template)
+    )
+
+
+def task_of_records(
+    name: str,
+    splits: Mapping[str, Callable[[], Records]],
+    *,
+    prompt: str,
+    answer: str,
+    scorer: str = "exact_match",
+) -> Task:
+    """A task from streams of records by split; `prompt` and `answer` are templates.
+
+    Without a test split the training rows are scored.
+    """
+    return Task(
+        name=name,
+        splits={split: partial(_rows, read, prompt, answer) for split, read in splits.items()},
+        scored={TEST: TEST} if TEST in splits else {"memorization": TRAIN},
+        scorer=scorer,
+        memorized=TEST not in splits,
+    )
+
+
+def _rows(read: Callable[[], Records], prompt: str, answer: str) -> Iterator[Row]:
+    for place, record in read():
+        yield Row(render(prompt, record, place), render(answer, record, place))

@@ -22,36 +22,19 @@ SCORERS = {
 }
 ORDERS = {
     1: tuple(SCORERS),
-    2: (
-        "NumGLUE-cm",
-        "NumGLUE-ds",
-        "FOMC",
-        "20Minuten",
-        "C-STANCE",
-        "Py150",
-        "MeetingBank",
-        "ScienceQA",
-    ),
+    2: tuple("NumGLUE-cm NumGLUE-ds FOMC 20Minuten C-STANCE Py150 MeetingBank ScienceQA".split()),
 }
 FILES = {TRAIN: "train.json", TEST: "test.json", VALIDATION: "eval.json"}
 
 
 def task(name: str, files: Mapping[str, Path]) -> Task:
     """One of TRACE's tasks; `files` maps split to file (`FILES`)."""
-    return Task(
-        name=name,
-        splits={split: partial(_rows, file) for split, file in files.items()},
-        scored={TEST: TEST},
-        scorer=SCORERS[name],
-    )
+    splits = {split: partial(_rows, file) for split, file in files.items()}
+    return Task(name, splits, scorer=SCORERS[name])
 
 
 def _rows(file: Path) -> Iterator[Row]:
     for place, record in records.read(file, "json"):
         prompt, answer = (records.text(record, key, place) for key in ("prompt", "answer"))
-        yield Row(prompt, separated(prompt, answer))
-
-
-def separated(prompt: str, answer: str) -> str:
-    """The answer with a leading space, unless prompt or answer already has whitespace there."""
-    return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+        separated = prompt[-1:].isspace() or answer[:1].isspace()
+        yield Row(prompt, answer if separated else f" {answer}")

@@ -99,10 +99,10 @@ class Concept1KTasks(TaskSection):
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """All tasks are in one file."""
-        file = self.path / "dataset.txt"
+        paths = _existing({"file": self.path / "dataset.txt"})
         for index in range(self.count):
             settings = {"index": index, "concepts_per_task": self.concepts_per_task}
-            yield Source(f"concepts-{index}", settings, {"file": file})
+            yield Source(f"concepts-{index}", settings, paths)
 
 
 class TraceTasks(TaskSection):

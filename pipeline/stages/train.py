@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agcl.model import models
-from agcl.tasks import TRAIN, EncodedRows, MixedRows, Rows, sample
+from agcl.tasks import TRAIN, EncodedRows, Rows, sample
+from torch.utils.data import ConcatDataset, Subset
 
 from pipeline.stages.context import Context
 from pipeline.stages.files import rows_file
@@ -57,9 +58,10 @@ def train(
 def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
     """The task's rows, plus the share `replay` of each earlier task's rows, at least one each."""
     own = EncodedRows(inputs["rows"] / rows_file(TRAIN))
-    parts: list[tuple[Rows, list[int]]] = [(own, list(range(len(own))))]
+    parts: list[Any] = [own]
     for number, folder in enumerate(named("replay/", inputs)):
         earlier = EncodedRows(folder / rows_file(TRAIN))
         count = max(1, round(config["replay"] * len(earlier)))
-        parts.append((earlier, sample(len(earlier), count, seed=config["seed"] * 1000 + number)))
-    return MixedRows(parts) if len(parts) > 1 else own
+        chosen = sample(len(earlier), count, seed=config["seed"] * 1000 + number)
+        parts.append(Subset(cast(Any, earlier), chosen))
+    return ConcatDataset(parts)

@@ -3,12 +3,12 @@
 from typing import Any, cast
 
 import torch
+from reference.tiny import exact_match
 
 from agcl.attribution import attribute
 from agcl.lrp import attributed_linears, weight_of
 from agcl.model.forward import compiled
 from agcl.modulation import GatedAdamW, random_bases
-from agcl.scoring.evaluate import exact_match
 from agcl.tasks.batches import collate
 from agcl.train import summed_loss, train_task
 from bench.measure import Figure, Run, Setting, pairs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from reference.tiny import exact_match
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -19,7 +20,6 @@ from agcl.importance import Importance
 from agcl.lrp import attributed_linears
 from agcl.model import models
 from agcl.modulation import GatedAdamW, bases
-from agcl.scoring.evaluate import exact_match
 from agcl.tasks import TRAIN, Encoded, encode, facts
 from agcl.tasks.batches import collate, in_order
 from agcl.train import train_task

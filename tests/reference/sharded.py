@@ -18,7 +18,7 @@ from agcl.model import models
 from agcl.model.forward import activation_checkpointing
 from agcl.modulation import GatedAdamW, quadratic_penalty
 from agcl.parallel import distributed, sharding
-from agcl.scoring.evaluate import exact_match, text_loss
+from agcl.scoring.evaluate import text_loss
 from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
 from agcl.tasks.batches import collate, in_order
@@ -78,7 +78,7 @@ def scores(architecture: str, rows: Sequence[Encoded]) -> tuple[list[bool], list
     model = model_of(architecture)
     prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
     return (
-        exact_match(model, rows, batch_size=2),
+        tiny.exact_match(model, rows, batch_size=2),
         generate(model, prompts, end=tiny.END, max_new_tokens=6, batch_size=2),
         text_loss(model, [2 + i % 38 for i in range(300)]),
     )
@@ -110,7 +110,7 @@ def stages(rows: Sequence[Encoded]) -> list[float]:
             **SETTINGS,
         )
         attribute(model, [collate(rows)], top_k=2, correct_only=False, split="layers")
-        exact_match(model, rows, batch_size=4)
+        tiny.exact_match(model, rows, batch_size=4)
     return losses
 
 

@@ -1,12 +1,16 @@
 """Tiny models and rows, built in code, the same in every process."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agcl.tasks import Encoded
+from agcl.lrp import RuleSet, relevance_backward
+from agcl.scoring.evaluate import predict
+from agcl.tasks import Encoded, Rows
 
 VOCABULARY, END = 40, 1
 
@@ -93,3 +97,25 @@ def random_rows(count: int, *, seed: int = 0) -> list[Encoded]:
         ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
         rows.append(Encoded([*ids, END], length - 1 - index % 2))
     return rows
+
+
+@contextmanager
+def explained(
+    model: LlamaForCausalLM, rules: RuleSet = "attnlrp"
+) -> Iterator[Callable[[], Tensor]]:
+    """`relevance_backward`; yields a function for every input token's relevance, (rows, tokens)."""
+    embedded: list[Tensor] = []
+    with relevance_backward(model, rules):
+        handle = model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: embedded.append(output)
+        )
+        try:
+            yield lambda: (embedded[-1] * embedded[-1].grad).sum(-1)
+        finally:
+            handle.remove()
+
+
+def exact_match(model: nn.Module, rows: Rows | Sequence[Encoded], **options: int) -> list[bool]:
+    """Whether each row is answered exactly, in row order. Collective."""
+    predicted = predict(model, rows, **options)
+    return [ids == rows[i].input_ids[rows[i].prompt_tokens :] for i, ids in enumerate(predicted)]

@@ -173,9 +173,7 @@ def train_with_checkpoint(
 def verdicts(rows: Any, model: dict[str, Any], **options: Any) -> list[bool]:
     from reference import tiny
 
-    from agcl.scoring.evaluate import exact_match
-
-    return exact_match(tiny.llama(**model), rows, **options)
+    return tiny.exact_match(tiny.llama(**model), rows, **options)
 
 
 def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -18,29 +18,14 @@ def insert_products(values: Tensor, weight: Tensor, x: Tensor, g: Tensor) -> Non
     bfloat16. A tile of the weight and of its running values is read once, passes all samples in
     registers, and is written once.
     """
-    samples, tokens, _ = x.shape
-    num_kept, rows, columns = values.shape
+    rows, columns = weight.shape
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    samples, tokens, _ = x.shape
+    sizes = rows, columns, samples, tokens
+    strides = values.stride(0), *weight.stride(), *x.stride(), *g.stride()
+    constants = len(values), _ROWS, _COLUMNS, _TOKENS
     with torch.cuda.device_of(values):
-        _insert[grid](
-            values,
-            weight,
-            x,
-            g,
-            rows,
-            columns,
-            samples,
-            tokens,
-            values.stride(0),
-            *weight.stride(),
-            *x.stride(),
-            *g.stride(),
-            num_kept,
-            _ROWS,
-            _COLUMNS,
-            _TOKENS,
-            num_warps=_WARPS,
-        )
+        _insert[grid](values, weight, x, g, *sizes, *strides, *constants, num_warps=_WARPS)
 
 
 # Batches differ in both: else it would be compiled up to nine times in the middle of the work.

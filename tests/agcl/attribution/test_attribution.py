@@ -5,7 +5,6 @@ import torch
 from reference import slow_importance, tiny
 
 from agcl.attribution import attribute
-from agcl.attribution.attribute import NothingToAttribute
 from agcl.tasks.batches import collate, in_order
 
 ROWS = 9
@@ -92,7 +91,7 @@ def test_incorrect_rows_count_without_correct_only(llama, rows, top_k):
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_no_correct_answer_raises_an_error(llama, rules):
     rows = tiny.answered_rows(llama, 5, wrong=(0, 1, 2, 3, 4))
-    with pytest.raises(NothingToAttribute, match="none of the 5 rows"):
+    with pytest.raises(ValueError, match="none of the 5 rows"):
         attribute(llama, batches(rows, 2), rules=rules)
 
 

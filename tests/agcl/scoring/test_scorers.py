@@ -6,7 +6,7 @@ import types
 import pytest
 
 from agcl.errors import InputError
-from agcl.scoring.scorers import SCORERS, sari_of, score, scorer_named
+from agcl.scoring.scorers import SCORERS, score, scorer_named
 
 
 def value(name, prediction, reference, prompt=""):
@@ -59,17 +59,17 @@ def test_values(name, prediction, reference, expected):
     assert value(name, prediction, reference) == pytest.approx(expected)
 
 
-def test_sari_of_hugging_faces_documented_example():
-    found = sari_of(
-        "About 95 species are currently accepted.",
-        "About 95 you now get in.",
-        [
-            "About 95 species are currently known.",
-            "About 95 species are now accepted.",
-            "95 species are now accepted.",
-        ],
-    )
-    assert found == pytest.approx(0.26953601953601954)
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("About 95 species are currently known.", 0.21805555555555556),
+        ("About 95 species are now accepted.", 0.28888888888888886),
+        ("95 species are now accepted.", 0.3625),
+    ],
+)
+def test_sari_of_hugging_faces_documented_example_with_one_reference(reference, expected):
+    prompt, prediction = "About 95 species are currently accepted.", "About 95 you now get in."
+    assert value("sari", prediction, reference, prompt) == pytest.approx(expected)
 
 
 def test_sari_computed_by_hand():
