@@ -4,14 +4,14 @@
 results. Nothing here depends on what a stage does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from agcl.errors import InputError
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config import loading
 from pipeline.config.check import check_inputs
@@ -51,7 +51,7 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
     folder = folder or config.storage.root / config.name
     config.storage.check()
     config.storage.refresh(folder / CONFIG_FILE)
-    check_folder(config, folder)
+    check_folder(config, folder / CONFIG_FILE)
     check_inputs(config)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))
@@ -73,13 +73,11 @@ def execute(
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
-    config = _first_config(runs)
-    check_address()
+    config = next(iter(runs.values())).config  # Storage, resources and tracking are those of all.
     kind = "comparison" if len(runs) > 1 else None
-    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
-    with _alone(folder, console), config.storage.results(folder), mirror:
+    with mirrored(config, folder, title, console, kind=kind, above=above) as mirror:
         done_before = _complete(runs)
-        _run_missing(runs, folder, mirror, console)
+        _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
         for line in dict.fromkeys(line for result in results for line in left_out(result)):
             warn(console, line)
@@ -96,12 +94,37 @@ def execute(
         return results
 
 
-def _run_missing(runs: Mapping[str, Run], folder: Path, mirror: Mirror, console: Console) -> None:
+@contextmanager
+def mirrored(
+    config: Config,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    above: str | None = None,
+) -> Iterator[Mirror]:
+    """Keep other commands out of a folder, mirror it in MLflow, save it at the end.
+
+    Waits for another command that works on the folder.
+    """
+    check_address()
+    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
+    waiting = f"  waiting for another command that works on {folder}"
+    on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
+    with artifact.claimed(folder, on_wait), config.storage.results(folder), mirror:
+        yield mirror
+
+
+def _run_missing(
+    runs: Mapping[str, Run], config: Config, folder: Path, mirror: Mirror, console: Console
+) -> None:
     """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
-    config = _first_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
     for label, run in runs.items():
-        check_folder(run.config, run.folder)  # Again: we may have waited for another command.
+        check_folder(
+            run.config, run.folder / CONFIG_FILE
+        )  # Again: we may have waited for another command.
         open_folder(run)
         mirror.add(label, run)
     config.storage.save_results(folder)  # Other machines then know of the run if it is killed.
@@ -114,17 +137,6 @@ def _run_missing(runs: Mapping[str, Run], folder: Path, mirror: Mirror, console:
     if failures:
         raise failures[0]
     mirror.sync(now=True)
-
-
-def _first_config(runs: Mapping[str, Run]) -> Config:
-    """Storage, resources and tracking are the same for all runs."""
-    return next(iter(runs.values())).config
-
-
-def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
-    """Keep other commands out of a folder, after waiting for one that works on it."""
-    waiting = f"  waiting for another command that works on {escape(str(folder))}"
-    return artifact.claimed(folder, lambda: console.print(waiting, highlight=False, soft_wrap=True))
 
 
 def _complete(runs: Mapping[str, Run]) -> set[Path]:
