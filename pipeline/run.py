@@ -5,7 +5,6 @@ results. Nothing here depends on what a stage does.
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.execution.cluster import check_address
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
-from pipeline.plan.stage import ResolvedStage, resolve
+from pipeline.plan.stage import complete, resolve
 from pipeline.results.model_card import MODEL, write_model_folder
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult, left_out
@@ -76,7 +75,7 @@ def execute(
     config = next(iter(runs.values())).config  # Storage, resources and tracking are those of all.
     kind = "comparison" if len(runs) > 1 else None
     with mirrored(config, folder, title, console, kind=kind, above=above) as mirror:
-        done_before = _complete(runs)
+        done_before = complete(s for run in runs.values() for s in run.resolved.values())
         _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
         for line in dict.fromkeys(line for result in results for line in left_out(result)):
@@ -137,14 +136,6 @@ def _run_missing(
     if failures:
         raise failures[0]
     mirror.sync(now=True)
-
-
-def _complete(runs: Mapping[str, Run]) -> set[Path]:
-    """The folders of the artifacts that are complete."""
-    stages = {stage.folder: stage for run in runs.values() for stage in run.resolved.values()}
-    with ThreadPoolExecutor() as pool:  # Each is a request to a bucket.
-        done = list(pool.map(ResolvedStage.is_complete, stages.values()))
-    return {folder for folder, is_done in zip(stages, done, strict=True) if is_done}
 
 
 def _write_model(run: Run, result: RunResult, mlflow_run: str | None) -> None:
