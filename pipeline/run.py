@@ -21,7 +21,7 @@ from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import complete, resolve
-from pipeline.results.model_card import MODEL, write_model_folder
+from pipeline.results.model_card import write_model_folder
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult, left_out
 from pipeline.results.run_folder import (
@@ -85,7 +85,7 @@ def execute(
             if len(runs) <= REPORTS_EACH:
                 file = run.folder / REPORT_FILE
                 figures = write_report(file, [result], title=result.metrics["name"])
-            _write_model(run, result, mirror.run_of(label))
+            write_model_folder(run, result, mirror.run_of(label))
             mirror.finish_run(label, result.metrics, _files(run.folder, figures))
         if len(runs) > 1:
             figures = write_report(folder / REPORT_FILE, results, title=title)
@@ -136,13 +136,6 @@ def _run_missing(
     if failures:
         raise failures[0]
     mirror.sync(now=True)
-
-
-def _write_model(run: Run, result: RunResult, mlflow_run: str | None) -> None:
-    final = run.resolved[run.plan.final_model]
-    if run.config.tracking.register_model:
-        final.fetch()
-    write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
 
 
 def _files(folder: Path, figures: Mapping[str, bytes]) -> dict[str, Content]:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from agcl.errors import InputError
@@ -129,11 +128,11 @@ def execute_trials(
         )
         _raise_common(failures, runs, search.folder)
         with watch as observe:
-            record = _Records(search, mirror, shared)
+            record = _recorder(search, mirror, shared)
 
             def on_change(trial: Trial) -> None:
                 observe(trial)
-                record.observe(trial)
+                record(trial)
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
@@ -175,30 +174,33 @@ def _raise_common(failures: Sequence[StageFailed], runs: Mapping[str, Run], fold
             raise failure
 
 
-class _Records:
+def _recorder(search: Search, mirror: Mirror, shared: Collection[str]) -> Observe:
     """The MLflow side: a child run per trial, with the stages that only this trial has."""
+    opened: set[int] = set()
 
-    def __init__(self, search: Search, mirror: Mirror, shared: Collection[str]) -> None:
-        self.search, self.mirror, self.shared = search, mirror, shared
-        self.opened: set[int] = set()
-
-    def observe(self, trial: Trial) -> None:
-        label = self.search.label(trial.number)
-        if trial.number in self.opened:
-            self.mirror.sync(label)
+    def record(trial: Trial) -> None:
+        label = search.label(trial.number)
+        if trial.number in opened:
+            mirror.sync(label)
         else:
             try:
-                run = self.search.run_of(trial.number, trial.settings)
+                run = search.run_of(trial.number, trial.settings)
             except InputError:
                 return  # Not a valid config: only the table has it.
-            self.opened.add(trial.number)
+            opened.add(trial.number)
             open_folder(run)
-            without = {n for n, s in run.resolved.items() if s.folder.name in self.shared}
-            self.mirror.add(label, run, kind="trial", without=without)
+            without = {n for n, s in run.resolved.items() if s.folder.name in shared}
+            mirror.add(label, run, kind="trial", without=without)
         if trial.state != "running":
-            scores = asdict(trial.last) if trial.last else {}
-            scores = {name: score for name, score in scores.items() if score is not None}
-            self.mirror.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
+            status = _STATUS[trial.state]
+            mirror.end(label, _scores_of(trial), status=status, error=trial.reason or "")
+
+    return record
+
+
+def _scores_of(trial: Trial | None) -> dict[str, float]:
+    scores = asdict(trial.last) if trial and trial.last else {}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def _score(
@@ -234,7 +236,6 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
         (search.folder / "figures").mkdir(exist_ok=True)
         (search.folder / "figures" / name).write_bytes(png)
     names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
-    files: dict[str, Any] = {name: search.folder / name for name in names}
-    files |= {f"figures/{name}": png for name, png in pictures.items()}
-    scores = asdict(best.last) if best and best.last else {}
-    mirror.finish(files, {f"best_{k}": v for k, v in scores.items() if v is not None})
+    names += [f"figures/{name}" for name in pictures]
+    files = {name: search.folder / name for name in names}
+    mirror.finish(files, {f"best_{k}": v for k, v in _scores_of(best).items()})

@@ -109,7 +109,7 @@ class MirroredRun:
         """A new child for a stage, replacing earlier ones."""
         self.state.pop(stage, None)
         for old in self.children.pop(stage, []):
-            self.tracker.discard(old)
+            self.tracker.client.delete_run(old)
         kind, _, task = stage.partition("/")
         work = self.resolved[stage]
         tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": work.fingerprint}
