@@ -5,7 +5,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     from agcl.errors import InputError
-    from pipeline.errors import RayFailed
+    from pipeline.errors import Failed
     from pipeline.secrets import masked
     from pipeline.storage.object_store import StoreFailed
 
     try:
-        return int(parsed.job(parsed, masked("agcl " + " ".join(arguments))) or OK)
+        job = import_module(f"jobs.{parsed.job}")  # Takes seconds, which --help need not wait.
+        return int(job.main(parsed, masked("agcl " + " ".join(arguments))) or OK)
     except InputError as error:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
         return _say(
             INTERRUPTED, "interrupted; finished stages are kept, and the same command resumes"
         )
-    except (StoreFailed, RayFailed) as error:
+    except (StoreFailed, Failed) as error:
         return _say(FAILED, str(error))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
@@ -85,10 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    from jobs import compare, methods, plan, report, run, search, tasks, ui
-
-    _add(commands, "run", run.main, "one method over one sequence", config=True)
-    sub = _add(commands, "compare", compare.main, "several methods side by side", config=True)
+    _add(commands, "run", "one method over one sequence", config=True)
+    sub = _add(commands, "compare", "several methods side by side", config=True)
     sub.add_argument(
         "--methods",
         default="sequential,agcl",
@@ -104,9 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tuning trials per method, on validation rows and with a seed that no reported run "
         "has: its defaults, then other learning rates and values of its knob (default: no tuning)",
     )
-    sub = _add(
-        commands, "search", search.main, "tune one method's settings and learning rate", config=True
-    )
+    sub = _add(commands, "search", "tune one method's settings and learning rate", config=True)
     sub.add_argument(
         "--trials",
         type=_positive,
@@ -123,14 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(
         commands,
         "tasks",
-        tasks.main,
         "show what every task is made of: rows, tokens, rows left out, rendered examples",
         config=True,
     )
     sub = _add(
         commands,
         "plan",
-        plan.main,
         "print the stages, what is done, and memory, disk and time for the rest; run nothing",
         config=True,
     )
@@ -140,21 +136,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave out memory, disk and time, found by trying the first stages on a few rows",
     )
-    sub = _add(commands, "methods", methods.main, "list the methods, or show one")
+    sub = _add(commands, "methods", "list the methods, or show one")
     sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")
-    sub = _add(
-        commands, "report", report.main, "rewrite report.html of a finished run or comparison"
-    )
+    sub = _add(commands, "report", "rewrite report.html of a finished run or comparison")
     sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
-    sub = _add(commands, "ui", ui.main, "start the MLflow UI on loopback")
+    sub = _add(commands, "ui", "start the MLflow UI on loopback")
     sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
     sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")
     return parser
 
 
-def _add(
-    commands: Any, name: str, job: Callable[..., Any], text: str, *, config: bool = False
-) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, text: str, *, config: bool = False) -> argparse.ArgumentParser:
+    """Add the command whose `main` is in the module of its name."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -162,7 +155,7 @@ def _add(
         epilog=_EPILOG if config else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(job=job)
+    parser.set_defaults(job=name)
     if config:
         parser.add_argument("config", type=Path, help="YAML file, such as jobs/configs/facts.yaml")
         parser.add_argument("settings", nargs="*", metavar="key.path=value")

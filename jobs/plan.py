@@ -1,21 +1,19 @@
 """`agcl plan`: the stages of a config, which of them are done, and what the others need."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipeline.config.config import Resources
-    from pipeline.estimate import Needs
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.config import loading
+from pipeline.config.config import Resources
+from pipeline.estimate import Needs, estimate
+from pipeline.run import open_run
 
 
-def main(arguments: argparse.Namespace, command: str) -> int:
+def main(arguments: argparse.Namespace, command: str) -> None:
     """Print one line per stage and an estimate for the unfinished ones."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from pipeline.config import loading
-    from pipeline.run import open_run
-
     run = open_run(loading.load(arguments.config, arguments.settings))
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(stage.name) for stage in run.plan.stages)
@@ -29,28 +27,18 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     if num_done == len(run.plan.stages) or not arguments.probe:
-        return 0
-
-    import torch
-
-    from pipeline.estimate import ProbeFailed, estimate
-
+        return
     gpu = run.config.resources.gpus_per_worker
     if gpu and not torch.cuda.is_available():
         console.print("no estimate: resources.gpus_per_worker is set, but this machine has no GPU")
-        return 0
+        return
     console.print("[dim]running a few rows of each task ...[/]")
-    try:
-        needs = estimate(run, "cuda" if gpu else "cpu")
-    except ProbeFailed as failure:
-        console.print(f"the probe failed, and so would the run: {failure}", markup=False)
-        return 1
+    needs = estimate(run, "cuda" if gpu else "cpu")
     for line in _lines(needs, run.config.resources):
         console.print(line)
-    return 0
 
 
-def _lines(needs: "Needs", resources: "Resources") -> list[str]:
+def _lines(needs: Needs, resources: Resources) -> list[str]:
     parts = ", ".join(f"{kind} {_duration(taken)}" for kind, taken in needs.seconds.items())
     total = _duration(sum(needs.seconds.values()))
     workers = resources.num_workers

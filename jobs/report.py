@@ -2,10 +2,9 @@
 
 import argparse
 
+from pipeline.run import rewrite_report
 
-def main(arguments: argparse.Namespace, command: str) -> int:
+
+def main(arguments: argparse.Namespace, command: str) -> None:
     """Rewrite `report.html` of one run, or of all runs of a comparison."""
-    from pipeline.run import rewrite_report
-
     print(rewrite_report(arguments.run_dir, command))
-    return 0

@@ -2,13 +2,13 @@
 
 import argparse
 
+from jobs.execution import execute_runs
+from pipeline.config import loading
+from pipeline.run import open_run
 
-def main(arguments: argparse.Namespace, command: str) -> int:
+
+def main(arguments: argparse.Namespace, command: str) -> None:
     """Run and print the matrix and the metrics."""
-    from jobs.execution import execute_runs
-    from pipeline.config import loading
-    from pipeline.run import open_run
-
     config = loading.load(arguments.config, arguments.settings)
     run = open_run(config)
-    return execute_runs({config.method: run}, run.folder, config.name, command)
+    execute_runs({config.method: run}, run.folder, config.name, command)

@@ -3,14 +3,21 @@
 import argparse
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
-    from pipeline.search.engine import Observe
-    from pipeline.search.trial import Trial
+from jobs.execution import places_beside, print_matrices, print_metrics
+from jobs.tables import number, table
+from pipeline.config import loading
+from pipeline.errors import Failed
+from pipeline.search.engine import Observe
+from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
+from pipeline.search.space import own_point
+from pipeline.search.trial import Trial, best
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTH, _WIDTH_OF_SETTING = 54, 13
@@ -19,17 +26,8 @@ _ROWS = 24
 """Trials that the live table shows, the latest ones."""
 
 
-def main(arguments: argparse.Namespace, command: str) -> int:
+def main(arguments: argparse.Namespace, command: str) -> None:
     """Search; print the trials, the best one and its results on the test rows."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from jobs.execution import places_beside, print_failure, print_matrices, print_metrics
-    from pipeline.config import loading
-    from pipeline.errors import StageFailed
-    from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
-    from pipeline.search.space import own_point
-
     console = Console(highlight=False)
     config = loading.load(arguments.config, arguments.settings)
     search = open_search(config, arguments.trials, resume=arguments.resume)
@@ -41,17 +39,14 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
     if own_point(search.config, search.space) is None:
         console.print("  the config itself is outside this space, so it is not among the trials")
-    try:
-        watch = TrialTable(console, search.num_trials)
-        found = execute_search(search, command=command, console=console, watch=watch)
-    except StageFailed as failure:
-        return print_failure(failure)
+    watch = TrialTable(console, search.num_trials)
+    found = execute_search(search, command=command, console=console, watch=watch)
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
     console.print(trial_table(found.trials, fitting))
     if found.best is None or found.result is None:
         reasons = {trial.reason for trial in found.trials if trial.reason}
         why = "; ".join(sorted(reasons)) or "all stopped"
-        return print_failure(f"no trial reached the last task ({why})")
+        raise Failed(f"no trial reached the last task ({why})")
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
     console.print("scored once, on test rows that no choice depended on:")
@@ -65,15 +60,12 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         console.print(f"{name:11} {search.folder / file}", soft_wrap=True, markup=False)
     for line in places_beside(config, search.folder):
         console.print(line, soft_wrap=True, markup=False)
-    return 0
 
 
 class TrialTable:
     """The running trials: a live table on a terminal, elsewhere one line per change."""
 
-    def __init__(self, console: "Console", num_trials: int) -> None:
-        from rich.live import Live
-
+    def __init__(self, console: Console, num_trials: int) -> None:
         self.console, self.num_trials = console, num_trials
         self.trials: dict[int, Trial] = {}
         self.began = time.monotonic()
@@ -81,7 +73,7 @@ class TrialTable:
             console=console, get_renderable=self._render, transient=True, refresh_per_second=2
         )
 
-    def __enter__(self) -> "Observe":
+    def __enter__(self) -> Observe:
         self.began = time.monotonic()
         if self.console.is_terminal:
             self.live.start()
@@ -90,19 +82,17 @@ class TrialTable:
     def __exit__(self, *error: object) -> None:
         self.live.stop()
 
-    def _observe(self, trial: "Trial") -> None:
+    def _observe(self, trial: Trial) -> None:
         before = self.trials.get(trial.number)
         self.trials[trial.number] = trial
         if not self.console.is_terminal and trial != before:
             self._say(trial)
 
-    def _say(self, trial: "Trial") -> None:
-        from rich.markup import escape
-
+    def _say(self, trial: Trial) -> None:
         name = f"{trial.number} {trial.settings.get('method', '')}".strip()
         scores, last = "", trial.last
         if last:
-            scores = f"average {last.average:.3f} retained {_number(last.retained)} "
+            scores = f"average {last.average:.3f} retained {number(last.retained)} "
             scores += f"learned {last.learned:.3f}"
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
@@ -111,17 +101,13 @@ class TrialTable:
             soft_wrap=True,
         )
 
-    def _render(self) -> Any:
-        from rich.console import Group
-
+    def _render(self) -> Group:
         shown = sorted(self.trials.values(), key=lambda trial: trial.number)[-_ROWS:]
         tuning = any("method" in trial.settings for trial in shown)
         return Group(trial_table(shown, int(tuning)), self._outlook())
 
     def _outlook(self) -> str:
         """How many trials are done, the best so far, and the time left."""
-        from pipeline.search.trial import best
-
         done = sum(trial.state != "running" for trial in self.trials.values())
         parts = [f"{done}/{self.num_trials} done"]
         so_far = best(list(self.trials.values()))
@@ -134,39 +120,25 @@ class TrialTable:
         return ", ".join(parts)
 
 
-def trial_table(trials: "Sequence[Trial]", num_settings: int) -> "Table":
+def trial_table(trials: Sequence[Trial], num_settings: int) -> Table:
     """One line per trial, with its first `num_settings` settings."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from pipeline.search.trial import best
-
     winner = best(trials)
     keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in ("trial", "state"):
-        table.add_column(column)
-    for column in ("task", "retained", "learned", "average"):
-        table.add_column(column, justify="right")
-    for key in keys:
-        table.add_column(key.rpartition(".")[2], justify="right")
+    names = [key.rpartition(".")[2] for key in keys]
+    shown = table(("trial", "state"), ("task", "retained", "learned", "average", *names))
     for trial in trials:
         last = trial.last
         numbers = (last.retained, last.learned, last.average) if last else (None, None, None)
-        table.add_row(
+        shown.add_row(
             f"{trial.number}{' *' if trial is winner else ''}",
             f"[{_COLOURS[trial.state]}]{trial.state}[/]",
             str(len(trial.progress)),
-            *map(_number, numbers),
+            *map(number, numbers),
             *(_value(trial.settings.get(key)) for key in keys),
             style="bold" if trial is winner else None,
         )
-    return table
+    return shown
 
 
 def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "null" if value is None else str(value)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -1,47 +1,34 @@
 """`agcl tasks`: what every task is made of, as it will be trained on and scored."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.text import Text
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from agcl.model import models
+from agcl.tasks import TRAIN, EncodedRows
+from jobs.tables import table
+from pipeline.config import loading
+from pipeline.results.run_folder import summaries
+from pipeline.run import open_run, prepare_tasks
 
 _LONGEST = 600
 """Characters of a prompt that are shown."""
 
 
-def main(arguments: argparse.Namespace, command: str) -> int:
+def main(arguments: argparse.Namespace, command: str) -> None:
     """Prepare the tasks where they are not (a run then finds them done) and print them."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from agcl.model import models
-    from agcl.tasks import TRAIN, EncodedRows
-    from pipeline.config import loading
-    from pipeline.errors import StageFailed
-    from pipeline.results.run_folder import summaries
-    from pipeline.run import open_run, prepare_tasks
-
     console = Console(highlight=False)
     run = open_run(loading.load(arguments.config, arguments.settings))
-    try:
-        prepare_tasks(run, console)
-    except StageFailed as failure:
-        Console(stderr=True, soft_wrap=True).print(f"agcl: {failure}", markup=False)
-        return 1
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("task")
-    table.add_column("rows")
-    for column in ("number", "tokens", "loss tokens", "too long", "empty"):
-        table.add_column(column, justify="right")
+    prepare_tasks(run, console)
+    counted = table(("task", "rows"), ("number", "tokens", "loss tokens", "too long", "empty"))
     prepared = summaries(run)
     for task, summary in prepared.items():
         for split, counts in summary["splits"].items():
             keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-            table.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
-    console.print(table)
+            counted.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
+    console.print(counted)
     if "tokenizer" in run.resolved:
         run.resolved["tokenizer"].fetch()
     for task in run.plan.tasks:
@@ -59,12 +46,9 @@ def main(arguments: argparse.Namespace, command: str) -> int:
             example = _example(prompt, tokenizer.decode(ids[prompt_tokens:]))
             console.print(f"[dim]row {index + 1}[/]")
             console.print(example, soft_wrap=True)
-    return 0
 
 
-def _example(prompt: str, answer: str) -> "Text":
-    from rich.text import Text
-
+def _example(prompt: str, answer: str) -> Text:
     prompt, answer = (
         "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         for text in (prompt, answer)  # A row's escape sequences would reach the terminal.

@@ -2,9 +2,9 @@
 
 import argparse
 
+from pipeline.tracking.client import serve
+
 
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Serve until interrupted."""
-    from pipeline.tracking.client import serve
-
     return serve(arguments.storage.expanduser().absolute(), arguments.port)

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class RayFailed(RuntimeError):
+class Failed(Exception):
+    """The message is that line."""
+
+
+class RayFailed(Failed):
     """Ray did not start, or could not be joined."""
 
 
 @dataclass
-class StageFailed(Exception):
+class StageFailed(Failed):
     """A stage ended with an error, or its workers were lost."""
 
     stage: str

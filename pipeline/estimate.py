@@ -16,6 +16,7 @@ from transformers.utils import logging
 from pipeline.config.config import Config, Resources
 from pipeline.config.loading import changed
 from pipeline.config.sources import held_out_sources, open_task, selection, sources
+from pipeline.errors import Failed
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import needed_for
@@ -38,8 +39,11 @@ _RAY_SLOWDOWN = 1.15
 _Rows = dict[str, dict[str, int]]
 
 
-class ProbeFailed(Exception):
+class ProbeFailed(Failed):
     """A stage failed in the probe, so it would fail in the run."""
+
+    def __str__(self) -> str:
+        return f"the probe failed, and so would the run: {self.args[0]}"
 
 
 @dataclass

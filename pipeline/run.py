@@ -4,14 +4,13 @@
 results. Nothing here depends on what a stage does.
 """
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from agcl.errors import InputError
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config import loading
 from pipeline.config.check import check_inputs
@@ -21,8 +20,8 @@ from pipeline.execution.cluster import check_address
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
-from pipeline.plan.stage import ResolvedStage, resolve
-from pipeline.results.model_card import MODEL, write_model_folder
+from pipeline.plan.stage import complete, resolve
+from pipeline.results.model_card import write_model_folder
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult, left_out
 from pipeline.results.run_folder import (
@@ -51,7 +50,7 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
     folder = folder or config.storage.root / config.name
     config.storage.check()
     config.storage.refresh(folder / CONFIG_FILE)
-    check_folder(config, folder)
+    check_folder(config, folder / CONFIG_FILE)
     check_inputs(config)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))
@@ -73,13 +72,11 @@ def execute(
 
     Raises `StageFailed`; what was finished by then is kept and not computed again.
     """
-    config = _first_config(runs)
-    check_address()
+    config = next(iter(runs.values())).config  # Storage, resources and tracking are those of all.
     kind = "comparison" if len(runs) > 1 else None
-    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
-    with _alone(folder, console), config.storage.results(folder), mirror:
-        done_before = _complete(runs)
-        _run_missing(runs, folder, mirror, console)
+    with mirrored(config, folder, title, console, kind=kind, above=above) as mirror:
+        done_before = complete(s for run in runs.values() for s in run.resolved.values())
+        _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
         for line in dict.fromkeys(line for result in results for line in left_out(result)):
             warn(console, line)
@@ -88,7 +85,7 @@ def execute(
             if len(runs) <= REPORTS_EACH:
                 file = run.folder / REPORT_FILE
                 figures = write_report(file, [result], title=result.metrics["name"])
-            _write_model(run, result, mirror.run_of(label))
+            write_model_folder(run, result, mirror.run_of(label))
             mirror.finish_run(label, result.metrics, _files(run.folder, figures))
         if len(runs) > 1:
             figures = write_report(folder / REPORT_FILE, results, title=title)
@@ -96,12 +93,37 @@ def execute(
         return results
 
 
-def _run_missing(runs: Mapping[str, Run], folder: Path, mirror: Mirror, console: Console) -> None:
+@contextmanager
+def mirrored(
+    config: Config,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    above: str | None = None,
+) -> Iterator[Mirror]:
+    """Keep other commands out of a folder, mirror it in MLflow, save it at the end.
+
+    Waits for another command that works on the folder.
+    """
+    check_address()
+    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
+    waiting = f"  waiting for another command that works on {folder}"
+    on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
+    with artifact.claimed(folder, on_wait), config.storage.results(folder), mirror:
+        yield mirror
+
+
+def _run_missing(
+    runs: Mapping[str, Run], config: Config, folder: Path, mirror: Mirror, console: Console
+) -> None:
     """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
-    config = _first_config(runs)
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
     for label, run in runs.items():
-        check_folder(run.config, run.folder)  # Again: we may have waited for another command.
+        check_folder(
+            run.config, run.folder / CONFIG_FILE
+        )  # Again: we may have waited for another command.
         open_folder(run)
         mirror.add(label, run)
     config.storage.save_results(folder)  # Other machines then know of the run if it is killed.
@@ -114,32 +136,6 @@ def _run_missing(runs: Mapping[str, Run], folder: Path, mirror: Mirror, console:
     if failures:
         raise failures[0]
     mirror.sync(now=True)
-
-
-def _first_config(runs: Mapping[str, Run]) -> Config:
-    """Storage, resources and tracking are the same for all runs."""
-    return next(iter(runs.values())).config
-
-
-def _alone(folder: Path, console: Console) -> AbstractContextManager[None]:
-    """Keep other commands out of a folder, after waiting for one that works on it."""
-    waiting = f"  waiting for another command that works on {escape(str(folder))}"
-    return artifact.claimed(folder, lambda: console.print(waiting, highlight=False, soft_wrap=True))
-
-
-def _complete(runs: Mapping[str, Run]) -> set[Path]:
-    """The folders of the artifacts that are complete."""
-    stages = {stage.folder: stage for run in runs.values() for stage in run.resolved.values()}
-    with ThreadPoolExecutor() as pool:  # Each is a request to a bucket.
-        done = list(pool.map(ResolvedStage.is_complete, stages.values()))
-    return {folder for folder, is_done in zip(stages, done, strict=True) if is_done}
-
-
-def _write_model(run: Run, result: RunResult, mlflow_run: str | None) -> None:
-    final = run.resolved[run.plan.final_model]
-    if run.config.tracking.register_model:
-        final.fetch()
-    write_model_folder(run.folder / MODEL, final, run.config, result, mlflow_run)
 
 
 def _files(folder: Path, figures: Mapping[str, bytes]) -> dict[str, Content]:

@@ -8,20 +8,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from pipeline.config.section import Positive, Section
 
 
-class Uniform(Section):
-    """A number between two bounds."""
+class Float(Section):
+    """A number between two bounds; `loguniform`: a positive one, uniform in its logarithm."""
 
-    type: Literal["uniform"]
+    type: Literal["uniform", "loguniform"]
     low: float
     high: float
 
-
-class LogUniform(Section):
-    """A positive number between two bounds, uniform in its logarithm."""
-
-    type: Literal["loguniform"]
-    low: float = Field(gt=0)
-    high: float
+    @model_validator(mode="after")
+    def _positive(self) -> "Float":
+        if self.type == "loguniform" and not self.low > 0:
+            raise ValueError("low: must be above 0")
+        return self
 
 
 class Int(Section):
@@ -50,7 +48,7 @@ class Choice(Section):
     values: tuple[Value, ...] = Field(min_length=1)
 
 
-Dimension = Annotated[Uniform | LogUniform | Int | Choice, Field(discriminator="type")]
+Dimension = Annotated[Float | Int | Choice, Field(discriminator="type")]
 
 
 class Search(Section):

@@ -3,6 +3,7 @@
 This module imports almost nothing, because every run starts a process for it.
 """
 
+from collections import Counter
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ class Mailbox:
         self.closed: set[bool] = set()
         self.taken: dict[str, list[Any]] = {}
         """By group: the sessions it has taken so far."""
-        self.done: dict[str, int] = {}
+        self.done: Counter[str] = Counter()
         """By group: how many of those are finished."""
         self.finished: list[str] = []
         self.records: list[dict[str, Any]] = []
@@ -53,21 +54,16 @@ class Mailbox:
 
     def finish(self, group: str) -> None:
         """Record that a group has finished the session it was running."""
-        index = self.number_done(group)
-        self.done[group] = index + 1
-        self.finished.append(self.taken[group][index][0])
+        self.finished.append(self.taken[group][self.done[group]][0])
+        self.done[group] += 1
 
     def number_done(self, group: str) -> int:
         """How many sessions a group has finished."""
-        return self.done.get(group, 0)
+        return self.done[group]
 
     def running(self) -> dict[str, str]:
         """The name of the session that each group is running."""
-        return {
-            group: taken[-1][0]
-            for group, taken in self.taken.items()
-            if len(taken) > self.number_done(group)
-        }
+        return {g: taken[-1][0] for g, taken in self.taken.items() if len(taken) > self.done[g]}
 
     def put(self, records: list[dict[str, Any]]) -> None:
         """Add records of stages."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,12 +36,7 @@ class StageProgress:
         self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
     def observe(self, records: Iterable[Record]) -> None:
@@ -53,10 +47,8 @@ class StageProgress:
                 case "started":
                     bar = self.bars.add_task(self.titles[artifact], total=None, detail="")
                     self.running[artifact] = (bar, time.monotonic())
-                case "finished" | "failed":
-                    self._end(artifact, failed=record["state"] == "failed")
-                case "lost":
-                    self._restart(artifact)
+                case "finished" | "failed" | "lost" as state:
+                    self._end(artifact, state)
                 case _:
                     self._advance(artifact, record)
 
@@ -79,23 +71,16 @@ class StageProgress:
             self.said = time.monotonic()
             self.console.print(f"       {self.titles[artifact]} {detail}", highlight=False)
 
-    def _restart(self, artifact: str) -> None:
-        bar, _ = self.running.pop(artifact, (None, 0.0))
-        if bar is not None:
-            self.bars.remove_task(bar)
-        self.console.print(
-            f"  [yellow]lost[/] a worker in {self.titles[artifact]}; restarting it",
-            highlight=False,
-        )
-
-    def _end(self, artifact: str, *, failed: bool) -> None:
+    def _end(self, artifact: str, state: str) -> None:
         bar, started = self.running.pop(artifact, (None, time.monotonic()))
         if bar is not None:
             self.bars.remove_task(bar)
-        self.num_done += not failed
-        mark = "[red]failed[/]" if failed else "[green]done[/]"
-        self.console.print(
-            f"  {mark} {self.titles[artifact]} [dim]{time.monotonic() - started:.1f} s "
-            f"({self.num_done}/{len(self.titles)})[/]",
-            highlight=False,
-        )
+        self.num_done += state == "finished"
+        title = self.titles[artifact]
+        if state == "lost":
+            line = f"[yellow]lost[/] a worker in {title}; restarting it"
+        else:
+            mark = "[red]failed[/]" if state == "failed" else "[green]done[/]"
+            seconds = time.monotonic() - started
+            line = f"{mark} {title} [dim]{seconds:.1f} s ({self.num_done}/{len(self.titles)})[/]"
+        self.console.print(f"  {line}", highlight=False)

@@ -7,7 +7,7 @@ take them from there. The driver starts one group per queued session, up to the 
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,10 @@ def run_sessions(
     `keep_going`, only sessions that need the failed one are skipped. An exception, such as an
     interrupt, cancels running sessions. Raises `StageFailed` if the mailbox is lost.
     """
-    run = _Run(sessions, scratch, resources, side_by_side, observe, keep_going)
+    # On the driver's node, so that losing a worker node does not lose records and sessions.
+    mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+    waiting = {session.name: session for session in sessions}
+    run = _Run(waiting, scratch, resources, side_by_side, observe, keep_going, mailbox)
     try:
         if any(session.train for session in sessions):
             run.start_group(train=True)  # Takes seconds; rows can be prepared meanwhile.
@@ -120,37 +123,31 @@ class _Group:
     train: bool
 
 
+@dataclass
 class _Run:
     """The state of one `run_sessions`."""
 
-    def __init__(
-        self,
-        sessions: Sequence[Session],
-        scratch: Path,
-        resources: Resources,
-        most: int,
-        observe: Observe,
-        keep_going: bool,
-    ) -> None:
-        self.scratch, self.resources, self.most = scratch, resources, most
-        self.observe, self.keep_going = observe, keep_going
-        # On the driver's node, so that losing a worker node does not lose records and sessions.
-        self.mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
-        self.waiting = {session.name: session for session in sessions}
-        self.queued: dict[str, Session] = {}
-        """In the mailbox or running."""
-        self.groups: dict[Any, _Group] = {}
-        """By the Ray reference that becomes ready when the group ends."""
-        self.running: dict[str, str] = {}
-        """The session that each group is running."""
-        self.worked: set[str] = set()
-        """Groups that have run a session."""
-        self.started = 0
-        self.states: dict[str, Record] = {}
-        """The last state record of each artifact."""
-        self.failures: list[StageFailed] = []
-        self.lost: set[str] = set()
-        """Failed sessions, and sessions that need them."""
+    waiting: dict[str, Session]
+    scratch: Path
+    resources: Resources
+    most: int
+    observe: Observe
+    keep_going: bool
+    mailbox: Any
+    queued: dict[str, Session] = field(default_factory=dict)
+    """In the mailbox or running."""
+    groups: dict[Any, _Group] = field(default_factory=dict)
+    """By the Ray reference that becomes ready when the group ends."""
+    running: dict[str, str] = field(default_factory=dict)
+    """The session that each group is running."""
+    worked: set[str] = field(default_factory=set)
+    """Groups that have run a session."""
+    started: int = 0
+    states: dict[str, Record] = field(default_factory=dict)
+    """The last state record of each artifact."""
+    failures: list[StageFailed] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+    """Failed sessions, and sessions that need them."""
 
     def start_group(self, train: bool) -> None:
         """Start a group, which runs queued sessions of its kind until there are no more."""

@@ -1,6 +1,7 @@
 """Stages, which are the nodes of the DAG, and the artifacts they resolve to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,14 @@ class ResolvedStage:
     def fetch(self) -> None:
         """Make the finished artifact available on this machine."""
         self.storage.fetch(self.folder)
+
+
+def complete(stages: Iterable[ResolvedStage]) -> set[Path]:
+    """The folders of those that are complete."""
+    folders = {stage.folder: stage for stage in stages}
+    with ThreadPoolExecutor() as pool:  # Each is a request to a bucket.
+        done = pool.map(ResolvedStage.is_complete, folders.values())
+        return {folder for folder, is_done in zip(folders, done, strict=True) if is_done}
 
 
 def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStage]:

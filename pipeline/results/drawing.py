@@ -14,9 +14,27 @@ from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-DPI = 150
 MOST_CELL_NUMBERS = 12  # tasks; with more, cells are too small for numbers
 INK, GREY = "#24292f", "#8c959f"
+STYLE: Any = {
+    "text.color": INK,
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "figure.labelsize": 8,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "axes.labelcolor": INK,
+    "grid.color": "#d8dee4",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    **{f"{axis}tick.labelsize": 7.5 for axis in "xy"},
+    **{f"{axis}tick.labelcolor": INK for axis in "xy"},
+}
+"""Matplotlib's settings for all figures."""
 _MARKERS = "osD^vPX*<>"
 
 
@@ -36,7 +54,7 @@ def heat_map(
     has_numbers = len(tasks) <= MOST_CELL_NUMBERS
     cell = min(0.56, max(0.12, 3.6 / len(tasks)))  # inches; two heat maps fit side by side
     height = max(0.62 * cell, 0.16)
-    figure = new_figure(1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values))
+    figure = Figure((1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values)))
     axes = figure.subplots()
     image = axes.imshow(np.maximum(values, 1e-9), cmap=colors, norm=norm, aspect="auto")
     axes.set_yticks(range(len(values)), [*top, *names])
@@ -45,8 +63,7 @@ def heat_map(
     steep: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     columns = names if has_numbers else every_fifth
     axes.set_xticks(range(len(names)), columns, **(steep if is_steep else {}))
-    plain(axes)
-    set_title(axes, title)
+    axes.set_title(fitted(title, 44))
     for (row, column), value in np.ndenumerate(values) if has_numbers else ():
         color = "white" if norm(max(value, 1e-9)) > 0.6 else INK
         size = 8 if cell > 0.4 else 6.5
@@ -62,15 +79,13 @@ def curve_panels(count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     for axes in panels:
         axes.set_ylim(-0.04, 1.04)
         axes.set_yticks([0, 0.5, 1])
-        axes.grid(axis="y", color="#d8dee4", linewidth=0.6)
+        axes.grid(axis="y")
     handles = [panels[0].plot([], [], markersize=4, **style_of(i))[0] for i in range(len(names))]
     per_row = min(len(names), max(2, 2 * min(count, columns)))
-    figure.legend(
-        handles, [fitted(name, 24) for name in names], loc="outside upper left", ncols=per_row,
-        fontsize=8, frameon=False, labelcolor=INK,
-    )  # fmt: skip
-    figure.supxlabel("tasks trained (0 = base model)", fontsize=8, color=INK)
-    figure.supylabel("score", fontsize=8, color=INK)
+    shown = [fitted(name, 24) for name in names]
+    figure.legend(handles, shown, loc="outside upper left", ncols=per_row)
+    figure.supxlabel("tasks trained (0 = base model)")
+    figure.supylabel("score")
     return figure, panels
 
 
@@ -78,13 +93,12 @@ def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[F
     """Lay out panels of a size in inches that share their axes, at most as wide as the page."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = new_figure(min(10.6, 0.7 + width * columns), 0.8 + height * rows)
+    figure = Figure((min(10.6, 0.7 + width * columns), 0.8 + height * rows))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for i, axes in enumerate(panels):
         axes.set_visible(i < count)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelbottom=i >= count - columns)
-        plain(axes)
     return figure, list(panels[:count])
 
 
@@ -102,21 +116,10 @@ def color_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) 
     """Add a color bar beside the panels and return its axes."""
     bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02, aspect=25)
     bar.outline.set_visible(False)
-    bar.set_label(label, fontsize=8, color=INK)
+    bar.set_label(label)
     bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=7, colors=INK)
+    bar.ax.tick_params(length=3.5, labelsize=7, colors=INK)
     return bar.ax
-
-
-def plain(axes: Axes) -> None:
-    """Remove frame and tick marks."""
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=7.5, labelcolor=INK)
-
-
-def set_title(axes: Axes, text: str, most: int = 44, weight: str = "normal") -> None:
-    """Put a title above the axes, aligned left and cut to `most` characters."""
-    axes.set_title(fitted(text, most), fontsize=8.5, color=INK, loc="left", fontweight=weight)
 
 
 def fitted(text: str, most: int) -> str:
@@ -132,15 +135,10 @@ def style_of(index: int) -> dict[str, Any]:
     return {"color": color, "marker": _MARKERS[index % len(_MARKERS)]}
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Create an empty figure of a size in inches."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-
-
 def png(figure: Figure) -> bytes:
     """Render the figure as PNG."""
     buffer = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name the font cannot show
-        figure.savefig(buffer, format="png", dpi=DPI)
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()

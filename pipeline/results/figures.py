@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -18,17 +19,15 @@ from pipeline.results.comparison import BOUNDS, Estimate, compare
 from pipeline.results.drawing import (
     GREY,
     INK,
+    STYLE,
     Array,
     color_bar,
     curve_panels,
     draw_curve,
     fitted,
     heat_map,
-    new_figure,
     panel_grid,
-    plain,
     png,
-    set_title,
     style_of,
 )
 from pipeline.results.results import Group, RunResult, entry_importances, evaluation_sets, groups
@@ -57,13 +56,14 @@ class Picture:
 def draw(runs: Sequence[RunResult]) -> list[Picture]:
     """Draw all figures of these runs, with unique file names."""
     pictures: list[Picture] = []
-    for section, label, name, figure in _figures(runs):
-        parts = (re.sub(r"[^\w.]+", "-", part).strip("-") for part in (section, label, name))
-        slug = "-".join(part for part in parts if part)
-        taken = any(picture.file == f"{slug}.png" for picture in pictures)
-        file = f"{slug}-{len(pictures)}.png" if taken else f"{slug}.png"
-        width, height = (figure.get_size_inches() * CSS_PIXELS).astype(int).tolist()
-        pictures.append(Picture(file, section, label, name, png(figure), width, height))
+    with matplotlib.rc_context(STYLE):
+        for section, label, name, figure in _figures(runs):
+            parts = (re.sub(r"[^\w.]+", "-", part).strip("-") for part in (section, label, name))
+            slug = "-".join(part for part in parts if part)
+            taken = any(picture.file == f"{slug}.png" for picture in pictures)
+            file = f"{slug}-{len(pictures)}.png" if taken else f"{slug}.png"
+            width, height = (figure.get_size_inches() * CSS_PIXELS).astype(int).tolist()
+            pictures.append(Picture(file, section, label, name, png(figure), width, height))
     return pictures
 
 
@@ -117,7 +117,7 @@ def _accuracy(tasks: Sequence[str], matrix: Array, title: str) -> Figure:
     axes.axhline(0.5, color="white", linewidth=3)
     for i in range(len(tasks)):  # the score right after its own training
         axes.add_patch(Rectangle((i - 0.5, i + 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1))
-    axes.set_ylabel("after training", fontsize=8, color=INK)
+    axes.set_ylabel("after training")
     return figure
 
 
@@ -139,13 +139,13 @@ def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title:
         image = axes.imshow(
             np.maximum(values, 1e-15), cmap="YlGnBu", norm=norm, aspect="auto", interpolation="none"
         )
-        set_title(axes, name, 28)
+        axes.set_title(fitted(name, 28))
         axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
-    figure.supxlabel("layer", fontsize=8, color=INK)
+    figure.supxlabel("layer")
     ticks = np.geomspace(lowest, largest, 3)
     bar = color_bar(figure, image, figure.axes, "share of the task")
     bar.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    figure.suptitle(fitted(title, 60), fontsize=9, color=INK, x=0.01, ha="left")
+    figure.suptitle(fitted(title, 60), fontsize=9, x=0.01, ha="left")
     return figure
 
 
@@ -169,12 +169,12 @@ def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -
     figure, panels = curve_panels(count, list(matrices))
     if len(tasks) > 1:
         axes = panels.pop(0)
-        set_title(axes, "mean of tasks so far", weight="bold")
+        axes.set_title("mean of tasks so far", fontweight="bold")
         for i, members in enumerate(matrices.values()):
             so_far = [np.array([m[t, :t].mean() for t in range(1, len(m))]) for m in members]
             draw_curve(axes, np.arange(1, len(tasks) + 1), so_far, i)
     for t, (axes, name) in enumerate(zip(panels, tasks, strict=True)):
-        set_title(axes, f"{t + 1} {name}", 20)
+        axes.set_title(fitted(f"{t + 1} {name}", 20))
         axes.axvline(t + 1, color=GREY, linewidth=0.8, linestyle=":")
         for i, members in enumerate(matrices.values()):
             before = np.mean([m[: t + 2, t] for m in members], axis=0)
@@ -186,7 +186,7 @@ def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -
 
 def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Figure:
     """Learned versus kept, with confidence intervals for methods with several seeds."""
-    figure = new_figure(7.2, 4.2)
+    figure = Figure((7.2, 4.2))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     for i, (label, (learned, kept)) in enumerate(points.items()):
@@ -197,11 +197,10 @@ def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Fi
         )  # fmt: skip
     low = min(min(x.mean, y.mean) for x, y in points.values())
     axes.set(xlim=(max(0, low - 0.1), 1.03), ylim=(max(0, low - 0.1), 1.03))
-    axes.set_xlabel("learned: mean score right after training", fontsize=8, color=INK)
-    axes.set_ylabel("kept: mean score at the end", fontsize=8, color=INK)
-    axes.grid(color="#d8dee4", linewidth=0.6)
-    plain(axes)
-    figure.legend(loc="outside right upper", fontsize=7.5, frameon=False, labelcolor=INK)
+    axes.set_xlabel("learned: mean score right after training")
+    axes.set_ylabel("kept: mean score at the end")
+    axes.grid()
+    figure.legend(loc="outside right upper", fontsize=7.5)
     return figure
 
 
@@ -209,7 +208,7 @@ def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]]) -> Figure:
     order = list(dict.fromkeys(label for of_skill in curves.values() for label in of_skill))
     figure, panels = curve_panels(len(curves), order)
     for axes, (skill, of_skill) in zip(panels, curves.items(), strict=True):
-        set_title(axes, skill, 30)
+        axes.set_title(fitted(skill, 30))
         for label, members in of_skill.items():
             draw_curve(axes, np.arange(len(members[0])), members, order.index(label))
     return figure

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS
+from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import METRIC_TITLES, RunResult
 from pipeline.results.templates import render
@@ -18,14 +19,15 @@ _OWN_FILES = {artifact.MANIFEST, "log.jsonl", "checks.json"}
 _METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
 
 
-def write_model_folder(
-    folder: Path, model: ResolvedStage, config: Config, result: RunResult, mlflow_run: str | None
-) -> None:
-    """Make `folder` the final model: links to the files of the artifact `model`, and a card.
+def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> None:
+    """Give the run's folder its final model: links to the files of the artifact, and a card.
 
     With a bucket, also writes a text file with the URI of the model, whose files may not be on
     this machine. Replaces an earlier folder; a new one is complete before it gets its name.
     """
+    folder, model = run.folder / MODEL, run.resolved[run.plan.final_model]
+    if run.config.tracking.register_model:
+        model.fetch()
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -35,7 +37,7 @@ def write_model_folder(
         files += (model.folder / ADAPTER).iterdir()
     for file in files:
         (aside / file.name).symlink_to(os.path.relpath(file, folder))
-    text = card(config, result, mlflow_run, adapter=adapter_alone(model))
+    text = card(run.config, result, mlflow_run, adapter=adapter_alone(model))
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
     if uri := model.storage.uri_of_files(model.folder):

@@ -20,13 +20,15 @@ from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 
 CONFIG_FILE = "config.yaml"
-_RUN_AGAIN = {"resources", "tracking", "search"}
+_RUN_AGAIN = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
 """Sections that a rerun into the same folder may change: they do not change results."""
 
 
-def check_folder(config: Config, folder: Path) -> None:
-    """A run folder keeps one config: another one's results would be lost. Raises `InputError`."""
-    file = folder / CONFIG_FILE
+def check_folder(config: Config, file: Path, kind: str = "run") -> None:
+    """Refuse the folder of `file`, a stored config, if it is of another run or search.
+
+    The results there would be lost, or not be comparable with new ones. Raises `InputError`.
+    """
     if not file.is_file():
         return
     try:
@@ -34,10 +36,11 @@ def check_folder(config: Config, folder: Path) -> None:
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     for section in Config.model_fields:
-        if section not in _RUN_AGAIN and getattr(stored, section) != getattr(config, section):
-            place = config.storage.place(folder)
+        same = getattr(stored, section) == getattr(config, section)
+        if section not in _RUN_AGAIN[kind] and not same:
+            place = config.storage.place(file.parent)
             raise InputError(
-                f"name: {place} holds a run with another {section!r} section; choose another "
+                f"name: {place} holds a {kind} with another {section!r} section; choose another "
                 f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
             )
 

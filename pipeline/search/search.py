@@ -2,12 +2,10 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from agcl.errors import InputError
@@ -16,13 +14,13 @@ from rich.console import Console
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.errors import StageFailed
-from pipeline.execution.cluster import check_address, cluster
+from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import CONFIG_FILE, open_folder
-from pipeline.run import execute, open_run
+from pipeline.results.run_folder import CONFIG_FILE, check_folder, open_folder
+from pipeline.run import execute, mirrored, open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search, run_trials
 from pipeline.search.space import Settings, corners, space_of
@@ -60,7 +58,12 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
     if num_tasks < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")
-    _check_folder(search, resume=resume)
+    # Trials of another search are not comparable with these.
+    file = search.folder / SEARCH_FILE
+    config.storage.refresh(file)
+    if resume and not file.is_file():
+        raise InputError(f"--resume: {search.folder} holds no search to resume")
+    check_folder(config, file, "search")
     return search
 
 
@@ -72,29 +75,6 @@ def only_validation(config: Config) -> Config:
     return loading.changed(config, settings)
 
 
-def _check_folder(search: Search, *, resume: bool) -> None:
-    """Refuse a folder that holds another search: its trials are not comparable with these."""
-    file = search.folder / SEARCH_FILE
-    search.config.storage.refresh(file)
-    if not file.is_file():
-        if resume:
-            raise InputError(f"--resume: {search.folder} holds no search to resume")
-        return
-    try:
-        stored = loading.load(file)
-    except InputError as error:
-        raise InputError(f"{file}: {error}; delete that folder to search again") from None
-    for section in Config.model_fields:
-        same = getattr(stored, section) == getattr(search.config, section)
-        if section not in ("resources", "tracking") and not same:
-            place = search.config.storage.place(search.folder)
-            raise InputError(
-                f"name: {place} holds a search with another {section!r} section; choose "
-                f"another name (name={search.config.name}-2) or delete that folder. Finished "
-                "stages are shared."
-            )
-
-
 def execute_search(
     search: Search, *, command: str, console: Console, watch: AbstractContextManager[Observe]
 ) -> Found:
@@ -103,7 +83,7 @@ def execute_search(
     `watch`, entered while the trials run, is called with each trial whenever it changes. Raises
     `StageFailed` for a stage that all trials need.
     """
-    with mirrored(search, console) as mirror:
+    with mirrored_search(search, console) as mirror:
         found = execute_trials(search, mirror, console, watch)
         best = trials.best(found)
         result = _score(search, best, mirror, command, console) if best else None
@@ -111,17 +91,10 @@ def execute_search(
         return Found(found, best, result)
 
 
-@contextmanager
-def mirrored(search: Search, console: Console) -> Iterator[Mirror]:
-    """Keep other commands out of the search's folder, mirror it in MLflow, save it at the end."""
-    config = search.config
-    check_address()
-    title = search.folder.relative_to(config.storage.root).as_posix().replace("/", "-")
-    mirror = Mirror(config, search.folder, title, console, kind="search")
-    waiting = f"  waiting for another command that works on {search.folder}"
-    on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
-    with artifact.claimed(search.folder, on_wait), config.storage.results(search.folder), mirror:
-        yield mirror
+def mirrored_search(search: Search, console: Console) -> AbstractContextManager[Mirror]:
+    """`mirrored` for a search's folder."""
+    title = search.folder.relative_to(search.config.storage.root).as_posix().replace("/", "-")
+    return mirrored(search.config, search.folder, title, console, kind="search")
 
 
 def execute_trials(
@@ -155,11 +128,11 @@ def execute_trials(
         )
         _raise_common(failures, runs, search.folder)
         with watch as observe:
-            record = _Records(search, mirror, shared)
+            record = _recorder(search, mirror, shared)
 
             def on_change(trial: Trial) -> None:
                 observe(trial)
-                record.observe(trial)
+                record(trial)
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
@@ -201,30 +174,33 @@ def _raise_common(failures: Sequence[StageFailed], runs: Mapping[str, Run], fold
             raise failure
 
 
-class _Records:
+def _recorder(search: Search, mirror: Mirror, shared: Collection[str]) -> Observe:
     """The MLflow side: a child run per trial, with the stages that only this trial has."""
+    opened: set[int] = set()
 
-    def __init__(self, search: Search, mirror: Mirror, shared: Collection[str]) -> None:
-        self.search, self.mirror, self.shared = search, mirror, shared
-        self.opened: set[int] = set()
-
-    def observe(self, trial: Trial) -> None:
-        label = self.search.label(trial.number)
-        if trial.number in self.opened:
-            self.mirror.sync(label)
+    def record(trial: Trial) -> None:
+        label = search.label(trial.number)
+        if trial.number in opened:
+            mirror.sync(label)
         else:
             try:
-                run = self.search.run_of(trial.number, trial.settings)
+                run = search.run_of(trial.number, trial.settings)
             except InputError:
                 return  # Not a valid config: only the table has it.
-            self.opened.add(trial.number)
+            opened.add(trial.number)
             open_folder(run)
-            without = {n for n, s in run.resolved.items() if s.folder.name in self.shared}
-            self.mirror.add(label, run, kind="trial", without=without)
+            without = {n for n, s in run.resolved.items() if s.folder.name in shared}
+            mirror.add(label, run, kind="trial", without=without)
         if trial.state != "running":
-            scores = asdict(trial.last) if trial.last else {}
-            scores = {name: score for name, score in scores.items() if score is not None}
-            self.mirror.end(label, scores, status=_STATUS[trial.state], error=trial.reason or "")
+            status = _STATUS[trial.state]
+            mirror.end(label, _scores_of(trial), status=status, error=trial.reason or "")
+
+    return record
+
+
+def _scores_of(trial: Trial | None) -> dict[str, float]:
+    scores = asdict(trial.last) if trial and trial.last else {}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def _score(
@@ -260,7 +236,6 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
         (search.folder / "figures").mkdir(exist_ok=True)
         (search.folder / "figures" / name).write_bytes(png)
     names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
-    files: dict[str, Any] = {name: search.folder / name for name in names}
-    files |= {f"figures/{name}": png for name, png in pictures.items()}
-    scores = asdict(best.last) if best and best.last else {}
-    mirror.finish(files, {f"best_{k}": v for k, v in scores.items() if v is not None})
+    names += [f"figures/{name}" for name in pictures]
+    files = {name: search.folder / name for name in names}
+    mirror.finish(files, {f"best_{k}": v for k, v in _scores_of(best).items()})

@@ -1,6 +1,6 @@
 """The space that a search varies: by default or from the config, and as Optuna knows it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,7 +16,7 @@ from optuna.distributions import (
 from pipeline.config.config import Config
 from pipeline.config.loading import changed
 from pipeline.config.method import Gate, Penalty, Project
-from pipeline.config.search import Choice, Dimension, Int, LogUniform, Uniform
+from pipeline.config.search import Choice, Dimension, Float, Int
 
 Settings = dict[str, Any]
 """Values by dotted config key."""
@@ -53,25 +53,27 @@ def default_space(config: Config) -> dict[str, Dimension]:
     """The learning rate, and how strongly each protection scales by the importances."""
     rate = config.training.learning_rate
     space: dict[str, Dimension] = {
-        "training.learning_rate": LogUniform(
-            type="loguniform", low=rate / _LEARNING_RATE, high=rate * _LEARNING_RATE
-        )
+        "training.learning_rate": _log_scale(rate / _LEARNING_RATE, rate * _LEARNING_RATE)
     }
     for index, item in enumerate(config.protect):
         at = f"protect.{index}"
         match item:
             case Gate():
                 space |= {
-                    f"{at}.log_scale": LogUniform(type="loguniform", low=1e1, high=1e7),
-                    f"{at}.strength": Uniform(type="uniform", low=0.25, high=1.0),
-                    f"{at}.exponent": LogUniform(type="loguniform", low=0.25, high=4.0),
+                    f"{at}.log_scale": _log_scale(1e1, 1e7),
+                    f"{at}.strength": Float(type="uniform", low=0.25, high=1.0),
+                    f"{at}.exponent": _log_scale(0.25, 4.0),
                     "importance.top_k": Choice(type="choice", values=(1, 4, 16, None)),
                 }
             case Project():
-                space[f"{at}.energy"] = Uniform(type="uniform", low=0.5, high=0.98)
+                space[f"{at}.energy"] = Float(type="uniform", low=0.5, high=0.98)
             case Penalty():
-                space[f"{at}.strength"] = LogUniform(type="loguniform", low=1e1, high=1e7)
+                space[f"{at}.strength"] = _log_scale(1e1, 1e7)
     return space
+
+
+def _log_scale(low: float, high: float) -> Float:
+    return Float(type="loguniform", low=low, high=high)
 
 
 def distributions(space: Mapping[str, Dimension]) -> dict[str, BaseDistribution]:
@@ -95,7 +97,7 @@ def corners(space: Mapping[str, Dimension]) -> tuple[Settings, Settings]:
 
     A stage that is the same at both is the same at every point.
     """
-    ends = {key: list(_extremes(dimension)) for key, dimension in space.items()}
+    ends = {key: _extremes(dimension) for key, dimension in space.items()}
     return {k: values[0] for k, values in ends.items()}, {k: v[-1] for k, v in ends.items()}
 
 
@@ -109,20 +111,13 @@ def _contains(dimension: Dimension, value: Any) -> bool:
     return value is not None and bool(dimension.low <= value <= dimension.high)
 
 
-def _extremes(dimension: Dimension) -> Iterator[Any]:
-    if isinstance(dimension, Choice):
-        yield from dimension.values
-    else:
-        yield from (dimension.low, dimension.high)
+def _extremes(dimension: Dimension) -> Sequence[Any]:
+    return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
-    match dimension:
-        case Uniform():
-            return FloatDistribution(dimension.low, dimension.high)
-        case LogUniform():
-            return FloatDistribution(dimension.low, dimension.high, log=True)
-        case Int():
-            return IntDistribution(dimension.low, dimension.high)
-        case Choice():
-            return CategoricalDistribution(dimension.values)
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    if isinstance(dimension, Int):
+        return IntDistribution(dimension.low, dimension.high)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.type == "loguniform")

@@ -1,7 +1,7 @@
 """A trial: a run of the config with other settings. What runs in its process, and its record."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -72,15 +72,15 @@ def run_trial(run: Run, shared: Collection[str]) -> None:
     trial with a last report of `reason` and `traceback`, so that Tune does not retry it. Lost
     workers raise, and Tune does retry.
     """
-    reports = _Reports(run, shared)
+    catch_up = _reporter(run, shared)
     failures: list[Record] = []
 
     def observe(records: list[Record]) -> None:
         failures.extend(record for record in records if record.get("state") == "failed")
         if any(record.get("state") == "finished" for record in records):
-            reports.catch_up()
+            catch_up()
 
-    reports.catch_up()
+    catch_up()
     try:
         _run_stages(run, observe)
     except Exception:
@@ -93,32 +93,26 @@ def run_trial(run: Run, shared: Collection[str]) -> None:
         tune.report({"reason": reason, "traceback": failed["traceback"]})
 
 
-class _Reports:
-    """Reports to Tune how a trial stands after each task."""
+def _reporter(run: Run, shared: Collection[str]) -> Callable[[], None]:
+    """A function that reports to Tune every task that was finished since its last call."""
+    tasks, stages = run.plan.tasks, run.resolved
+    own = [stage for stage in stages.values() if stage.folder.name not in shared]
+    scored = [stage for name, stage in stages.items() if name.startswith("evaluate/")]
+    scored += scored[-1:] * (len(tasks) + 1 - len(scored))  # `joint`: once, for all tasks.
+    rows: list[Mapping[str, Mapping[str, float]]] = []
 
-    def __init__(self, run: Run, shared: Collection[str]) -> None:
-        self.tasks, self.alone = run.plan.tasks, run.config.method == "solo"
-        stages = run.resolved
-        self.own = [stage for stage in stages.values() if stage.folder.name not in shared]
-        scored = [stage for name, stage in stages.items() if name.startswith("evaluate/")]
-        # `joint` is evaluated once, for all tasks.
-        self.scored = scored + scored[-1:] * (len(self.tasks) + 1 - len(scored))
-        self.rows: list[Mapping[str, Mapping[str, float]]] = []
-
-    def catch_up(self) -> None:
-        """Report every task that is finished by now."""
-        for stage in self.scored[len(self.rows) :]:
+    def catch_up() -> None:
+        for stage in scored[len(rows) :]:
             if not stage.is_complete():
                 return
-            self.rows.append(json.loads(stage.read(SCORES) or b""))
-            if len(self.rows) > 1:
-                scores = progress_after(self.rows, self.tasks, alone=self.alone)
-                task = {"task": len(self.rows) - 1, "seconds": self._seconds()}
-                tune.report({**task, **asdict(scores)})
+            rows.append(json.loads(stage.read(SCORES) or b""))
+            if len(rows) > 1:
+                manifests = [stage.manifest() for stage in own if stage.is_complete()]
+                seconds = round(sum(float(each["seconds"]) for each in manifests if each), 3)
+                scores = progress_after(rows, tasks, alone=run.config.method == "solo")
+                tune.report({"task": len(rows) - 1, "seconds": seconds, **asdict(scores)})
 
-    def _seconds(self) -> float:
-        manifests = [stage.manifest() for stage in self.own if stage.is_complete()]
-        return round(sum(float(each["seconds"]) for each in manifests if each), 3)
+    return catch_up
 
 
 def _run_stages(run: Run, observe: Emit) -> None:

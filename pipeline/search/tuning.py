@@ -15,7 +15,7 @@ from pipeline.config.search import Search as SearchSection
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
-from pipeline.search.search import TABLE, execute_trials, mirrored, only_validation
+from pipeline.search.search import TABLE, execute_trials, mirrored_search, only_validation
 from pipeline.search.space import Settings
 from pipeline.search.trial import Trial
 from pipeline.storage.artifact import write_json
@@ -118,7 +118,7 @@ def execute_tuning(
     Raises `StageFailed` for a stage that all trials need, `InputError` if every trial of a method
     failed.
     """
-    with mirrored(search, console) as mirror:
+    with mirrored_search(search, console) as mirror:
         found = execute_trials(search, mirror, console, watch)
         rates = [config.training.learning_rate for _, config in search.known.values()]
         chosen = {

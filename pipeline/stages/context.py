@@ -21,16 +21,12 @@ Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
 
 
-def _no_log(metrics: dict[str, float], step: int) -> None:
-    pass
-
-
 @dataclass
 class Context:
     """One worker's view of its session. The defaults are those of a plain single process."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    log: Log = _no_log
+    log: Log = field(default=lambda metrics, step: None)
     """Records metrics of the running stage by step."""
     folder: Path = Path()
     """Where the running stage's out_dir is moved when the stage is complete."""

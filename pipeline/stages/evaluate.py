@@ -18,7 +18,7 @@ from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import PREDICTIONS, SCORES, SUMMARY, TEXT, rows_file
+from pipeline.stages.files import PREDICTIONS, SCORES, SUMMARY, TEXT, named, rows_file
 from pipeline.storage.artifact import write_json
 
 
@@ -36,7 +36,7 @@ def evaluate(
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
-    tasks = {r.removeprefix("rows/"): path for r, path in inputs.items() if r.startswith("rows/")}
+    tasks = named("rows/", inputs)
     with context.borrowed_model(inputs) as model:
         tokenizer = models.load_tokenizer(inputs["model"])
         for number, (task, folder) in enumerate(tasks.items(), start=1):

@@ -1,5 +1,8 @@
 """Names of the files that stages write and other stages, results and tracking read."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 LOG_FILE = "log.jsonl"
 """Every stage: its metrics by step, one JSON object per line."""
 SUMMARY = "summary.json"
@@ -20,6 +23,11 @@ METRICS = "metrics.json"
 """report."""
 IMPORTANCE_SUMMARY = "importance.json"
 """report: importance by layer, and its overlap between tasks."""
+
+
+def named(prefix: str, inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """The inputs of a stage whose role starts with `prefix`, by the rest of the role."""
+    return {r.removeprefix(prefix): path for r, path in inputs.items() if r.startswith(prefix)}
 
 
 def rows_file(split: str) -> str:

@@ -20,6 +20,7 @@ from pipeline.stages.files import (
     METRICS,
     PREDICTIONS,
     TEXT,
+    named,
 )
 from pipeline.storage.artifact import write_json
 
@@ -58,16 +59,15 @@ def report(
         result["validation"] = _metrics(config, [validation for _, validation in scores])
     write_json(out_dir / METRICS, result)
     importances = {
-        role.removeprefix("importance/"): Importance.load(folder / IMPORTANCE_FILE, verify=False)
-        for role, folder in inputs.items()
-        if role.startswith("importance/")
+        task: Importance.load(folder / IMPORTANCE_FILE, verify=False)
+        for task, folder in named("importance/", inputs).items()
     }
     if importances:
         write_json(out_dir / IMPORTANCE_SUMMARY, _importance_summary(importances))
     checks = {
-        role.removeprefix("model/"): json.loads((folder / CHECKS).read_text(encoding="utf-8"))
-        for role, folder in inputs.items()
-        if role.startswith("model/") and (folder / CHECKS).exists()
+        stage: json.loads((folder / CHECKS).read_text(encoding="utf-8"))
+        for stage, folder in named("model/", inputs).items()
+        if (folder / CHECKS).exists()
     }
     if checks:
         write_json(out_dir / CHECKS, checks)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
 from pipeline.stages.context import Context
-from pipeline.stages.files import SUMMARY, rows_file
+from pipeline.stages.files import SUMMARY, named, rows_file
 from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
@@ -41,8 +41,7 @@ def prepare(
     prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
-    files = {r.removeprefix(FILES): path for r, path in inputs.items() if r.startswith(FILES)}
-    task = open_task(config["task"], files, config["selection"])
+    task = open_task(config["task"], named(FILES, inputs), config["selection"])
     summary: dict[str, dict[str, int]] = {}
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import CHECKS, IMPORTANCE_FILE
+from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, named
 from pipeline.storage.artifact import write_json
 
 
@@ -49,11 +49,6 @@ class Protection:
         self.before = {name: weight.clone() for name, weight in self.protected(model)}
 
 
-def named(prefix: str, inputs: Mapping[str, Path]) -> list[Path]:
-    """The inputs whose role starts with `prefix`."""
-    return [path for role, path in inputs.items() if role.startswith(prefix)]
-
-
 def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
     """The importances of earlier tasks: artifacts of stages, or files of the user.
 
@@ -63,7 +58,7 @@ def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
         Importance.load(path / IMPORTANCE_FILE, verify=False)
         if path.is_dir()
         else Importance.load(path)
-        for path in named("importance/", inputs)
+        for path in named("importance/", inputs).values()
     ]
 
 

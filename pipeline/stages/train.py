@@ -9,12 +9,11 @@ from agcl.tasks import TRAIN, EncodedRows, Rows, sample
 from torch.utils.data import ConcatDataset, Subset
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import rows_file
+from pipeline.stages.files import named, rows_file
 from pipeline.stages.protection import (
     Protection,
     fit,
     freeze,
-    named,
     past_importances,
     protect,
     write_checks,
@@ -59,7 +58,7 @@ def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
     """The task's rows, plus the share `replay` of each earlier task's rows, at least one each."""
     own = EncodedRows(inputs["rows"] / rows_file(TRAIN))
     parts: list[Any] = [own]
-    for number, folder in enumerate(named("replay/", inputs)):
+    for number, folder in enumerate(named("replay/", inputs).values()):
         earlier = EncodedRows(folder / rows_file(TRAIN))
         count = max(1, round(config["replay"] * len(earlier)))
         chosen = sample(len(earlier), count, seed=config["seed"] * 1000 + number)

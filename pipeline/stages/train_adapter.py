@@ -12,13 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import ADAPTER
+from pipeline.stages.files import ADAPTER, named
 from pipeline.stages.protection import (
     Protection,
     basis_of,
     fit,
     freeze,
-    named,
     past_importances,
     protect,
     write_checks,
@@ -56,7 +55,7 @@ def train_adapter(
         protection.remember(model)
     else:
         protection = protect(model, past, config["protect"], config["seed"])
-    earlier = lora.directions([path / ADAPTER for path in named("adapter/", inputs)])
+    earlier = lora.directions([path / ADAPTER for path in named("adapter/", inputs).values()])
     if earlier:
         overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
         protection.penalty = partial(_backward, overlap)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from agcl.errors import InputError
 from typing_extensions import override
@@ -25,9 +25,9 @@ STAGES = "stages"
 
 
 class Storage(ABC):
-    """Stores the folders of runs and the artifacts of stages."""
+    """Stores the folders of runs and the artifacts of stages, by default all below `root`."""
 
-    shared: ClassVar[bool]
+    shared = True
     """Whether all nodes of the cluster see the same files below `root`."""
 
     @property
@@ -36,13 +36,13 @@ class Storage(ABC):
         """The folder on this machine."""
 
     @property
-    @abstractmethod
     def tracking_uri(self) -> str | None:
         """MLflow's default tracking URI; None if the storage cannot hold its database."""
+        return f"sqlite:///{self.root / 'mlflow.db'}"
 
-    @abstractmethod
     def place(self, path: Path) -> str:
         """The user-facing location of a path: the path itself, or its URI in a bucket."""
+        return str(path)
 
     def check(self) -> None:
         """Raise `InputError` if the storage cannot be read. Writes nothing."""
@@ -57,21 +57,21 @@ class Storage(ABC):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"storage: {folder} cannot be written to")
 
-    @abstractmethod
     def is_complete(self, folder: Path, fingerprint: str) -> bool:
         """Whether the artifact is complete. Raises `CorruptArtifact` if it is a different one."""
+        return artifact.is_complete(folder, fingerprint)
 
     def publish_left_over(self, folder: Path, fingerprint: str) -> bool:
         """Finish an interrupted upload, if there is one; then like `is_complete`."""
         return self.is_complete(folder, fingerprint)
 
-    @abstractmethod
     def manifest(self, folder: Path) -> dict[str, Any] | None:
         """The manifest of a complete artifact, or None."""
+        return artifact.read_manifest(folder)
 
-    @abstractmethod
     def read(self, folder: Path, name: str) -> bytes | None:
         """The content of a file in a complete artifact, or None if there is no such file."""
+        return (folder / name).read_bytes() if (folder / name).is_file() else None
 
     def fetch(self, folder: Path, names: Collection[str] | None = None) -> Path:
         """Make an artifact, or only the named files, available on this machine.
@@ -80,8 +80,7 @@ class Storage(ABC):
         """
         return folder
 
-    @abstractmethod
-    def publish(self, folder: Path) -> None:
+    def publish(self, folder: Path) -> None:  # noqa: B027
         """Add a new artifact, which is complete in its folder, to the storage."""
 
     def uri_of_files(self, folder: Path) -> str | None:
@@ -106,12 +105,10 @@ class Storage(ABC):
         """Update a run's folder on entry and save it on exit, also after an error."""
         return nullcontext()
 
-    @abstractmethod
-    def save_results(self, folder: Path) -> None:
+    def save_results(self, folder: Path) -> None:  # noqa: B027
         """Save a run's folder before the run has finished."""
 
-    @abstractmethod
-    def refresh(self, file: Path) -> None:
+    def refresh(self, file: Path) -> None:  # noqa: B027
         """Update one file in a run's folder. Removes it if the storage has no such file."""
 
     def forget(self, file: Path) -> None:
@@ -124,7 +121,6 @@ class Local(Storage):
     """A folder that all nodes of the cluster can see."""
 
     folder: Path
-    shared = True
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -133,36 +129,3 @@ class Local(Storage):
     @override
     def root(self) -> Path:
         return self.folder
-
-    @property
-    @override
-    def tracking_uri(self) -> str:
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    @override
-    def place(self, path: Path) -> str:
-        return str(path)
-
-    @override
-    def is_complete(self, folder: Path, fingerprint: str) -> bool:
-        return artifact.is_complete(folder, fingerprint)
-
-    @override
-    def manifest(self, folder: Path) -> dict[str, Any] | None:
-        return artifact.read_manifest(folder)
-
-    @override
-    def read(self, folder: Path, name: str) -> bytes | None:
-        return (folder / name).read_bytes() if (folder / name).is_file() else None
-
-    @override
-    def publish(self, folder: Path) -> None:
-        pass
-
-    @override
-    def save_results(self, folder: Path) -> None:
-        pass
-
-    @override
-    def refresh(self, file: Path) -> None:
-        pass

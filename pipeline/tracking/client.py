@@ -152,10 +152,6 @@ class Tracker:
             return None  # Deleted, or the database is a new one.
         return run_id
 
-    def discard(self, run_id: str) -> None:
-        """Delete a run that is about to be replaced."""
-        self.client.delete_run(run_id)
-
     def children(self, parent: str) -> list[Child]:
         """The stage runs below a run."""
         found = self.client.search_runs(

@@ -2,30 +2,19 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
+from typing import Literal
 
 from pipeline.plan.plan import Run
-from pipeline.plan.stage import ResolvedStage
+from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SCORES, SUMMARY, TEXT
 from pipeline.tracking.client import Content, Tracker
 
 _LARGEST_COPY = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What a run's MLflow run is closed with."""
-
-    metrics: Mapping[str, float]
-    files: Mapping[str, Content]
-    status: str
-    error: str
 
 
 class MirroredRun:
@@ -39,7 +28,8 @@ class MirroredRun:
         self.complete: set[str] = set()
         self._find_complete()
         self.reused = frozenset(self.complete)
-        self.ending: Ending | None = None
+        self.ending: Callable[[], None] | None = None
+        """`end`, with what the run is to be closed with."""
         self.tracker: Tracker
         self.forget()
 
@@ -48,35 +38,27 @@ class MirroredRun:
         self.id = ""
         """Of its MLflow run; empty while that is not open."""
         self.children: defaultdict[str, list[str]] = defaultdict(list)
-        """Run ids by fingerprint; several if an answer of MLflow was lost."""
-        self.recorded: set[str] = set()
-        """Fingerprints of stages whose child is finished."""
-        self.live: dict[str, str] = {}
-        """Children of running stages."""
-        self.whole: set[str] = set()
-        """Stages whose live child has every record since they started."""
+        """Run ids by stage, the last one in use; several if an answer of MLflow was lost."""
+        self.state: dict[str, Literal["live", "late", "recorded"]] = {}
+        """By stage: its child runs, runs but lacks the first records, or has all and is finished.
+        Not here if it has none, or one that failed."""
 
     def _find_complete(self) -> None:
-        unknown = [stage for stage in self.resolved if stage not in self.complete]
-        with ThreadPoolExecutor() as pool:  # An object store takes a while per request.
-            found = list(
-                pool.map(ResolvedStage.is_complete, (self.resolved[stage] for stage in unknown))
-            )
-        self.complete |= {stage for stage, done in zip(unknown, found, strict=True) if done}
+        unknown = (work for stage, work in self.resolved.items() if stage not in self.complete)
+        self.complete |= {self.stages[folder.name] for folder in complete(unknown)}
 
     def sync(self, tracker: Tracker, above: str | None) -> bool:
         """Record what MLflow does not know; True if that includes the run's end."""
         if not self.id:
             self._open(tracker, above)
-        if self.ending:
-            self.whole.clear()  # Nothing runs any more, whether its last record came or not.
         self._find_complete()
-        for stage, work in self.resolved.items():
-            is_recorded = work.fingerprint in self.recorded or stage in self.whole
-            if stage in self.complete and not is_recorded:
+        # After the run's end nothing is live any more, whether its last record came or not.
+        known = {"recorded"} if self.ending else {"recorded", "live"}
+        for stage in self.resolved:
+            if stage in self.complete and self.state.get(stage) not in known:
                 self._record(stage)
         if self.ending:
-            self._end(self.ending)
+            self.ending()
         return self.ending is not None
 
     def observe(self, records: Sequence[Record]) -> None:
@@ -89,25 +71,24 @@ class MirroredRun:
             if stage and is_state:
                 for record in group:
                     self._change(stage, record)
-            elif stage and self.resolved[stage].fingerprint not in self.recorded:
-                if stage not in self.live:  # MLflow was down when it started.
-                    self.live[stage] = self._start(stage)
-                self._log(stage, self.live[stage], group)
+            elif stage and self.state.get(stage) != "recorded":
+                if stage not in self.state:  # MLflow was down when it started.
+                    self._start(stage, "late")
+                self._log(stage, group)
 
     def _change(self, stage: str, record: Record) -> None:
-        child, is_whole = self.live.pop(stage, None), stage in self.whole
-        self.whole.discard(stage)
-        if record["state"] == "started":
-            self.live[stage] = self._start(stage)
-            self.whole.add(stage)
-        elif record["state"] == "finished":
+        now, state = record["state"], self.state.get(stage)
+        if now == "finished":
             self.complete.add(stage)
-            if child and is_whole:
-                self._finish(stage, child)
-            elif self.resolved[stage].fingerprint not in self.recorded:
-                self._record(stage)
-        elif child:
-            self.tracker.end(child, "FAILED", str(record["error"]))
+        if now == "started":
+            self._start(stage, "live")
+        elif now == "finished" and state == "live":
+            self._finish(stage)
+        elif now == "finished" and state != "recorded":
+            self._record(stage)
+        elif now != "finished" and state in ("live", "late"):
+            self.tracker.end(self.children[stage][-1], "FAILED", str(record["error"]))
+            del self.state[stage]
 
     def _open(self, tracker: Tracker, above: str | None) -> None:
         config, folder = self.run.config, self.run.folder
@@ -116,44 +97,45 @@ class MirroredRun:
         run_id = self.tracker.open(folder, self.name, tags, above)
         self.tracker.params(run_id, config.model_dump(mode="json"))
         self.tracker.artifacts(run_id, {"config.yaml": folder / "config.yaml"})
+        stages = {work.fingerprint: stage for stage, work in self.resolved.items()}
         for child in self.tracker.children(run_id):
-            self.children[child.fingerprint].append(child.run_id)
-            if child.is_finished:
-                self.recorded.add(child.fingerprint)
+            if stage := stages.get(child.fingerprint):
+                self.children[stage].append(child.run_id)
+                if child.is_finished:
+                    self.state[stage] = "recorded"
         self.id = run_id
 
-    def _start(self, stage: str, at: float | None = None) -> str:
+    def _start(self, stage: str, state: Literal["live", "late"], at: float | None = None) -> None:
         """A new child for a stage, replacing earlier ones."""
-        fingerprint = self.resolved[stage].fingerprint
-        self.recorded.discard(fingerprint)
-        for old in self.children.pop(fingerprint, []):
-            self.tracker.discard(old)
+        self.state.pop(stage, None)
+        for old in self.children.pop(stage, []):
+            self.tracker.client.delete_run(old)
         kind, _, task = stage.partition("/")
-        tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": fingerprint}
+        work = self.resolved[stage]
+        tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": work.fingerprint}
         if stage in self.reused:
             tags["reused"] = "true"
         child = self.tracker.start(stage, tags, self.id, at)
-        self.children[fingerprint].append(child)
-        self.tracker.params(child, self.resolved[stage].config)
-        return child
+        self.children[stage].append(child)
+        self.tracker.params(child, work.config)
+        self.state[stage] = state
 
     def _record(self, stage: str) -> None:
         """Record a complete stage from its artifact, with the artifact's times."""
         work = self.resolved[stage]
         started, ended = _times(work)
-        child = self._start(stage, started)
+        self._start(stage, "late", started)
         lines = (work.read(LOG_FILE) or b"").splitlines()
-        self._log(stage, child, map(json.loads, lines), ended)
-        self._finish(stage, child, ended)
+        self._log(stage, map(json.loads, lines), ended)
+        self._finish(stage, ended)
 
-    def _log(
-        self, stage: str, child: str, records: Iterable[Record], at: float | None = None
-    ) -> None:
+    def _log(self, stage: str, records: Iterable[Record], at: float | None = None) -> None:
         """Log metrics; scores by the run's tasks, so that one chart can show run and stages."""
         step = {"step": _task_index(stage)} if stage.startswith("evaluate/") else {}
+        child = self.children[stage][-1]
         self.tracker.metrics(child, [{**record, **step} for record in records], at)
 
-    def _finish(self, stage: str, child: str, at: float | None = None) -> None:
+    def _finish(self, stage: str, at: float | None = None) -> None:
         """Log what a stage made on the run, and finish the stage's child."""
         work, (kind, _, task) = self.resolved[stage], stage.partition("/")
         if kind == "evaluate":
@@ -164,9 +146,8 @@ class MirroredRun:
         elif kind == "prepare":
             source = f"{work.place}/{SUMMARY}"
             self.tracker.dataset(self.id, stage, work.fingerprint[:32], source)
-        self.tracker.end(child, at=at)
-        self.recorded.add(work.fingerprint)
-        self.live.pop(stage, None)
+        self.tracker.end(self.children[stage][-1], at=at)
+        self.state[stage] = "recorded"
 
     def _scores(self, work: ResolvedStage, index: int) -> dict[str, float]:
         """The row of the accuracy matrix, with the task index as step."""
@@ -182,20 +163,24 @@ class MirroredRun:
             row["text_loss"] = json.loads(text)["loss"]
         return {"step": index, **row}
 
-    def _end(self, ending: Ending) -> None:
+    def end(
+        self, metrics: Mapping[str, float], files: Mapping[str, Content], status: str, error: str
+    ) -> None:
+        """Log last metrics and files by artifact path, register the model, and close the run."""
         made = [work for stage, work in self.resolved.items() if stage in self.complete]
-        self.tracker.metrics(self.id, [ending.metrics], _times(made[-1])[1] if made else None)
-        self.tracker.artifacts(self.id, ending.files)
+        self.tracker.metrics(self.id, [metrics], _times(made[-1])[1] if made else None)
+        self.tracker.artifacts(self.id, files)
         name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
         if name and model.is_dir():
             self.tracker.register(self.id, name, model)
-        self.tracker.end(self.id, ending.status, ending.error)
+        self.tracker.end(self.id, status, error)
 
     def abort(self, status: str, error: str) -> None:
         """Close what is open as FAILED or KILLED."""
         if self.id:
-            for child in self.live.values():
-                self.tracker.end(child, status)
+            for stage, state in self.state.items():
+                if state != "recorded":
+                    self.tracker.end(self.children[stage][-1], status)
             self.tracker.end(self.id, status, error)
 
 

@@ -8,6 +8,7 @@ While MLflow answers, running stages are shown live.
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.plan.plan import Run
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
 from pipeline.tracking.client import Content, Tracker, TrackingFailed
-from pipeline.tracking.mirrored_run import Ending, MirroredRun
+from pipeline.tracking.mirrored_run import MirroredRun
 
 _SECONDS_BETWEEN_SYNCS = 60.0
 _SECONDS_BETWEEN_BATCHES = 2.0
@@ -158,7 +159,8 @@ class Mirror:
         If MLflow is down, a later `sync` does all that.
         """
         if label in self._runs:
-            self._runs[label].ending = Ending(metrics, files or {}, status, error)
+            run = self._runs[label]
+            run.ending = partial(run.end, metrics, files or {}, status, error)
             self.sync(label)
 
     def finish(

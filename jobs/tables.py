@@ -1,0 +1,35 @@
+"""Tables in the terminal."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def table(
+    text: Sequence[str],
+    numbers: Sequence[str],
+    *,
+    no_wrap: Collection[str] = (),
+    **settings: Any,
+) -> Table:
+    """An empty table with columns of text and then of numbers, narrow enough for 80 characters."""
+    made = Table(
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        title_justify="left",
+        title_style="bold",
+        **settings,
+    )
+    for column in text:
+        made.add_column(column, no_wrap=column in no_wrap)
+    for column in numbers:
+        made.add_column(column, no_wrap=column in no_wrap, justify="right")
+    return made
+
+
+def number(value: float | None) -> str:
+    """A score as it is shown."""
+    return "-" if value is None else f"{value:.3f}"
