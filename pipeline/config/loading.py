@@ -113,13 +113,13 @@ _CORE_SCHEMA = {
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would read as something other than text."""
 
-    yaml_implicit_resolvers: ClassVar = {}
+    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]
 
 
 class _Loader(yaml.SafeLoader):
     """Plain data only. Refuses duplicate keys, of which the later value would silently win."""
 
-    yaml_implicit_resolvers: ClassVar = {}
+    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
