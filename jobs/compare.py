@@ -12,7 +12,9 @@ from jobs.search import TrialTable
 from jobs.tables import table
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.naming import method_name
 from pipeline.config.presets import METHODS
+from pipeline.plan.plan import Run
 from pipeline.run import open_run
 from pipeline.search.search import VALIDATION
 from pipeline.search.tuning import execute_tuning, open_tuning
@@ -37,11 +39,18 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     chosen: dict[str, list[str]] = {method: [] for method in methods}
     if arguments.trials > 1:
         chosen = _tune(load, methods, arguments.trials, folder / "tuning")
-    runs = {}
+    runs: dict[str, Run] = {}
+    names: dict[str, str] = {}
     for method in methods:
         config = load(chosen[method], method)
+        name = method_name(config)
+        if name in names:
+            raise InputError(
+                f"--methods: with these settings {names[name]} and {method} are the same"
+            )
+        names[name] = method
         for seed in range(config.seed, config.seed + arguments.seeds):
-            label = method if arguments.seeds == 1 else f"{method}-seed{seed}"
+            label = name if arguments.seeds == 1 else f"{name}-seed{seed}"
             runs[label] = open_run(config.model_copy(update={"seed": seed}), folder / label)
     execute_runs(runs, folder, folder.name, command)
 

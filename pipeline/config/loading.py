@@ -37,12 +37,9 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     name = in_file if chosen is None else chosen
     if name not in list(METHODS):
         raise InputError(f"method: no method {_shown(name)} (there are {', '.join(METHODS)})")
-    of = METHODS[name].variant_of
-    if in_file not in (name, of):
+    if in_file not in (name, METHODS[name].variant_of):
         raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
-    raw = {**METHODS[of or name].sections, **raw, "method": name}
-    for key, value in METHODS[name].changes.items():
-        _change(raw, name, key, value)
+    raw = with_preset(name, raw)
     # Whole sections first, then kinds: which other keys an item has depends on its kind.
     for key, value in sorted(settings, key=lambda setting: _order(setting[0])):
         if key != "method":
@@ -50,6 +47,18 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     if isinstance(raw.get("tasks"), dict):
         raw["tasks"] = {"format": FactsTasks.model_fields["format"].default, **raw["tasks"]}
     return validate(raw)
+
+
+def with_preset(method: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config in which a method's preset fills in the sections that are absent.
+
+    A variant's changes are made in the given sections too.
+    """
+    preset = METHODS[method]
+    raw = {**METHODS[preset.variant_of or method].sections, **raw, "method": method}
+    for key, value in preset.changes.items():
+        _change(raw, method, key, value)
+    return raw
 
 
 def validate(raw: Mapping[str, Any]) -> Config:

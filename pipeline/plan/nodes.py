@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
+from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.tasks import Source
 from pipeline.plan.stage import External, Stage
@@ -228,7 +229,7 @@ def report_stage(
         name="report",
         fn=report,
         config={
-            "method": config.method,
+            "method": method_name(config),
             "seed": config.seed,
             "tasks": tasks,
             "held_out": held_out,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.config.config import Config
-from pipeline.config.presets import METHODS
+from pipeline.config.naming import method_description, method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import METRIC_TITLES, RunResult
@@ -62,7 +62,8 @@ def card(
         escape=False,  # The card is not HTML: the filter `code` protects it instead.
         config=config,
         base=None if config.model.path == "builtin" else Path(config.model.path).name,
-        description=METHODS[config.method].description,
+        method=method_name(config),
+        description=method_description(config),
         adapter=adapter,
         run=result,
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},

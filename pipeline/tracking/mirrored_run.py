@@ -7,6 +7,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Literal
 
+from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
@@ -92,7 +93,7 @@ class MirroredRun:
 
     def _open(self, tracker: Tracker, above: str | None) -> None:
         config, folder = self.run.config, self.run.folder
-        tags = {"kind": self.kind, "method": config.method, "seed": str(config.seed)}
+        tags = {"kind": self.kind, "method": method_name(config), "seed": str(config.seed)}
         self.tracker = tracker
         run_id = self.tracker.open(folder, self.name, tags, above)
         self.tracker.params(run_id, config.model_dump(mode="json"))

@@ -1,0 +1,63 @@
+"""What results call the method of a config: by what its sections do, not by `method` alone."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from pipeline.config.config import UNPROTECTED, Config
+from pipeline.config.loading import validate, with_preset
+from pipeline.config.method import METHOD_SECTIONS
+from pipeline.config.presets import METHODS
+
+_TUNABLE = {"entries", "top_k", "running_values", "samples", "batch_size", "split", "past"}
+"""Keys of `importance` that no method is known by; like any number that is not 0."""
+
+
+def method_name(config: Config) -> str:
+    """The preset whose sections these are, tunable values aside; else `<method>+changes`.
+
+    The config's own method is preferred. Bounds and `sequential` have no sections to change.
+    """
+    own = _structure(config)
+    others = [name for name in METHODS if name not in UNPROTECTED]
+    names = [config.method] if config.method in UNPROTECTED else [config.method, *others]
+    found = (name for name in names if own == _structure_of(name))
+    return next(found, f"{config.method}+changes")
+
+
+def method_description(config: Config) -> str:
+    """The description of the preset; with changes also the settings that differ from it."""
+    name = method_name(config)
+    if name in METHODS:
+        return METHODS[name].description
+    preset, own = _structure_of(config.method), dict(_leaves(config))
+    differing = [key for key, value in _structure(config).items() if preset.get(key) != value]
+    missing = [key for key in preset if key not in own]
+    said = [f"{key}={own[key]}" for key in differing] + [f"no {key}" for key in missing]
+    return f"{METHODS[config.method].description}, changed: {', '.join(said)}"
+
+
+@cache
+def _structure_of(method: str) -> dict[str, Any]:
+    return _structure(validate(with_preset(method, {"tracking": {"enabled": False}})))
+
+
+def _structure(config: Config) -> dict[str, Any]:
+    """The method's settings by dotted key, without tunable ones; numbers only as on or off."""
+    return {
+        key: value != 0 if isinstance(value, int | float) else value
+        for key, value in _leaves(config)
+        if key.removeprefix("importance.") not in _TUNABLE
+    }
+
+
+def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
+    raw = config.model_dump(mode="json", include=set(METHOD_SECTIONS))
+    todo = list(raw.items())
+    while todo:
+        key, value = todo.pop(0)
+        if isinstance(value, dict | list) and value:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{key}.{name}", inner) for name, inner in items]
+        else:
+            yield key, value
