@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.naming import method_name
@@ -203,6 +204,9 @@ def evaluate_stage(
     inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
     if settings.text:
         inputs["text"] = External(settings.text)
+    of_tasks = (str(stage.config["task"].get("scorer", "")) for stage in rows.values())
+    for scorer in sorted({name for name in (*of_tasks, *settings.scorers) if ":" in name}):
+        inputs |= {f"code/{name}": External(file) for name, file in source_files(scorer).items()}
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
