@@ -151,6 +151,7 @@ def prepare_tasks(run: Run, console: Console) -> None:
 
     Raises `StageFailed`.
     """
+    run.config.storage.check_writable()
     stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
     todo = sessions({run.config.name: stages}, run.config.storage)
     failures = run_with_progress(

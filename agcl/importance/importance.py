@@ -108,7 +108,8 @@ def check_file(
         in_file = {k.removeprefix(part): shape for k, shape in shapes.items() if k.startswith(part)}
         if requested and not in_file:
             raise InputError(f"{file}: no {content}")
-        for name in [*linears, *in_file] if in_file else ():
+        is_wanted = requested or not (entries or moments)
+        for name in [*linears, *in_file] if in_file and is_wanted else ():
             expected = _shape(linears[name], part) if name in linears else None
             if in_file.get(name) != expected:
                 raise InputError(

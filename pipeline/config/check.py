@@ -1,7 +1,9 @@
 """Checks of a config's inputs before any work: model, tasks, every row, importance files."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from agcl.errors import InputError
@@ -15,6 +17,9 @@ from pipeline.config.config import Config
 from pipeline.config.sources import held_out_sources, open_task, selection, sources
 from pipeline.storage.artifact import folder_name
 
+_CHECKED: set[str] = set()
+"""The sources whose rows were checked by this process."""
+
 
 def check_inputs(config: Config) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
@@ -25,8 +30,6 @@ def check_inputs(config: Config) -> None:
     tasks = _open_tasks(config)
     for task in tasks:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
-        for split in task.splits:
-            check_rows(task, split)
     _check_evaluation(config, tasks)
     _check_chat_template(config)
     _check_layers(config)
@@ -76,7 +79,27 @@ def _open_tasks(config: Config) -> list[Task]:
                 f"task names {other!r} and {name!r} give the same folder name, in which unusual "
                 "characters become _; rename one"
             )
-    return [open_task(s.settings, s.files, selection(config, s)) for s in found]
+    tasks = []
+    for source in found:
+        chosen = selection(config, source)
+        tasks.append(open_task(source.settings, source.files, chosen))
+        stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
+        _check_rows_once(tasks[-1], json.dumps([source.settings, chosen, stamps], sort_keys=True))
+    return tasks
+
+
+def _check_rows_once(task: Task, key: str) -> None:
+    """Check every row of a task, once per process: the runs of a comparison have the same tasks."""
+    if key not in _CHECKED:
+        for split in task.splits:
+            check_rows(task, split)
+        _CHECKED.add(key)
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Size and modification time of a file, or of a folder's files by name."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def _check_evaluation(config: Config, tasks: list[Task]) -> None:

@@ -125,7 +125,7 @@ def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStag
         # Named after the function: plans that name an equal stage differently share its folder.
         kind, slash, rest = stage.name.partition("/")
         readable = f"{stage.fn.__name__}-{rest}" if slash else kind
-        folder = storage.root / STAGES / f"{artifact.folder_name(readable)}-{key[:8]}"
+        folder = storage.root / STAGES / f"{artifact.folder_name(readable)}-{key[:16]}"
         resolved[stage.name] = by_fingerprint[key] = first or ResolvedStage(
             name=stage.name,
             fn=stage.fn,

@@ -51,9 +51,12 @@ class Storage(ABC):
             raise InputError(f"storage: {existing} is not a folder")
 
     def check_writable(self) -> None:
-        """Raise `InputError` if the storage cannot be written."""
-        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
-        for folder in (existing, existing / STAGES):
+        """Make the folder. Raises `InputError` if it cannot be made or written to."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"storage: cannot make {self.root} ({error.strerror})") from None
+        for folder in (self.root, self.root / STAGES):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"storage: {folder} cannot be written to")
 

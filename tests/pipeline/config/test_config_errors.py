@@ -7,6 +7,7 @@ import pytest
 from agcl.errors import InputError
 from pipeline.config import loading
 from pipeline.config.tasks import OPEN, TaskFormat
+from pipeline.storage import storage_at
 
 
 @pytest.fixture
@@ -252,3 +253,8 @@ def test_an_override_whose_value_is_no_yaml_is_quoted(problem, override):
 )
 def test_an_override_of_no_such_place_names_it(problem, override, said):
     assert said in problem("seed: 1\n", override)
+
+
+def test_a_storage_that_cannot_be_made_is_one_line():
+    with pytest.raises(InputError, match=r"^storage: cannot make /proc/x \("):
+        storage_at("/proc/x").check_writable()

@@ -72,7 +72,7 @@ def test_equal_stages_of_two_plans_are_one_artifact(tmp_path):
 def test_folders_are_readable_and_lie_in_the_storage(tmp_path):
     work = resolve(chain(), Local(tmp_path))["train/1"]
     assert work.folder.parent == tmp_path / "stages"
-    assert work.folder.name == f"toy-1-{work.fingerprint[:8]}"
+    assert work.folder.name == f"toy-1-{work.fingerprint[:16]}"
 
 
 @pytest.mark.parametrize("name", ["a/b c", "tâche:1", "../up", "x|y*z"])

@@ -12,6 +12,7 @@ from reference import trace_files
 from agcl.errors import InputError
 from agcl.model import models
 from agcl.tasks import EncodedRows, facts
+from pipeline.config import check
 from pipeline.config.check import check_inputs
 from pipeline.config.loading import validate
 from pipeline.plan.plan import plan
@@ -159,3 +160,18 @@ def test_a_hugging_face_data_set_in_a_folder(prepared, tmp_path):
         "train": [("a is", " 1<end>"), ("b is", " 2<end>")],
         "test": [("b is", " 2<end>")],
     }
+
+
+def test_the_rows_of_equal_sources_are_checked_once_until_a_file_changes(tiny_config, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    task = f"tasks={{format: jsonl, sequence: [{{name: a, train: {file}}}]}}"
+    with pytest.MonkeyPatch.context() as patch:
+        read = []
+        patch.setattr(check, "check_rows", lambda task, split: read.append(split))
+        for method in ("sequential", "agcl", "gate"):
+            check_inputs(tiny_config(tmp_path, task, method=method))
+    assert read == ["train"]
+    file.write_text("no JSON\n")
+    with pytest.raises(InputError, match="line 1"):
+        check_inputs(tiny_config(tmp_path, task))
