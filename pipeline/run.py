@@ -49,9 +49,8 @@ def open_run(config: Config, folder: Path | None = None) -> Run:
     """
     folder = folder or config.storage.root / config.name
     config.storage.check()
-    config.storage.refresh(folder / CONFIG_FILE)
-    check_folder(config, folder / CONFIG_FILE)
     check_inputs(config)
+    check_folder(config, folder / CONFIG_FILE)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))
 
@@ -121,9 +120,8 @@ def _run_missing(
     """Open the runs' folders and run their unfinished stages. Raises `StageFailed`."""
     todo = sessions({label: run.plan.stages for label, run in runs.items()}, config.storage)
     for label, run in runs.items():
-        check_folder(
-            run.config, run.folder / CONFIG_FILE
-        )  # Again: we may have waited for another command.
+        # Again: we may have waited for another command.
+        check_folder(run.config, run.folder / CONFIG_FILE)
         open_folder(run)
         mirror.add(label, run)
     config.storage.save_results(folder)  # Other machines then know of the run if it is killed.

@@ -87,6 +87,18 @@ def dump(config: Config) -> str:
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def leaves(config: Config, **fields: Any) -> Iterator[tuple[str, Any]]:
+    """Every setting by dotted key, as JSON; `fields` as in pydantic's `model_dump`."""
+    todo = list(config.model_dump(mode="json", **fields).items())
+    while todo:
+        key, value = todo.pop(0)
+        if isinstance(value, dict | list) and value:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{key}.{name}", inner) for name, inner in items]
+        else:
+            yield key, value
+
+
 def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
     """Set one of a variant's `changes`, in `importance` or in the projection."""
     if key in Importance.model_fields:

@@ -1,11 +1,10 @@
 """What results call the method of a config: by what its sections do, not by `method` alone."""
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from pipeline.config.config import UNPROTECTED, Config
-from pipeline.config.loading import validate, with_preset
+from pipeline.config.loading import leaves, validate, with_preset
 from pipeline.config.method import METHOD_SECTIONS
 from pipeline.config.presets import METHODS
 
@@ -30,7 +29,7 @@ def method_description(config: Config) -> str:
     name = method_name(config)
     if name in METHODS:
         return METHODS[name].description
-    preset, own = _structure_of(config.method), dict(_leaves(config))
+    preset, own = _structure_of(config.method), dict(leaves(config, include=set(METHOD_SECTIONS)))
     differing = [key for key, value in _structure(config).items() if preset.get(key) != value]
     missing = [key for key in preset if key not in own]
     said = [f"{key}={own[key]}" for key in differing] + [f"no {key}" for key in missing]
@@ -46,18 +45,6 @@ def _structure(config: Config) -> dict[str, Any]:
     """The method's settings by dotted key, without tunable ones; numbers only as on or off."""
     return {
         key: value != 0 if isinstance(value, int | float) else value
-        for key, value in _leaves(config)
+        for key, value in leaves(config, include=set(METHOD_SECTIONS))
         if key.removeprefix("importance.") not in _TUNABLE
     }
-
-
-def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
-    raw = config.model_dump(mode="json", include=set(METHOD_SECTIONS))
-    todo = list(raw.items())
-    while todo:
-        key, value = todo.pop(0)
-        if isinstance(value, dict | list) and value:
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            todo += [(f"{key}.{name}", inner) for name, inner in items]
-        else:
-            yield key, value

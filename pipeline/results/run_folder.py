@@ -20,29 +20,37 @@ from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 
 CONFIG_FILE = "config.yaml"
-_RUN_AGAIN = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
+_FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
 """Sections that a rerun into the same folder may change: they do not change results."""
+_MOST_NAMED = 3
 
 
 def check_folder(config: Config, file: Path, kind: str = "run") -> None:
     """Refuse the folder of `file`, a stored config, if it is of another run or search.
 
-    The results there would be lost, or not be comparable with new ones. Raises `InputError`.
+    The results there would be lost, or not be comparable with new ones. A run that has no results
+    yet is taken over. Raises `InputError`, which names the keys and both values.
     """
-    if not file.is_file():
+    results = file.parent / METRICS
+    config.storage.refresh(file)
+    config.storage.refresh(results)
+    if not file.is_file() or (kind == "run" and not results.is_file()):
         return
     try:
         stored = loading.load(file)  # Keys that came with a later version have their defaults.
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
-    for section in Config.model_fields:
-        same = getattr(stored, section) == getattr(config, section)
-        if section not in _RUN_AGAIN[kind] and not same:
-            place = config.storage.place(file.parent)
-            raise InputError(
-                f"name: {place} holds a {kind} with another {section!r} section; choose another "
-                f"name (name={config.name}-2) or delete that folder. Finished stages are shared."
-            )
+    before, now = (dict(loading.leaves(each, exclude=_FREE[kind])) for each in (stored, config))
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    if differing:
+        said = [f"{k}={before.get(k)}, not {now.get(k)}" for k in differing[:_MOST_NAMED]]
+        more = len(differing) - _MOST_NAMED
+        said += [f"and {more} more"] * (more > 0)
+        raise InputError(
+            f"name: {config.storage.place(file.parent)} holds a {kind} with {'; '.join(said)}; "
+            f"choose another name (name={config.name}-2) or delete that folder. Finished stages "
+            "are shared."
+        )
 
 
 def open_folder(run: Run) -> None:
@@ -53,6 +61,10 @@ def open_folder(run: Run) -> None:
 
 def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
     """Write the run's own files from its artifacts."""
+    names = {folder_name(name) for name in run.resolved}
+    for file in run.folder.iterdir():
+        if file.is_symlink() and file.name not in names:
+            file.unlink()  # Of a run that had no results, and whose folder this one took over.
     for name, stage in run.resolved.items():
         if stage.folder.exists():  # Of a bucket, only what was needed is on this machine.
             _link(run.folder / folder_name(name), stage.folder)

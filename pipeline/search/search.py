@@ -60,10 +60,9 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         raise InputError("search.objective: one task alone has nothing to retain")
     # Trials of another search are not comparable with these.
     file = search.folder / SEARCH_FILE
-    config.storage.refresh(file)
+    check_folder(config, file, "search")
     if resume and not file.is_file():
         raise InputError(f"--resume: {search.folder} holds no search to resume")
-    check_folder(config, file, "search")
     return search
 
 

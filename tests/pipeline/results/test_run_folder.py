@@ -16,6 +16,7 @@ def folder(tiny_config, tmp_path):
     folder = tmp_path / "storage" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.json").write_text("{}")
     return folder
 
 
@@ -28,11 +29,20 @@ def test_resources_may_change(tiny_config, folder):
 
 
 @pytest.mark.parametrize(
-    ("setting", "section"), [("training.epochs=3", "training"), ("seed=4", "seed")]
-)
-def test_another_config_is_refused_and_the_section_named(tiny_config, folder, setting, section):
-    with pytest.raises(InputError, match=f"holds a run with another '{section}' section"):
+    ("setting", "said"),
+    [("training.epochs=3", r"training.epochs=\d+, not 3;"), ("seed=4", "seed=0, not 4"),
+     ("protect.0.kind=gate", "protect.0.kind=project, not gate; .*; and 6 more")],
+)  # fmt: skip
+def test_a_finished_run_of_another_config_is_refused_with_both_values(
+    tiny_config, folder, setting, said
+):
+    with pytest.raises(InputError, match=f"holds a run with .*{said}"):
         open_run(tiny_config(folder.parent, setting))
+
+
+def test_a_run_without_results_is_taken_over(tiny_config, folder):
+    (folder / "metrics.json").unlink()
+    assert open_run(tiny_config(folder.parent, "training.epochs=3")).folder == folder
 
 
 def test_a_damaged_config_is_named(tiny_config, folder):

@@ -129,7 +129,7 @@ def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
     assert not (again.folder.parent / "stages").exists()
     assert rewrite_report(f"{bucket.uri}/tiny", "agcl test") == again.folder / "report.html"
     with pytest.raises(
-        InputError, match=rf"name: {bucket.uri}/tiny holds a run with another 'seed' section"
+        InputError, match=rf"name: {bucket.uri}/tiny holds a run with seed=0, not 1;"
     ):
         open_run(tiny_config(bucket.uri, *settings, "seed=1"))
     bucket.delete("tiny/config.yaml")
