@@ -59,6 +59,7 @@ class Checkpoint:
         Without a usable file, change nothing and return no steps. Collective: call on every rank.
         """
         tensors, steps = self._read(parameters) if distributed.rank() == 0 else ({}, [])
+        distributed.meet()  # Rank 0 may have downloaded it.
         steps, layout = distributed.broadcast_object(
             (steps, {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
         )

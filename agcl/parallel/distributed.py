@@ -1,13 +1,17 @@
 """The collectives agcl needs. In a single process every function is the identity."""
 
+import time
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+_meetings = count()
 
 
 def world_size() -> int:
@@ -20,10 +24,21 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
+def meet() -> None:
+    """Wait for all ranks, however long another one takes.
+
+    For ranks that wait, write or transfer something outside of the group: a collective would fail
+    after the group's timeout. Ranks count arrivals in the group's store instead. If a rank is lost,
+    whoever started the processes has to end the others.
+    """
+    if world_size() == 1:
+        return
+    store, key = distributed_c10d._get_default_store(), f"agcl/{next(_meetings)}"
+    arrived, pause = store.add(key, 1), 0.001
+    while arrived < world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+        arrived = store.add(key, 0)
 
 
 def in_turn(count: int) -> Iterator[tuple[int, bool]]:

@@ -150,6 +150,9 @@ class Resources(Section):
     """How often to checkpoint within a task, so that losing a worker costs minutes. A checkpoint is
     three times the model's size; written less often if that would cost more than 5 % of the time.
     0 turns checkpoints off."""
+    timeout_minutes: float = Field(60.0, gt=0)
+    """How long a worker waits for another one in a collective before it counts as lost. Must be
+    longer than writing a checkpoint takes."""
 
     @model_validator(mode="after")
     def _gpus_can_be_allocated(self) -> "Resources":

@@ -27,11 +27,11 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
     verified: set[Path] = set()
     for stage in stages:
         with artifact.claimed(stage.folder) if context.is_first_worker else nullcontext():
-            distributed.barrier()
             with _emitting_failure(stage, emit):
                 done = context.is_first_worker and stage.storage.publish_left_over(
                     stage.folder, stage.fingerprint
                 )
+                distributed.meet()  # Rank 0 may have waited for another run, or uploaded.
                 done = distributed.broadcast_object(done)
             if not done:
                 _make(stage, context, emit, verified)
@@ -46,10 +46,11 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         }
         stage = replace(stage, inputs=fetched)
         _verify_inputs(stage, verified)
+        distributed.meet()  # Downloads take as long as they take.
         with _prepared(stage, context, emit) as out_dir:
             stage.fn(stage.config, stage.inputs, out_dir, context)
     verified.add(stage.folder)
-    distributed.barrier()
+    distributed.meet()  # Rank 0 writes and uploads the artifact.
     if context.is_first_worker:
         emit([{"artifact": stage.folder.name, "state": "finished"}])
 

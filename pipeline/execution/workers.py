@@ -156,7 +156,10 @@ def _on_workers(
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=needs(resources),
         ),
-        torch_config=ReachableConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        torch_config=ReachableConfig(
+            backend="nccl" if resources.gpus_per_worker else "gloo",
+            timeout_s=round(60 * resources.timeout_minutes),
+        ),
         run_config=RunConfig(
             name=f"group-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),

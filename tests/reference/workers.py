@@ -197,3 +197,17 @@ def generated(prompts: Any, model: dict[str, Any], **options: Any) -> list[list[
     from agcl.scoring.generate import generate
 
     return generate(tiny.llama(**model), prompts, **options)
+
+
+def wait_for_a_slow_rank(wait: str, seconds: float, timeout: float) -> float:
+    """Rank 0 comes `seconds` late to a meeting or a barrier of a group with this timeout."""
+    from datetime import timedelta
+
+    from agcl.parallel import distributed
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    started = time.monotonic()
+    if distributed.rank() == 0:
+        time.sleep(seconds)
+    {"meet": distributed.meet, "barrier": dist.barrier}[wait]()
+    return time.monotonic() - started

@@ -144,3 +144,14 @@ def test_collectives_are_the_identity_in_a_single_process():
     assert torch.equal(tensors[0], torch.ones(2, 3))
     assert torch.equal(tensors[1], torch.tensor(10))
     assert [g.tolist() for g in gathered] == [[1, -1]]
+
+
+def test_a_meeting_waits_longer_than_the_timeout_of_collectives(tmp_path):
+    own = remote.Workers(tmp_path)
+    try:
+        assert min(own.run(remote.wait_for_a_slow_rank, "meet", 2.5, 1.0)) > 2.4
+        assert max(own.run(remote.wait_for_a_slow_rank, "meet", 0.0, 1.0)) < 1.0
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
+            own.run(remote.wait_for_a_slow_rank, "barrier", 2.5, 1.0)
+    finally:
+        own.close()
