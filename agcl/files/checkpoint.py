@@ -1,6 +1,7 @@
 """Checkpoints within a task, so that interrupted training resumes where it stopped."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from agcl.files import tensor_file
 from agcl.parallel import distributed, sharding
 
 _KIND, _WEIGHT = "checkpoint", "weight"
+_FULL = re.compile("No space left|Disk quota exceeded")  # safetensors gives no errno.
 _MAX_TIME_SHARE = 1 / 20
 """Maximum fraction of the time spent writing checkpoints."""
 
@@ -51,6 +53,8 @@ class Checkpoint:
         """
         self.file, self.identity, self.seconds = file, identity, seconds
         self.download, self.upload, self.delete = download, upload, delete
+        self.warn: Callable[[str], None] = lambda line: None
+        """Called with what went wrong with the file, since none of it ends training."""
         self.last_write, self.write_seconds = time.monotonic(), 0.0
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
@@ -95,7 +99,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file, if it exists, and its copy elsewhere."""
         self.file.unlink(missing_ok=True)
-        self.delete(self.file)
+        self._elsewhere(self.delete)
 
     def _write(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, steps: Steps
@@ -114,13 +118,25 @@ class Checkpoint:
         )
         try:
             tensor_file.write(self.file, tensors, _KIND, {"identity": self.identity})
-            self.upload(self.file)
-        except (OSError, SafetensorError):
-            self.remove()  # Free the space: the stage's result needs it.
+        except (OSError, SafetensorError) as error:
+            if _FULL.search(str(error)):
+                self.remove()  # Free the space: the stage's result needs it.
+                self.warn("no space left for a checkpoint; the last one was deleted")
+            else:
+                self.warn(f"cannot write a checkpoint ({error}); the last one is kept")
+            return
+        self._elsewhere(self.upload)
+
+    def _elsewhere(self, do: Callable[[Path], None]) -> None:
+        """Make, read or delete the copy; training goes on without it."""
+        try:
+            do(self.file)
+        except OSError as error:
+            self.warn(f"the checkpoint's copy: {error}")
 
     def _read(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], Steps]:
         if not self.file.exists():
-            self.download(self.file)
+            self._elsewhere(self.download)
         try:
             tensor_file.verify(self.file, _KIND)
             stored, header = tensor_file.open_file(self.file, _KIND)

@@ -49,6 +49,9 @@ class StageProgress:
                     self.running[artifact] = (bar, time.monotonic())
                 case "finished" | "failed" | "lost" as state:
                     self._end(artifact, state)
+                case _ if "warning" in record:
+                    said = f"{self.titles[artifact]}: {escape(str(record['warning']))}"
+                    self.console.print(f"  [yellow]warning[/] {said}", highlight=False)
                 case _:
                     self._advance(artifact, record)
 

@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from pipeline.storage import artifact, object_store
 from pipeline.storage.artifact import MANIFEST, CorruptArtifact
-from pipeline.storage.object_store import StoreFailed
 from pipeline.storage.storage import STAGES, Storage
 
 if TYPE_CHECKING:
@@ -177,20 +176,13 @@ class Bucket(Storage):
         """
         from agcl.files.checkpoint import Checkpoint  # Imports torch.
 
-        def ignoring_failures(do: Any) -> Any:
-            def attempt(file: Path) -> None:
-                with suppress(StoreFailed):
-                    do(file)
-
-            return attempt
-
         return Checkpoint(
             artifact.checkpoint_of(folder),
             fingerprint,
             seconds,
-            download=ignoring_failures(self.refresh),
-            upload=ignoring_failures(self._push),
-            delete=ignoring_failures(self.forget),
+            download=self.refresh,
+            upload=self._push,
+            delete=self.forget,
         )
 
     @override

@@ -142,8 +142,28 @@ def test_a_full_disk_loses_the_checkpoint_but_not_the_training(tmp_path, every_s
     whole = train()
     train(make(tmp_path), stop=4)
     monkeypatch.setattr(checkpoints.tensor_file, "save_file", disk_full)
-    assert_same(train(make(tmp_path)), whole)
+    said = []
+    checkpoint = make(tmp_path)
+    checkpoint.warn = said.append
+    assert_same(train(checkpoint), whole)
     assert not list(tmp_path.iterdir())
+    assert said[0] == "no space left for a checkpoint; the last one was deleted"
+
+
+def test_any_other_error_keeps_the_last_checkpoint_and_is_told(tmp_path, every_step, monkeypatch):
+    def broken(tensors, path, metadata):
+        raise OSError("Input/output error")
+
+    whole = train()
+    train(make(tmp_path), stop=4)
+    content = make(tmp_path).file.read_bytes()
+    monkeypatch.setattr(checkpoints.tensor_file, "save_file", broken)
+    said = []
+    checkpoint = make(tmp_path)
+    checkpoint.warn = said.append
+    assert_same(train(checkpoint), whole)
+    assert checkpoint.file.read_bytes() == content
+    assert said[0] == "cannot write a checkpoint (Input/output error); the last one is kept"
 
 
 def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
