@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.storage.object_store import StoreFailed
 
     try:
+        if "config" in parsed:
+            _check(parsed)
         job = import_module(f"jobs.{parsed.job}")  # Takes seconds, which --help need not wait.
         return int(job.main(parsed, masked("agcl " + " ".join(arguments))) or OK)
     except InputError as error:
@@ -64,6 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Find typing errors in the config before the imports of a command, which take seconds."""
+    from agcl.errors import InputError
+    from pipeline.config import loading, sources
+    from pipeline.config.presets import METHODS
+
+    methods: list[str | None] = [None]
+    if "methods" in parsed:
+        named = list(METHODS) if parsed.methods == "all" else parsed.methods.split(",")
+        parsed.methods = methods = [*dict.fromkeys(named)]
+        for method in methods:
+            if method not in METHODS:
+                there = ", ".join(METHODS)
+                raise InputError(f"--methods: no method {method!r} (there are {there})")
+    for method in methods:
+        sources.check_places(loading.load(parsed.config, parsed.settings, method=method))
 
 
 def _say(code: int, message: str) -> int:

@@ -13,7 +13,6 @@ from jobs.tables import table
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.config.naming import method_name
-from pipeline.config.presets import METHODS
 from pipeline.plan.plan import Run
 from pipeline.run import open_run
 from pipeline.search.search import VALIDATION
@@ -22,11 +21,7 @@ from pipeline.search.tuning import execute_tuning, open_tuning
 
 def main(arguments: argparse.Namespace, command: str) -> None:
     """Tune every method if asked to, run it with every seed, print all results."""
-    methods = list(METHODS) if arguments.methods == "all" else arguments.methods.split(",")
-    methods = list(dict.fromkeys(methods))
-    for method in methods:
-        if method not in METHODS:
-            raise InputError(f"--methods: no method {method!r} (there are {', '.join(METHODS)})")
+    methods = arguments.methods
     settings = list(arguments.settings)
     first = loading.load(arguments.config, settings, method=methods[0])
     if arguments.trials > 1 and not first.evaluation.validation:

@@ -19,6 +19,27 @@ from pipeline.config.tasks import FactsTasks
 from pipeline.secrets import masked
 
 _MOST_ERRORS = 10
+_OF_OTHERS = {
+    "num_train_epochs": "training.epochs",
+    "lr": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_ratio": "training.warmup",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "train_batch_size": "training.batch_size",
+    "max_grad_norm": "training.max_gradient_norm",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "bf16": "training.precision",
+    "torch_compile": "training.compile",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "max_seq_length": "tasks.max_length",
+    "lora_alpha": "adapter.alpha",
+    "lora_r": "adapter.rank",
+    "model_name_or_path": "model.path",
+    "output_dir": "storage",
+    "report_to": "tracking.uri",
+}
+"""What transformers, PEFT and TRL call our settings."""
 _KINDS = ("kind", "format")
 """Keys that decide which other keys a section has."""
 
@@ -242,9 +263,7 @@ def _explain(error: Any) -> str:
         given = f" (got {_shown(error['ctx']['tag'])})" if "tag" in error["ctx"] else ""
         return f"{key}.{kind}: must be one of {', '.join(_choices(kind))}{given}"
     if error["type"] == "extra_forbidden":
-        known = {name for section in _sections() for name in section.model_fields}
-        close = difflib.get_close_matches(parts[-1], known, n=1)
-        meant = _at_its_section(close[0]) if close and len(parts) == 1 else "".join(close)
+        meant = _OF_OTHERS.get(parts[-1]) or _closest(parts)
         return f"{key}: unknown key" + (f" (did you mean {meant!r}?)" if meant else "")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
@@ -254,6 +273,17 @@ def _explain(error: Any) -> str:
     if error["type"] == "string_type" and isinstance(error["input"], dict):
         given += "; text with braces needs quotes in YAML"
     return f"{key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _closest(parts: list[str]) -> str:
+    """The known key most like an unknown one: of the same section, else of any."""
+    field = Config.model_fields.get(parts[0])
+    beside = getattr(field.annotation if field else Config, "model_fields", {})
+    known = {name for section in _sections() for name in section.model_fields}
+    for keys in (beside, known):
+        if close := difflib.get_close_matches(parts[-1], keys, n=1):
+            return _at_its_section(close[0]) if len(parts) == 1 else close[0]
+    return ""
 
 
 def _at_its_section(key: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agcl.errors import InputError
 from agcl.tasks import Task, choice
 
 from pipeline.config.config import Config
@@ -20,6 +21,13 @@ def sources(config: Config) -> list[Source]:
         replace(source, settings={"format": config.tasks.format, **source.settings})
         for source in config.tasks.sources(config)
     ]
+
+
+def check_places(config: Config) -> None:
+    """Raise `InputError` for a missing file or folder. Imports neither torch nor transformers."""
+    sources(config)
+    if not config.model.is_builtin and not config.model.folder.is_dir():
+        raise InputError(f"model.path: no folder {config.model.folder}")
 
 
 def held_out_sources(config: Config) -> list[Source]:

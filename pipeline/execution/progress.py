@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class StageProgress:
-    """Shows a bar per running stage and leaves a line per finished stage."""
+    """Shows a bar for all stages and one per running stage, and leaves a line per finished one."""
 
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         """`titles` are the names to show, by artifact."""
@@ -29,7 +29,9 @@ class StageProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.said = time.monotonic()
+        self.began = self.said = time.monotonic()
+        self.all = self.bars.add_task("", total=len(titles), detail="")
+        self.wait_for("Ray to start")
         self.running: dict[str, tuple[TaskID, float]] = {}
 
     def __enter__(self) -> "StageProgress":
@@ -39,6 +41,10 @@ class StageProgress:
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
+    def wait_for(self, what: str) -> None:
+        """Show what the first stage waits for."""
+        self.bars.update(self.all, description=f"[dim]waiting for {what}[/]")
+
     def observe(self, records: Iterable[Record]) -> None:
         """Show records of stages: started, metrics, lost, finished or failed."""
         for record in records:
@@ -47,6 +53,7 @@ class StageProgress:
                 case "started":
                     bar = self.bars.add_task(self.titles[artifact], total=None, detail="")
                     self.running[artifact] = (bar, time.monotonic())
+                    self.bars.update(self.all, description="[bold]all stages[/]")
                 case "finished" | "failed" | "lost" as state:
                     self._end(artifact, state)
                 case _ if "warning" in record:
@@ -79,6 +86,7 @@ class StageProgress:
         if bar is not None:
             self.bars.remove_task(bar)
         self.num_done += state == "finished"
+        self.bars.update(self.all, completed=self.num_done, detail=self._time_left())
         title = self.titles[artifact]
         if state == "lost":
             line = f"[yellow]lost[/] a worker in {title}; restarting it"
@@ -87,3 +95,11 @@ class StageProgress:
             seconds = time.monotonic() - started
             line = f"{mark} {title} [dim]{seconds:.1f} s ({self.num_done}/{len(self.titles)})[/]"
         self.console.print(f"  {line}", highlight=False)
+
+    def _time_left(self) -> str:
+        """By the mean of the stages so far, some of which ran side by side."""
+        if not self.num_done:
+            return ""
+        each = (time.monotonic() - self.began) / self.num_done
+        minutes, seconds = divmod(round(each * (len(self.titles) - self.num_done)), 60)
+        return f"about {minutes}:{seconds:02} left"

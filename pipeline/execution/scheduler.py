@@ -54,9 +54,10 @@ def run_with_progress(
         shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a killed driver.
         return []
     with (
-        nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
         StageProgress(console, _titles(todo)) as progress,
+        nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
     ):
+        progress.wait_for("workers to start")
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)

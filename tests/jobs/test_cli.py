@@ -201,3 +201,25 @@ def test_help_and_bad_usage_answer_without_loading_torch_or_ray():
         )
         assert done.returncode == code, done.stderr
         assert said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "training.epoch=3"], "training.epoch: unknown key"),
+        (["compare", "--methods", "all", "model.path=/nowhere"], "model.path: no folder /nowhere"),
+        (["plan", "tasks={format: concept1k, path: /nowhere}"], "tasks.path: no file /nowhere"),
+    ],
+)
+def test_a_typing_error_is_answered_before_the_slow_imports(arguments, said):
+    command, *rest = arguments
+    code = (
+        "import sys; from jobs import cli\n"
+        f"code = cli.main({[command, str(FACTS), *rest]})\n"
+        "slow = {'torch', 'transformers', 'ray', 'mlflow', 'scipy'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+        "sys.exit(code)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stderr.startswith(f"agcl: {said}")
+    assert found.returncode == cli.BAD_INPUT

@@ -258,3 +258,18 @@ def test_an_override_of_no_such_place_names_it(problem, override, said):
 def test_a_storage_that_cannot_be_made_is_one_line():
     with pytest.raises(InputError, match=r"^storage: cannot make /proc/x \("):
         storage_at("/proc/x").check_writable()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.num_train_epochs", "training.epochs"),
+        ("model.lora_r", "adapter.rank"),
+        ("training.epoch", "epochs"),
+        ("training.train_row", "train_rows"),
+        ("epoch", "training.epochs"),
+        ("evaluation.batchsize", "batch_size"),
+    ],
+)
+def test_a_key_of_another_library_or_section_is_pointed_to(problem, key, meant):
+    assert problem("", f"{key}=1") == f"{key}: unknown key (did you mean {meant!r}?)"
