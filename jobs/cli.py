@@ -7,11 +7,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from agcl import __version__
+
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_CONFIGS = Path(__file__).parent / "configs"
+_BUNDLED = ", ".join(sorted(file.stem for file in _CONFIGS.glob("*.yaml")))
 
 _DESCRIPTION = """\
 Attribution-guided continual learning of large language models on Ray.
@@ -29,27 +35,36 @@ interrupted. Any run can be interrupted and run again: finished stages are not c
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    # argparse leaves settings that stand behind an option.
-    parsed, behind = parser.parse_known_args(arguments)
-    if unknown := [a for a in behind if a.startswith("-") or "settings" not in parsed]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if behind:
-        parsed.settings += behind
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Names and rows may not fit the terminal's code.
+    parsed = _parsed(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
-    from agcl.errors import InputError
-    from pipeline.errors import Failed
-    from pipeline.secrets import masked
-    from pipeline.storage.object_store import StoreFailed
+    try:
+        return _run(parsed, " ".join(["agcl", *arguments]))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(parsed: argparse.Namespace, command: str) -> int:
+    """Run a parsed command; say in one line why it failed."""
+    try:
+        from agcl.errors import InputError
+        from pipeline.errors import Failed
+        from pipeline.secrets import masked
+        from pipeline.storage.object_store import StoreFailed
+    except ModuleNotFoundError as error:
+        print(f"agcl: no module {error.name}; pip install 'agcl[pipeline]'", file=sys.stderr)
+        return BAD_INPUT
 
     try:
         if "config" in parsed:
             _check(parsed)
         job = import_module(f"jobs.{parsed.job}")  # Takes seconds, which --help need not wait.
-        return int(job.main(parsed, masked("agcl " + " ".join(arguments))) or OK)
+        return int(job.main(parsed, masked(command)) or OK)
     except InputError as error:
         return _say(BAD_INPUT, str(error))
     except KeyboardInterrupt:
@@ -64,8 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _FULL_OR_FORBIDDEN:
             raise
         return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    # argparse leaves settings that stand behind an option.
+    parsed, behind = parser.parse_known_args(arguments or ["--help"])
+    if unknown := [a for a in behind if a.startswith("-") or "settings" not in parsed]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if behind:
+        parsed.settings += behind
+    return parsed
 
 
 def _check(parsed: argparse.Namespace) -> None:
@@ -74,6 +98,9 @@ def _check(parsed: argparse.Namespace) -> None:
     from pipeline.config import loading, sources
     from pipeline.config.presets import METHODS
 
+    bundled = _CONFIGS / f"{parsed.config}.yaml"
+    if not parsed.config.exists() and bundled.is_file():
+        parsed.config = bundled
     methods: list[str | None] = [None]
     if "methods" in parsed:
         named = list(METHODS) if parsed.methods == "all" else parsed.methods.split(",")
@@ -105,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"agcl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     _add(commands, "run", "one method over one sequence", config=True)
@@ -178,7 +206,7 @@ def _add(commands: Any, name: str, text: str, *, config: bool = False) -> argpar
     )
     parser.set_defaults(job=name)
     if config:
-        parser.add_argument("config", type=Path, help="YAML file, such as jobs/configs/facts.yaml")
+        parser.add_argument("config", type=Path, help=f"YAML file, or one of {_BUNDLED}")
         parser.add_argument("settings", nargs="*", metavar="key.path=value")
     return parser
 

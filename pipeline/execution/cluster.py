@@ -37,6 +37,11 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 def check_address() -> None:
     """Raise `InputError` if no cluster answers at `RAY_ADDRESS`. Ray would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"RAY_ADDRESS: {address} takes jobs (`ray job submit`, jobs/CLUSTER.md); a run joins a "
+            "cluster at HOST:6379"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
         return  # Not set, or a keyword such as "auto".
@@ -82,11 +87,19 @@ def cluster(resources: Resources) -> Iterator[int]:
         raise
     except Exception as error:  # Such as a slow raylet or a version mismatch; no common type.
         ray.shutdown()
-        raise RayFailed(f"Ray did not start: {error}") from error
+        raise RayFailed(f"Ray did not start: {error}{_remedy(error)}") from error
     try:
         yield side_by_side(resources, nodes())
     finally:
         ray.shutdown()
+
+
+def _remedy(error: Exception) -> str:
+    if "AF_UNIX" in str(error):
+        return "; set RAY_TMPDIR to a folder with a short name"
+    if isinstance(error, OSError) and ".ray" in Path(str(error.filename)).parts:
+        return "; set HOME to a folder that can be written to"
+    return ""
 
 
 def needs(resources: Resources) -> dict[str, float]:

@@ -71,6 +71,8 @@ class _Client:
                 cause = error.__cause__ or error.__context__
                 no_answer = isinstance(cause, OSError) and not isinstance(cause, ValueError)
                 reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
+                if "database is locked" in str(error):
+                    no_answer, reason = True, "another process keeps its database locked"
                 raise TrackingFailed(
                     f"cannot use MLflow at {masked(self._uri)} ({reason})", no_answer=no_answer
                 ) from error

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it says and how it ends when the input is bad."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,3 +224,11 @@ def test_a_typing_error_is_answered_before_the_slow_imports(arguments, said):
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.stderr.startswith(f"agcl: {said}")
     assert found.returncode == cli.BAD_INPUT
+
+
+def test_a_terminal_without_unicode_ends_no_command():
+    found = subprocess.run(
+        [sys.executable, "-c", "from jobs import cli; cli.main(['methods']); print('»')"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert found.stdout.endswith("?\n"), found.stderr

@@ -175,7 +175,9 @@ def test_every_dependency_is_pinned_where_nodes_install_from():
         assert name in install
         assert CLUSTER["file_mounts"][f"/home/ubuntu/agcl/{name}"] == f"./{name}"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {line.partition("[")[0].partition(">")[0] for line in project["dependencies"]}
+    assert "--extra pipeline" in install
+    lines = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
+    names = {line.partition("[")[0].partition(">")[0] for line in lines}
     missing = {name.lower() for name in names} - {pin.lower() for pin in PINS}
     assert missing == set()
 
@@ -209,3 +211,29 @@ def test_the_kubernetes_job_fits_the_repository():
     command = RAYJOB["spec"]["entrypoint"].split()
     assert command[:2] == ["agcl", "run"]
     assert (ROOT / command[2].removeprefix("/home/ray/agcl/")).is_file()
+
+
+def test_an_address_for_jobs_is_told_from_that_of_a_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://localhost:8265")
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: .*ray job submit.*HOST:6379$"):
+        cluster.check_address()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/..."), "set RAY_TMPDIR"),
+        (FileNotFoundError(2, "No such file or directory", "/proc/.ray"), "set HOME"),
+        (ValueError("something else"), None),
+    ],
+)
+def test_a_start_that_the_environment_prevents_says_what_to_set(monkeypatch, error, remedy):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(RayFailed) as caught, cluster.cluster(Resources()):
+        pass
+    assert (remedy or "something else") in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -51,3 +51,13 @@ def test_a_models_folder_is_registered_once_per_run(raced, tmp_path):
     versions = tracker.client.search_model_versions("name = 'sequence'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert sorted(version.run_id for version in versions) == sorted(runs)
+
+
+def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_path):
+    def locked(*args, **options):
+        raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
+
+    found = tracking._Client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(tracking.TrackingFailed, match="keeps its database locked") as caught:
+        found._guarded(locked)()
+    assert caught.value.no_answer
