@@ -189,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")
     sub = _add(commands, "report", "rewrite report.html of a finished run or comparison")
     sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
+    sub = _add(commands, "submit", "run a command on a cluster, as a Ray job (jobs/CLUSTER.md)")
+    sub.add_argument(
+        "--address", default="http://127.0.0.1:8265", help="of the dashboard (default: %(default)s)"
+    )
+    sub.add_argument(
+        "command", nargs=argparse.REMAINDER, help="such as: run facts resources.num_workers=2"
+    )
     sub = _add(commands, "ui", "start the MLflow UI on loopback")
     sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
     sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")
