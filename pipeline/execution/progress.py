@@ -51,6 +51,8 @@ class StageProgress:
             artifact = str(record["artifact"])
             match record.get("state"):
                 case "started":
+                    if not (self.running or self.num_done):
+                        self.began = time.monotonic()
                     bar = self.bars.add_task(self.titles[artifact], total=None, detail="")
                     self.running[artifact] = (bar, time.monotonic())
                     self.bars.update(self.all, description="[bold]all stages[/]")
