@@ -65,7 +65,7 @@ def test_sets_are_found_by_name(sentiment, tmp_path):
         ("instructions", {}, r"instruction_config\.json: no instruction.*'SC'"),
         ("instructions", {"SC": []}, r"instruction_config\.json"),
         ("instructions", [], r"instruction_config\.json"),
-        ("instructions", {"SC": [{"instruction": 1}]}, "not text"),
+        ("instructions", {"SC": [{"instruction": [1]}]}, "not text"),
     ],
 )
 def test_a_malformed_file_is_named(sentiment, part, content, reason):
