@@ -44,7 +44,8 @@ def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
             label = ""
         elif label not in labels:
             raise InputError(f"{place}: label {label!r} is not in {files['labels']}")
-        yield Row(f"{head}{sentence}\nAnswer:", f" {label}".rstrip())
+        prompt = f"{head}{sentence}\nAnswer:" if sentence.strip() else ""
+        yield Row(prompt, f" {label}".rstrip())
 
 
 def _instruction(file: Path, type: str) -> str:

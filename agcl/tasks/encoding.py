@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import pyarrow as pa
 
-from agcl.tasks.task import Row
+from agcl.tasks.task import Row, is_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,10 @@ def encode(
     """
     rows = list(rows)
     if chat:
-        rows = [Row(_as_message(tokenizer, row.prompt), row.answer.lstrip()) for row in rows]
+        rows = [
+            row if is_empty(row) else Row(_as_message(tokenizer, row.prompt), row.answer.lstrip())
+            for row in rows
+        ]
     prompts, answers = [], []
     if rows:
         # Tokenized separately, so that the prompt has the same tokens in training and generation.

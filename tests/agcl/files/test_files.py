@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from agcl.errors import InputError
-from agcl.tasks import TEST, TRAIN, VALIDATION, Row, check_rows, files, records
+from agcl.tasks import TEST, TRAIN, VALIDATION, Row, check_rows, files, is_empty, records
 from agcl.tasks.template import columns, render
 
 GOOD = json.dumps({"prompt": "2+2=", "answer": " 4", "more": [1]}).encode()
@@ -191,6 +191,17 @@ def test_braces_hold_a_column_name_and_never_an_attribute():
     assert render("{a.b} {a[0]}", record, "here") == "dot index"
     with pytest.raises(InputError, match=r"here: no column 'text\.__class__'"):
         render("{text.__class__}", record, "here")
+
+
+@pytest.mark.parametrize(
+    ("question", "context", "answer", "empty"),
+    [("q", "", "a", False), ("", " c", "a", False), ("", "\n ", "a", True), ("q", "c", " ", True)],
+)
+def test_a_row_is_empty_if_the_columns_of_a_template_are(question, context, answer, empty):
+    record = {"q": question, "c": context, "a": answer}
+    found = Row(render("Q {q} {c} A", record, ""), render(" It is {a}.", record, ""))
+    assert is_empty(found) == empty
+    assert not is_empty(Row(render("Sing!", record, ""), "la"))
 
 
 def test_numbers_and_booleans_are_written_as_in_json():
