@@ -30,7 +30,7 @@ def folders(root: Path) -> dict[str, Path]:
 def task(name: str, type: str, files: Mapping[str, Path]) -> Task:
     """One set as a task; `files` has the keys `train`, `test`, `labels` and `instructions`."""
     sources = {split: partial(_rows, type, dict(files), split) for split in (TRAIN, TEST)}
-    return Task(name, sources, scorer="normalised_exact_match")
+    return Task(name, sources, scorer="olora_match")
 
 
 def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:

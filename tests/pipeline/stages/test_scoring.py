@@ -88,6 +88,7 @@ def scored(tmp_path, model_folder):
     [
         ("exact_match", [1, 0, 0, 0]),
         ("normalised_exact_match", [1, 1, 0, 0]),
+        ("olora_match", [1, 1, 0, 0]),
         ("token_f1", [1, 1, 0.5, 0]),
         ("rouge_l", [1, 1, 2 / 3, 0]),
     ],
@@ -143,7 +144,9 @@ def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tm
     }
 
 
-@pytest.mark.parametrize(("scorer", "rows"), [("normalised_exact_match", 1), ("rouge_l", 4)])
+@pytest.mark.parametrize(
+    ("scorer", "rows"), [("normalised_exact_match", 1), ("olora_match", 1), ("rouge_l", 4)]
+)
 def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
     tmp_path, model_folder, scorer, rows
 ):
