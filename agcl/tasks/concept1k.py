@@ -57,7 +57,7 @@ def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
         if fact.concept in wanted:
             question = fact.question if split == TRAIN else fact.paraphrase
             prompt = f"Question: {question}\n Short Answer:" if question else ""
-            yield Row(prompt, f" {fact.answer}")
+            yield Row(prompt, f" {fact.answer}", fact=f"{fact.question}\0{fact.answer}")
 
 
 @cache
