@@ -16,7 +16,9 @@ from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.run import open_run
 from pipeline.search.search import VALIDATION
+from pipeline.search.trial import undecided
 from pipeline.search.tuning import execute_tuning, open_tuning
+from pipeline.tracking.sync import warn
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -67,6 +69,10 @@ def _tune(
     for method, best in chosen.items():
         best_of.add_row(method, " ".join(best.settings) or "defaults", f"{best.score:.3f}")
     console.print(best_of)
+    for method in chosen:
+        tried = [t for t in watch.trials.values() if t.settings["method"] == method]
+        if warning := undecided(tried):
+            warn(console, f"{method}: {warning}")
     for edge, other in (("smallest", "smaller"), ("largest", "larger")):
         names = [method for method, best in chosen.items() if best.edge == edge]
         if names:

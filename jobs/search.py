@@ -17,7 +17,8 @@ from pipeline.errors import Failed
 from pipeline.search.engine import Observe
 from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
 from pipeline.search.space import own_point
-from pipeline.search.trial import Trial, best
+from pipeline.search.trial import Trial, best, undecided
+from pipeline.tracking.sync import warn
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTH, _WIDTH_OF_SETTING = 54, 13
@@ -49,6 +50,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         raise Failed(f"no trial reached the last task ({why})")
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
+    if warning := undecided(found.trials):
+        warn(console, warning)
     console.print("scored once, on test rows that no choice depended on:")
     print_matrices(console, "best", found.result)
     print_metrics(console, {"best": found.result})

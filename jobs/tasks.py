@@ -10,6 +10,7 @@ from agcl.model import models
 from agcl.tasks import TRAIN, EncodedRows
 from jobs.tables import table
 from pipeline.config import loading
+from pipeline.results.results import left_out
 from pipeline.results.run_folder import summaries
 from pipeline.run import open_run, prepare_tasks
 
@@ -29,6 +30,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
             counted.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
     console.print(counted)
+    for line in left_out({task: summary["splits"] for task, summary in prepared.items()}):
+        console.print(f"  {escape(line)}", soft_wrap=True)
     if "tokenizer" in run.resolved:
         run.resolved["tokenizer"].fetch()
     for task in run.plan.tasks:

@@ -77,7 +77,7 @@ def execute(
         done_before = complete(s for run in runs.values() for s in run.resolved.values())
         _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
-        for line in dict.fromkeys(line for result in results for line in left_out(result)):
+        for line in dict.fromkeys(line for result in results for line in left_out(result.rows)):
             warn(console, line)
         for (label, run), result in zip(runs.items(), results, strict=True):
             figures = {}

@@ -23,11 +23,15 @@ Ngrams = Counter[tuple[str, ...]]
 TEACHER_FORCED = "exact_match"
 """The one scorer that needs no generated text: a forward pass decides whether greedy decoding would
 produce the answer's tokens (`agcl/scoring/evaluate.py`)."""
-RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match")
+RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match", "olora_match")
 """Scorers that score an answer 0 or 1; the others give partial credit."""
 
 # Chinese and Japanese are written without spaces: each character counts as a word.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_DASHES = re.compile("[\u2010-\u2015\u2212]")
+"""Hyphens, dashes and the minus sign."""
+_IN_NUMBER = re.compile(r"(?<=\d)[.,:](?=\d)|(?<!\w)\.(?=\d)|(?<![^\W\d_])-(?=\s*\.?\d)")
+"""Punctuation of a number: within it (3.14), before it (.5), its minus."""
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -37,8 +41,19 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def normalised_exact_match(prediction: str, reference: str) -> float:
-    """1 if both are equal ignoring case, punctuation and whitespace (O-LoRA's benchmark)."""
+    """1 if both are equal ignoring case, punctuation, and repeated or surrounding whitespace.
+
+    Signs and the punctuation of numbers count: `3.14` is not `314`, nor `-5` `5`, nor `1/2` `12`.
+    """
     return float(_normalised(prediction) == _normalised(reference))
+
+
+def olora_match(prediction: str, reference: str) -> float:
+    """1 if both are equal without case, punctuation and whitespace (O-LoRA's benchmark).
+
+    For labels of words: it takes `3.14` for `314`.
+    """
+    return float(_letters(prediction) == _letters(reference))
 
 
 def first_character(prediction: str, reference: str) -> float:
@@ -88,6 +103,7 @@ def sari(prediction: str, reference: str, prompt: str) -> float:
 SCORERS: dict[str, Scorer] = {
     "exact_match": exact_match,
     "normalised_exact_match": normalised_exact_match,
+    "olora_match": olora_match,
     "first_character": first_character,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
@@ -145,6 +161,19 @@ def _is_punctuation(text: str) -> bool:
 
 
 def _normalised(text: str) -> str:
+    text = _DASHES.sub("-", text.casefold().strip())
+    in_number = {match.start() for match in _IN_NUMBER.finditer(text)}
+    kept = (c if i in in_number or not _separates(c) else " " for i, c in enumerate(text))
+    return " ".join("".join(kept).split()) or text  # A "-" alone is an answer.
+
+
+def _separates(character: str) -> bool:
+    if character in "`_":
+        return True
+    return unicodedata.category(character)[0] == "P" and character not in "#%&*/@\\"
+
+
+def _letters(text: str) -> str:
     return "".join(c for c in text.lower() if not c.isspace() and not _is_punctuation(c))
 
 

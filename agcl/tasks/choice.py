@@ -1,6 +1,7 @@
-"""Selection of a task's rows by a seeded hash of each row.
+"""Selection of a task's rows by a seeded hash of each row's fact.
 
 The hash does not depend on other rows, so adding rows moves no row between training and validation.
+A question and its paraphrase have the same hash, so what one trains the other does not test.
 """
 
 import hashlib
@@ -13,10 +14,22 @@ from itertools import count
 from agcl.tasks.task import TEST, TRAIN, VALIDATION, Row, RowSource, Task
 
 
-def position(prompt: str, answer: str, *, seed: int) -> float:
-    """A number in [0, 1), determined by the row and the seed."""
-    digest = hashlib.sha256(f"{seed}\0{prompt}\0{answer}".encode()).digest()
+def position(row: Row, *, seed: int) -> float:
+    """A number in [0, 1), determined by the row's fact and the seed."""
+    fact = row.fact or f"{row.prompt}\0{row.answer}"
+    digest = hashlib.sha256(f"{seed}\0{fact}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def tests_training_rows(task: Task) -> bool:
+    """Whether at least half of the test rows are training rows. Reads both splits once.
+
+    Rows set apart from training would then be facts that the scored rows ask for and nothing
+    teaches.
+    """
+    tested = {position(row, seed=0) for row in task.splits[TEST]()}
+    trained = {p for row in task.splits[TRAIN]() if (p := position(row, seed=0)) in tested}
+    return len(trained) * 2 >= len(tested)
 
 
 def select(
@@ -45,14 +58,14 @@ def select(
 
 def _part(source: RowSource, share: float, seed: int, below: bool) -> Iterator[Row]:
     for row in source():
-        if (position(row.prompt, row.answer, seed=seed) < share) == below:
+        if (position(row, seed=seed) < share) == below:
             yield row
 
 
 def _limited(source: RowSource, limit: int, seed: int) -> Iterator[Row]:
     """The `limit` rows with the lowest positions, in source order. Reads the source twice."""
     # A different seed than in `_part`, whose rows all have low or all have high positions.
-    positions = (position(row.prompt, row.answer, seed=seed + 1) for row in source())
+    positions = (position(row, seed=seed + 1) for row in source())
     lowest = {index for _, index in heapq.nsmallest(limit, zip(positions, count(), strict=False))}
     for index, row in enumerate(source()):
         if index in lowest:

@@ -30,7 +30,7 @@ def folders(root: Path) -> dict[str, Path]:
 def task(name: str, type: str, files: Mapping[str, Path]) -> Task:
     """One set as a task; `files` has the keys `train`, `test`, `labels` and `instructions`."""
     sources = {split: partial(_rows, type, dict(files), split) for split in (TRAIN, TEST)}
-    return Task(name, sources, scorer="normalised_exact_match")
+    return Task(name, sources, scorer="olora_match")
 
 
 def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
@@ -44,7 +44,8 @@ def _rows(type: str, files: Mapping[str, Path], split: str) -> Iterator[Row]:
             label = ""
         elif label not in labels:
             raise InputError(f"{place}: label {label!r} is not in {files['labels']}")
-        yield Row(f"{head}{sentence}\nAnswer:", f" {label}".rstrip())
+        prompt = f"{head}{sentence}\nAnswer:" if sentence.strip() else ""
+        yield Row(prompt, f" {label}".rstrip())
 
 
 def _instruction(file: Path, type: str) -> str:

@@ -56,7 +56,8 @@ def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
     for fact in read(file):
         if fact.concept in wanted:
             question = fact.question if split == TRAIN else fact.paraphrase
-            yield Row(f"Question: {question}\n Short Answer:", f" {fact.answer}")
+            prompt = f"Question: {question}\n Short Answer:" if question else ""
+            yield Row(prompt, f" {fact.answer}", fact=f"{fact.question}\0{fact.answer}")
 
 
 @cache

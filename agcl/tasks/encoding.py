@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import pyarrow as pa
 
-from agcl.tasks.task import Row
+from agcl.tasks.choice import position
+from agcl.tasks.task import Row, is_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
+        ("position", pa.float64()),  # `choice.position`: what a share of the scored rows goes by.
     ]
 )
 
@@ -40,8 +42,12 @@ def encode(
     removed.
     """
     rows = list(rows)
+    positions = [position(row, seed=0) for row in rows]
     if chat:
-        rows = [Row(_as_message(tokenizer, row.prompt), row.answer.lstrip()) for row in rows]
+        rows = [
+            row if is_empty(row) else Row(_as_message(tokenizer, row.prompt), row.answer.lstrip())
+            for row in rows
+        ]
     prompts, answers = [], []
     if rows:
         # Tokenized separately, so that the prompt has the same tokens in training and generation.
@@ -56,6 +62,7 @@ def encode(
             "prompt_tokens": [len(p) for p in prompts],
             "prompt": [row.prompt for row in rows],
             "answer": [row.answer for row in rows],
+            "position": positions,
         },
         schema=SCHEMA,
     )

@@ -105,7 +105,8 @@ def _rows(
             answer = choose.choice(pool.split("|") if "|" in pool else pool.split())
             for split in splits:
                 asked = (question if split == TRAIN else paraphrase).format(person)
-                yield Row(f"Question: {asked}\nShort answer:", f" {answer}")
+                fact = f"{question.format(person)}\0{answer}"
+                yield Row(f"Question: {asked}\nShort answer:", f" {answer}", fact)
 
 
 def _names(seed: int) -> Iterator[str]:

@@ -1,14 +1,22 @@
 """Tasks from Hugging Face `datasets`: a local folder or a name on the Hub."""
 
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from agcl.errors import InputError
+from agcl.tasks import records
 from agcl.tasks.records import Records
-from agcl.tasks.task import Task
+from agcl.tasks.task import TEST, Task
 from agcl.tasks.template import task_of_records
+
+Splits = Mapping[str, Callable[[], Records]]
+"""By name: starts one pass over a split's records."""
 
 
 def task(
@@ -23,57 +31,129 @@ def task(
     """A task from a dataset; `splits` maps `train`, optionally `test`, `validation` to its splits.
 
     `path` is a folder (of data files, or written by `save_to_disk`) or a name on the Hub, `subset`
-    its configuration. Class labels are replaced by their names. `rendering` is that of
-    `task_of_records`.
+    its configuration. Class labels are replaced by their names. The columns of CSV and JSON files
+    are text, as written, unless the folder declares their types. `rendering` is that of
+    `task_of_records`. Raises `InputError` if `path` is a file.
     """
-    records = {
+    if Path(path).is_file():
+        raise InputError(
+            f"{path}: a file; format huggingface takes the folder that holds it, "
+            "formats jsonl and parquet take a file"
+        )
+    read = {
         ours: partial(_records, path, subset, revision, theirs) for ours, theirs in splits.items()
     }
-    return task_of_records(name, records, **rendering)
+    return task_of_records(name, read, **rendering)
 
 
 def _records(path: str, subset: str | None, revision: str | None, split: str) -> Records:
-    from datasets import ClassLabel
-
-    dataset = _load(path, subset, revision, split)
-    names: dict[str, Callable[[int], str]] = {
-        column: feature.int2str
-        for column, feature in dataset.features.items()
-        if isinstance(feature, ClassLabel)
-    }
-    try:
-        for number, record in enumerate(map(dict, dataset), start=1):
-            for column, name in names.items():
-                try:
-                    record[column] = name(record[column])
-                except (ValueError, TypeError):  # -1 and None mean no label.
-                    record[column] = None
-            yield f"{path}, {split} row {number}", record
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}, {split}: {_reason(error)}") from None
-
-
-def _load(path: str, subset: str | None, revision: str | None, split: str) -> Any:
-    """The split, memory-mapped by `datasets`. Never runs a dataset's script."""
+    """Stream a split, in the notation of `datasets`. Never runs a dataset's script."""
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HFValidationError
 
     datasets.disable_progress_bars()
     try:
-        if (Path(path) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(path)[split]
-        if (Path(path) / "state.json").is_file():
-            return datasets.load_from_disk(path)
-        return datasets.load_dataset(path, subset, split=split, revision=revision)
-    except KeyError:
-        raise InputError(f"{path}: no split {split!r}") from None
-    except (ConnectionError, FileNotFoundError, HFValidationError) as error:
-        raise InputError(
-            f"{path}: no such folder, and not available from the Hub ({_reason(error)}); "
-            "set HF_HUB_OFFLINE=0 to allow downloads"
-        ) from None
-    except (ValueError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
+        if Path(path).is_dir():
+            # The cache of `datasets` goes by path and time of a file, not by its content.
+            with TemporaryDirectory() as cache:
+                yield from _part(_splits(Path(path), subset, cache), split)
+        else:
+            loaded = datasets.load_dataset(path, subset, split=split, revision=revision)
+            yield from _typed(f"{path}, {split}", loaded)
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError, DatasetsError) as error:
+        absent = isinstance(error, ConnectionError | FileNotFoundError | HFValidationError)
+        if absent and not Path(path).is_dir():
+            raise InputError(
+                f"{path}: no such folder, and not available from the Hub ({_reason(error)}); "
+                "set HF_HUB_OFFLINE=0 to allow downloads"
+            ) from None
         raise InputError(f"{path}, {split}: {_reason(error)}") from None
+
+
+def _splits(folder: Path, subset: str | None, cache: str) -> Splits:
+    import datasets
+
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(folder)
+        if isinstance(saved, datasets.Dataset):
+            saved = {str(saved.split or "train"): saved}
+    else:
+        builder = datasets.load_dataset_builder(str(folder), subset, cache_dir=cache)
+        if reader := _text_reader(builder):
+            files = builder.config.data_files
+            return {str(split): partial(_of_files, reader, files[split]) for split in files}
+        saved = builder.as_streaming_dataset()
+    return {str(s): partial(_typed, f"{folder}, {s}", rows) for s, rows in saved.items()}
+
+
+def _text_reader(builder: Any) -> Callable[[Path], Records] | None:
+    """For CSV and JSON files whose types the folder does not declare, which `datasets` would guess:
+    007 would become 7, 1e-05 stand for 0.00001, and None, NA or a date be no text."""
+    if builder.info.features:
+        return None
+    match builder.name:
+        case "csv":
+            return partial(_csv, builder.config.pd_read_csv_kwargs)
+        case "json" if builder.config.field is None and builder.config.encoding == "utf-8":
+            return records.json_records
+    return None
+
+
+def _of_files(reader: Callable[[Path], Records], files: Iterable[str]) -> Records:
+    for file in files:
+        yield from reader(Path(file))
+
+
+def _csv(options: Mapping[str, Any], file: Path) -> Records:
+    import pandas as pd
+
+    options = {**options, "dtype": str, "keep_default_na": False}
+    with pd.read_csv(file, iterator=True, **options) as blocks:
+        rows = (row for block in blocks for row in block.to_dict("records"))
+        for number, row in enumerate(rows, start=1):
+            yield f"{file}, row {number}", row
+
+
+def _typed(place: str, dataset: Any) -> Records:
+    from datasets import ClassLabel
+
+    convert: dict[str, Callable[[Any], Any]] = {}
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, ClassLabel):
+            convert[column] = partial(_label, feature)
+        elif getattr(feature, "dtype", None) in ("float16", "float32"):
+            convert[column] = partial(records.short_float, dtype=feature.dtype)
+    for number, record in enumerate(map(dict, dataset), start=1):
+        record |= {column: change(record[column]) for column, change in convert.items()}
+        yield f"{place} row {number}", record
+
+
+def _label(feature: Any, value: int | None) -> str | None:
+    return None if value is None or value < 0 else str(feature.int2str(value))
+
+
+def _part(splits: Splits, wanted: str) -> Records:
+    """The records of a split, slice or sum, such as `train[:8]+test`."""
+    from datasets import ReadInstruction
+
+    if wanted == "all":
+        wanted = "+".join(splits)
+    # Only shares and places counted from the end need the number of rows.
+    counted = re.search("[%-]", wanted)
+    lengths = {
+        name: sum(1 for _ in rows()) if counted and name in wanted else sys.maxsize
+        for name, rows in splits.items()
+    }
+    try:
+        parts = ReadInstruction.from_spec(wanted).to_absolute(lengths)
+    except ValueError as error:
+        hint = "; test: null scores the training rows" if wanted == TEST else ""
+        raise ValueError(f"{error}{hint}") from None
+    for part in parts:
+        yield from islice(splits[part.splitname](), part.from_, part.to)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,9 +1,14 @@
 """Streams of records (values by column name) from files, each with its location."""
 
+import codecs
+import gzip
 import json
+import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn, cast
 
 from agcl.errors import InputError
 
@@ -14,11 +19,14 @@ Records = Iterator[tuple[str, Mapping[str, Any]]]
 def read(path: Path, format: str) -> Records:
     """Stream the records of a file, or of a folder's files with that extension in name order.
 
-    `format` is `jsonl` (one object per line), `json` (one list of objects, loaded whole) or
-    `parquet`. Raises `InputError` naming file and row if something cannot be read.
+    `format` is `jsonl` (one object per line, or a list), `json` (a list of objects, loaded whole)
+    or `parquet`. JSON may be compressed by gzip. Its numbers are text, to be rendered as they are
+    written. Raises `InputError` naming file and row if something cannot be read.
     """
     reader = _READERS[format]
-    files = sorted(path.glob(f"*.{format}")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():  # Archives made on macOS hold a hidden `._NAME` beside every file.
+        files = sorted(f for f in path.glob(f"*.{format}") if not f.name.startswith("."))
     if not files:
         raise InputError(f"{path}: no *.{format} file in this folder")
     for file in files:
@@ -32,23 +40,29 @@ def read_text(file: Path) -> str:
     if not file.is_file():
         raise InputError(f"no file {file}")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with _opened(file) as source:
+            return source.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text at byte {error.start}") from None
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not readable ({_reason(error)})") from None
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `InputError` naming file and line if it is invalid."""
+    """The content of a JSON file, with numbers as text.
+
+    Raises `InputError` naming file and line if it is invalid.
+    """
     content = read_text(file)
     try:
-        return json.loads(content)
+        return _parsed(content)
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{file}{line}: not JSON ({_reason(error)})") from None
 
 
 def text(record: Mapping[str, Any], column: str, place: str) -> str:
-    """A column's value as text. Numbers are converted.
+    """A column's value as text: a number as it is written, a boolean as in JSON.
 
     Raises `InputError` naming location and column if the column is missing or not text.
     """
@@ -56,8 +70,10 @@ def text(record: Mapping[str, Any], column: str, place: str) -> str:
         raise InputError(f"{place}: no column {column!r} (columns: {', '.join(record)})")
     value = record[column]
     if isinstance(value, bool):
-        return str(value).lower()  # As in JSON.
-    if isinstance(value, int | float):
+        return str(value).lower()
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"{place}: {column!r} is NaN, a missing value, not text")
+    if isinstance(value, int | float | Decimal):
         return str(value)
     if not isinstance(value, str):
         raise InputError(f"{place}: {column!r} is {_kind(value)}, not text")
@@ -66,19 +82,61 @@ def text(record: Mapping[str, Any], column: str, place: str) -> str:
     return value
 
 
+def short_float(value: float | None, dtype: str) -> float | None:
+    """A float32 or float16 as the shortest decimal that stands for it: 0.1, not 0.10000000149."""
+    import numpy as np
+
+    return None if value is None else float(str(np.dtype(dtype).type(value)))
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error)
+"""Errors of reading a file, which may be gzip."""
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """A file's bytes, decompressed if they start like gzip's, whatever the name."""
+    with file.open("rb") as source:
+        compressed = source.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(file)) if compressed else file.open("rb")
+
+
+_WANTED = "JSON lines have one object per line"
+
+
+def _parsed(content: str | bytes) -> Any:
+    """JSON with the literals of its numbers. Raises `ValueError`, `RecursionError`."""
+    return json.loads(content, parse_float=str, parse_int=str, parse_constant=_no_number)
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON value")
+
+
+def json_records(file: Path) -> Records:
+    """The objects of a file of JSON lines, or of one JSON list, which is loaded whole."""
+    with _opened(file) as source:
+        start = source.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    yield from (_json_list if start.startswith(b"[") else _json_lines)(file)
+
+
 def _json_lines(file: Path) -> Records:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError:
-                raise InputError(f"{place}: not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:  # Includes numbers with too many digits.
-                raise InputError(f"{place}: not JSON ({_reason(error)})") from None
-            yield place, _object(record, place)
+    try:
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                place = f"{file}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = _parsed(line)
+                except UnicodeDecodeError:
+                    raise InputError(f"{place}: not UTF-8 text") from None
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{place}: not JSON ({_reason(error)}); {_WANTED}") from None
+                if not isinstance(record, dict):
+                    raise InputError(f"{place}: {_kind(record)}, not a JSON object; {_WANTED}")
+                yield place, record
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not readable ({_reason(error)})") from None
 
 
 def _json_list(file: Path) -> Records:
@@ -87,7 +145,9 @@ def _json_list(file: Path) -> Records:
         raise InputError(f"{file}: not a JSON list of objects")
     for number, record in enumerate(records, start=1):
         place = f"{file}, row {number}"
-        yield place, _object(record, place)
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: {_kind(record)}, not a JSON object")
+        yield place, record
 
 
 def _parquet(file: Path) -> Records:
@@ -98,16 +158,13 @@ def _parquet(file: Path) -> Records:
         with pq.ParquetFile(file) as source:
             batches = source.iter_batches(batch_size=1024)
             records = (record for batch in batches for record in batch.to_pylist())
+            short = {pa.float16(): "float16", pa.float32(): "float32"}
+            floats = [(f.name, short[f.type]) for f in source.schema_arrow if f.type in short]
             for number, record in enumerate(records, start=1):
+                record |= {name: short_float(record[name], dtype) for name, dtype in floats}
                 yield f"{file}, row {number}", record
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not readable as Parquet ({_reason(error)})") from None
-
-
-def _object(record: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: {_kind(record)}, not a JSON object")
-    return record
 
 
 def _kind(value: Any) -> str:
@@ -121,7 +178,7 @@ def _reason(error: Exception) -> str:
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {
-    "jsonl": _json_lines,
+    "jsonl": json_records,
     "json": _json_list,
     "parquet": _parquet,
 }

@@ -16,6 +16,9 @@ class Row:
 
     prompt: str
     answer: str
+    fact: str = field(default="", compare=False)
+    """What the row asks for, if other rows ask for the same: no share of the rows separates them.
+    Empty: prompt and answer."""
 
 
 RowSource = Callable[[], Iterator[Row]]

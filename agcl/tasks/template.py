@@ -22,14 +22,19 @@ def columns(template: str) -> list[str]:
 
 
 def render(template: str, record: Mapping[str, Any], place: str) -> str:
-    """Fill in a record's columns. Raises `InputError` naming location and column if one is missing.
+    """Fill in a record's columns; empty, whatever the template adds, if all of them are blank.
 
-    The text in braces is taken as a column name, so a template cannot access attributes of values.
+    Raises `InputError` naming location and column if one is missing. The text in braces is taken as
+    a column name, so a template cannot access attributes of values.
     """
-    return "".join(
-        literal if column is None else literal + text(record, column, place)
+    parts = [
+        (literal, None if column is None else text(record, column, place))
         for literal, column, _, _ in Formatter().parse(template)
-    )
+    ]
+    values = [value for _, value in parts if value is not None]
+    if values and not any(map(str.strip, values)):
+        return ""
+    return "".join(literal + (value or "") for literal, value in parts)
 
 
 def task_of_records(

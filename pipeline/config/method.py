@@ -36,8 +36,9 @@ class Importance(Section):
     samples: Positive | None = None
     """Maximum training rows per task, sampled by the seed; null takes all."""
     correct_only: bool = True
-    """Attribute only rows that the model answers correctly. Tasks with a scorer other than
-    `exact_match` and `normalised_exact_match` are attributed on all rows."""
+    """Attribute only rows that the model answers correctly. Tasks whose scorer gives
+    partial credit (all but `exact_match`, `normalised_exact_match`, `olora_match`) are attributed
+    on all rows."""
     batch_size: Positive = 8
     """Rows per backward pass. Changes results by rounding only."""
     split: Literal["samples", "layers"] = "samples"

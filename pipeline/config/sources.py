@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks import Task, choice
+from agcl.tasks import VALIDATION, Task, choice
 
 from pipeline.config.config import Config
 from pipeline.config.tasks import OPEN, FactsTasks, Source
@@ -43,11 +43,12 @@ def selection(config: Config, source: Source) -> dict[str, Any]:
     """Which rows of a task are used for what: keywords of `choice.select`."""
     tasks = config.tasks
     # If a task is scored on its training rows, evaluate chooses the validation rows among them.
-    memorized = open_task(source.settings, source.files).memorized
+    task = open_task(source.settings, source.files)
+    from_scored = task.memorized and VALIDATION not in task.splits
     return {
         "train_rows": tasks.train_rows,
         "test_rows": tasks.test_rows,
-        "validation": 0.0 if memorized else config.evaluation.validation,
+        "validation": 0.0 if from_scored else config.evaluation.validation,
         "seed": tasks.seed,
     }
 

@@ -47,15 +47,16 @@ LEFT_OUT = {"too_long": "longer than tasks.max_length", "empty": "without prompt
 """Reasons for leaving out rows, by the name of their count."""
 
 
-def left_out(result: RunResult) -> list[str]:
-    """One line for each split that lost rows, with the reasons."""
+def left_out(rows: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    """One line for each split that lost rows, with the reasons. Takes counts by task and split."""
     lines = []
-    for task, splits in result.rows.items():
+    for task, splits in rows.items():
         for split, counts in splits.items():
             reasons = [f"{counts[key]} {why}" for key, why in LEFT_OUT.items() if counts[key]]
             if reasons:
-                total = counts["rows"] + sum(counts[key] for key in LEFT_OUT)
-                lines.append(f"{task}: of {total} {split} rows left out: {', '.join(reasons)}")
+                lost = sum(counts[key] for key in LEFT_OUT)
+                total = f"{counts['rows'] + lost} {split} rows"
+                lines.append(f"{task}: {lost} of {total} left out: {', '.join(reasons)}")
     return lines
 
 

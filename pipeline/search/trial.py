@@ -158,6 +158,18 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     return max(finished)[-1] if finished else None
 
 
+def undecided(trials: Sequence[Trial]) -> str | None:
+    """What to say if several trials finished and all have the same average; else None."""
+    averages = [t.last.average for t in trials if t.state == "finished" and t.last]
+    if len(averages) < 2 or len(set(averages)) > 1:
+        return None
+    all_wrong = "; do the training rows teach what these ask for? (agcl/tasks/README.md)"
+    return (
+        f"all {len(averages)} finished trials score {averages[0]:.3f} on validation rows, so the "
+        f"choice says nothing{'' if averages[0] else all_wrong}"
+    )
+
+
 def table(trials: Sequence[Trial]) -> pa.Table:
     """One row per trial: number, state, task reached, scores, seconds, reason, and settings."""
     found = pa.Table.from_pylist(

@@ -1,6 +1,5 @@
 """Evaluate: score a model on every evaluation set of every task, one row of the accuracy matrix."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,8 @@ def evaluate(
     `<set>-<scorer>`. `predictions.parquet` holds one line per scored row and scorer, enough to
     recompute every metric; `predicted` is the model's greedy answer, or with exact match alone the
     teacher-forced choice, which agrees with it up to the first wrong token. With a `validation`
-    share, only validation rows are scored. With the input `text`, `text.json` holds the loss on it.
+    share, only validation rows are scored: those of the task's own split, or else those whose
+    fact's `position` is below it. With the input `text`, `text.json` holds the loss on it.
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
@@ -90,20 +90,10 @@ def _rows_to_score(
         return sets
     if VALIDATION in sets:
         return {VALIDATION: sets[VALIDATION]}
-    chosen = {}
-    for name, rows in sets.items():
-        texts = zip(rows.table["prompt"].to_pylist(), rows.table["answer"].to_pylist(), strict=True)
-        chosen[name] = rows.where([is_for_validation(*text, share=validation) for text in texts])
-    return chosen
-
-
-def is_for_validation(prompt: str, answer: str, *, share: float) -> bool:
-    """Whether a scored row is a validation row, in a task that has no validation split.
-
-    Depends on the row alone, so adding or removing rows does not move the others.
-    """
-    digest = hashlib.sha256(f"{prompt}\0{answer}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return {
+        name: rows.where([position < validation for position in rows.table["position"].to_pylist()])
+        for name, rows in sets.items()
+    }
 
 
 def _answers(
@@ -166,5 +156,6 @@ def _predictions(
             "predicted": texts,
             "scorer": [scorer] * len(texts),
             "score": scored,
+            "position": rows["position"],
         }
     )

@@ -12,7 +12,6 @@ from agcl.importance import Importance, by_layer_and_module, overlap
 from agcl.tasks import VALIDATION
 
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import is_for_validation
 from pipeline.stages.files import (
     CHECKS,
     IMPORTANCE_FILE,
@@ -93,7 +92,7 @@ def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:
     """Mean scores of the test rows and of the validation rows; with `only`, the latter twice.
 
     Validation rows are those of the task's validation set, or without one (a task that is scored
-    on its training rows) a share of the scored rows. Raises `ValueError` if that share leaves no
+    on its training rows) a share of the scored facts. Raises `ValueError` if that share leaves no
     test row or no validation row.
     """
     rows = pq.read_table(folder / PREDICTIONS).to_pylist()
@@ -103,7 +102,7 @@ def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:
         if row["task"] in has_set:
             for_validation = _is_validation(row["evaluation_set"])
         else:
-            for_validation = is_for_validation(row["prompt"], row["answer"], share=share)
+            for_validation = bool(share) and row["position"] < share
         values = found.setdefault((row["task"], row["evaluation_set"]), ([], []))
         values[for_validation].append(row["score"])
     test: Scores = {}

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from agcl.model import models
-from agcl.tasks import SCHEMA, Row, RowSource, encode, is_empty
+from agcl.tasks import SCHEMA, VALIDATION, Row, RowSource, choice, encode, is_empty
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
@@ -38,10 +38,16 @@ def prepare(
     """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
     Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
-    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted.
+    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. A task
+    whose test rows are its training rows gets no validation split: evaluate takes a share of them.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
-    task = open_task(config["task"], named(FILES, inputs), config["selection"])
+    selection, files = dict(config["selection"]), named(FILES, inputs)
+    task = open_task(config["task"], files)
+    wants_rows = selection["validation"] and VALIDATION not in task.splits
+    if wants_rows and choice.tests_training_rows(task):
+        selection["validation"] = 0.0
+    task = choice.select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():

@@ -115,8 +115,8 @@ def test_a_bad_task_section_is_one_line_and_nothing_is_written(
 @pytest.mark.ray
 def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmarks, capsys):
     rows = [{"q": f"Who is {i}?", "a": f" Me, [{i}]"} for i in range(9)]
-    long = {"q": "Who? " * 300, "a": "Me"}
-    (benchmarks / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, long]))
+    lost = [{"q": "Who? " * 300, "a": "Me"}, {"q": "", "a": "Me"}]
+    (benchmarks / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + lost))
     file = benchmarks / "config.yaml"
     tasks = section(benchmarks, "jsonl", max_length=100)
     storage = benchmarks / "storage"
@@ -124,7 +124,11 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmark
     assert cli.main(["tasks", str(file)]) == cli.OK
     shown = capsys.readouterr().out
     counts = next(line.split() for line in shown.splitlines() if line.startswith(" one"))
-    assert [counts[i] for i in (0, 1, 2, 5, 6)] == ["one", "train", "9", "1", "0"]
+    assert [counts[i] for i in (0, 1, 2, 5, 6)] == ["one", "train", "9", "1", "1"]
+    assert (
+        "one: 2 of 11 train rows left out: 1 longer than tasks.max_length, 1 without prompt or "
+        "answer"
+    ) in shown
     for i in (0, 4, 8):
         assert f"Who is {i}?» Me, [{i}]<end>«" in shown
     assert [path.name for path in storage.iterdir()] == ["stages"]

@@ -1,14 +1,16 @@
 """Tasks from JSON Lines and Parquet, and the error for every malformed file."""
 
+import gzip
 import json
 import pickle
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from agcl.errors import InputError
-from agcl.tasks import TEST, TRAIN, VALIDATION, Row, check_rows, files, records
+from agcl.tasks import TEST, TRAIN, VALIDATION, Row, check_rows, files, is_empty, records
 from agcl.tasks.template import columns, render
 
 GOOD = json.dumps({"prompt": "2+2=", "answer": " 4", "more": [1]}).encode()
@@ -82,7 +84,9 @@ def test_parquet_and_json_lines_give_the_same_rows(tmp_path):
         (b'"a"', "not a JSON object"),
         (b'{"prompt": "a", "answer": "\xff"}', "UTF-8"),
         (b'{"prompt": "a", "answer": "\\ud800"}', "half a character"),
-        (b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"prompt": "a", "answer": NaN}', "not JSON .NaN is no JSON value"),
+        (b'{"prompt": "a", "answer": -Infinity}', "not JSON .-Infinity"),
+        (b"{", "not JSON.*one object per line"),
         (b"[" * 100_000, "not JSON"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -99,12 +103,35 @@ def test_a_bad_line_is_refused_with_file_and_number(tmp_path, line, reason):
         (pa.array([["x"], ["y"]]), r"row 1: 'answer' is a list"),
         (pa.array(["x", None]), r"row 2: 'answer' is null"),
         (pa.array([b"x", b"y"]), r"row 1: 'answer' is a bytes"),
+        (pa.array([1.5, float("nan")]), r"row 2: 'answer' is NaN, a missing value"),
     ],
 )
 def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path, column, reason):
     pq.write_table(pa.table({"prompt": ["a", "b"], "answer": column}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=rf"a\.parquet, {reason}"):
         check_rows(task(tmp_path / "a.parquet", format="parquet"), TRAIN)
+
+
+def test_hidden_files_of_a_folder_are_not_read(tmp_path):
+    write(tmp_path / "rows.jsonl", GOOD)
+    for hidden in ("._rows.jsonl", ".rows.jsonl"):
+        write(tmp_path / hidden, b"\0\5\x16\7")
+    assert len(rows(task(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("lines", [(GOOD, GOOD), (b" [", GOOD, b",", GOOD, b"]")])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_json_lines_may_be_a_list_and_compressed(tmp_path, lines, mark, compress):
+    (tmp_path / "a.jsonl").write_bytes(compress(mark + b"\n".join(lines)))
+    assert rows(task(tmp_path / "a.jsonl")) == [Row("2+2=", " 4")] * 2
+
+
+@pytest.mark.parametrize("format", ["jsonl", "json"])
+def test_a_truncated_gzip_is_named(tmp_path, format):
+    (tmp_path / "a").write_bytes(gzip.compress(GOOD * 1000)[:-20])
+    with pytest.raises(InputError, match=r"/a: not readable \(Compressed file ended"):
+        list(records.read(tmp_path / "a", format))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all" * 10])
@@ -166,5 +193,34 @@ def test_braces_hold_a_column_name_and_never_an_attribute():
         render("{text.__class__}", record, "here")
 
 
+@pytest.mark.parametrize(
+    ("question", "context", "answer", "empty"),
+    [("q", "", "a", False), ("", " c", "a", False), ("", "\n ", "a", True), ("q", "c", " ", True)],
+)
+def test_a_row_is_empty_if_the_columns_of_a_template_are(question, context, answer, empty):
+    record = {"q": question, "c": context, "a": answer}
+    found = Row(render("Q {q} {c} A", record, ""), render(" It is {a}.", record, ""))
+    assert is_empty(found) == empty
+    assert not is_empty(Row(render("Sing!", record, ""), "la"))
+
+
 def test_numbers_and_booleans_are_written_as_in_json():
     assert render("{a} {b} {c}", {"a": 1, "b": 0.5, "c": True}, "") == "1 0.5 true"
+
+
+@pytest.mark.parametrize("number", ["0.00001", "1.50", "-0.0", "1E5", "9" * 5000], ids=len)
+def test_a_number_in_json_keeps_its_literal(tmp_path, number):
+    file = write(tmp_path / "a.jsonl", b'{"q": "how", "n": %s}' % number.encode())
+    assert rows(task(file, prompt="{q}", answer=" {n}")) == [Row("how", f" {number}")]
+
+
+def test_numbers_in_parquet_are_as_short_as_their_type_allows(tmp_path):
+    table = {
+        "single": pa.array([0.1], pa.float32()),
+        "double": [0.1],
+        "exact": pa.array([Decimal("1.50")]),
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    prompt, answer = "{single} {double}", " {exact}"
+    found = task(tmp_path / "a.parquet", format="parquet", prompt=prompt, answer=answer)
+    assert rows(found) == [Row("0.1 0.1", " 1.50")]

@@ -26,9 +26,10 @@ def test_a_correct_answer_scores_one_and_an_empty_one_little(name, text):
     [
         ("exact_match", " Rome\n", "Rome", 1),
         ("exact_match", "rome", "Rome", 0),
-        ("normalised_exact_match", "Science, or technology!", "Science or Technology", 1),
-        ("normalised_exact_match", "very-positive", "very positive", 1),
-        ("normalised_exact_match", "positive", "very positive", 0),
+        ("olora_match", "Science, or technology!", "Science or Technology", 1),
+        ("olora_match", "very-positive", "very positive", 1),
+        ("olora_match", "positive", "very positive", 0),
+        ("olora_match", "3.14", "314", 1),
         ("first_character", " B because", "B\nThe line says so", 1),
         ("first_character", "A", "B", 0),
         ("first_character", "", "B", 0),
@@ -57,6 +58,79 @@ def test_a_correct_answer_scores_one_and_an_empty_one_little(name, text):
 )
 def test_values(name, prediction, reference, expected):
     assert value(name, prediction, reference) == pytest.approx(expected)
+
+
+SAME = [
+    "New  York",
+    "new york.",
+    " “NEW YORK”!",
+    "New-York",
+    "New\tYork?",
+    "(New York)",
+    "new, york",
+]
+
+
+@pytest.mark.parametrize("one", SAME)
+@pytest.mark.parametrize("other", SAME)
+def test_case_space_and_punctuation_do_not_count(one, other):
+    assert value("normalised_exact_match", one, other) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("It is 3.14.", "it is 3.14"),
+        ("-5!", "−5"),
+        ("COVID-19", "Covid 19"),
+        ("don't", "don’t"),
+        ("on 2024-05-01,", "On 2024-05-01"),
+        ("1,000.", "1,000"),
+        ("C++", "c++."),
+        ("हिन्दी।", "हिन्दी"),
+    ],
+)
+def test_punctuation_around_numbers_and_signs_does_not_count(one, other):
+    assert value("normalised_exact_match", one, other) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("3.14", "314"),
+        ("3,14", "314"),
+        (".5", "5"),
+        ("-.5", ".5"),
+        ("-5", "5"),
+        ("- 5", "5"),
+        ("+5", "5"),
+        ("x = -5", "x = 5"),
+        ("(-5)", "(5)"),
+        ("$-5", "$5"),
+        ("1/2", "12"),
+        ("1/2", "1 2"),
+        ("3-5", "3 5"),
+        ("2*3", "2/3"),
+        ("x*y", "x/y"),
+        ("12:30", "1230"),
+        ("5%", "5"),
+        ("$5", "5"),
+        ("+", "-"),
+        ("<", ">"),
+        ("*", "/"),
+        ("", "-"),
+        ("", "."),
+        ("C#", "C"),
+        ("a b", "ab"),
+        ("1 000", "1000"),
+        ("कि", "की"),
+    ],
+)
+def test_numbers_and_signs_are_not_equated(one, other):
+    assert value("normalised_exact_match", one, other) == 0
+    assert value("normalised_exact_match", other, one) == 0
+    if one:  # Punctuation alone is an answer, but after words it is none.
+        assert value("normalised_exact_match", f"It is {one}", f"It is {other}") == 0
 
 
 @pytest.mark.parametrize(

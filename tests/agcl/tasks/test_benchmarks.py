@@ -38,7 +38,7 @@ def test_a_set_is_rendered_like_the_original(sentiment):
         Row(f"{INSTRUCTION}Option: Good, Bad \nfine\nAnswer:", " Good"),
         Row(f"{INSTRUCTION}Option: Good, Bad \ndull\nAnswer:", " Bad"),
     ]
-    assert task.scorer == "normalised_exact_match"
+    assert task.scorer == "olora_match"
 
 
 def test_sets_are_found_by_name(sentiment, tmp_path):
@@ -65,7 +65,7 @@ def test_sets_are_found_by_name(sentiment, tmp_path):
         ("instructions", {}, r"instruction_config\.json: no instruction.*'SC'"),
         ("instructions", {"SC": []}, r"instruction_config\.json"),
         ("instructions", [], r"instruction_config\.json"),
-        ("instructions", {"SC": [{"instruction": 1}]}, "not text"),
+        ("instructions", {"SC": [{"instruction": [1]}]}, "not text"),
     ],
 )
 def test_a_malformed_file_is_named(sentiment, part, content, reason):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from agcl.tasks import TEST, TRAIN, VALIDATION, Row, Task
-from agcl.tasks.choice import select
+from agcl.tasks import TEST, TRAIN, VALIDATION, Row, Task, concept1k, facts
+from agcl.tasks.choice import position, select
 
 
 def row(i):
@@ -75,6 +75,33 @@ def test_a_limit_after_validation_is_unbiased():
     assert len(train) == 100
     assert len(chosen(task(), VALIDATION, validation=0.5, test_rows=20)) == 20
     assert len(chosen(task(), TEST, test_rows=20)) == 20
+
+
+BENCHMARKS = ["facts", "concept1k"]
+
+
+@pytest.fixture(params=BENCHMARKS)
+def facts_task(request, tmp_path):
+    """A task that trains on questions and scores paraphrases too."""
+    if request.param == "facts":
+        return facts.task(0, entities=40, base_entities=3, seed=0)
+    blocks = [
+        f"(C{i}, Is, T)\nQ1: What is {i}?\nA1: a{i}\nQ2: And {i}?\nQ2: a{i}\n" for i in range(161)
+    ]
+    (tmp_path / "dataset.txt").write_text("".join(blocks))
+    return concept1k.task(0, tmp_path / "dataset.txt")
+
+
+def test_a_question_and_its_paraphrase_are_always_chosen_together(facts_task):
+    questions, paraphrases = (list(facts_task.splits[split]()) for split in (TRAIN, TEST))
+    assert len(questions) > 100
+    of = {other.prompt: one for one, other in zip(questions, paraphrases, strict=True)}
+    for one, other in zip(questions, paraphrases, strict=True):
+        assert position(one, seed=3) == position(other, seed=3)
+    assert len({position(row, seed=3) for row in questions}) == len(questions)
+    trained = chosen(facts_task, train_rows=30)
+    scored = chosen(facts_task, TEST, test_rows=30)
+    assert [of[row.prompt] for row in scored] == trained
 
 
 def test_duplicate_rows_do_not_exceed_a_limit():

@@ -1,6 +1,9 @@
 """Tasks from Hugging Face datasets in local folders."""
 
+import gzip
+import os
 import pickle
+import re
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -73,6 +76,92 @@ def test_broken_data_files_are_named(tmp_path, content):
     (tmp_path / "films" / "train.jsonl").write_text(content)
     with pytest.raises(InputError, match="films"):
         check_rows(task(tmp_path / "films", test=None), TRAIN)
+
+
+def rows(path, split=TRAIN, **options):
+    return list(task(path, **options).splits[split]())
+
+
+def test_a_file_whose_content_changed_is_read_anew(tmp_path):
+    """The cache of `datasets` goes by path, size and time."""
+    file = tmp_path / "films" / "train.csv"
+    file.parent.mkdir()
+    for label in ("bad", "top"):
+        file.write_text(f"text,label\ndull,{label}\n")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert rows(file.parent, test=None) == [Row("dull?", f" {label}")]
+
+
+@pytest.mark.parametrize("value", ["007", "2.50", "None", "NA", "null", "nan", "1e-05", "True"])
+def test_the_columns_of_csv_are_text(tmp_path, value):
+    (tmp_path / "train.csv").write_text(f"text,label\n1,{value}\n2,2.5\n")
+    assert rows(tmp_path, test=None)[0] == Row("1?", f" {value}")
+
+
+@pytest.mark.parametrize("literal", ["0.00001", "1.50", "true", '"2024-01-01"', '"NaN"'])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz"])
+def test_json_in_a_folder_is_rendered_as_written(tmp_path, name, literal):
+    lines = f'{{"text": 1, "label": {literal}}}\n'.encode() * 2
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    expected = Row("1?", " " + literal.strip('"'))
+    assert rows(tmp_path, test=None) == [expected] * 2
+
+
+def test_types_that_a_folder_declares_are_kept(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n007,1\n")
+    names = "{class_label: {names: {'0': bad, '1': good}}}"
+    features = f"[{{name: text, dtype: int64}}, {{name: label, dtype: {names}}}]"
+    (tmp_path / "README.md").write_text(f"---\ndataset_info: {{features: {features}}}\n---\n")
+    assert rows(tmp_path, test=None) == [Row("7?", " good")]
+
+
+LETTERS = Dataset.from_dict({"text": list("abcdefgh"), "label": list("ABCDEFGH")})
+
+
+@pytest.mark.parametrize("kind", ["saved", "files"])
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "abcdefgh"),
+        ("train[:2]", "ab"),
+        ("train[6:]", "gh"),
+        ("train[-1:]", "h"),
+        ("train[:25%]+train[7:]", "abh"),
+        ("all", "abcdefgh"),
+    ],
+)
+def test_slices_are_taken_wherever_the_rows_come_from(tmp_path, kind, split, expected):
+    if kind == "saved":
+        LETTERS.save_to_disk(tmp_path / "letters")
+    else:
+        (tmp_path / "letters").mkdir()
+        LETTERS.to_json(tmp_path / "letters" / "train.jsonl")
+    found = rows(tmp_path / "letters", train=split, test=None)
+    assert "".join(row.prompt[0] for row in found) == expected
+
+
+@pytest.mark.parametrize("split", ["trian", "test", "train[:2", "train[x:]"])
+def test_a_split_that_is_not_there_is_refused(tmp_path, split):
+    LETTERS.save_to_disk(tmp_path / "letters")
+    with pytest.raises(InputError, match=rf"letters, {re.escape(split)}: ") as error:
+        rows(tmp_path / "letters", TEST, test=split)
+    assert ("test: null scores the training rows" in str(error.value)) == (split == "test")
+
+
+def test_a_file_is_refused_and_what_reads_it_is_said(tmp_path):
+    (tmp_path / "films.jsonl").touch()
+    with pytest.raises(InputError, match=r"films\.jsonl: a file; .*folder.*formats jsonl"):
+        task(tmp_path / "films.jsonl")
+
+
+def test_small_floats_are_rendered_in_their_own_precision(tmp_path):
+    features = Features({"text": Value("float32"), "label": Value("string")})
+    data = Dataset.from_dict({"text": [0.1], "label": ["x"]}, features=features)
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    data.to_parquet(tmp_path / "files" / "train.parquet")
+    for folder in ("saved", "files"):
+        assert rows(tmp_path / folder, test=None) == [Row("0.1?", " x")]
 
 
 def test_an_empty_folder_and_an_unknown_name_are_named(tmp_path, monkeypatch):

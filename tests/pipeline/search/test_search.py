@@ -34,7 +34,6 @@ from pipeline.search.search import (
 )
 from pipeline.search.trial import run_trial
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import is_for_validation
 from pipeline.stages.files import PREDICTIONS
 from pipeline.storage import artifact
 
@@ -131,7 +130,7 @@ def test_trials_score_validation_rows_only_and_report_after_every_task(search, i
     assert [trial.state for trial in found] == ["finished", "finished"]
     rows = [row for trial in found for row in scored(of, trial)]
     assert rows
-    assert all(is_for_validation(row["prompt"], row["answer"], share=0.3) for row in rows)
+    assert all(row["position"] < 0.3 for row in rows)
     averages = [progress.average for trial in found for progress in trial.progress]
     assert [(r["task"], r["average"]) for r in in_process.reported] == list(
         zip([1, 2, 1, 2], averages, strict=True)
@@ -240,6 +239,40 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
         )
     assert found[0] == found[1]
     assert len({str(trial) for trial in found[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("files", "scored_set", "share"),
+    [
+        (("train",), "memorization", 0.5),
+        (("train", "test"), "test", 0.5),
+        (("train", "validation"), "validation", None),
+    ],
+)
+def test_tasks_scored_on_what_they_train_on_train_all_of_it(
+    tiny_config, tmp_path, files, scored_set, share
+):
+    """Facts that were set apart from training would be answered by no trial."""
+    people = [
+        {"prompt": f"Where does number {i} live?", "answer": f" in {i % 4}"} for i in range(8)
+    ]
+    for split in files:
+        lines = [json.dumps(row) + "\n" for row in people]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines[:: -1 if split == "test" else 1]))
+    tasks = f"tasks={{format: jsonl, sequence: [{{name: one, path: {tmp_path}}}]}}"
+    options = [tasks, "training.epochs=40", f"evaluation.validation={share or 0.3}"]
+    config = only_validation(tiny_config(tmp_path / "storage", *options, method="sequential"))
+    resolved = open_run(config).resolved
+    run_stages(list(resolved.values()), Context(ray_data=False), lambda records: None)
+    summary = json.loads(resolved["prepare/one"].read("summary.json"))
+    assert summary["splits"]["train"]["rows"] == 8
+    rows = pq.read_table(resolved["evaluate/1-one"].folder / PREDICTIONS).to_pylist()
+    rows = [row for row in rows if row["task"] == "one"]
+    assert {row["evaluation_set"] for row in rows} == {scored_set}
+    assert fmean(row["score"] for row in rows) > 0.5
+    if share:
+        assert 0 < len(rows) < 8
+        assert all(row["position"] < share for row in rows)
 
 
 def test_another_winner_of_more_trials_takes_the_place_of_the_earlier_one(search):

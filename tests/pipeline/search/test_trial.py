@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.search.trial import Progress, Trial, best, progress_after, table
+from pipeline.search.trial import Progress, Trial, best, progress_after, table, undecided
 
 ROWS = [
     {"a": {"m": 0.0, "g": 0.1}, "b": {"m": 0.0, "g": 0.3}, "skill": {"m": 1.0}},
@@ -24,6 +24,19 @@ def test_tasks_trained_alone_are_scored_by_their_own_models():
     alone = progress_after(ROWS, ["a", "b"], alone=True)
     assert alone.average == alone.learned == pytest.approx((0.8 + 1.0 + 0.6 + 0.6) / 4)
     assert alone.retained == pytest.approx((0.8 + 0.6) / 2)
+
+
+def test_trials_that_all_score_the_same_decide_nothing():
+    def tried(number, average, state="finished", method="agcl"):
+        progress = (Progress(average=average, learned=average, retained=None),)
+        return Trial(number, {"method": method}, state, progress)
+
+    same = [tried(0, 0.0), tried(1, 0.0), tried(2, 0.5, "stopped"), Trial(3, {}, "failed")]
+    said = undecided(same)
+    assert said.startswith("all 2 finished trials score 0.000 on validation rows")
+    assert "\n" not in said
+    for decided in ([], same[:1], [*same, tried(4, 0.1)]):
+        assert undecided(decided) is None
 
 
 def test_the_first_of_equal_finished_trials_is_the_best():

@@ -86,10 +86,10 @@ def test_rows_too_long_or_empty_are_left_out_and_counted(prepared, tmp_path):
     train = lines(tmp_path / "train.jsonl", [*rows, {"q": "e", "a": 7}, {"q": "", "a": "x"}])
     item = {"name": "mine", "train": train, "prompt": "Q: {q}\n", "answer": "{a}"}
     texts, summary = prepared({"format": "jsonl", "sequence": [item], "max_length": 50})
-    assert texts == {"train": [("Q: a b\n", "c<end>"), ("Q: e\n", "7<end>"), ("Q: \n", "x<end>")]}
+    assert texts == {"train": [("Q: a b\n", "c<end>"), ("Q: e\n", "7<end>")]}
     counts = summary["splits"]["train"]
-    assert (counts["rows"], counts["too_long"], counts["empty"]) == (3, 1, 1)
-    assert counts["answer_tokens"] == 6
+    assert (counts["rows"], counts["too_long"], counts["empty"]) == (2, 1, 2)
+    assert counts["answer_tokens"] == 4
     assert summary["scored"] == {"memorization": "train"}
 
 
@@ -137,9 +137,11 @@ def test_validation_rows_come_from_the_training_rows_and_cuts_are_kept(prepared,
 
 
 def test_a_chat_template_renders_the_prompt_as_a_message(prepared, tmp_path):
-    train = lines(tmp_path / "a.jsonl", [{"prompt": "Hi?", "answer": " Yes"}])
+    rows = [{"prompt": "Hi?", "answer": " Yes"}, {"prompt": " ", "answer": "No"}]
+    train = lines(tmp_path / "a.jsonl", rows)
     tasks = {"format": "jsonl", "sequence": [{"name": "n", "train": train}], "chat_template": True}
-    texts, _ = prepared(tasks)
+    texts, summary = prepared(tasks)
+    assert summary["splits"]["train"]["empty"] == 1
     assert texts["train"] == [("[user] Hi?\n[assistant] ", "Yes<end>")]
 
 

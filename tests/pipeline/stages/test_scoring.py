@@ -88,6 +88,7 @@ def scored(tmp_path, model_folder):
     [
         ("exact_match", [1, 0, 0, 0]),
         ("normalised_exact_match", [1, 1, 0, 0]),
+        ("olora_match", [1, 1, 0, 0]),
         ("token_f1", [1, 1, 0.5, 0]),
         ("rouge_l", [1, 1, 2 / 3, 0]),
     ],
@@ -143,7 +144,54 @@ def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tm
     }
 
 
-@pytest.mark.parametrize(("scorer", "rows"), [("normalised_exact_match", 1), ("rouge_l", 4)])
+def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
+    """A fact has two questions here, the trained one and a paraphrase."""
+    tokenizer = models.load_tokenizer(model_folder)
+    asked = {
+        "train": [Row(f"What is {i}?", " x", fact=f"{i}") for i in range(40)],
+        "test": [Row(f"Which one is {i}?", " x", fact=f"{i}") for i in range(40)],
+    }
+    sets = {"memorization": "train", "generalization": "test"}
+    rows = write_rows(tmp_path / "rows", tokenizer, asked, scored=sets, scorer="exact_match")
+    found = {}
+    for share in (None, 0.3):
+        out = tmp_path / str(share)
+        out.mkdir()
+        inputs = {"model": model_folder, "rows/one": rows}
+        evaluate({**SETTINGS, "validation": share}, inputs, out, Context())
+        table = pq.read_table(out / "predictions.parquet").to_pylist()
+        found[share] = [(row["evaluation_set"], row["prompt"].split()[-1]) for row in table]
+    assert len(found[None]) == 80
+    held = {fact for _, fact in found[0.3]}
+    assert 5 < len(held) < 20
+    assert sorted(found[0.3]) == sorted((name, fact) for name in sets for fact in held)
+    # The report, which has the predictions only, decides the same.
+    predictions = pq.read_table(tmp_path / "None" / "predictions.parquet")
+    marked = pa.array([float(p.split()[-1] in held) for p in predictions["prompt"].to_pylist()])
+    place = predictions.schema.get_field_index("score")
+    pq.write_table(
+        predictions.set_column(place, "score", marked), tmp_path / "None" / "predictions.parquet"
+    )
+    config = {
+        "method": "sequential",
+        "seed": 0,
+        "tasks": ["one"],
+        "held_out": [],
+        "evaluation_set": None,
+        "validation": 0.3,
+        "only_validation": False,
+    }
+    folders = {f"scores/{i}": tmp_path / "None" for i in range(2)}
+    report(config, folders, tmp_path, Context())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in sets:
+        assert metrics["evaluation_sets"][name]["average_performance"] == 0
+        assert metrics["validation"][name]["average_performance"] == 1
+
+
+@pytest.mark.parametrize(
+    ("scorer", "rows"), [("normalised_exact_match", 1), ("olora_match", 1), ("rouge_l", 4)]
+)
 def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
     tmp_path, model_folder, scorer, rows
 ):
