@@ -104,8 +104,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a folder that transformers can load. Collective: only rank 0 writes.
 
-    Rank 0 needs CPU memory for a whole sharded model.
+    Its `generate` stops at the tokenizer's end token, which the model was taught; of a list of end
+    tokens that the model came with, it keeps the others. Rank 0 needs CPU memory for a whole
+    sharded model.
     """
+    end = tokenizer.eos_token_id
+    for config in (model.config, model.generation_config):
+        known = config.eos_token_id
+        others = [each for each in known if each != end] if isinstance(known, list) else []
+        config.eos_token_id = [end, *others] if others else end
     state = None
     if sharding.is_sharded(model):
         state = dict(sharding.on_rank_zero(model.named_parameters()))

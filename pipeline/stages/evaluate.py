@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,8 @@ from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import PREDICTIONS, SCORES, SUMMARY, TEXT, named, rows_file
+from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, TEXT, named, rows_file
+from pipeline.stages.saved import Verdict, check_answers, check_tokens
 from pipeline.storage.artifact import write_json
 
 
@@ -33,14 +35,21 @@ def evaluate(
     recompute every metric; `predicted` is the model's greedy answer, or with exact match alone the
     teacher-forced choice, which agrees with it up to the first wrong token. With a `validation`
     share, only validation rows are scored. With the input `text`, `text.json` holds the loss on it.
+
+    A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
+    files are loaded again to answer a row per task, and `saved.json` holds how many agree; a
+    sharded model may fit in no single worker and is not loaded. Raises `ValueError` if either
+    disagrees.
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
+    verdicts: list[Verdict] = []
     tasks = named("rows/", inputs)
     with context.borrowed_model(inputs) as model:
-        tokenizer = models.load_tokenizer(inputs["model"])
+        tokenizer = models.load_tokenizer(inputs.get("adapter", inputs["model"]))
         for number, (task, folder) in enumerate(tasks.items(), start=1):
-            scores[task] = _score_task(model, tokenizer, config, task, folder, tables)
+            scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
+            verdicts.append(verdict)
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
         if "text" in inputs:
             text = inputs["text"].read_text(encoding="utf-8")
@@ -52,6 +61,14 @@ def evaluate(
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
+        if config["saved"]:
+            found: dict[str, Any] = {"skipped": "the model is sharded"}
+            if not context.shard_model:
+                context.held.clear()  # No later stage needs it, and two models may not fit.
+                found = check_answers(
+                    inputs, tokenizer, verdicts, context.device, config["precision"]
+                )
+            write_json(out_dir / SAVED, found)
 
 
 def _score_task(
@@ -61,24 +78,31 @@ def _score_task(
     task: str,
     folder: Path,
     tables: list[pa.Table],
-) -> dict[str, float]:
-    """The mean score of every evaluation set of a task; appends its predictions to `tables`."""
+) -> tuple[dict[str, float], Verdict]:
+    """The mean score of every evaluation set of a task, and a row answered right if there is one.
+
+    Appends its predictions to `tables`.
+    """
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     scores: dict[str, float] = {}
+    verdicts: list[Verdict] = []
     for name, rows in _rows_to_score(folder, summary, config["validation"]).items():
         if not len(rows):
             raise ValueError(
                 f"evaluation.validation: {config['validation']} leaves no validation row in {name} "
                 f"of task {task}; choose another share"
             )
+        check_tokens(tokenizer, rows, task, chat=config["chat_template"])
         sets = {name: summary["scorer"]}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
         texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+        shown = max(range(len(rows)), key=exact.__getitem__)
+        verdicts.append((rows[shown], exact[shown]))
         for set_name, scorer in sets.items():
             scored = _scored(scorer, texts, rows.table, exact)
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
-    return scores
+    return scores, max(verdicts, key=itemgetter(1))
 
 
 def _rows_to_score(

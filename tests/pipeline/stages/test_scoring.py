@@ -32,6 +32,8 @@ SETTINGS = {
     "scorers": [],
     "max_new_tokens": None,
     "validation": None,
+    "chat_template": False,
+    "saved": False,
 }
 
 
