@@ -54,7 +54,8 @@ def check_answers(
     if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
         adapter.load(model, inputs["adapter"] / ADAPTER).eval()
         ends = tokenizer.eos_token_id
-    few = sorted(verdicts[::-1], key=itemgetter(1), reverse=True)[:_ANSWERS]
+    latest_first = verdicts[::-1]
+    few = sorted(latest_first, key=itemgetter(1), reverse=True)[:_ANSWERS]
     wrong = []
     for (ids, prompt_tokens), right in few:
         prompt, answer = ids[:prompt_tokens], ids[prompt_tokens:]

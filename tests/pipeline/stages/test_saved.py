@@ -1,11 +1,13 @@
 """The saved folder is opened as a user opens it: its tokens and its answers are those scored."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import families
+from reference.record_run import recorded
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +16,7 @@ from agcl.model import models
 from pipeline.config.check import check_inputs
 from pipeline.config.loading import validate
 from pipeline.execution.session import run_stages
+from pipeline.results.model_card import write_model_folder
 from pipeline.run import open_run
 from pipeline.stages.context import Context
 
@@ -22,7 +25,7 @@ QUESTIONS = [f"What is {i} and {i + 30}?" for i in range(6)]
 ANSWERS = [f" the number {31 * i}" for i in range(6)]
 
 
-def base_folder(folder, architecture):
+def base_folder(folder, architecture, dtype=torch.float32):
     """A tiny model of the family beside a plain byte-level tokenizer, which merges digits."""
     texts = [q + a for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     tokenizer = models.builtin_tokenizer(texts * 4, vocab_size=300)
@@ -34,7 +37,7 @@ def base_folder(folder, architecture):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-    models.save(model, tokenizer, folder)
+    models.save(model.to(dtype), tokenizer, folder)
     return folder
 
 
@@ -61,9 +64,12 @@ def trained(tmp_path):
             }
         )
         check_inputs(config)
-        resolved = open_run(config).resolved
-        run_stages(list(resolved.values()), Context(ray_data=False), lambda records: None)
-        return resolved
+        opened = open_run(config)
+        works = list(opened.resolved.values())
+        run_stages(works, Context(ray_data=False), lambda records: None)
+        opened.folder.mkdir()
+        write_model_folder(opened, recorded("gate-seed0"), None)
+        return opened.resolved
 
     return run
 
@@ -73,7 +79,7 @@ def test_plain_generate_from_the_final_folder_answers_as_scored(trained, tmp_pat
     resolved = trained(base_folder(tmp_path / "base", architecture))
     scored = resolved["evaluate/1-sums"]
     assert json.loads(scored.read("saved.json")) == {"rows": 1, "agree": 1}
-    folder = resolved["train/1-sums"].folder
+    folder = tmp_path / "storage" / "base" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     right = 0
@@ -100,6 +106,40 @@ def test_an_adapter_is_checked_on_its_base(trained, tmp_path):
     base = base_folder(tmp_path / "base", "Qwen2ForCausalLM")
     resolved = trained(base, method="lora", adapter={"rank": 8, "merge": False})
     assert json.loads(resolved["evaluate/1-sums"].read("saved.json")) == {"rows": 1, "agree": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_final_folder_can_be_copied_and_has_the_bases_dtype(trained, tmp_path, dtype):
+    resolved = trained(base_folder(tmp_path / "base", "LlamaForCausalLM", dtype))
+    shutil.copytree(tmp_path / "storage" / "base" / "model", tmp_path / "copy", symlinks=True)
+    shutil.rmtree(tmp_path / "storage" / "base")
+    stored = resolved["train/1-sums"].folder / "model.safetensors"
+    assert stored.stat().st_nlink == 1
+    saved = AutoModelForCausalLM.from_pretrained(resolved["train/1-sums"].folder)
+    copied = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    for name, weight in copied.named_parameters():
+        assert weight.dtype == dtype
+        assert torch.equal(saved.get_parameter(name).to(dtype), weight)
+        assert saved.get_parameter(name).dtype == torch.float32
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert ("stored in bfloat16" in card) == (dtype == torch.bfloat16)
+
+
+def test_weights_are_not_stored_twice_where_that_can_be_avoided(trained, tmp_path, monkeypatch):
+    resolved = trained(base_folder(tmp_path / "base", "LlamaForCausalLM"))
+    stored = resolved["train/1-sums"].folder
+    final = tmp_path / "storage" / "base" / "model"
+    assert (final / "model.safetensors").samefile(stored / "model.safetensors")
+    assert not (final / "config.json").samefile(stored / "config.json")  # It may be edited.
+
+    def no_links(self, target):
+        raise OSError
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", no_links)
+    shutil.rmtree(final.parent)
+    trained(tmp_path / "base")
+    assert not (final / "model.safetensors").samefile(stored / "model.safetensors")
+    assert AutoModelForCausalLM.from_pretrained(final)
 
 
 def test_a_tokenizer_that_gives_other_tokens_fails_the_stage(trained, tmp_path, monkeypatch):
