@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 
 
 class Encoded(NamedTuple):
-    """One tokenized row: prompt, answer, end-of-sequence token."""
+    """One tokenized row: prompt (at least one token), answer, end-of-sequence token."""
 
     input_ids: list[int]
     prompt_tokens: int

@@ -95,11 +95,11 @@ def _score_task(
         check_tokens(tokenizer, rows, task, chat=config["chat_template"])
         sets = {name: summary["scorer"]}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
-        texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+        texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
         shown = max(range(len(rows)), key=exact.__getitem__)
         verdicts.append((rows[shown], exact[shown]))
         for set_name, scorer in sets.items():
-            scored = _scored(scorer, texts, rows.table, exact)
+            scored = _scored(scorer, texts, expected, rows.table["prompt"].to_pylist(), exact)
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
     return scores, max(verdicts, key=itemgetter(1))
@@ -136,11 +136,12 @@ def _answers(
     rows: EncodedRows,
     config: Mapping[str, Any],
     scorers: set[str],
-) -> tuple[list[str], list[bool]]:
-    """The model's answer to every row, and whether it is exactly the expected one.
+) -> tuple[list[str], list[str], list[bool]]:
+    """For every row the model's answer, the expected one, and whether they agree exactly.
 
     One teacher-forced pass finds the exact answers. The others are decoded token by token, unless
-    every scorer is exact match.
+    every scorer is exact match. Both texts are those of tokens, without the special ones, except
+    for special tokens that an expected answer has, such as labels.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -161,16 +162,29 @@ def _answers(
         )
         for i, ids in zip(wrong, decoded, strict=True):
             predicted[i] = ids
-    return tokenizer.batch_decode(predicted, skip_special_tokens=True), exact
+    answers = [row.input_ids[row.prompt_tokens : -1] for row in encoded]
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
+    skipped = special.difference(*answers) | {tokenizer.eos_token_id}
+    texts, expected = (
+        tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
+        for each in (predicted, answers)
+    )
+    return texts, expected, exact
 
 
-def _scored(name: str, texts: Sequence[str], rows: pa.Table, exact: Sequence[bool]) -> list[float]:
+def _scored(
+    name: str,
+    texts: Sequence[str],
+    expected: Sequence[str],
+    prompts: Sequence[str],
+    exact: Sequence[bool],
+) -> list[float]:
     """The score of every row. Raises `ValueError` for a score that is not a number in [0, 1]."""
     if name == TEACHER_FORCED:
         return [float(right) for right in exact]
     scorer = scorer_named(name)
-    answers, prompts = rows["answer"].to_pylist(), rows["prompt"].to_pylist()
-    scored = [score(scorer, *row) for row in zip(texts, answers, prompts, strict=True)]
+    scored = [score(scorer, *row) for row in zip(texts, expected, prompts, strict=True)]
     for row, value in enumerate(scored):
         if not (math.isfinite(value) and 0 <= value <= 1):
             raise ValueError(f"scorer {name} gives {value} for row {row}, not a number in [0, 1]")
