@@ -1,12 +1,14 @@
 """Models and tokenizers: the built-in tiny model, loading, saving, and checks before loading."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -25,6 +27,8 @@ from agcl.parallel import distributed, sharding
 
 BUILTIN, BUILTIN_LAYERS = "builtin", 4
 END, PAD = "<end>", "<pad>"
+_SHARD_SIZE = "5GB"
+"""Of a saved weight file, which `save_in` reads as a whole."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -104,14 +108,39 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a folder that transformers can load. Collective: only rank 0 writes.
 
-    Rank 0 needs CPU memory for a whole sharded model.
+    Its `generate` stops at the tokenizer's end token, which the model was taught; of a list of end
+    tokens that the model came with, it keeps the others. Rank 0 needs CPU memory for a whole
+    sharded model.
     """
+    end = tokenizer.eos_token_id
+    for config in (model.config, model.generation_config):
+        known = config.eos_token_id
+        others = [each for each in known if each != end] if isinstance(known, list) else []
+        config.eos_token_id = [end, *others] if others else end
     state = None
     if sharding.is_sharded(model):
         state = dict(sharding.on_rank_zero(model.named_parameters()))
     if distributed.rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
+
+
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the weights by a `config.json`: bfloat16 or float16, otherwise float32."""
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return half.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+
+
+def save_in(dtype: torch.dtype, file: Path, target: Path) -> None:
+    """Copy `config.json` or a weight file of a model saved in float32, changed to `dtype`."""
+    if file.suffix == ".json":
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name).to(dtype) for name in stored.keys()}  # noqa: SIM118
+        save_file(tensors, target, metadata=stored.metadata())
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

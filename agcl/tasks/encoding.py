@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 
 
 class Encoded(NamedTuple):
-    """One tokenized row: prompt, answer, end-of-sequence token."""
+    """One tokenized row: prompt (at least one token), answer, end-of-sequence token."""
 
     input_ids: list[int]
     prompt_tokens: int
@@ -36,7 +36,7 @@ def encode(
 ) -> pa.Table:
     """Tokenize rows into a table of `SCHEMA`.
 
-    The tokenizer's special tokens (such as BOS) are added to the prompt, and an end-of-sequence
+    The tokenizer's special tokens (such as BOS) are added to the prompt, and one end-of-sequence
     token to the answer. With `chat` the prompt becomes a user message in the tokenizer's chat
     template, which provides special tokens and separators; the answer's leading whitespace is
     removed.
@@ -48,24 +48,51 @@ def encode(
             row if is_empty(row) else Row(_as_message(tokenizer, row.prompt), row.answer.lstrip())
             for row in rows
         ]
-    prompts, answers = [], []
-    if rows:
-        # Tokenized separately, so that the prompt has the same tokens in training and generation.
-        prompts = tokenizer([r.prompt for r in rows], add_special_tokens=not chat)["input_ids"]
-        answers = tokenizer([r.answer for r in rows], add_special_tokens=False)["input_ids"]
-    # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
-    end = tokenizer.eos_token_id
-    prompts = [ids[:-1] if ids and ids[-1] == end else ids for ids in prompts]
+    encoded = encode_rendered(tokenizer, rows, special=not chat)
     return pa.table(
         {
-            "input_ids": [[*p, *a, end] for p, a in zip(prompts, answers, strict=True)],
-            "prompt_tokens": [len(p) for p in prompts],
+            "input_ids": [row.input_ids for row in encoded],
+            "prompt_tokens": [row.prompt_tokens for row in encoded],
             "prompt": [row.prompt for row in rows],
             "answer": [row.answer for row in rows],
             "position": positions,
         },
         schema=SCHEMA,
     )
+
+
+def encode_rendered(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], *, special: bool
+) -> list[Encoded]:
+    """Token ids of rows that any chat template is already applied to.
+
+    `special` adds the tokenizer's special tokens. The prompt has the same tokens as alone, as in
+    generation. The answer has those that it has behind its prompt: alone, many tokenizers would
+    put a space before it.
+    """
+    if not rows:
+        return []
+    end = tokenizer.eos_token_id
+    texts = [text for row in rows for text in (row.prompt, row.prompt + row.answer)]
+    # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
+    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    prompts = [each[:-1] if each[-1:] == [end] else each for each in ids[::2]]
+    encoded = []
+    for row, prompt, whole in zip(rows, prompts, ids[1::2], strict=True):
+        follows = whole[: len(prompt)] == prompt
+        answer = whole[len(prompt) :] if follows else _continuation(tokenizer, row.answer)
+        while answer[-1:] == [end]:  # The answer's text may end with it too.
+            answer = answer[:-1]
+        encoded.append(Encoded([*prompt, *answer, end], len(prompt)))
+    return encoded
+
+
+def _continuation(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """The tokens of an answer whose start would merge with the end of its prompt."""
+    texts = ["\n", "\n" + answer, answer]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    line, behind_line, alone = ids
+    return behind_line[len(line) :] if behind_line[: len(line)] == line else alone
 
 
 def _as_message(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:

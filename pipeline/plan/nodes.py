@@ -21,8 +21,11 @@ from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
 
-_TOKENIZER_FILES = ("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja")
-_MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
+_TOKENIZER_FILES = (
+    "config.json",  # By its model_type transformers chooses the tokenizer's class.
+    *("token*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.jinja"),
+)
+_MODEL_FILES = ("generation_config.json", "*.safetensors*", *_TOKENIZER_FILES)
 
 Inputs = dict[str, Stage | External]
 """By role."""
@@ -194,8 +197,13 @@ def evaluate_stage(
     rows: Mapping[str, Stage],
     session: str,
     base: Stage | External | None = None,
+    *,
+    last: bool = False,
 ) -> Stage:
-    """Score `model`, which is only an adapter on its `base` if adapters are not merged."""
+    """Score `model`, which is only an adapter on its `base` if adapters are not merged.
+
+    The `last` one of a run also checks the saved files; those of a search's trials do not.
+    """
     settings = config.evaluation
     unmerged = config.adapter is not None and not config.adapter.merge
     inputs: Inputs = {"model": model}
@@ -213,6 +221,8 @@ def evaluate_stage(
         config={
             **settings.model_dump(mode="json", exclude={"rows", "set", "text"}),
             "validation": settings.validation if settings.rows == "validation" else None,
+            "chat_template": config.tasks.chat_template,
+            "saved": last and settings.rows != "validation",
         },
         inputs=inputs,
         session=session,

@@ -94,7 +94,9 @@ def _sequence(
             inputs["rows"] = rows[task]
             importances[task] = attribute_stage(config, index, task, measured.session, inputs)
             chain.append(importances[task])
-        chain.append(evaluate_stage(config, f"{index}-{task}", model, rows, "sequence", base))
+        last = index == len(tasks)
+        name = f"{index}-{task}"
+        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, last=last))
     return chain
 
 
@@ -115,7 +117,8 @@ def _joint(
         session="sequence",
         train=True,
     )
-    return [model, evaluate_stage(config, f"{len(tasks)}-joint", model, rows, "sequence")]
+    name = f"{len(tasks)}-joint"
+    return [model, evaluate_stage(config, name, model, rows, "sequence", last=True)]
 
 
 def _alone(
@@ -125,5 +128,6 @@ def _alone(
     chain = []
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, [], rows, {})
-        chain += [model, evaluate_stage(config, f"{index}-{task}", model, rows, "sequence")]
+        name, last = f"{index}-{task}", index == len(tasks)
+        chain += [model, evaluate_stage(config, name, model, rows, "sequence", last=last)]
     return chain

@@ -1,8 +1,13 @@
 """The final model's folder, which plain transformers loads, and the model card in it."""
 
+import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+import torch
+from agcl.model import models
 
 from pipeline.config.config import Config
 from pipeline.config.naming import method_description, method_name
@@ -20,32 +25,63 @@ _METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
 
 
 def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> None:
-    """Give the run's folder its final model: links to the files of the artifact, and a card.
+    """Give the run's folder its final model, from the files of the artifact, and a card.
 
-    With a bucket, also writes a text file with the URI of the model, whose files may not be on
-    this machine. Replaces an earlier folder; a new one is complete before it gets its name.
+    The weights have the dtype of the base model's: they are hard links if that is float32, and
+    copies where the file system has no hard links. With a bucket they are symbolic links into its
+    cache, beside a text file with the model's URI. Replaces an earlier folder; a new one is
+    complete before it gets its name.
     """
     folder, model = run.folder / MODEL, run.resolved[run.plan.final_model]
     if run.config.tracking.register_model:
         model.fetch()
+    uri = model.storage.uri_of_files(model.folder)
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     there = model.folder.exists()
-    files = [f for f in model.folder.iterdir() if f.name not in _OWN_FILES] if there else []
+    files = [f for f in model.folder.iterdir() if f.is_file()] if there else []
     if adapter_alone(model) and there:
         files += (model.folder / ADAPTER).iterdir()
     for file in files:
-        (aside / file.name).symlink_to(os.path.relpath(file, folder))
+        if file.name in _OWN_FILES:
+            continue
+        if uri:
+            (aside / file.name).symlink_to(os.path.relpath(file, folder))
+        else:
+            _place(file, aside / file.name, _dtype(run.config))
     text = card(run.config, result, mlflow_run, adapter=adapter_alone(model))
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
-    if uri := model.storage.uri_of_files(model.folder):
+    if uri:
         (aside / LOCATION).write_text(f"{uri}\n")
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def _place(file: Path, target: Path, dtype: torch.dtype) -> None:
+    """Put a file of the final model's artifact, which is in float32, into the run's folder."""
+    is_weights = file.match("model*.safetensors")
+    if dtype != torch.float32 and (is_weights or file.name == "config.json"):
+        models.save_in(dtype, file, target)
+        return
+    # Weights alone are linked: small files may be edited in place, which would damage the artifact.
+    if is_weights:
+        with suppress(OSError):
+            target.hardlink_to(file)
+            return
+    shutil.copyfile(file, target)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    """The dtype of the base model's weights."""
+    if config.model.is_builtin:
+        return torch.float32
+    return models.stored_dtype(
+        json.loads((config.model.folder / "config.json").read_text(encoding="utf-8"))
+    )
 
 
 def adapter_alone(model: ResolvedStage) -> bool:
@@ -65,6 +101,7 @@ def card(
         method=method_name(config),
         description=method_description(config),
         adapter=adapter,
+        dtype=str(_dtype(config)).removeprefix("torch."),
         run=result,
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},
         mlflow_run=mlflow_run,

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,8 @@ from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import PREDICTIONS, SCORES, SUMMARY, TEXT, named, rows_file
+from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, TEXT, named, rows_file
+from pipeline.stages.saved import Verdict, check_answers, check_tokens
 from pipeline.storage.artifact import write_json
 
 
@@ -33,14 +35,21 @@ def evaluate(
     teacher-forced choice, which agrees with it up to the first wrong token. With a `validation`
     share, only validation rows are scored: those of the task's own split, or else those whose
     fact's `position` is below it. With the input `text`, `text.json` holds the loss on it.
+
+    A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
+    files are loaded again to answer a row per task, and `saved.json` holds how many agree; a
+    sharded model may fit in no single worker and is not loaded. Raises `ValueError` if either
+    disagrees.
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
+    verdicts: list[Verdict] = []
     tasks = named("rows/", inputs)
     with context.borrowed_model(inputs) as model:
-        tokenizer = models.load_tokenizer(inputs["model"])
+        tokenizer = models.load_tokenizer(inputs.get("adapter", inputs["model"]))
         for number, (task, folder) in enumerate(tasks.items(), start=1):
-            scores[task] = _score_task(model, tokenizer, config, task, folder, tables)
+            scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
+            verdicts.append(verdict)
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
         if "text" in inputs:
             text = inputs["text"].read_text(encoding="utf-8")
@@ -52,6 +61,14 @@ def evaluate(
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
+        if config["saved"]:
+            found: dict[str, Any] = {"skipped": "the model is sharded"}
+            if not context.shard_model:
+                context.held.clear()  # No later stage needs it, and two models may not fit.
+                found = check_answers(
+                    inputs, tokenizer, verdicts, context.device, config["precision"]
+                )
+            write_json(out_dir / SAVED, found)
 
 
 def _score_task(
@@ -61,24 +78,31 @@ def _score_task(
     task: str,
     folder: Path,
     tables: list[pa.Table],
-) -> dict[str, float]:
-    """The mean score of every evaluation set of a task; appends its predictions to `tables`."""
+) -> tuple[dict[str, float], Verdict]:
+    """The mean score of every evaluation set of a task, and a row answered right if there is one.
+
+    Appends its predictions to `tables`.
+    """
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     scores: dict[str, float] = {}
+    verdicts: list[Verdict] = []
     for name, rows in _rows_to_score(folder, summary, config["validation"]).items():
         if not len(rows):
             raise ValueError(
                 f"evaluation.validation: {config['validation']} leaves no validation row in {name} "
                 f"of task {task}; choose another share"
             )
+        check_tokens(tokenizer, rows, task, chat=config["chat_template"])
         sets = {name: summary["scorer"]}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
-        texts, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+        texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
+        shown = max(range(len(rows)), key=exact.__getitem__)
+        verdicts.append((rows[shown], exact[shown]))
         for set_name, scorer in sets.items():
-            scored = _scored(scorer, texts, rows.table, exact)
+            scored = _scored(scorer, texts, expected, rows.table["prompt"].to_pylist(), exact)
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
-    return scores
+    return scores, max(verdicts, key=itemgetter(1))
 
 
 def _rows_to_score(
@@ -102,11 +126,12 @@ def _answers(
     rows: EncodedRows,
     config: Mapping[str, Any],
     scorers: set[str],
-) -> tuple[list[str], list[bool]]:
-    """The model's answer to every row, and whether it is exactly the expected one.
+) -> tuple[list[str], list[str], list[bool]]:
+    """For every row the model's answer, the expected one, and whether they agree exactly.
 
     One teacher-forced pass finds the exact answers. The others are decoded token by token, unless
-    every scorer is exact match.
+    every scorer is exact match. Both texts are those of tokens, without the special ones, except
+    for special tokens that an expected answer has, such as labels.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -127,16 +152,29 @@ def _answers(
         )
         for i, ids in zip(wrong, decoded, strict=True):
             predicted[i] = ids
-    return tokenizer.batch_decode(predicted, skip_special_tokens=True), exact
+    answers = [row.input_ids[row.prompt_tokens : -1] for row in encoded]
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
+    skipped = special.difference(*answers) | {tokenizer.eos_token_id}
+    texts, expected = (
+        tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
+        for each in (predicted, answers)
+    )
+    return texts, expected, exact
 
 
-def _scored(name: str, texts: Sequence[str], rows: pa.Table, exact: Sequence[bool]) -> list[float]:
+def _scored(
+    name: str,
+    texts: Sequence[str],
+    expected: Sequence[str],
+    prompts: Sequence[str],
+    exact: Sequence[bool],
+) -> list[float]:
     """The score of every row. Raises `ValueError` for a score that is not a number in [0, 1]."""
     if name == TEACHER_FORCED:
         return [float(right) for right in exact]
     scorer = scorer_named(name)
-    answers, prompts = rows["answer"].to_pylist(), rows["prompt"].to_pylist()
-    scored = [score(scorer, *row) for row in zip(texts, answers, prompts, strict=True)]
+    scored = [score(scorer, *row) for row in zip(texts, expected, prompts, strict=True)]
     for row, value in enumerate(scored):
         if not (math.isfinite(value) and 0 <= value <= 1):
             raise ValueError(f"scorer {name} gives {value} for row {row}, not a number in [0, 1]")

@@ -103,8 +103,11 @@ def _encoded_by_ray(
 def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
     """The rows to keep. Adds to the counts."""
     rows = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
-    filled = pa.array([not is_empty(Row(*row)) for row in rows])
-    there = table.filter(filled)
+    filled = pa.array([not is_empty(Row(*row)) for row in rows], pa.bool_())
+    # A chat template or tokenizer can strip a prompt, or an answer before its end token, to none.
+    answers = pc.subtract(pc.list_value_length(table["input_ids"]), table["prompt_tokens"])
+    spoken = pc.and_(pc.greater(table["prompt_tokens"], 0), pc.greater(answers, 1))
+    there = table.filter(pc.and_(filled, spoken))
     kept = there.filter(pc.less_equal(pc.list_value_length(there["input_ids"]), max_length))
     tokens = pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
     counts["rows"] += kept.num_rows

@@ -164,7 +164,7 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
         assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()
     files = [file for file in (folder / "model").iterdir() if file.name != "README.md"]
     assert files
-    assert not any(file.readlink().is_absolute() for file in files)
+    assert not any(file.is_symlink() for file in files)  # They can be moved and copied.
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(("known", "saved"), [(0, 1), ([0, 1, 5], [1, 0, 5]), (None, 1), ([1], 1)])
+def test_a_saved_model_stops_at_the_tokenizers_end_token(tmp_path, tokenizer, known, saved):
+    model = models.builtin_model(len(tokenizer), seed=0)
+    model.config.eos_token_id = model.generation_config.eos_token_id = known
+    models.save(model, tokenizer, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == saved
+
+
 def test_a_folder_loads_in_float32_whatever_its_dtype(tmp_path, tokenizer):
     half = models.builtin_model(len(tokenizer), seed=0).bfloat16()
     models.save(half, tokenizer, tmp_path)

@@ -2,7 +2,10 @@
 
 import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from agcl.model.models import builtin_tokenizer
 from agcl.tasks import SCHEMA, Encoded, EncodedRows, Row, encode
@@ -12,6 +15,7 @@ ROWS = [
     Row("Wo wohnt Žofie 🦔?", " München"),
     Row("2+2=", "4"),
 ]
+SPACED = [*ROWS, Row("Ends with a space: ", "Rome"), Row("Where?", " Rome (Italy)")]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,30 @@ def framing_tokenizer():
         ],
     )
     return tokenizer
+
+
+def spaced_tokenizer(scheme):
+    """Puts a space before a text, as SentencePiece's do: by Metaspace, or Llama 2's normalizer."""
+    bpe = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+    if scheme == "legacy":
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        replaced = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence(replaced)
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        bpe.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<start>", "<end>"], show_progress=False
+    )
+    bpe.train_from_iterator([f"{row.prompt}{row.answer}" for row in SPACED] * 20, trainer)
+    bpe.post_processor = TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<start>", eos_token="<end>", unk_token="<unk>"
+    )
 
 
 def encoded(table):
@@ -63,6 +91,27 @@ def test_the_prompt_has_the_same_tokens_as_in_generation(tokenizer):
     [(ids, prompt_tokens)] = encoded(encode(merging, [Row("a", "b")]))
     assert ids[:prompt_tokens] == merging("a")["input_ids"]
     assert ids != [*merging("ab")["input_ids"], merging.eos_token_id]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "legacy"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(scheme, chat):
+    tokenizer = spaced_tokenizer(scheme)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    for row, (ids, prompt_tokens) in zip(
+        SPACED, encoded(encode(tokenizer, SPACED, chat=chat)), strict=True
+    ):
+        alone = tokenizer(row.prompt, add_special_tokens=not chat)["input_ids"]
+        assert ids[:prompt_tokens] == (alone if chat else alone[:-1])
+        assert (ids[0], ids[-1]) == (ids[0] if chat else 1, 2)
+        answer = row.answer.lstrip() if chat else row.answer
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row.prompt + answer
+
+
+def test_an_end_token_in_the_answers_text_is_not_doubled(tokenizer, framing_tokenizer):
+    for each in (tokenizer, framing_tokenizer):
+        [plain, ending] = encoded(encode(each, [Row("a", " b"), Row("a", " b<end>")]))
+        assert plain == ending
 
 
 def test_special_tokens_are_only_before_the_prompt_and_after_the_answer(framing_tokenizer):

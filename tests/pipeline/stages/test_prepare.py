@@ -8,6 +8,7 @@ import pytest
 import ray
 from datasets import Dataset, DatasetDict
 from reference import trace_files
+from tokenizers.normalizers import Replace
 
 from agcl.errors import InputError
 from agcl.model import models
@@ -21,6 +22,16 @@ from pipeline.stages.prepare import FILES, prepare
 
 pytestmark = pytest.mark.ray
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+ITEM = {
+    "task": {
+        **{"format": "jsonl", "name": "mine", "scorer": "exact_match"},
+        **{"prompt": "{prompt}", "answer": "{answer}"},
+    },
+    "selection": {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0},
+    "max_length": 50,
+    "chat_template": False,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,16 +107,21 @@ def test_rows_too_long_or_empty_are_left_out_and_counted(prepared, tmp_path):
 def test_a_row_that_became_unreadable_after_the_check_is_named(tmp_path, model_folder):
     file = tmp_path / "rows.jsonl"
     lines(file, [{"prompt": "a", "answer": "b"}, {"prompt": "c"}])
-    item = {"name": "mine", "prompt": "{prompt}", "answer": "{answer}", "scorer": "exact_match"}
-    rows = {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0}
-    config = {
-        "task": {"format": "jsonl", **item},
-        "selection": rows,
-        "max_length": 50,
-        "chat_template": False,
-    }
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: no column 'answer'"):
-        prepare(config, {"tokenizer": model_folder, "file/train": file}, tmp_path, Context())
+        prepare(ITEM, {"tokenizer": model_folder, "file/train": file}, tmp_path, Context())
+
+
+def test_rows_without_tokens_are_left_out_as_empty(tmp_path):
+    """A tokenizer may strip a prompt or an answer to nothing; training needs a token of both."""
+    rows = [{"prompt": p, "answer": a} for p, a in (("#", "b"), ("b", "#"), ("a", "b"))]
+    lines(tmp_path / "rows.jsonl", rows)
+    tokenizer = models.builtin_tokenizer(["a b"] * 4)
+    tokenizer.backend_tokenizer.normalizer = Replace("#", "")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    inputs = {"tokenizer": tmp_path / "tokenizer", "file/train": tmp_path / "rows.jsonl"}
+    prepare(ITEM, inputs, tmp_path, Context(ray_data=False))
+    counts = json.loads((tmp_path / "summary.json").read_text())["splits"]["train"]
+    assert (counts["rows"], counts["empty"], counts["too_long"]) == (1, 2, 0)
 
 
 def test_a_folder_a_task_with_splits_by_file_name(prepared, tmp_path):

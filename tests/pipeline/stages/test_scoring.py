@@ -9,6 +9,7 @@ import torch
 
 from agcl.importance import Importance
 from agcl.model import models
+from agcl.scoring.scorers import SCORERS
 from agcl.tasks import EncodedRows, Row, encode
 from agcl.train import train_task
 from pipeline.stages.attribute import attribute
@@ -32,6 +33,8 @@ SETTINGS = {
     "scorers": [],
     "max_new_tokens": None,
     "validation": None,
+    "chat_template": False,
+    "saved": False,
 }
 
 
@@ -66,9 +69,9 @@ def write_rows(folder, tokenizer, splits, **summary):
 def scored(tmp_path, model_folder):
     """Evaluates the model on a task of two splits; scores, predictions by set, and the folder."""
 
-    def run(scorer, *, sets=(("test", "test"),), **changes):
+    def run(scorer, *, sets=(("test", "test"),), asked=ASKED, **changes):
         tokenizer = models.load_tokenizer(model_folder)
-        splits = {"train": LEARNED, "test": ASKED, "validation": LEARNED[:2]}
+        splits = {"train": LEARNED, "test": asked, "validation": LEARNED[:2]}
         rows = write_rows(tmp_path / "rows", tokenizer, splits, scored=dict(sets), scorer=scorer)
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
@@ -100,6 +103,33 @@ def test_every_row_is_scored_by_the_tasks_scorer(scored, scorer, expected):
     assert {row["scorer"] for row in rows["test"]} == {scorer}
     if scorer != "exact_match":
         assert [row["predicted"] for row in rows["test"]] == [row.answer for row in LEARNED]
+
+
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "sari"])
+def test_a_perfect_answer_scores_1_whatever_special_tokens_the_reference_has(scored, scorer):
+    ending = [Row(row.prompt, f"{row.answer}<end>") for row in LEARNED]
+    assert scored(scorer, asked=ending)[0] == {"test": 1.0}
+
+
+@pytest.mark.parametrize("scorer", ["exact_match", "normalised_exact_match", "token_f1"])
+def test_labels_that_are_special_tokens_are_told_apart(tmp_path, scorer):
+    learned = [Row("Good?", "<yes>"), Row("Bad?", "<no>")]
+    tokenizer = models.builtin_tokenizer(row.prompt for row in learned)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<yes>", "<no>"]})
+    model = models.builtin_model(len(tokenizer), seed=0)
+    rows = write_rows(
+        tmp_path, tokenizer, {"train": learned, "test": [*learned, Row("Bad?", "<yes>")]}
+    )
+    summary = {"scored": {"test": "test"}, "scorer": scorer}
+    (rows / "summary.json").write_text(json.dumps(summary))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    options = {"epochs": 60, "batch_size": 2, "micro_batch_size": 2, "seed": 0}
+    train_task(model, EncodedRows(rows / "train.arrow"), optimizer, **options)
+    models.save(model, tokenizer, tmp_path)
+    evaluate(SETTINGS, {"model": tmp_path, "rows/one": rows}, tmp_path, Context())
+    predictions = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
+    assert [row["score"] for row in predictions] == [1, 1, 0]
+    assert [row["predicted"] for row in predictions] == ["<yes>", "<no>", "<no>"]
 
 
 def test_decoding_stops_at_the_longest_answer_or_where_it_is_told_to(scored):

@@ -1,0 +1,78 @@
+"""Checks that a saved folder, opened as a user opens it, behaves as it was trained and scored."""
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from agcl.model import adapter, models
+from agcl.model.forward import Precision, autocast
+from agcl.tasks import Encoded, EncodedRows, Row
+from agcl.tasks.encoding import encode_rendered
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from pipeline.stages.files import ADAPTER
+
+_ROWS_PER_SET, _ANSWERS = 8, 8
+"""Rows of an evaluation set to tokenize again, and answers to generate again, one per task."""
+Verdict = tuple[Encoded, bool]
+"""A scored row, and whether the model was found to answer it exactly."""
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, task: str, *, chat: bool
+) -> None:
+    """Raise `ValueError` if `tokenizer` gives a few rows other tokens than they have."""
+    few = rows.table.slice(0, _ROWS_PER_SET)
+    texts = zip(few["prompt"].to_pylist(), few["answer"].to_pylist(), strict=True)
+    again = encode_rendered(tokenizer, [Row(*text) for text in texts], special=not chat)
+    for number, encoded in enumerate(again):
+        if encoded != rows[number]:
+            raise ValueError(
+                f"task {task}, row {number + 1}: the rows were prepared with token ids "
+                f"{rows[number].input_ids}, but the tokenizer beside the model gives "
+                f"{encoded.input_ids}"
+            )
+
+
+def check_answers(
+    inputs: Mapping[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    verdicts: Sequence[Verdict],
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, int]:
+    """Let transformers' `generate` answer rows from the saved files; count them.
+
+    Takes rows that were answered right first, the latest tasks first. Decodes greedily, with the
+    end tokens that the folder's generation config sets, but without its penalties. Raises
+    `ValueError` if it disagrees with a verdict, in bfloat16 with most of them, since rounding
+    there can turn one.
+    """
+    model = models.load_model(inputs["model"]).to(device).eval()
+    ends = model.generation_config.eos_token_id
+    if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
+        adapter.load(model, inputs["adapter"] / ADAPTER).eval()
+        ends = tokenizer.eos_token_id
+    latest_first = verdicts[::-1]
+    few = sorted(latest_first, key=itemgetter(1), reverse=True)[:_ANSWERS]
+    wrong = []
+    for (ids, prompt_tokens), right in few:
+        prompt, answer = ids[:prompt_tokens], ids[prompt_tokens:]
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=len(answer) + 1,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        with autocast(device, precision), torch.no_grad():
+            given = model.generate(torch.tensor([prompt], device=device))[0, prompt_tokens:]
+        if (given.tolist() == answer) is not right:
+            wrong.append((tokenizer.decode(prompt), tokenizer.decode(given)))
+    if len(wrong) > (len(few) // 2 if precision == "bfloat16" else 0):
+        raise ValueError(
+            f"the model saved in {inputs.get('adapter', inputs['model'])} does not answer as it "
+            f"was scored: transformers' generate() disagrees on {len(wrong)} of {len(few)} rows, "
+            f"such as {wrong[0][0]!r}, answered {wrong[0][1]!r}"
+        )
+    return {"rows": len(few), "agree": len(few) - len(wrong)}
