@@ -15,7 +15,7 @@ from jobs.tables import number, table
 from pipeline.config import loading
 from pipeline.errors import Failed
 from pipeline.search.engine import Observe
-from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
+from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search, why_none
 from pipeline.search.space import own_point
 from pipeline.search.trial import Trial, best
 
@@ -44,9 +44,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
     console.print(trial_table(found.trials, fitting))
     if found.best is None or found.result is None:
-        reasons = {trial.reason for trial in found.trials if trial.reason}
-        why = "; ".join(sorted(reasons)) or "all stopped"
-        raise Failed(f"no trial reached the last task ({why})")
+        raise Failed(why_none(found.trials))
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
     console.print("scored once, on test rows that no choice depended on:")

@@ -102,9 +102,12 @@ def execute_trials(
 ) -> list[Trial]:
     """Run all trials on one Ray cluster, after the stages that they share.
 
-    Raises `StageFailed` for a stage that all trials need.
+    Raises `StageFailed` for a stage that all trials need, `InputError` if the folder is of another
+    search by now.
     """
     config = search.config
+    # Again: we may have waited for another search, which then owns the folder.
+    check_folder(config, search.folder / SEARCH_FILE, "search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
     config.storage.save_results(search.folder)  # The search is known even if it is killed.
     runs = example_runs(search)
@@ -238,4 +241,11 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
     names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
     names += [f"figures/{name}" for name in pictures]
     files = {name: search.folder / name for name in names}
-    mirror.finish(files, {f"best_{k}": v for k, v in _scores_of(best).items()})
+    scores = {f"best_{k}": v for k, v in _scores_of(best).items()}
+    mirror.finish(files, scores, error="" if best else why_none(found))
+
+
+def why_none(tried: Sequence[Trial]) -> str:
+    """Why no trial has a result: the reasons of those that failed."""
+    reasons = dict.fromkeys(trial.reason for trial in tried if trial.reason)
+    return f"no trial reached the last task ({'; '.join(reasons) or 'all stopped'})"

@@ -164,14 +164,18 @@ class Mirror:
             self.sync(label)
 
     def finish(
-        self, files: Mapping[str, Content], metrics: Mapping[str, float] | None = None
+        self,
+        files: Mapping[str, Content],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        error: str = "",
     ) -> None:
-        """Log files and metrics on the run above the others, and close it."""
+        """Log files and metrics on the run above the others, and close it; FAILED with `error`."""
         with self._surviving():
             if self._tracker and self.own:
                 self._tracker.metrics(self.own, [metrics or {}])
                 self._tracker.artifacts(self.own, files)
-                self._tracker.end(self.own)
+                self._tracker.end(self.own, "FAILED" if error else "FINISHED", error)
 
     def _connect(self) -> None:
         if self.config.tracking.enabled:

@@ -183,6 +183,15 @@ def test_a_run_that_ends_while_mlflow_is_down_is_closed_when_it_is_back(replay, 
     assert set(shown()) == {"tiny", TRAIN}
 
 
+@pytest.mark.parametrize(("error", "status"), [("", "FINISHED"), ("all failed", "FAILED")])
+def test_the_run_above_others_ends_as_failed_where_nothing_was_found(replay, shown, error, status):
+    folder = replay.storage / "search"
+    with sync.Mirror(replay.run.config, folder, "search", replay.console, kind="search") as mirror:
+        mirror.finish({}, error=error)
+    assert shown()["search"].info.status == status
+    assert shown()["search"].data.tags.get("error", "") == error
+
+
 def test_no_stage_is_running_after_its_run_ended(replay, shown):
     with replay.mirror() as mirror:
         mirror.add("tiny", replay.run)
