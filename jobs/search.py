@@ -14,8 +14,10 @@ from jobs.execution import places_beside, print_matrices, print_metrics
 from jobs.tables import number, table
 from pipeline.config import loading
 from pipeline.errors import Failed
+from pipeline.results.run_folder import TRIALS_FILE
+from pipeline.run import REPORT_FILE
 from pipeline.search.engine import Observe
-from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search, why_none
+from pipeline.search.search import BEST_CONFIG, execute_search, open_search, why_none
 from pipeline.search.space import own_point
 from pipeline.search.trial import Trial, best
 
@@ -52,8 +54,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     print_metrics(console, {"best": found.result})
     for name, file in (
         ("config", BEST_CONFIG),
-        ("report", f"{BEST}/report.html"),
-        ("trials", TABLE),
+        ("report", REPORT_FILE),
+        ("trials", TRIALS_FILE),
     ):
         console.print(f"{name:11} {search.folder / file}", soft_wrap=True, markup=False)
     for line in places_beside(config, search.folder):

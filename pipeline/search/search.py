@@ -18,9 +18,17 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
+from pipeline.results.report import write_report
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import CONFIG_FILE, check_folder, open_folder
-from pipeline.run import execute, mirrored, open_run
+from pipeline.results.run_folder import (
+    CONFIG_FILE,
+    TRIALS_FILE,
+    check_folder,
+    open_folder,
+    read_trials,
+    write_runs,
+)
+from pipeline.run import REPORT_FILE, execute, mirrored, open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search, run_trials
 from pipeline.search.space import Settings, corners, space_of
@@ -28,7 +36,7 @@ from pipeline.search.trial import Trial
 from pipeline.storage import artifact
 from pipeline.tracking.sync import Mirror
 
-SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
+SEARCH_FILE, BEST_CONFIG, BEST = "search.yaml", "best.yaml", "best"
 VALIDATION = 0.3
 """Share of the scored rows to choose settings by, if the config sets none."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -87,6 +95,10 @@ def execute_search(
         found = execute_trials(search, mirror, console, watch)
         best = trials.best(found)
         result = _score(search, best, mirror, command, console) if best else None
+        if result:
+            write_runs(search.folder, [search.folder / BEST])
+            file, tried = search.folder / REPORT_FILE, read_trials(search.folder)
+            write_report(file, [result], title=search.folder.name, trials=tried)
         _finish(search, found, best, mirror)
         return Found(found, best, result)
 
@@ -139,7 +151,7 @@ def execute_trials(
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
-    pq.write_table(trials.table(found), search.folder / TABLE)
+    pq.write_table(trials.table(found), search.folder / TRIALS_FILE)
     return found
 
 
@@ -238,7 +250,7 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
     for name, png in pictures.items():
         (search.folder / "figures").mkdir(exist_ok=True)
         (search.folder / "figures" / name).write_bytes(png)
-    names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
+    names = [TRIALS_FILE, SEARCH_FILE, *([BEST_CONFIG, REPORT_FILE] if best else [])]
     names += [f"figures/{name}" for name in pictures]
     files = {name: search.folder / name for name in names}
     scores = {f"best_{k}": v for k, v in _scores_of(best).items()}

@@ -12,10 +12,11 @@ from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
 from pipeline.config.search import Search as SearchSection
 from pipeline.errors import Failed
+from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
-from pipeline.search.search import TABLE, execute_trials, mirrored_search, only_validation, why_none
+from pipeline.search.search import execute_trials, mirrored_search, only_validation, why_none
 from pipeline.search.space import Settings
 from pipeline.search.trial import Trial
 from pipeline.storage.artifact import write_json
@@ -132,7 +133,7 @@ def execute_tuning(
             for method, best in chosen.items()
             if best is None
         ]
-        files = {name: search.folder / name for name in (TABLE, CHOSEN_FILE)}
+        files = {name: search.folder / name for name in (TRIALS_FILE, CHOSEN_FILE)}
         mirror.finish(files, error="; ".join(failed))
     if failed:
         raise Failed("; ".join(failed))

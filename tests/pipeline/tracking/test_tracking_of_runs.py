@@ -134,12 +134,12 @@ def paths(client, run, folder=None):
 def test_importances_and_figures_are_artifacts_of_the_parent(finished, client, parents, tmp_path):
     for label, parent in parents.items():
         found = paths(client, parent)
-        assert {"config.yaml", "metrics.json", "report.html"} <= set(found)
+        assert {"config.yaml", "metrics.json", "metrics.csv", "report.html"} <= set(found)
         pictures = [path for path in found if path.startswith("figures/")]
         assert pictures
         for path in pictures[:2]:
             file = client.download_artifacts(parent.info.run_id, path, str(tmp_path))
-            assert Path(file).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+            assert Path(file).read_text(encoding="utf-8").startswith("<?xml")
         maps = [path for path in found if path.endswith("importance.safetensors")]
         assert len(maps) == (0 if label == "sequential" else 2)
         for path in maps[:1]:
