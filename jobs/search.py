@@ -92,8 +92,8 @@ class TrialTable:
         name = f"{trial.number} {trial.settings.get('method', '')}".strip()
         scores, last = "", trial.last
         if last:
-            scores = f"average {last.average:.3f} retained {number(last.retained)} "
-            scores += f"learned {last.learned:.3f}"
+            scores = f"average {last.average:.3f} learning accuracy {last.learned:.3f} "
+            scores += f"retained {number(last.retained)}"
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
             f"  trial {name} {trial.state} task {len(trial.progress)} {scores}{reason}"
@@ -125,10 +125,10 @@ def trial_table(trials: Sequence[Trial], num_settings: int) -> Table:
     winner = best(trials)
     keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]
     names = [key.rpartition(".")[2] for key in keys]
-    shown = table(("trial", "state"), ("task", "retained", "learned", "average", *names))
+    shown = table(("trial", "state"), ("task", "average", "learning\naccuracy", "retained", *names))
     for trial in trials:
         last = trial.last
-        numbers = (last.retained, last.learned, last.average) if last else (None, None, None)
+        numbers = (last.average, last.learned, last.retained) if last else (None, None, None)
         shown.add_row(
             f"{trial.number}{' *' if trial is winner else ''}",
             f"[{_COLOURS[trial.state]}]{trial.state}[/]",

@@ -4,10 +4,11 @@
 results. Nothing here depends on what a stage does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,8 +21,8 @@ from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import complete, resolve
 from pipeline.results.model_card import write_model_folder
-from pipeline.results.report import TABLE_FILE, write_report
-from pipeline.results.results import RunResult, left_out
+from pipeline.results.report import TABLE_FILE, description, numbers, write_report
+from pipeline.results.results import RunResult, groups, left_out
 from pipeline.results.run_folder import (
     CONFIG_FILE,
     check_folder,
@@ -88,12 +89,28 @@ def execute(
                 file = run.folder / REPORT_FILE
                 figures = write_report(file, [result], title=result.metrics["name"])
             write_model_folder(run, result, mirror.run_of(label))
-            mirror.finish_run(label, result.metrics, files_for_mlflow(run.folder, figures))
+            files = files_for_mlflow(run.folder, figures)
+            mirror.finish_run(label, result.metrics, files, note=description([result]))
         if len(runs) > 1:
             write_runs(folder, [run.folder for run in runs.values()])
             figures = write_report(folder / REPORT_FILE, results, title=title)
-            mirror.finish(files_for_mlflow(folder, figures))
+            mirror.finish(
+                files_for_mlflow(folder, figures),
+                numbers(results),
+                tags={
+                    "methods": ", ".join(group.label for group in groups(results)),
+                    "seeds": ", ".join(dict.fromkeys(str(r.metrics["seed"]) for r in results)),
+                },
+                params=shared_settings([run.config for run in runs.values()]),
+                note=description(results),
+            )
         return results
+
+
+def shared_settings(configs: Sequence[Config]) -> dict[str, Any]:
+    """The config's sections that are the same in all configs."""
+    first, *others = [config.model_dump(mode="json") for config in configs]
+    return {key: of for key, of in first.items() if all(other[key] == of for other in others)}
 
 
 @contextmanager

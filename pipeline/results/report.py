@@ -26,7 +26,7 @@ from pipeline.results.results import (
     metric,
     metric_name,
 )
-from pipeline.results.templates import render, score
+from pipeline.results.templates import code, render, score
 from pipeline.storage.artifact import write_text
 
 LOWER_IS_BETTER = {"forgetting"}
@@ -158,15 +158,43 @@ def _latex(tables: Mapping[str, Sequence[Line]]) -> str:
 
 
 def _tex_cell(of: Estimate | None) -> str:
-    if of is None:
-        return "--"
-    spread = "" if of.half_width is None else rf" \pm {of.half_width:.3f}"
-    return f"${score(of.mean)}{spread}$"
+    return f"${_cell(of)}$".replace("±", r"\pm") if of else "--"
 
 
 def _tex(text: str) -> str:
     text = text.replace("\\", "/").replace("~", "-").replace("^", "")
     return re.sub(r"([#$%&_{}])", r"\\\1", text)
+
+
+def description(runs: Sequence[RunResult]) -> str:
+    """The headline and the table of metrics as Markdown."""
+    parts = [headline(runs)]
+    for name, lines in metric_lines(runs).items():
+        parts.append(f"**{name}**\n")
+        parts[-1] += f"\n| method | {' | '.join(METRIC_TITLES.values()).lower()} |"
+        parts[-1] += "\n| --- |" + " --- |" * len(METRIC_TITLES)
+        for line in lines:
+            cells = [_cell(line.metrics.get(key)) for key in METRIC_TITLES]
+            parts[-1] += f"\n| {' | '.join([code(line.group.label), *cells])} |"
+    return "\n\n".join(parts)
+
+
+def _cell(of: Estimate | None) -> str:
+    spread = "" if of is None or of.half_width is None else f" ± {score(of.half_width)}"
+    return score(of.mean if of else None) + spread
+
+
+def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
+    """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width."""
+    found = {}
+    for name, lines in metric_lines(runs).items():
+        for line in lines:
+            for key, of in line.metrics.items():
+                at = f"{name}/{line.group.label}/{metric_name(key)}"
+                found[at] = of.mean
+                if of.half_width is not None:
+                    found[f"{at}_95"] = of.half_width
+    return found
 
 
 def headline(runs: Sequence[RunResult]) -> str:

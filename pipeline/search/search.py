@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -214,7 +214,10 @@ def _recorder(search: Search, mirror: Mirror, shared: Collection[str]) -> Observ
 
 
 def _scores_of(trial: Trial | None) -> dict[str, float]:
-    scores = asdict(trial.last) if trial and trial.last else {}
+    if not (trial and trial.last):
+        return {}
+    last = trial.last
+    scores = {"average": last.average, "learning_accuracy": last.learned, "retained": last.retained}
     return {name: score for name, score in scores.items() if score is not None}
 
 
@@ -254,7 +257,8 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
     names += [f"figures/{name}" for name in pictures]
     files = {name: search.folder / name for name in names}
     scores = {f"best_{k}": v for k, v in _scores_of(best).items()}
-    mirror.finish(files, scores, error="" if best else why_none(found))
+    said = f"best is trial {best.number}: {dict(best.settings)}" if best else ""
+    mirror.finish(files, scores, note=said, error="" if best else why_none(found))
 
 
 def why_none(tried: Sequence[Trial]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from agcl.metrics import summary
-from jobs.execution import print_comparison
+from jobs.execution import print_comparison, print_matrices, print_metrics
 from pipeline.config.presets import METHODS
 from pipeline.results.drawing import styles_of
 from pipeline.results.figures import draw
@@ -519,6 +519,15 @@ def test_no_run_is_refused(page):
         page()
 
 
+def printed(show, *arguments, width=80):
+    out = io.StringIO()
+    show(Console(file=out, width=width), *arguments)
+    assert "…" not in out.getvalue()
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
 def test_the_comparison_fits_a_terminal_of_80_columns():
     methods = ("sequential", "agcl", "project_uniform", "gate_grad_x_param")
     runs = [
@@ -526,10 +535,30 @@ def test_the_comparison_fits_a_terminal_of_80_columns():
         for method in methods
         for seed in range(3)
     ]
-    out = io.StringIO()
-    print_comparison(Console(file=out, width=80), runs)
-    lines = out.getvalue().splitlines()
-    assert "…" not in out.getvalue()
+    lines = printed(print_comparison, runs)
     (agcl,) = (line.split() for line in lines if line.startswith(" agcl"))
     # Two of three tasks keep 0.5, 0.6, 0.7: 0.733 on average, t(0.975, 2) * sd / sqrt(3) = .166
-    assert agcl == ["agcl", "0.733", "±.166", "-0.400", "1.000", "0.000", "±.000", "0.000", "±.000"]
+    expected = ["0.733", "±.166", "-0.400", "1.000", "0.000", "±.000", "0.000", "±.000"]
+    assert agcl == ["agcl", "3", *expected]
+    header = " ".join(" ".join(lines[:4]).split())
+    assert "-sequential" not in header
+    assert "vs vs" in header
+
+
+def test_the_metrics_fit_a_terminal_of_80_columns_with_a_second_scorer():
+    sets = ["memorization", "memorization-normalised_exact_match"]
+    lines = printed(print_metrics, {"project_uniform": run("project_uniform", sets=sets)})
+    # 0.35 of 0.556 is left of the first two tasks.
+    expected = ["0.419", "-0.206", "0.556", "0.206", "0.000"]
+    assert [line.split()[-5:] for line in lines].count(expected) == 1
+    heads = " ".join(" ".join(lines[:4]).split())
+    assert "backward learning forward" in heads
+    assert "average transfer accuracy forgetting transfer" in heads
+
+
+def test_the_matrix_of_many_tasks_fits_a_terminal_of_80_columns():
+    tasks = [f"a task with a long name {i}" for i in range(30)]
+    lines = printed(print_matrices, "agcl", run(tasks=tasks, sets=["memorization"]))
+    last = [line.split() for line in lines if line.startswith("30 ") or line.startswith(" 30 ")]
+    scores = [word for line in last for word in line if re.fullmatch(r"[01]\.\d{3}", word)]
+    assert len(scores) == 30 + 1  # The held-out skill, too.
