@@ -21,7 +21,13 @@ from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import complete, resolve
 from pipeline.results.model_card import write_model_folder
-from pipeline.results.report import TABLE_FILE, description, numbers, write_report
+from pipeline.results.report import (
+    TABLE_FILE,
+    by_average,
+    description,
+    numbers,
+    write_report,
+)
 from pipeline.results.results import RunResult, groups, left_out
 from pipeline.results.run_folder import (
     CONFIG_FILE,
@@ -98,6 +104,7 @@ def execute(
                 files_for_mlflow(folder, figures),
                 numbers(results),
                 tags={
+                    "method": f"{by_average(results)[0].group.label} (best)",
                     "methods": ", ".join(group.label for group in groups(results)),
                     "seeds": ", ".join(dict.fromkeys(str(r.metrics["seed"]) for r in results)),
                 },

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.presets import METHODS
-from pipeline.results.comparison import BASELINE, BOUNDS, Estimate, Line, compare
+from pipeline.results.comparison import BASELINE, BOUNDS, COMPARED, Estimate, Line, compare
 from pipeline.results.results import (
     METRIC_TITLES,
     Group,
@@ -185,8 +185,12 @@ def _cell(of: Estimate | None) -> str:
 
 
 def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
-    """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width."""
-    found = {}
+    """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width.
+
+    Without set and method: the metrics of the best method on the main set.
+    """
+    best = by_average(runs)[0].metrics
+    found = {metric_name(key): of.mean for key, of in best.items()}
     for name, lines in metric_lines(runs).items():
         for line in lines:
             for key, of in line.metrics.items():
@@ -197,11 +201,16 @@ def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
     return found
 
 
+def by_average(runs: Sequence[RunResult]) -> list[Line]:
+    """The methods' metrics on the main evaluation set, best average first, without bounds."""
+    lines = next(iter(metric_lines(runs).values()))
+    shown = [line for line in lines if line.group.label not in BOUNDS] or lines
+    return sorted(shown, key=lambda line: -line.metrics[COMPARED].mean)
+
+
 def headline(runs: Sequence[RunResult]) -> str:
     """Say in one sentence what each method keeps of what it learned, best method first."""
-    lines, num_tasks = next(iter(metric_lines(runs).values())), len(runs[0].metrics["tasks"])
-    shown = [line for line in lines if line.group.label not in BOUNDS] or lines
-    shown = sorted(shown, key=lambda line: -line.metrics["average_performance"].mean)
+    shown, num_tasks = by_average(runs), len(runs[0].metrics["tasks"])
     parts: list[str] = []
     for line in shown[:HEADLINE_METHODS]:
         seeds = len(line.group.runs)

@@ -18,7 +18,7 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
-from pipeline.results.report import write_report
+from pipeline.results.report import numbers, write_report
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import (
     CONFIG_FILE,
@@ -99,7 +99,7 @@ def execute_search(
             write_runs(search.folder, [search.folder / BEST])
             file, tried = search.folder / REPORT_FILE, read_trials(search.folder)
             write_report(file, [result], title=search.folder.name, trials=tried)
-        _finish(search, found, best, mirror)
+        _finish(search, found, best, result, mirror)
         return Found(found, best, result)
 
 
@@ -245,7 +245,13 @@ def best_run(search: Search, best: Trial) -> Run:
     return open_run(config, folder)
 
 
-def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: Mirror) -> None:
+def _finish(
+    search: Search,
+    found: Sequence[Trial],
+    best: Trial | None,
+    result: RunResult | None,
+    mirror: Mirror,
+) -> None:
     """Draw the figures, and give everything to MLflow."""
     from pipeline.search.figures import search_figures
 
@@ -257,8 +263,10 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
     names += [f"figures/{name}" for name in pictures]
     files = {name: search.folder / name for name in names}
     scores = {f"best_{k}": v for k, v in _scores_of(best).items()}
+    scores |= numbers([result]) if result else {}  # Those on test rows.
     said = f"best is trial {best.number}: {dict(best.settings)}" if best else ""
-    mirror.finish(files, scores, note=said, error="" if best else why_none(found))
+    tags = {"method": search.config.method, "seed": str(search.config.seed)}
+    mirror.finish(files, scores, tags=tags, note=said, error="" if best else why_none(found))
 
 
 def why_none(tried: Sequence[Trial]) -> str:

@@ -4,24 +4,27 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agcl.errors import InputError
 
+from pipeline.results.results import METRIC_TITLES, metric_name
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import claimed, write_json
 
 _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
 _KIND = "custom_model_development"  # Makes the UI open in its training view.
 _NOTE = "mlflow.note.content"
+_KIND_TAG, _VIEW_TAG = "mlflow.experimentKind", "mlflow.sharedViewState.agcl"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 _DATABASE = "mlflow.db"
@@ -281,7 +284,7 @@ def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
         on_server = uri.startswith(("http:", "https:", "databricks"))
         location = None if on_server else (storage / "mlartifacts").as_uri()
         try:
-            tags = {"mlflow.experimentKind": _KIND}
+            tags = {_KIND_TAG: _KIND}
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except TrackingFailed:
             found = client.get_experiment_by_name(name)  # Another process was faster.
@@ -303,17 +306,52 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def serve(storage: Path, port: int) -> int:
-    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code."""
+def serve(storage: Path, port: int, show: Callable[[str], None]) -> int:
+    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code.
+
+    Calls `show` with the address of each of our experiments. Raises `InputError` if there is no
+    database.
+    """
     if not (storage / _DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
     arguments = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri".split()
-    return subprocess.run(
+    server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *arguments, default_uri(storage)],
         env={
             **TELEMETRY_OFF,
             **os.environ,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         },
-        check=False,
-    ).returncode
+        start_new_session=True,  # Its own workers are then ended with it.
+    )
+    try:
+        with suppress(TrackingFailed):  # Then the server says why.
+            for experiment in _view(storage):
+                show(
+                    f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?viewStateShareKey=agcl"
+                )
+        return server.wait()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _view(storage: Path) -> Iterator[str]:
+    """Give our experiments a shared view of runs with their averages; yields the experiments' ids.
+
+    Without the view, MLflow lists no metrics, and a run's many stages among the runs.
+    """
+    client: Any = _Client(default_uri(storage))
+    columns = [f"metrics.`{metric_name(key)}`" for key in METRIC_TITLES]
+    for experiment in client.search_experiments(filter_string=f"tags.`{_KIND_TAG}` = '{_KIND}'"):
+        view = {
+            "searchFilter": "tags.kind != 'stage'",
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+            "selectedColumns": ["tags.`method`", "tags.`seed`", *columns],
+        }
+        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, json.dumps(view))
+        yield str(experiment.experiment_id)
