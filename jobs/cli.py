@@ -187,8 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = _add(commands, "methods", "list the methods, or show one")
     sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")
-    sub = _add(commands, "report", "rewrite report.html of a finished run or comparison")
-    sub.add_argument("run_dir", help="folder of a run, such as storage/facts, or its URI")
+    sub = _add(commands, "report", "rewrite report.html of a finished run, comparison or search")
+    sub.add_argument("run_dir", help="folder, such as storage/facts, or its URI")
     sub = _add(commands, "submit", "run a command on a cluster, as a Ray job (jobs/CLUSTER.md)")
     sub.add_argument(
         "--address", default="http://127.0.0.1:8265", help="of the dashboard (default: %(default)s)"

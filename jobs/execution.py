@@ -7,21 +7,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from jobs.tables import number, table
+from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare
 from pipeline.results.model_card import MODEL
-from pipeline.results.results import RunResult, evaluation_sets, groups
+from pipeline.results.results import RunResult, evaluation_sets, groups, metric
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.secrets import masked
 
-METRIC_COLUMNS = {
-    "average_performance": "average",
-    "backward_transfer": "backward",
-    "learning_accuracy": "learned",
-    "forward_transfer": "forward",
-}
+METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy", "forgetting",
+                 "forward_transfer")  # fmt: skip
+_AFTER = 24
+"""Characters for the names of an accuracy matrix's rows."""
 
 
 def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str) -> None:
@@ -77,26 +75,34 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
         if numbered:
             names[: len(metrics["tasks"])] = map(str, range(1, len(metrics["tasks"]) + 1))
         columns = [*map(escape, names), *(["text loss"] if text else [])]
-        title = f"{label}: {name}"
-        matrix = table(("after",), columns, no_wrap=("after",), title=title)
-        for index, row in enumerate(values["accuracy_matrix"]):
-            scores = [*row, *(scores[index] for scores in held_out.values())]
-            if text:
-                scores.append(text[index])
-            after = metrics["tasks"][index - 1] if index else "base model"
-            after = f"{index} {after}" if numbered and index else after
-            matrix.add_row(Text(after), *map(number, scores))
-        console.print(matrix)
+        rows = [
+            [
+                *row,
+                *(scores[index] for scores in held_out.values()),
+                *([text[index]] if text else []),
+            ]
+            for index, row in enumerate(values["accuracy_matrix"])
+        ]
+        width = max(5, *map(len, columns)) + 2
+        fitting = max(1, (console.width - _AFTER) // width)
+        for first in range(0, len(columns), fitting):
+            part = slice(first, first + fitting)
+            title = f"{label}: {name}" + ", continued" * bool(first)
+            matrix = table(("after",), columns[part], title=title)
+            for index, row in enumerate(rows):
+                after = metrics["tasks"][index - 1] if index else "base model"
+                after = f"{index} {after}" if numbered and index else after
+                matrix.add_row(Text(after), *map(number, row[part]))
+            console.print(matrix)
 
 
 def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
     """The metrics of every run and evaluation set, a line each."""
-    text, numbers = ("run", "scored on"), (*METRIC_COLUMNS.values(), "forgetting")
-    lines = table(text, numbers, no_wrap=text, title="metrics")
+    lines = table(("run", "scored on"), [*map(heading, METRICS_SHOWN)], title="metrics")
     for label, result in results.items():
         for name, values in result.metrics["evaluation_sets"].items():
-            found = [*(values[key] for key in METRIC_COLUMNS), values["forgetting"]["mean"]]
-            lines.add_row(label, name, *map(number, found))
+            found = [metric(values, key) for key in METRICS_SHOWN]
+            lines.add_row(escape(label), escape(name), *map(number, found))
     console.print(lines)
 
 
@@ -104,20 +110,19 @@ def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
     """Means over seeds with their intervals, and paired differences, a table an evaluation set."""
     for name in evaluation_sets(results):
         others = ("backward_transfer", "learning_accuracy")
-        titles = [METRIC_COLUMNS[key] for key in (COMPARED, *others)]
-        columns = [*titles, f"-{BASELINE}", "-controls"]
+        titles = [heading(key) for key in (COMPARED, *others)]
         methods = table(
             ("method",),
-            columns,
-            no_wrap=("method", *columns),
-            title=f"{name}: mean over seeds ± 95 % interval",
-            caption=f"-{BASELINE}, -controls: difference of the averages, paired by seed",
+            ["seeds", *titles, f"vs\n{BASELINE}", "vs\ncontrols"],
+            title=f"{escape(name)}: mean over seeds ± 95 % interval",
+            caption=f"vs {BASELINE}, vs controls: difference of the averages, paired by seed",
             caption_justify="left",
         )
         for line in compare(results, name, (COMPARED, *others)):
             controls = [each for of, each in line.differences.items() if of != BASELINE]
             methods.add_row(
-                line.group.label,
+                escape(line.group.label),
+                str(len(line.group.runs)),
                 _estimate(line.metrics.get(COMPARED)),
                 *(number(_mean(line.metrics.get(key))) for key in others),
                 _estimate(line.differences.get(BASELINE)),

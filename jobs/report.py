@@ -6,5 +6,5 @@ from pipeline.run import rewrite_report
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
-    """Rewrite `report.html` of one run, or of all runs of a comparison."""
-    print(rewrite_report(arguments.run_dir, command))
+    """Rewrite `report.html` of one run, of a comparison's runs, or of a search's best run."""
+    print(rewrite_report(arguments.run_dir))

@@ -14,8 +14,10 @@ from jobs.execution import places_beside, print_matrices, print_metrics
 from jobs.tables import number, table
 from pipeline.config import loading
 from pipeline.errors import Failed
+from pipeline.results.run_folder import TRIALS_FILE
+from pipeline.run import REPORT_FILE
 from pipeline.search.engine import Observe
-from pipeline.search.search import BEST, BEST_CONFIG, TABLE, execute_search, open_search
+from pipeline.search.search import BEST_CONFIG, execute_search, open_search, why_none
 from pipeline.search.space import own_point
 from pipeline.search.trial import Trial, best, undecided
 from pipeline.tracking.sync import warn
@@ -45,9 +47,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
     console.print(trial_table(found.trials, fitting))
     if found.best is None or found.result is None:
-        reasons = {trial.reason for trial in found.trials if trial.reason}
-        why = "; ".join(sorted(reasons)) or "all stopped"
-        raise Failed(f"no trial reached the last task ({why})")
+        raise Failed(why_none(found.trials))
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
     if warning := undecided(found.trials):
@@ -57,8 +57,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     print_metrics(console, {"best": found.result})
     for name, file in (
         ("config", BEST_CONFIG),
-        ("report", f"{BEST}/report.html"),
-        ("trials", TABLE),
+        ("report", REPORT_FILE),
+        ("trials", TRIALS_FILE),
     ):
         console.print(f"{name:11} {search.folder / file}", soft_wrap=True, markup=False)
     for line in places_beside(config, search.folder):
@@ -95,8 +95,8 @@ class TrialTable:
         name = f"{trial.number} {trial.settings.get('method', '')}".strip()
         scores, last = "", trial.last
         if last:
-            scores = f"average {last.average:.3f} retained {number(last.retained)} "
-            scores += f"learned {last.learned:.3f}"
+            scores = f"average {last.average:.3f} learning accuracy {last.learned:.3f} "
+            scores += f"retained {number(last.retained)}"
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
             f"  trial {name} {trial.state} task {len(trial.progress)} {scores}{reason}"
@@ -128,10 +128,10 @@ def trial_table(trials: Sequence[Trial], num_settings: int) -> Table:
     winner = best(trials)
     keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]
     names = [key.rpartition(".")[2] for key in keys]
-    shown = table(("trial", "state"), ("task", "retained", "learned", "average", *names))
+    shown = table(("trial", "state"), ("task", "average", "learning\naccuracy", "retained", *names))
     for trial in trials:
         last = trial.last
-        numbers = (last.retained, last.learned, last.average) if last else (None, None, None)
+        numbers = (last.average, last.learned, last.retained) if last else (None, None, None)
         shown.add_row(
             f"{trial.number}{' *' if trial is winner else ''}",
             f"[{_COLOURS[trial.state]}]{trial.state}[/]",

@@ -6,6 +6,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pipeline.results.results import METRIC_TITLES
+
 
 def table(
     text: Sequence[str],
@@ -14,7 +16,10 @@ def table(
     no_wrap: Collection[str] = (),
     **settings: Any,
 ) -> Table:
-    """An empty table with columns of text and then of numbers, narrow enough for 80 characters."""
+    """An empty table with columns of text and then of numbers, narrow enough for 80 characters.
+
+    Text is folded before a number is cut.
+    """
     made = Table(
         box=SIMPLE_HEAD,
         collapse_padding=True,
@@ -24,10 +29,15 @@ def table(
         **settings,
     )
     for column in text:
-        made.add_column(column, no_wrap=column in no_wrap)
+        made.add_column(column, no_wrap=column in no_wrap, overflow="fold")
     for column in numbers:
-        made.add_column(column, no_wrap=column in no_wrap, justify="right")
+        made.add_column(column, no_wrap=True, justify="right")
     return made
+
+
+def heading(key: str) -> str:
+    """A metric's title as a narrow column has it: lowercase, a line per word."""
+    return METRIC_TITLES[key].lower().replace(" ", "\n")
 
 
 def number(value: float | None) -> str:

@@ -4,15 +4,14 @@
 results. Nothing here depends on what a stage does.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from agcl.errors import InputError
 from rich.console import Console
 
-from pipeline.config import loading
 from pipeline.config.check import check_inputs
 from pipeline.config.config import Config
 from pipeline.errors import StageFailed
@@ -22,18 +21,28 @@ from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import complete, resolve
 from pipeline.results.model_card import write_model_folder
-from pipeline.results.report import write_report
-from pipeline.results.results import RunResult, left_out
+from pipeline.results.report import (
+    TABLE_FILE,
+    by_average,
+    description,
+    numbers,
+    write_report,
+)
+from pipeline.results.results import RunResult, groups, left_out
 from pipeline.results.run_folder import (
     CONFIG_FILE,
     check_folder,
     open_folder,
+    read_result,
+    read_trials,
+    runs_in,
     write_log,
     write_results,
+    write_runs,
 )
 from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
-from pipeline.storage import Storage, artifact, bucket_of
+from pipeline.storage import artifact, bucket_of
 from pipeline.tracking.client import Content
 from pipeline.tracking.sync import Mirror, warn
 
@@ -80,16 +89,34 @@ def execute(
         for line in dict.fromkeys(line for result in results for line in left_out(result.rows)):
             warn(console, line)
         for (label, run), result in zip(runs.items(), results, strict=True):
-            figures = {}
+            figures: dict[str, str] = {}
             if len(runs) <= REPORTS_EACH:
                 file = run.folder / REPORT_FILE
                 figures = write_report(file, [result], title=result.metrics["name"])
             write_model_folder(run, result, mirror.run_of(label))
-            mirror.finish_run(label, result.metrics, _files(run.folder, figures))
+            files = files_for_mlflow(run.folder, figures)
+            mirror.finish_run(label, result.metrics, files, note=description([result]))
         if len(runs) > 1:
+            write_runs(folder, [run.folder for run in runs.values()])
             figures = write_report(folder / REPORT_FILE, results, title=title)
-            mirror.finish(_files(folder, figures))
+            mirror.finish(
+                files_for_mlflow(folder, figures),
+                numbers(results),
+                tags={
+                    "method": f"{by_average(results)[0].group.label} (best)",
+                    "methods": ", ".join(group.label for group in groups(results)),
+                    "seeds": ", ".join(dict.fromkeys(str(r.metrics["seed"]) for r in results)),
+                },
+                params=shared_settings([run.config for run in runs.values()]),
+                note=description(results),
+            )
         return results
+
+
+def shared_settings(configs: Sequence[Config]) -> dict[str, Any]:
+    """The config's sections that are the same in all configs."""
+    first, *others = [config.model_dump(mode="json") for config in configs]
+    return {key: of for key, of in first.items() if all(other[key] == of for other in others)}
 
 
 @contextmanager
@@ -136,12 +163,11 @@ def _run_missing(
     mirror.sync(now=True)
 
 
-def _files(folder: Path, figures: Mapping[str, bytes]) -> dict[str, Content]:
+def files_for_mlflow(folder: Path, figures: Mapping[str, str]) -> dict[str, Content]:
     """What MLflow gets of a folder, by artifact path."""
-    files: dict[str, Content] = {
-        name: folder / name for name in (METRICS, REPORT_FILE) if (folder / name).exists()
-    }
-    return files | {f"figures/{name}": png for name, png in figures.items()}
+    names = (METRICS, REPORT_FILE, TABLE_FILE)
+    files: dict[str, Content] = {name: folder / name for name in names if (folder / name).exists()}
+    return files | {f"figures/{name}": svg for name, svg in figures.items()}
 
 
 def prepare_tasks(run: Run, console: Console) -> None:
@@ -160,30 +186,15 @@ def prepare_tasks(run: Run, console: Console) -> None:
         raise failure
 
 
-def rewrite_report(place: str, command: str) -> Path:
-    """Write the report of a finished run or comparison again, and return the report's path.
+def rewrite_report(place: str) -> Path:
+    """Write the report of a finished run, comparison or search again, and return its path.
 
-    `place` is its folder or, in a bucket, its URI. Raises `InputError` if there is no finished run.
+    Reads the folder alone, so it works without the artifacts and after a new version of agcl.
+    `place` is the folder or, in a bucket, its URI. Raises `InputError` if there is no finished run.
     """
-    bucket, folder = bucket_of(place) if "://" in place else (None, Path(place))
+    bucket, folder = bucket_of(place) if "://" in place else (None, Path(place).absolute())
     with bucket.results(folder) if bucket else nullcontext():
-        return _rewrite_report(folder, command, bucket)
-
-
-def _rewrite_report(folder: Path, command: str, storage: Storage | None) -> Path:
-    inner = sorted(f.parent for f in folder.glob(f"*/{CONFIG_FILE}") if not f.parent.is_symlink())
-    folders = [folder] if (folder / METRICS).is_file() else inner
-    if not folders:
-        raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")
-    results = []
-    for one in folders:
-        config = loading.load(one / CONFIG_FILE)
-        config = config.model_copy(update={"storage": storage or config.storage})
-        run = open_run(config, one)
-        unfinished = [name for name, stage in run.resolved.items() if not stage.is_complete()]
-        if "report" in unfinished:
-            raise InputError(f"{one}: its artifacts are gone ({', '.join(unfinished)})")
-        folders_done = {stage.folder for stage in run.resolved.values()}
-        results.append(write_results(run, command, folders_done))
-    write_report(folder / REPORT_FILE, results, title=folder.name)
+        results = [read_result(each) for each in runs_in(folder)]
+        title = results[0].metrics["name"] if (folder / METRICS).is_file() else folder.name
+        write_report(folder / REPORT_FILE, results, title=title, trials=read_trials(folder))
     return folder / REPORT_FILE

@@ -176,6 +176,8 @@ class Tracking(Section):
     sqlite file in the storage folder. Credentials in it are used but never written; prefer
     MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     enabled: bool = True
+    experiment: str = Field("agcl", min_length=1, max_length=250)
+    """MLflow experiment of all runs, created if there is none."""
     register_model: str | None = Field(None, pattern=_NAME, max_length=100)
     """Register the final model in MLflow under this name, which copies its files there."""
 

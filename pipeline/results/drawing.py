@@ -1,8 +1,10 @@
-"""What the figures share: sizes, colors, heat maps, and grids of panels."""
+"""What the figures share: sizes, colors, heat maps, grids of panels, and SVG with tips."""
 
+import html
+import re
 import warnings
-from collections.abc import Sequence
-from io import BytesIO
+from collections.abc import Iterable, Sequence
+from io import StringIO
 from typing import Any
 
 import matplotlib
@@ -11,11 +13,25 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+
+from pipeline.config.presets import METHODS
 
 Array = NDArray[np.float64]
 MOST_CELL_NUMBERS = 12  # tasks; with more, cells are too small for numbers
-INK, GREY = "#24292f", "#8c959f"
+MOST_TIPS = 600  # cells of a heat map that show their value on hover
+INK, GREY, LINE = "#24292f", "#8c959f", "#d8dee4"
+PAPER, GAP = "#fefefe", "#fdfdfd"
+_VARIABLES = {
+    INK: "currentColor",
+    GREY: "var(--quiet)",
+    LINE: "var(--line)",
+    PAPER: "none",
+    GAP: "var(--page)",
+}
+"""The page's colors in place of those of the figure, so that it follows a dark page."""
+CSS_PIXELS = 96  # per inch
 STYLE: Any = {
     "text.color": INK,
     "figure.dpi": 150,
@@ -25,17 +41,23 @@ STYLE: Any = {
     "axes.titlesize": 8.5,
     "axes.labelsize": 8,
     "axes.labelcolor": INK,
-    "grid.color": "#d8dee4",
+    "grid.color": LINE,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
     "grid.linewidth": 0.6,
     "legend.fontsize": 8,
     "legend.frameon": False,
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
-    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
     **{f"{axis}tick.labelsize": 7.5 for axis in "xy"},
     **{f"{axis}tick.labelcolor": INK for axis in "xy"},
 }
 """Matplotlib's settings for all figures."""
 _MARKERS = "osD^vPX*<>"
+_TIP, _BETWEEN = "tip|", "\u2028"
+Styles = dict[str, dict[str, Any]]
+"""Color and marker by name."""
 
 
 def heat_map(
@@ -56,7 +78,12 @@ def heat_map(
     height = max(0.62 * cell, 0.16)
     figure = Figure((1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values)))
     axes = figure.subplots()
-    image = axes.imshow(np.maximum(values, 1e-9), cmap=colors, norm=norm, aspect="auto")
+    image = draw_cells(axes, np.maximum(values, 1e-9), colors, norm)
+    on, of = [*top, *names], names
+    if values.size <= MOST_TIPS:
+        tips = [f"{row}, {column}: {values[i, j]:.3f}"
+                for i, row in enumerate(on) for j, column in enumerate(of)]  # fmt: skip
+        add_tips(axes, values.shape, tips)
     axes.set_yticks(range(len(values)), [*top, *names])
     every_fifth = [f"{i}" if i % 5 == 0 else "" for i in range(1, len(tasks) + 1)]
     is_steep = has_numbers and len(names) > 2 and max(map(len, names)) > 6
@@ -65,27 +92,46 @@ def heat_map(
     axes.set_xticks(range(len(names)), columns, **(steep if is_steep else {}))
     axes.set_title(fitted(title, 44))
     for (row, column), value in np.ndenumerate(values) if has_numbers else ():
-        color = "white" if norm(max(value, 1e-9)) > 0.6 else INK
+        color = "white" if norm(max(value, 1e-9)) > 0.6 else "#1b1f24"  # Not that of the page.
         size = 8 if cell > 0.4 else 6.5
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "fontsize": size}
         axes.text(column, row, f"{value:.2f}", **style)
     return figure, axes, color_bar(figure, image, [axes], "")
 
 
-def curve_panels(count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
+def draw_cells(axes: Axes, values: Array, colors: str, norm: Normalize) -> AxesImage:
+    """Draw a matrix as colored cells."""
+    return axes.imshow(values, cmap=colors, norm=norm, aspect="auto", interpolation="none")
+
+
+def add_tips(axes: Axes, shape: tuple[int, ...], tips: Iterable[str]) -> None:
+    """Show a text on hover for every cell of a matrix, given row by row."""
+    for (row, column), text in zip(np.ndindex(*shape), tips, strict=True):
+        at = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(at, 1, 1, alpha=0, linewidth=0, gid=tip(text)))
+
+
+def curve_panels(count: int, names: Sequence[str], styles: Styles) -> tuple[Figure, list[Axes]]:
+    """Lay out panels for scores in [0, 1], with one legend above them."""
+    figure, panels = legend_panels(count, names, styles)
+    for axes in panels:
+        axes.set_ylim(-0.04, 1.04)
+        axes.set_yticks([0, 0.5, 1])
+    figure.supxlabel("tasks trained (0 = base model)")
+    figure.supylabel("score")
+    return figure, panels
+
+
+def legend_panels(count: int, names: Sequence[str], styles: Styles) -> tuple[Figure, list[Axes]]:
     """Lay out panels for curves, with one legend above them."""
     columns = 4 if count == 4 else 3 if count <= 6 else 5 if count <= 15 else 6
     figure, panels = panel_grid(count, columns, 3.3, 1.75 if columns <= 4 else 1.35)
     for axes in panels:
-        axes.set_ylim(-0.04, 1.04)
-        axes.set_yticks([0, 0.5, 1])
         axes.grid(axis="y")
-    handles = [panels[0].plot([], [], markersize=4, **style_of(i))[0] for i in range(len(names))]
+    handles = [panels[0].plot([], [], markersize=4, **styles[name])[0] for name in names]
     per_row = min(len(names), max(2, 2 * min(count, columns)))
     shown = [fitted(name, 24) for name in names]
     figure.legend(handles, shown, loc="outside upper left", ncols=per_row)
-    figure.supxlabel("tasks trained (0 = base model)")
-    figure.supylabel("score")
     return figure, panels
 
 
@@ -102,14 +148,19 @@ def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[F
     return figure, list(panels[:count])
 
 
-def draw_curve(axes: Axes, x: NDArray[np.int_], members: Sequence[Array], index: int) -> None:
+def draw_curve(
+    axes: Axes, x: NDArray[np.int_], members: Sequence[Array], label: str, styles: Styles
+) -> None:
     """Draw the mean of several curves, and each of them as a thin line."""
-    style = style_of(index)
+    style = {**styles[label], "markersize": 3, "linewidth": 1.4}
     for scores in members if len(members) > 1 else []:
         axes.plot(x, scores, color=style["color"], linewidth=0.6, alpha=0.45)
+    mean = np.mean(members, axis=0)
+    tips = [f"{label}, after {at}: {value:.3f}" for at, value in zip(x, mean, strict=True)]
     if x[-1] > MOST_CELL_NUMBERS and len(x) > 1:
         style["marker"] = ""  # Markers would hide the line.
-    axes.plot(x, np.mean(members, axis=0), linewidth=1.4, markersize=3, **style)
+        tips = [f"{label}: {mean[0]:.3f} after {x[0]}, {mean[-1]:.3f} after {x[-1]}"]
+    axes.plot(x, mean, gid=tip(*tips), **style)
 
 
 def color_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) -> Axes:
@@ -118,6 +169,8 @@ def color_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) 
     bar.outline.set_visible(False)
     bar.set_label(label)
     bar.ax.minorticks_off()
+    for solids in bar.ax.collections:
+        solids.set_rasterized(True)  # Else one path per color.
     bar.ax.tick_params(length=3.5, labelsize=7, colors=INK)
     return bar.ax
 
@@ -129,16 +182,59 @@ def fitted(text: str, most: int) -> str:
     return line.replace("$", r"\$")
 
 
-def style_of(index: int) -> dict[str, Any]:
-    """Color and marker of the method with this index, unique for up to twenty methods."""
-    color = matplotlib.colormaps["tab20"]((2 * index) % 20 + (index // 10) % 2)
-    return {"color": color, "marker": _MARKERS[index % len(_MARKERS)]}
+def styles_of(names: Sequence[str]) -> Styles:
+    """Color and marker by name: a method has the same ones in every report.
+
+    Other names (two runs with the same method and seed) get further ones, in their order.
+    """
+    order = [*METHODS, *dict.fromkeys(name for name in names if name not in METHODS)]
+    found = {}
+    for i, name in enumerate(order):
+        color = matplotlib.colormaps["tab20"]((2 * i) % 20 + (i // 10) % 2)
+        found[name] = {"color": color, "marker": _MARKERS[(i + i // 20) % len(_MARKERS)]}
+    return found
 
 
-def png(figure: Figure) -> bytes:
-    """Render the figure as PNG."""
-    buffer = BytesIO()
-    with warnings.catch_warnings():
+def tip(*texts: str) -> str:
+    """The `gid` of an artist that shows a text on hover, or of a line with one for each marker."""
+    plain = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
+    return _TIP + _BETWEEN.join(text.replace(r"\$", "$") for text in plain)
+
+
+def svg(figure: Figure, salt: str) -> str:
+    """Render the figure as SVG with the tips of its artists, the same each time.
+
+    `salt` keeps the ids of figures on one page apart.
+    """
+    buffer = StringIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": salt}):
         warnings.filterwarnings("ignore", message="Glyph")  # a name the font cannot show
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    tipped = rf'<g id="{re.escape(_TIP)}(.*?)">(.*?)(?=<g id="|\Z)'
+    return re.sub(tipped, _with_tips, text, flags=re.S)
+
+
+def _with_tips(group: re.Match[str]) -> str:
+    texts, content = group[1].split(_BETWEEN), group[2]
+    titles = [f"<title>{html.escape(html.unescape(text))}</title>" for text in texts]
+    if len(titles) == 1:
+        return f"<g>{titles[0]}{content}"
+    rest = iter(titles)  # Markers stand in the order of the points.
+    return "<g>" + re.sub(
+        r"<use([^>]*?)/>", lambda use: f"<use{use[1]}>{next(rest, '')}</use>", content
+    )
+
+
+def inline(text: str, label: str) -> str:
+    """An SVG as part of a page: in the page's colors, with a label for those who cannot see it."""
+    _, _, content = text.partition("<svg")
+    attributes, _, content = content.partition(">")
+    found = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', attributes)
+    assert found  # Matplotlib writes it, in points.
+    for color, variable in _VARIABLES.items():
+        content = content.replace(color, variable)
+    width = f"{float(found[1]) * CSS_PIXELS / 72:.0f}"
+    label = html.escape(label)
+    return f'<svg {found[0]} width="{width}" role="img" aria-label="{label}">{content}'

@@ -1,4 +1,4 @@
-"""The figures of a report as PNG; the report embeds them and MLflow gets them as artifacts.
+"""The figures of a report as SVG; the report embeds them and MLflow gets them as artifacts.
 
 Seeds of a method are drawn together: heat maps show their mean, curve panels their mean and each
 seed as a thin line. Figures are drawn without pyplot, which is not thread-safe.
@@ -17,29 +17,35 @@ from matplotlib.patches import Rectangle
 
 from pipeline.results.comparison import BOUNDS, Estimate, compare
 from pipeline.results.drawing import (
+    GAP,
     GREY,
     INK,
+    MOST_TIPS,
     STYLE,
     Array,
+    Styles,
+    add_tips,
     color_bar,
     curve_panels,
+    draw_cells,
     draw_curve,
     fitted,
     heat_map,
+    legend_panels,
     panel_grid,
-    png,
-    style_of,
+    styles_of,
+    svg,
+    tip,
 )
 from pipeline.results.results import Group, RunResult, entry_importances, evaluation_sets, groups
 
 CHANCE = 0.01  # share of top entries that two unrelated tasks have in common
 LEARNED, KEPT = "learning_accuracy", "average_performance"
-CSS_PIXELS = 96  # per inch
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG, and its place in the report."""
+    """A figure as SVG, and its place in the report."""
 
     file: str
     section: str
@@ -47,10 +53,7 @@ class Picture:
     """The group that it shows; empty for all groups."""
     evaluation_set: str
     """Empty if it does not depend on one."""
-    png: bytes
-    width: int
-    """Like `height` in CSS pixels, of which the PNG has more for sharp print."""
-    height: int
+    svg: str
 
 
 def draw(runs: Sequence[RunResult]) -> list[Picture]:
@@ -60,10 +63,9 @@ def draw(runs: Sequence[RunResult]) -> list[Picture]:
         for section, label, name, figure in _figures(runs):
             parts = (re.sub(r"[^\w.]+", "-", part).strip("-") for part in (section, label, name))
             slug = "-".join(part for part in parts if part)
-            taken = any(picture.file == f"{slug}.png" for picture in pictures)
-            file = f"{slug}-{len(pictures)}.png" if taken else f"{slug}.png"
-            width, height = (figure.get_size_inches() * CSS_PIXELS).astype(int).tolist()
-            pictures.append(Picture(file, section, label, name, png(figure), width, height))
+            taken = any(picture.file == f"{slug}.svg" for picture in pictures)
+            file = f"{slug}-{len(pictures)}.svg" if taken else f"{slug}.svg"
+            pictures.append(Picture(file, section, label, name, svg(figure, file)))
     return pictures
 
 
@@ -71,20 +73,23 @@ def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]
     """Figures with their section, group and evaluation set."""
     tasks = [str(name) for name in runs[0].metrics["tasks"]]
     by_method = groups(runs)
+    styles = styles_of([group.label for group in by_method])
     for name in evaluation_sets(runs):
         matrices = {of.label: found for of in by_method if (found := _matrices(of, name))}
-        yield "forgetting", "", name, _forgetting(tasks, matrices)
+        yield "forgetting", "", name, _forgetting(tasks, matrices, styles)
         points = {
             line.group.label: (line.metrics[LEARNED], line.metrics[KEPT])
             for line in compare(runs, name, (LEARNED, KEPT))
         }
         if len(points) > 1:
-            yield "stability-plasticity", "", name, _stability_plasticity(points)
+            yield "stability-plasticity", "", name, _stability_plasticity(points, styles)
         for label, members in matrices.items():
             title = label + (f", mean of {len(members)} seeds" if len(members) > 1 else "")
             yield "accuracy", label, name, _accuracy(tasks, np.mean(members, axis=0), title)
     if curves := _held_out_curves(by_method):
-        yield "held-out", "", "", _held_out(curves)
+        yield "held-out", "", "", _held_out(curves, styles)
+    if losses := _losses(by_method):
+        yield "training", "", "", _training(losses, styles)
     for group in by_method:
         if summaries := entry_importances(group):
             attributed = [str(name) for name in summaries[0]["tasks"]]
@@ -114,7 +119,7 @@ def _held_out_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Arr
 
 def _accuracy(tasks: Sequence[str], matrix: Array, title: str) -> Figure:
     figure, axes, _ = heat_map(matrix, tasks, ["base"], "Blues", Normalize(0, 1), title)
-    axes.axhline(0.5, color="white", linewidth=3)
+    axes.axhline(0.5, color=GAP, linewidth=3)
     for i in range(len(tasks)):  # the score right after its own training
         axes.add_patch(Rectangle((i - 0.5, i + 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1))
     axes.set_ylabel("after training")
@@ -136,9 +141,11 @@ def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title:
     lowest = min(max(smallest, largest / 1000), largest / 2)
     norm = LogNorm(lowest, largest)
     for axes, values, name in zip(panels, maps, tasks, strict=True):
-        image = axes.imshow(
-            np.maximum(values, 1e-15), cmap="YlGnBu", norm=norm, aspect="auto", interpolation="none"
-        )
+        image = draw_cells(axes, np.maximum(values, 1e-15), "YlGnBu", norm)
+        if maps.size <= MOST_TIPS:
+            cells = np.ndenumerate(values)
+            tips = [f"{kinds[i]}, layer {j}: {value:.2g} of {name}" for (i, j), value in cells]
+            add_tips(axes, values.shape, tips)
         axes.set_title(fitted(name, 28))
         axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
     figure.supxlabel("layer")
@@ -163,52 +170,88 @@ def _importance_shares(seeds: Sequence[Mapping[str, Any]]) -> tuple[Array, list[
     return np.mean(values / np.where(total > 0, total, 1), axis=0), kinds
 
 
-def _forgetting(tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]]) -> Figure:
+def _forgetting(
+    tasks: Sequence[str], matrices: Mapping[str, Sequence[Array]], styles: Styles
+) -> Figure:
     """One panel per task, after a panel with the mean over the tasks trained so far."""
     count = len(tasks) + (len(tasks) > 1)
-    figure, panels = curve_panels(count, list(matrices))
+    figure, panels = curve_panels(count, list(matrices), styles)
     if len(tasks) > 1:
         axes = panels.pop(0)
         axes.set_title("mean of tasks so far", fontweight="bold")
-        for i, members in enumerate(matrices.values()):
+        for label, members in matrices.items():
             so_far = [np.array([m[t, :t].mean() for t in range(1, len(m))]) for m in members]
-            draw_curve(axes, np.arange(1, len(tasks) + 1), so_far, i)
+            draw_curve(axes, np.arange(1, len(tasks) + 1), so_far, label, styles)
     for t, (axes, name) in enumerate(zip(panels, tasks, strict=True)):
         axes.set_title(fitted(f"{t + 1} {name}", 20))
         axes.axvline(t + 1, color=GREY, linewidth=0.8, linestyle=":")
-        for i, members in enumerate(matrices.values()):
+        for label, members in matrices.items():
             before = np.mean([m[: t + 2, t] for m in members], axis=0)
-            dotted = {**style_of(i), "marker": "", "linestyle": ":"}
+            dotted = {**styles[label], "marker": "", "linestyle": ":"}
             axes.plot(np.arange(t + 2), before, linewidth=0.8, **dotted)
-            draw_curve(axes, np.arange(t + 1, len(tasks) + 1), [m[t + 1 :, t] for m in members], i)
+            after = [m[t + 1 :, t] for m in members]
+            draw_curve(axes, np.arange(t + 1, len(tasks) + 1), after, label, styles)
     return figure
 
 
-def _stability_plasticity(points: Mapping[str, tuple[Estimate, Estimate]]) -> Figure:
+def _stability_plasticity(
+    points: Mapping[str, tuple[Estimate, Estimate]], styles: Styles
+) -> Figure:
     """Learned versus kept, with confidence intervals for methods with several seeds."""
     figure = Figure((7.2, 4.2))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
-    for i, (label, (learned, kept)) in enumerate(points.items()):
-        axes.errorbar(
+    for label, (learned, kept) in points.items():
+        drawn = axes.errorbar(
             learned.mean, kept.mean, xerr=learned.half_width, yerr=kept.half_width,
-            **style_of(i), markersize=6, linestyle="", elinewidth=0.7,
+            **styles[label], markersize=6, linestyle="", elinewidth=0.7,
             markerfacecolor="none" if label in BOUNDS else None, label=fitted(label, 24),
         )  # fmt: skip
+        text = f"{label}: learning accuracy {learned.mean:.3f}, average {kept.mean:.3f}"
+        drawn.lines[0].set_gid(tip(text))
     low = min(min(x.mean, y.mean) for x, y in points.values())
     axes.set(xlim=(max(0, low - 0.1), 1.03), ylim=(max(0, low - 0.1), 1.03))
-    axes.set_xlabel("learned: mean score right after training")
-    axes.set_ylabel("kept: mean score at the end")
+    axes.set_xlabel("learning accuracy: mean score right after training")
+    axes.set_ylabel("average: mean score at the end")
     axes.grid()
     figure.legend(loc="outside right upper", fontsize=7.5)
     return figure
 
 
-def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]]) -> Figure:
+def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> Figure:
     order = list(dict.fromkeys(label for of_skill in curves.values() for label in of_skill))
-    figure, panels = curve_panels(len(curves), order)
+    figure, panels = curve_panels(len(curves), order, styles)
     for axes, (skill, of_skill) in zip(panels, curves.items(), strict=True):
         axes.set_title(fitted(skill, 30))
         for label, members in of_skill.items():
-            draw_curve(axes, np.arange(len(members[0])), members, order.index(label))
+            draw_curve(axes, np.arange(len(members[0])), members, label, styles)
+    return figure
+
+
+def _losses(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]]:
+    """Points (step, loss) of every seed, by train stage and method."""
+    found: dict[str, dict[str, list[Array]]] = {}
+    for group in by_method:
+        for run in group.runs:
+            for stage, points in run.losses.items():
+                of_stage = found.setdefault(stage.partition("/")[2], {})
+                of_stage.setdefault(group.label, []).append(np.array(points, dtype=float))
+    return found
+
+
+def _training(losses: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> Figure:
+    """Training loss by step, a panel per stage and a line per seed."""
+    order = list(dict.fromkeys(label for of_stage in losses.values() for label in of_stage))
+    figure, panels = legend_panels(len(losses), order, styles)
+    panels[0].set_yscale("log")  # The panels share their axes.
+    for axes, (stage, by_label) in zip(panels, losses.items(), strict=True):
+        axes.set_title(fitted(stage, 30))
+        for label, members in by_label.items():
+            for points in members:
+                steps, values = points.T
+                text = f"{label}: from {values[0]:.3g} to {values[-1]:.3g} at step {steps[-1]:.0f}"
+                color = styles[label]["color"]
+                axes.plot(steps, values, color=color, linewidth=1, alpha=0.8, gid=tip(text))
+    figure.supxlabel("step")
+    figure.supylabel("training loss")
     return figure

@@ -1,12 +1,20 @@
 """`report.html`: one self-contained page on one or several runs over the same tasks."""
 
+import csv
+import re
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 from pipeline.config.presets import METHODS
-from pipeline.results.comparison import BASELINE, BOUNDS, Line, compare
+from pipeline.results.comparison import BASELINE, BOUNDS, COMPARED, Estimate, Line, compare
 from pipeline.results.results import (
     METRIC_TITLES,
     Group,
@@ -16,18 +24,31 @@ from pipeline.results.results import (
     groups,
     labels,
     metric,
+    metric_name,
 )
-from pipeline.results.templates import render, score
+from pipeline.results.templates import code, render, score
 from pipeline.storage.artifact import write_text
 
 LOWER_IS_BETTER = {"forgetting"}
 HEADLINE_METHODS = 4
+MOST_EXAMPLES = 4
+"""Methods whose answers are shown."""
+TABLE_FILE, LATEX_FILE = "metrics.csv", "metrics.tex"
+"""The report's table of metrics beside it, with the half width of each mean's interval."""
 
 
-def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[str, bytes]:
-    """Write the report on these runs to `file` atomically; return its figures as PNG, by name.
+def write_report(
+    file: Path,
+    runs: Sequence[RunResult],
+    *,
+    title: str,
+    trials: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, str]:
+    """Write the report on these runs to `file` atomically; return its figures as SVG, by name.
 
-    Raises `ValueError` if there are no runs, or if they learned different tasks.
+    Writes the table of metrics beside it, as CSV and as LaTeX. `trials` are those of the search
+    that found the run, one mapping each. Raises `ValueError` if there are no runs, or if they
+    learned different tasks.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
@@ -42,18 +63,20 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
 
     pictures = draw(runs)
     by_method = groups(runs)
-    tables: list[dict[str, Any]] = [
-        {"set": name, "lines": lines, "best": _best(lines)}
-        for name in evaluation_sets(runs)
-        if (lines := compare(runs, name, list(METRIC_TITLES)))
-    ]
+    lines_of = metric_lines(runs)
+    tables = [{"set": n, "lines": lines, "best": _best(lines)} for n, lines in lines_of.items()]
     page = render(
         "report.html.j2",
         escape=True,
         title=title,
         tasks=tasks,
         runs=dict(zip(labels(runs), runs, strict=True)),
-        headline=_headline(tables[0]["lines"], len(tasks)),
+        headline=headline(runs),
+        facts=_facts(runs),
+        trials=trials,
+        examples={
+            of.label: of.runs[0].examples for of in by_method[:MOST_EXAMPLES] if of.runs[0].examples
+        },
         tables=tables,
         has_seeds=len(by_method) < len(runs),
         pictures=pictures,
@@ -71,13 +94,123 @@ def write_report(file: Path, runs: Sequence[RunResult], *, title: str) -> dict[s
         methods=METHODS,
     )
     write_text(file, page)
-    return {picture.file: picture.png for picture in pictures}
+    write_text(file.with_name(TABLE_FILE), _csv(lines_of))
+    write_text(file.with_name(LATEX_FILE), _latex(lines_of))
+    return {picture.file: picture.svg for picture in pictures}
 
 
-def _headline(lines: Sequence[Line], num_tasks: int) -> str:
-    """Say in one sentence what each method keeps of what it learned, best method first."""
+def metric_lines(runs: Sequence[RunResult]) -> dict[str, list[Line]]:
+    """The table of metrics: by evaluation set, a line per method."""
+    found = {name: compare(runs, name, list(METRIC_TITLES)) for name in evaluation_sets(runs)}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _facts(runs: Sequence[RunResult]) -> dict[str, str]:
+    """What was trained on what, when, and for how long: titles and values."""
+    configs = [yaml.safe_load(run.config_yaml) or {} for run in runs]
+    seconds = {stage.fingerprint: stage.seconds for run in runs for stage in run.stages}
+    dates = [run.finished for run in runs if run.finished]
+    tasks = runs[0].metrics["tasks"]
+    rows = sum(runs[0].rows.get(task, {}).get("train", {}).get("rows", 0) for task in tasks)
+    weights = [f"{run.weights / 1e6:,.1f}M weights" for run in runs if run.weights]
+
+    def of(section: str, key: str) -> list[str]:
+        values = [config.get(section, {}).get(key) for config in configs]
+        return [f"{v:g}" if isinstance(v, float) else str(v) for v in values if v is not None]
+
+    found = {
+        "Model": [*of("model", "path"), *weights],
+        "Data": [*of("tasks", "format"), f"{len(tasks)} tasks", f"{rows:,} training rows"],
+        "Learning rate": of("training", "learning_rate"),
+        "Epochs": of("training", "epochs"),
+        "Batch size": of("training", "batch_size"),
+        "Seeds": [str(run.metrics["seed"]) for run in runs],
+        "Finished": [time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(dates)))] if dates else [],
+        "Compute time": [str(timedelta(seconds=round(sum(seconds.values()))))] if seconds else [],
+    }
+    return {title: ", ".join(dict.fromkeys(values)) for title, values in found.items() if values}
+
+
+def _csv(tables: Mapping[str, Sequence[Line]]) -> str:
+    names = [name for key in METRIC_TITLES for name in (metric_name(key), f"{metric_name(key)}_95")]
+    out = StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["evaluation_set", "method", "seeds", *names])
+    for name, lines in tables.items():
+        for line in lines:
+            found = [line.metrics.get(key) for key in METRIC_TITLES]
+            numbers = [(of.mean, of.half_width) if of else (None, None) for of in found]
+            table.writerow([name, line.group.label, len(line.group.runs), *chain(*numbers)])
+    return out.getvalue()
+
+
+def _latex(tables: Mapping[str, Sequence[Line]]) -> str:
+    """A table for the package booktabs."""
+    rows = []
+    for name, lines in tables.items():
+        rows += [r"\midrule", rf"\multicolumn{{{len(METRIC_TITLES) + 1}}}{{l}}{{{_tex(name)}}} \\"]
+        for line in lines:
+            cells = [_tex_cell(line.metrics.get(key)) for key in METRIC_TITLES]
+            rows.append(" & ".join([_tex(line.group.label), *cells]) + r" \\")
+    head = " & ".join(["Method", *METRIC_TITLES.values()]) + r" \\"
+    begin = rf"\begin{{tabular}}{{l{'r' * len(METRIC_TITLES)}}}"
+    return "\n".join([begin, r"\toprule", head, *rows, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _tex_cell(of: Estimate | None) -> str:
+    return f"${_cell(of)}$".replace("±", r"\pm") if of else "--"
+
+
+def _tex(text: str) -> str:
+    text = text.replace("\\", "/").replace("~", "-").replace("^", "")
+    return re.sub(r"([#$%&_{}])", r"\\\1", text)
+
+
+def description(runs: Sequence[RunResult]) -> str:
+    """The headline and the table of metrics as Markdown."""
+    parts = [headline(runs)]
+    for name, lines in metric_lines(runs).items():
+        parts.append(f"**{name}**\n")
+        parts[-1] += f"\n| method | {' | '.join(METRIC_TITLES.values()).lower()} |"
+        parts[-1] += "\n| --- |" + " --- |" * len(METRIC_TITLES)
+        for line in lines:
+            cells = [_cell(line.metrics.get(key)) for key in METRIC_TITLES]
+            parts[-1] += f"\n| {' | '.join([code(line.group.label), *cells])} |"
+    return "\n\n".join(parts)
+
+
+def _cell(of: Estimate | None) -> str:
+    spread = "" if of is None or of.half_width is None else f" ± {score(of.half_width)}"
+    return score(of.mean if of else None) + spread
+
+
+def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
+    """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width.
+
+    Without set and method: the metrics of the best method on the main set.
+    """
+    best = by_average(runs)[0].metrics
+    found = {metric_name(key): of.mean for key, of in best.items()}
+    for name, lines in metric_lines(runs).items():
+        for line in lines:
+            for key, of in line.metrics.items():
+                at = f"{name}/{line.group.label}/{metric_name(key)}"
+                found[at] = of.mean
+                if of.half_width is not None:
+                    found[f"{at}_95"] = of.half_width
+    return found
+
+
+def by_average(runs: Sequence[RunResult]) -> list[Line]:
+    """The methods' metrics on the main evaluation set, best average first, without bounds."""
+    lines = next(iter(metric_lines(runs).values()))
     shown = [line for line in lines if line.group.label not in BOUNDS] or lines
-    shown = sorted(shown, key=lambda line: -line.metrics["average_performance"].mean)
+    return sorted(shown, key=lambda line: -line.metrics[COMPARED].mean)
+
+
+def headline(runs: Sequence[RunResult]) -> str:
+    """Say in one sentence what each method keeps of what it learned, best method first."""
+    shown, num_tasks = by_average(runs), len(runs[0].metrics["tasks"])
     parts: list[str] = []
     for line in shown[:HEADLINE_METHODS]:
         seeds = len(line.group.runs)

@@ -32,17 +32,33 @@ class RunResult:
     """Content of `checks.json`; None for methods without protection."""
     rows: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     """By task and split: rows and tokens used, and rows left out by reason."""
+    weights: int | None = None
+    """Number of weights of the base model; None if its files are not on this machine."""
+    finished: float | None = None
+    """When the last stage was finished, in seconds since 1970."""
+    examples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """By task: some scored rows with the model's answers, see `examples.examples`."""
+    losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """By train stage: step and loss, thinned out."""
 
 
 METRIC_TITLES = {
-    "average_performance": "Average performance",
+    "average_performance": "Average",
     "backward_transfer": "Backward transfer",
     "learning_accuracy": "Learning accuracy",
-    "forgetting": "Mean forgetting",
-    "average_incremental_performance": "Average incremental performance",
+    "forgetting": "Forgetting",
+    "average_incremental_performance": "Incremental average",
     "forward_transfer": "Forward transfer",
 }
-"""Metrics of an evaluation set, in the order in which they are shown."""
+"""Metrics of an evaluation set, in the order in which they are shown. The terminal, the report and
+MLflow all use these titles."""
+
+
+def metric_name(key: str) -> str:
+    """A metric's title as one lowercase word, as MLflow and tables in files name it."""
+    return METRIC_TITLES[key].lower().replace(" ", "_")
+
+
 LEFT_OUT = {"too_long": "longer than tasks.max_length", "empty": "without prompt or answer"}
 """Reasons for leaving out rows, by the name of their count."""
 

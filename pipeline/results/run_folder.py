@@ -1,25 +1,33 @@
 """A run's own folder: its config, its results, links to its artifacts, and logs of failures."""
 
 import json
+import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from agcl.errors import InputError
 
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.errors import StageFailed
 from pipeline.plan.plan import Run
+from pipeline.results.examples import examples, losses
 from pipeline.results.results import RunResult, StageRecord
 from pipeline.stages.files import CHECKS, IMPORTANCE_SUMMARY, METRICS, SUMMARY
 from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 
 CONFIG_FILE = "config.yaml"
+RESULT_FILE = "result.json"
+"""What a report needs of a run beside its config and metrics; of several runs, their folders."""
+TRIALS_FILE = "trials.parquet"
+"""The trials of a search, one per row."""
 _FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
 """Sections that a rerun into the same folder may change: they do not change results."""
 _MOST_NAMED = 3
@@ -79,28 +87,91 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
     artifact.write_json(run.folder / METRICS, metrics)
     manifests = {name: stage.manifest() or {} for name, stage in run.resolved.items()}
     provenance = artifact.provenance()
-    return RunResult(
-        metrics=metrics,
-        config_yaml=(run.folder / CONFIG_FILE).read_text(encoding="utf-8"),
-        stages=[
-            StageRecord(
-                name=name,
-                fingerprint=stage.fingerprint,
-                seconds=float(manifests[name].get("seconds", 0)),
-                reused=stage.folder in done_before,
-            )
+    content = {
+        "stages": [
+            {
+                "name": name,
+                "fingerprint": stage.fingerprint,
+                "seconds": float(manifests[name].get("seconds", 0)),
+                "reused": stage.folder in done_before,
+            }
             for name, stage in run.resolved.items()
         ],
-        importance=_json(report.read(IMPORTANCE_SUMMARY)),
-        checks=_json(report.read(CHECKS)),
-        rows={task: summary["splits"] for task, summary in prepared.items()},
-        provenance={
+        "importance": _json(report.read(IMPORTANCE_SUMMARY)),
+        "checks": _json(report.read(CHECKS)),
+        "rows": {task: summary["splits"] for task, summary in prepared.items()},
+        "weights": _weights(run),
+        "finished": max(m.get("started", 0) + m.get("seconds", 0) for m in manifests.values()),
+        "examples": examples(run, metrics["evaluation_set"]),
+        "losses": losses(run),
+        "provenance": {
             "command": command,
             "git": provenance["git"],
             **provenance["versions"],
             "seed": str(run.config.seed),
         },
+    }
+    artifact.write_json(run.folder / RESULT_FILE, content)
+    return read_result(run.folder)
+
+
+def read_result(folder: Path) -> RunResult:
+    """The result of a finished run, from its folder alone. Raises `InputError` if there is none."""
+    if not (folder / METRICS).is_file():
+        raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder")
+    if not (folder / RESULT_FILE).is_file():
+        raise InputError(
+            f"{folder}: written by an earlier version of agcl (no {RESULT_FILE}); "
+            f"run it again with `agcl run {folder / CONFIG_FILE}`"
+        )
+    metrics, content = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in (METRICS, RESULT_FILE)
     )
+    stages = [StageRecord(**stage) for stage in content.pop("stages")]
+    config_yaml = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    return RunResult(metrics=metrics, config_yaml=config_yaml, stages=stages, **content)
+
+
+def write_runs(folder: Path, runs: Sequence[Path]) -> None:
+    """Record which runs below a folder were compared there last, in their order."""
+    names = [os.path.relpath(run, folder) for run in runs]
+    artifact.write_json(folder / RESULT_FILE, {"runs": names})
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folders of the runs that a report on a folder shows: itself, or those below it.
+
+    Raises `InputError` if there is no finished run.
+    """
+    if (folder / METRICS).is_file():
+        return [folder]
+    if (folder / RESULT_FILE).is_file():
+        names = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["runs"]
+        return [folder / name for name in names]
+    found = [f.parent for f in sorted(folder.glob(f"*/{METRICS}")) if not f.parent.is_symlink()]
+    if not found:
+        trials = f"; its trials are in {TRIALS_FILE}" * (folder / TRIALS_FILE).is_file()
+        raise InputError(f"{folder}: no finished run (no {METRICS}) in this folder{trials}")
+    return found
+
+
+def read_trials(folder: Path) -> list[dict[str, Any]]:
+    """The trials of a search by column, empty for other folders."""
+    file = folder / TRIALS_FILE
+    return pq.read_table(file).to_pylist() if file.is_file() else []
+
+
+def _weights(run: Run) -> int | None:
+    """Number of weights in the base model's files: safetensors start with a header of shapes."""
+    path = run.config.model.path
+    folder = run.resolved["pretrain"].folder if path == "builtin" else Path(path)
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return total or None
 
 
 def summaries(run: Run) -> dict[str, dict[str, Any]]:

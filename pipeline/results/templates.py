@@ -1,10 +1,10 @@
 """Renders the templates of this folder: the HTML report and the Markdown model card."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 
 def render(template: str, *, escape: bool, **values: Any) -> str:
@@ -17,7 +17,7 @@ def render(template: str, *, escape: bool, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"score": score, "code": code, "base64": _base64}
+    environment.filters |= {"score": score, "code": code, "inline": _inline}
     return environment.get_template(template).render(values)
 
 
@@ -35,5 +35,7 @@ def code(text: str) -> str:
     return f"`{line}`" if line else ""
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+def _inline(svg: str, label: str) -> Markup:
+    from pipeline.results.drawing import inline  # Imports matplotlib, which a model card needs not.
+
+    return Markup(inline(svg, label))

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 import optuna
@@ -30,6 +31,7 @@ from pipeline.plan.schedule import needed_for
 from pipeline.plan.stage import resolve
 from pipeline.search.space import Settings, distributions, own_point
 from pipeline.search.trial import Progress, Trial, run_trial
+from pipeline.secrets import masked
 from pipeline.stages.evaluate import evaluate
 from pipeline.storage import artifact
 
@@ -219,11 +221,9 @@ def run_trials(
 def _trainable(search: Search, shared: Collection[str]) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         try:
-            run = search.run_of(**config["trial"])
-        except InputError as error:
-            tune.report({"reason": str(error), "traceback": ""})
-        else:
-            run_trial(run, shared)
+            run_trial(search.run_of(**config["trial"]), shared)
+        except InputError as error:  # It would be the same again: no reason to retry.
+            tune.report({"reason": masked(str(error)), "traceback": masked(format_exc())})
 
     return trial
 

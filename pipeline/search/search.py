@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,9 +18,17 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
+from pipeline.results.report import numbers, write_report
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import CONFIG_FILE, check_folder, open_folder
-from pipeline.run import execute, mirrored, open_run
+from pipeline.results.run_folder import (
+    CONFIG_FILE,
+    TRIALS_FILE,
+    check_folder,
+    open_folder,
+    read_trials,
+    write_runs,
+)
+from pipeline.run import REPORT_FILE, execute, mirrored, open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search, run_trials
 from pipeline.search.space import Settings, corners, space_of
@@ -28,7 +36,7 @@ from pipeline.search.trial import Trial
 from pipeline.storage import artifact
 from pipeline.tracking.sync import Mirror
 
-SEARCH_FILE, TABLE, BEST_CONFIG, BEST = "search.yaml", "trials.parquet", "best.yaml", "best"
+SEARCH_FILE, BEST_CONFIG, BEST = "search.yaml", "best.yaml", "best"
 VALIDATION = 0.3
 """Share of the scored rows to choose settings by, if the config sets none."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -86,7 +94,11 @@ def execute_search(
         found = execute_trials(search, mirror, console, watch)
         best = trials.best(found)
         result = _score(search, best, mirror, command, console) if best else None
-        _finish(search, found, best, mirror)
+        if result:
+            write_runs(search.folder, [search.folder / BEST])
+            file, tried = search.folder / REPORT_FILE, read_trials(search.folder)
+            write_report(file, [result], title=search.folder.name, trials=tried)
+        _finish(search, found, best, result, mirror)
         return Found(found, best, result)
 
 
@@ -101,9 +113,12 @@ def execute_trials(
 ) -> list[Trial]:
     """Run all trials on one Ray cluster, after the stages that they share.
 
-    Raises `StageFailed` for a stage that all trials need.
+    Raises `StageFailed` for a stage that all trials need, `InputError` if the folder is of another
+    search by now.
     """
     config = search.config
+    # Again: we may have waited for another search, which then owns the folder.
+    check_folder(config, search.folder / SEARCH_FILE, "search")
     artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
     config.storage.save_results(search.folder)  # The search is known even if it is killed.
     runs = example_runs(search)
@@ -135,7 +150,7 @@ def execute_trials(
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
-    pq.write_table(trials.table(found), search.folder / TABLE)
+    pq.write_table(trials.table(found), search.folder / TRIALS_FILE)
     return found
 
 
@@ -198,7 +213,10 @@ def _recorder(search: Search, mirror: Mirror, shared: Collection[str]) -> Observ
 
 
 def _scores_of(trial: Trial | None) -> dict[str, float]:
-    scores = asdict(trial.last) if trial and trial.last else {}
+    if not (trial and trial.last):
+        return {}
+    last = trial.last
+    scores = {"average": last.average, "learning_accuracy": last.learned, "retained": last.retained}
     return {name: score for name, score in scores.items() if score is not None}
 
 
@@ -226,7 +244,13 @@ def best_run(search: Search, best: Trial) -> Run:
     return open_run(config, folder)
 
 
-def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: Mirror) -> None:
+def _finish(
+    search: Search,
+    found: Sequence[Trial],
+    best: Trial | None,
+    result: RunResult | None,
+    mirror: Mirror,
+) -> None:
     """Draw the figures, and give everything to MLflow."""
     from pipeline.search.figures import search_figures
 
@@ -234,7 +258,17 @@ def _finish(search: Search, found: Sequence[Trial], best: Trial | None, mirror: 
     for name, png in pictures.items():
         (search.folder / "figures").mkdir(exist_ok=True)
         (search.folder / "figures" / name).write_bytes(png)
-    names = [TABLE, SEARCH_FILE, *([BEST_CONFIG] if best else [])]
+    names = [TRIALS_FILE, SEARCH_FILE, *([BEST_CONFIG, REPORT_FILE] if best else [])]
     names += [f"figures/{name}" for name in pictures]
     files = {name: search.folder / name for name in names}
-    mirror.finish(files, {f"best_{k}": v for k, v in _scores_of(best).items()})
+    scores = {f"best_{k}": v for k, v in _scores_of(best).items()}
+    scores |= numbers([result]) if result else {}  # Those on test rows.
+    said = f"best is trial {best.number}: {dict(best.settings)}" if best else ""
+    tags = {"method": search.config.method, "seed": str(search.config.seed)}
+    mirror.finish(files, scores, tags=tags, note=said, error="" if best else why_none(found))
+
+
+def why_none(tried: Sequence[Trial]) -> str:
+    """Why no trial has a result: the reasons of those that failed."""
+    reasons = dict.fromkeys(trial.reason for trial in tried if trial.reason)
+    return f"no trial reached the last task ({'; '.join(reasons) or 'all stopped'})"

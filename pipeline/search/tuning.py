@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agcl.errors import InputError
 from rich.console import Console
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
 from pipeline.config.search import Search as SearchSection
+from pipeline.errors import Failed
+from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
-from pipeline.search.search import TABLE, execute_trials, mirrored_search, only_validation
+from pipeline.search.search import execute_trials, mirrored_search, only_validation, why_none
 from pipeline.search.space import Settings
 from pipeline.search.trial import Trial
 from pipeline.storage.artifact import write_json
@@ -115,22 +116,27 @@ def execute_tuning(
 ) -> dict[str, Chosen]:
     """Run the trials of all methods side by side; the best of each, also in `tuning.json`.
 
-    Raises `StageFailed` for a stage that all trials need, `InputError` if every trial of a method
+    Raises `StageFailed` for a stage that all trials need, `Failed` if every trial of a method
     failed.
     """
     with mirrored_search(search, console) as mirror:
         found = execute_trials(search, mirror, console, watch)
         rates = [config.training.learning_rate for _, config in search.known.values()]
-        chosen = {
-            method: choose([t for t in found if t.settings["method"] == method], rates)
-            for method in dict.fromkeys(trial.settings["method"] for trial in found)
-        }
+        by_method: dict[str, list[Trial]] = {}
+        for trial in found:
+            by_method.setdefault(trial.settings["method"], []).append(trial)
+        chosen = {method: choose(tried, rates) for method, tried in by_method.items()}
         record = {method: best and asdict(best) for method, best in chosen.items()}
         write_json(search.folder / CHOSEN_FILE, record)
-        mirror.finish({name: search.folder / name for name in (TABLE, CHOSEN_FILE)})
-    for method, best in chosen.items():
-        if best is None:
-            raise InputError(f"--trials: every trial of method {method} failed")
+        failed = [
+            f"method {method}: {why_none(by_method[method])}"
+            for method, best in chosen.items()
+            if best is None
+        ]
+        files = {name: search.folder / name for name in (TRIALS_FILE, CHOSEN_FILE)}
+        mirror.finish(files, error="; ".join(failed))
+    if failed:
+        raise Failed("; ".join(failed))
     return {method: best for method, best in chosen.items() if best}
 
 

@@ -4,32 +4,36 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agcl.errors import InputError
 
+from pipeline.results.results import METRIC_TITLES, metric_name
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import claimed, write_json
 
-EXPERIMENT = "agcl"
 _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
 _KIND = "custom_model_development"  # Makes the UI open in its training view.
-_PARAM_LENGTH = 6000
+_NOTE = "mlflow.note.content"
+_KIND_TAG, _VIEW_TAG = "mlflow.experimentKind", "mlflow.sharedViewState.agcl"
+_PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 _DATABASE = "mlflow.db"
+TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _ENVIRONMENT = {
     # A server that is down must not hold up a run for the four minutes of MLflow's defaults.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
+    **TELEMETRY_OFF,
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # We report failures ourselves, in one line.
 }
 Content = bytes | str | Path
@@ -70,6 +74,7 @@ class _Client:
                 # Transport errors are OSErrors; a malformed address is a ValueError as well.
                 cause = error.__cause__ or error.__context__
                 no_answer = isinstance(cause, OSError) and not isinstance(cause, ValueError)
+                no_answer |= "database is locked" in str(error)  # Sqlite, by another process.
                 reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
                 if "database is locked" in str(error):
                     no_answer, reason = True, "another process keeps its database locked"
@@ -91,7 +96,7 @@ class Child(NamedTuple):
 class Tracker:
     """The runs of our experiment. Only the driver writes them, always by explicit run id."""
 
-    def __init__(self, storage: Path, uri: str | None) -> None:
+    def __init__(self, storage: Path, uri: str | None, experiment: str = "agcl") -> None:
         """Connect; `uri` None is the storage folder's own database. Raises `TrackingFailed`.
 
         Raises `InputError` for a URI whose credentials were masked.
@@ -104,15 +109,21 @@ class Tracker:
         if MASK in self.uri:
             raise InputError("tracking.uri: its credentials were never written; give them again")
         if uri is None:
-            _make_database(storage)
+            _make_database(storage, experiment)
         self.client: Any = _Client(self.uri)
-        self.experiment = _experiment(self.client, self.uri, storage)
+        self.experiment = _experiment(self.client, self.uri, storage, experiment)
+        self._finished: dict[str, tuple[float, str | None]] = {}
+        """End in seconds since 1970 and parent of the runs that were finished when reopened and
+        have no new child since."""
 
     def start(
         self, name: str, tags: Mapping[str, str], parent: str | None, at: float | None = None
     ) -> str:
         """Create a run and return its id. `at` is its start in seconds since 1970; None is now."""
         nested = {"mlflow.parentRunId": parent} if parent else {}
+        above = parent
+        while above in self._finished:
+            above = self._finished.pop(above)[1]
         started = _milliseconds(at)
         run = self.client.create_run(self.experiment, started, {**tags, **nested}, name)
         return str(run.info.run_id)
@@ -126,7 +137,7 @@ class Tracker:
         one finds the run by its key instead of creating a second one.
         """
         file, uri = folder / _RUN_FILE, masked(self.uri)
-        run_id = self._known(file, uri)
+        run_id = self._known(file, uri, parent)
         if run_id is None:
             key = uuid.uuid4().hex
             write_json(file, {"key": key, "uri": uri})
@@ -134,7 +145,7 @@ class Tracker:
         write_json(file, {"run_id": run_id, "uri": uri})
         return run_id
 
-    def _known(self, file: Path, uri: str) -> str | None:
+    def _known(self, file: Path, uri: str, parent: str | None) -> str | None:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
             if known["uri"] != uri:
@@ -147,11 +158,16 @@ class Tracker:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         try:
+            info = self.client.get_run(run_id).info
+            if info.experiment_id != self.experiment:
+                return None
             self.client.update_run(run_id, status="RUNNING")
         except TrackingFailed as error:
             if error.no_answer:
                 raise
             return None  # Deleted, or the database is a new one.
+        if info.status == "FINISHED" and info.end_time:
+            self._finished[run_id] = (info.end_time / 1000, parent)
         return run_id
 
     def children(self, parent: str) -> list[Child]:
@@ -165,6 +181,11 @@ class Tracker:
             Child(r.info.run_id, r.data.tags.get("fingerprint", ""), r.info.status == "FINISHED")
             for r in found
         ]
+
+    def tags(self, run_id: str, values: Mapping[str, str], note: str = "") -> None:
+        """Set tags; `note` is the run's description, in Markdown."""
+        for key, value in {**values, **({_NOTE: note} if note else {})}.items():
+            self.client.set_tag(run_id, key, value[:_TAG_LENGTH])
 
     def params(self, run_id: str, values: Mapping[str, Any]) -> None:
         """Log nested values as dotted params. MLflow's params cannot change: existing ones stay."""
@@ -229,13 +250,19 @@ class Tracker:
     def end(
         self, run_id: str, status: str = "FINISHED", error: str = "", at: float | None = None
     ) -> None:
-        """Close a run as FINISHED, FAILED or KILLED. `at` is its end; None is now."""
+        """Close a run as FINISHED, FAILED or KILLED. `at` is its end.
+
+        None is now or, for a run that was finished before and to which nothing was added, the end
+        that it has.
+        """
+        if at is None and status == "FINISHED" and run_id in self._finished:
+            at = self._finished[run_id][0]
         if error:
             self.client.set_tag(run_id, "error", masked(error))
         self.client.set_terminated(run_id, status, end_time=_milliseconds(at))
 
 
-def _make_database(storage: Path) -> None:
+def _make_database(storage: Path, experiment: str) -> None:
     """Create the storage folder's database under another name, then rename it.
 
     MLflow's migrations take seconds. A process killed during them, or two processes running them
@@ -247,22 +274,22 @@ def _make_database(storage: Path) -> None:
             aside = file.with_name(file.name + ".part")
             aside.unlink(missing_ok=True)
             uri = f"sqlite:///{aside}"
-            _experiment(_Client(uri), uri, storage)
+            _experiment(_Client(uri), uri, storage, experiment)
             aside.replace(file)
 
 
-def _experiment(client: Any, uri: str, storage: Path) -> str:
-    """The id of our experiment, created if necessary."""
-    found = client.get_experiment_by_name(EXPERIMENT)
+def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
+    """The id of an experiment, created if necessary."""
+    found = client.get_experiment_by_name(name)
     if found is None:
         # Artifacts of a local database belong beside it; a server decides for itself.
         on_server = uri.startswith(("http:", "https:", "databricks"))
         location = None if on_server else (storage / "mlartifacts").as_uri()
         try:
-            tags = {"mlflow.experimentKind": _KIND}
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
+            tags = {_KIND_TAG: _KIND}
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except TrackingFailed:
-            found = client.get_experiment_by_name(EXPERIMENT)  # Another process was faster.
+            found = client.get_experiment_by_name(name)  # Another process was faster.
             if found is None:
                 raise
     return str(found.experiment_id)
@@ -281,17 +308,52 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def serve(storage: Path, port: int) -> int:
-    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code."""
+def serve(storage: Path, port: int, show: Callable[[str], None]) -> int:
+    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code.
+
+    Calls `show` with the address of each of our experiments. Raises `InputError` if there is no
+    database.
+    """
     if not (storage / _DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
     arguments = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri".split()
-    return subprocess.run(
+    server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *arguments, default_uri(storage)],
         env={
-            "MLFLOW_DISABLE_TELEMETRY": "true",
+            **TELEMETRY_OFF,
             **os.environ,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         },
-        check=False,
-    ).returncode
+        start_new_session=True,  # Its own workers are then ended with it.
+    )
+    try:
+        with suppress(TrackingFailed):  # Then the server says why.
+            for experiment in _view(storage):
+                show(
+                    f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?viewStateShareKey=agcl"
+                )
+        return server.wait()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _view(storage: Path) -> Iterator[str]:
+    """Give our experiments a shared view of runs with their averages; yields the experiments' ids.
+
+    Without the view, MLflow lists no metrics, and a run's many stages among the runs.
+    """
+    client: Any = _Client(default_uri(storage))
+    columns = [f"metrics.`{metric_name(key)}`" for key in METRIC_TITLES]
+    for experiment in client.search_experiments(filter_string=f"tags.`{_KIND_TAG}` = '{_KIND}'"):
+        view = {
+            "searchFilter": "tags.kind != 'stage'",
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+            "selectedColumns": ["tags.`method`", "tags.`seed`", *columns],
+        }
+        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, json.dumps(view))
+        yield str(experiment.experiment_id)

@@ -165,9 +165,15 @@ class MirroredRun:
         return {"step": index, **row}
 
     def end(
-        self, metrics: Mapping[str, float], files: Mapping[str, Content], status: str, error: str
+        self,
+        metrics: Mapping[str, float],
+        files: Mapping[str, Content],
+        status: str,
+        error: str,
+        note: str,
     ) -> None:
         """Log last metrics and files by artifact path, register the model, and close the run."""
+        self.tracker.tags(self.id, {}, note)
         made = [work for stage, work in self.resolved.items() if stage in self.complete]
         self.tracker.metrics(self.id, [metrics], _times(made[-1])[1] if made else None)
         self.tracker.artifacts(self.id, files)

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from pipeline.config.config import Config
 from pipeline.plan.plan import Run
+from pipeline.results.results import METRIC_TITLES, metric, metric_name
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
 from pipeline.tracking.client import Content, Tracker, TrackingFailed
@@ -137,13 +138,12 @@ class Mirror:
         return (self._runs[label].id or None) if label in self._runs else None
 
     def finish_run(
-        self, label: str, results: Mapping[str, Any], files: Mapping[str, Content]
+        self, label: str, results: Mapping[str, Any], files: Mapping[str, Content], note: str = ""
     ) -> None:
-        """`end` a run with its final results."""
-        numbers = {key: value for key, value in results.items() if isinstance(value, float)}
-        if results["forgetting"]["mean"] is not None:
-            numbers["forgetting"] = results["forgetting"]["mean"]
-        self.end(label, {"step": len(results["tasks"]), **numbers}, files)
+        """`end` a run with its final results; `note` describes it in Markdown."""
+        found = {metric_name(key): metric(results, key) for key in METRIC_TITLES}
+        numbers = {name: value for name, value in found.items() if value is not None}
+        self.end(label, {"step": len(results["tasks"]), **numbers}, files, note=note)
 
     def end(
         self,
@@ -153,6 +153,7 @@ class Mirror:
         *,
         status: str = "FINISHED",
         error: str = "",
+        note: str = "",
     ) -> None:
         """Record what is missing of a run, last metrics and files by artifact path, and close it.
 
@@ -160,22 +161,33 @@ class Mirror:
         """
         if label in self._runs:
             run = self._runs[label]
-            run.ending = partial(run.end, metrics, files or {}, status, error)
+            run.ending = partial(run.end, metrics, files or {}, status, error, note)
             self.sync(label)
 
     def finish(
-        self, files: Mapping[str, Content], metrics: Mapping[str, float] | None = None
+        self,
+        files: Mapping[str, Content],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        note: str = "",
+        error: str = "",
     ) -> None:
-        """Log files and metrics on the run above the others, and close it."""
+        """Log all this on the run above the others, and close it; FAILED with `error`."""
         with self._surviving():
             if self._tracker and self.own:
+                self._tracker.tags(self.own, tags or {}, note)
+                self._tracker.params(self.own, params or {})
                 self._tracker.metrics(self.own, [metrics or {}])
                 self._tracker.artifacts(self.own, files)
-                self._tracker.end(self.own)
+                self._tracker.end(self.own, "FAILED" if error else "FINISHED", error)
 
     def _connect(self) -> None:
         if self.config.tracking.enabled:
-            self._tracker = Tracker(self.config.storage.root, self.config.tracking.uri)
+            self._tracker = Tracker(
+                self.config.storage.root, self.config.tracking.uri, self.config.tracking.experiment
+            )
 
     def _open_own(self) -> None:
         if self._tracker and self.kind:

@@ -46,8 +46,10 @@ def test_without_a_terminal_every_change_is_a_line():
         Trial(1, SETTINGS, "failed", reason="stage train/1-a: loss nan"),
     ).splitlines()
     assert len(lines) == 4, lines
-    assert "trial 0 running task 1 average 0.500 retained - learned 0.750" in lines[1]
-    assert "trial 0 finished task 2 average 0.625 retained 0.500 learned 0.750" in lines[2]
+    assert "trial 0 running task 1 average 0.500 learning accuracy 0.750 retained -" in lines[1]
+    assert (
+        "trial 0 finished task 2 average 0.625 learning accuracy 0.750 retained 0.500" in lines[2]
+    )
     assert "1/3 done, best 0.625 (trial 0), about " in lines[2]
     assert "trial 1 failed task 0" in lines[3]
     assert "(stage train/1-a: loss nan)" in lines[3]
@@ -69,9 +71,10 @@ def test_the_final_table_has_the_settings_and_marks_the_best_in_80_columns():
     Console(file=out, width=80).print(trial_table(trials, 2))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[1].split() == [
-        "trial", "state", "task", "retained", "learned", "average", "energy", "top_k",
+    assert lines[1].split() == ["learning"]
+    assert lines[2].split() == [
+        "trial", "state", "task", "average", "accuracy", "retained", "energy", "top_k",
     ]  # fmt: skip
-    assert lines[3].split() == [
-        "0", "*", "finished", "2", "0.500", "0.750", "0.625", "0.8123", "null",
+    assert lines[4].split() == [
+        "0", "*", "finished", "2", "0.625", "0.750", "0.500", "0.8123", "null",
     ]  # fmt: skip

@@ -30,4 +30,4 @@ def check_whole(uri, run):
         expected = [(index, row[column]) for index, row in enumerate(rows)]
         assert points(parent, f"memorization/{task}") == expected
     average = metrics["average_performance"]
-    assert points(parent, "average_performance") == [(len(metrics["tasks"]), average)]
+    assert points(parent, "average") == [(len(metrics["tasks"]), average)]

@@ -7,7 +7,6 @@ root of the repository (one or two minutes, starts Ray):
     python -m tests.reference.record_run
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import loading
-from pipeline.results.results import RunResult, StageRecord
+from pipeline.results.results import RunResult
+from pipeline.results.run_folder import CONFIG_FILE, RESULT_FILE, read_result
 from pipeline.run import execute, open_run
+from pipeline.stages.files import METRICS
 
 RECORDED = Path(__file__).parent.parent / "pipeline" / "results" / "recorded"
 LABELS = ["sequential-seed0", "sequential-seed1", "agcl-seed0", "agcl-seed1", "gate-seed0"]
@@ -35,17 +36,7 @@ SETTINGS = {"sequential": [], "agcl": ["importance.entries=false"], "gate": []}
 
 def recorded(label: str) -> RunResult:
     """Load the result of a recorded run."""
-    folder = RECORDED / label
-    run = _read(folder / "run.json")
-    return RunResult(
-        metrics=_read(folder / "metrics.json"),
-        config_yaml=(folder / "config.yaml").read_text(encoding="utf-8"),
-        stages=[StageRecord(**stage) for stage in run["stages"]],
-        importance=_read(folder / "importance.json"),
-        provenance=run["provenance"],
-        checks=_read(folder / "checks.json"),
-        rows=run["rows"],
-    )
+    return read_result(RECORDED / label)
 
 
 def record() -> None:
@@ -58,7 +49,7 @@ def record() -> None:
             method, seed = label.split("-seed")
             settings = [f"storage={root}/storage", f"seed={seed}", *SETTINGS[method]]
             runs[label] = open_run(loading.load(file, settings, method=method), Path(root, label))
-        results = execute(
+        execute(
             runs,
             Path(root, "comparison"),
             title="facts",
@@ -66,8 +57,11 @@ def record() -> None:
             console=Console(),
         )
         shutil.rmtree(RECORDED, ignore_errors=True)
-        for label, result in zip(LABELS, results, strict=True):
-            _write(RECORDED / label, result, root)
+        for label, run in runs.items():
+            (RECORDED / label).mkdir(parents=True)
+            for name in (CONFIG_FILE, METRICS, RESULT_FILE):
+                text = (run.folder / name).read_text(encoding="utf-8").replace(f"{root}/", "")
+                (RECORDED / label / name).write_text(text, encoding="utf-8")
         evaluations = [
             run.folder
             for name, run in runs[WITH_PREDICTIONS].resolved.items()
@@ -77,30 +71,6 @@ def record() -> None:
             target = RECORDED / WITH_PREDICTIONS / "scores" / str(index)
             target.mkdir(parents=True)
             shutil.copyfile(folder / "predictions.parquet", target / "predictions.parquet")
-
-
-def _write(folder: Path, result: RunResult, root: str) -> None:
-    folder.mkdir(parents=True)
-    config = result.config_yaml.replace(f"{root}/", "")
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    parts = {
-        "metrics": result.metrics,
-        "importance": result.importance,
-        "checks": result.checks,
-        "run": {
-            "stages": [vars(stage) for stage in result.stages],
-            "provenance": result.provenance,
-            "rows": result.rows,
-        },
-    }
-    for name, content in parts.items():
-        if content is not None:
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _read(file: Path):
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 if __name__ == "__main__":

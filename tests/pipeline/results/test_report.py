@@ -1,21 +1,31 @@
 """The report: recorded runs as they are shown, and special cases from made-up results."""
 
-import base64
+import csv
 import io
 import re
+import shutil
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from reference.record_run import LABELS, recorded
+from reference.record_run import LABELS, RECORDED, recorded
 from rich.console import Console
 
+from agcl.errors import InputError
 from agcl.metrics import summary
-from jobs.execution import print_comparison
+from jobs.execution import print_comparison, print_matrices, print_metrics
+from pipeline.config.presets import METHODS
+from pipeline.results.drawing import styles_of
 from pipeline.results.figures import draw
 from pipeline.results.report import write_report
 from pipeline.results.results import METRIC_TITLES, RunResult, StageRecord, groups, labels, left_out
+from pipeline.results.run_folder import write_runs
+from pipeline.run import rewrite_report
+from pipeline.search.trial import Progress, Trial
+from pipeline.search.trial import table as trial_table
 
 TASKS = ["harbour", "valley", "island"]
 FEW = {"importance": False, "held_out": False, "sets": ["memorization"]}  # few figures: fast
@@ -103,7 +113,7 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data.strip()
 
     def images(self):
-        return [attributes for tag, attributes in self.tags if tag == "img"]
+        return [attributes for tag, attributes in self.tags if tag == "svg"]
 
 
 @pytest.fixture
@@ -187,15 +197,142 @@ def test_the_page_embeds_its_figures_and_refers_to_nothing_outside(comparison):
     of_set = ["forgetting", "stability-plasticity"]
     of_set += [f"accuracy-{method}" for method in ("sequential", "agcl", "gate")]
     expected = {f"{each}-{name}" for each in of_set for name in ("memorization", "generalization")}
-    expected |= {"held-out", "importance-gate", "overlap-gate"}
-    assert set(figures) == {f"{name}.png" for name in expected}
-    prefix = "data:image/png;base64,"
-    embedded = [base64.b64decode(image["src"].removeprefix(prefix)) for image in seen.images()]
-    assert sorted(embedded) == sorted(figures.values())
-    assert all(png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 2000 for png in embedded)
-    assert all(len(image["alt"]) > 20 for image in seen.images())
-    assert not re.search(r"https?://|url\(|@import|<script|<link", text)
+    expected |= {"held-out", "training", "importance-gate", "overlap-gate"}
+    assert set(figures) == {f"{name}.svg" for name in expected}
+    assert all(svg.startswith("<?xml") and len(svg) > 2000 for svg in figures.values())
+    assert len(seen.images()) == len(figures)
+    assert all(len(image["aria-label"]) > 20 for image in seen.images())
+    assert not re.search(r"https?://|url\((?!#)|@import|<script|<link|<img", text)
     assert all(attributes["href"].startswith("#") for tag, attributes in seen.tags if tag == "a")
+
+
+def test_figures_follow_the_page_and_show_values_on_hover(comparison):
+    svgs = re.findall(r"<svg.*?</svg>", comparison[1], flags=re.S)
+    matrix = recorded("gate-seed0").metrics["evaluation_sets"]["memorization"]["accuracy_matrix"]
+    titles = re.findall(r"<title>(.*?)</title>", "".join(svgs))
+    assert f"2 valley, 1 harbour: {matrix[2][0]:.3f}" in titles
+    assert f"gate, after 2: {matrix[2][0]:.3f}" in titles
+    assert any(title.startswith("mlp.up_proj, layer 0: ") for title in titles)
+    assert any(title.startswith("agcl: learning accuracy ") for title in titles)
+    assert any(title.startswith("sequential: from ") for title in titles)
+    for svg in svgs:
+        assert "currentColor" in svg
+        assert not re.search("#24292f|#fefefe", svg)  # Ink and paper are the page's.
+    assert len(comparison[1]) < 1_000_000
+
+
+def test_the_importance_bar_has_numbers(comparison):
+    assert len(re.findall(r">0\.\d+</text>", comparison[0]["importance-gate.svg"])) == 3
+
+
+def test_the_header_says_what_was_trained_on_what_and_when(agcl):
+    one, seen = agcl
+    rows = sum(one.rows[task]["train"]["rows"] for task in TASKS)
+    assert one.weights > 800_000
+    assert f"builtin, {one.weights / 1e6:.1f}M weights" in seen.text
+    assert f"facts, 3 tasks, {rows} training rows" in seen.text
+    for title, value in (("Learning rate", "0.001"), ("Epochs", "20"), ("Batch size", "8")):
+        assert f"{title}{value}" in seen.text
+    assert time.strftime("Finished%Y-%m-%d %H:%M UTC", time.gmtime(one.finished)) in seen.text
+
+
+def test_example_answers_are_right_and_wrong_ones_before_and_after(agcl):
+    one, seen = agcl
+    titles = ["", "Prompt", "Expected", "Base model", "After its training", "At the end"]
+    tables = [table for table in seen.tables if table[0] == titles]
+    assert len(tables) == len(TASKS)
+    for table, rows in zip(tables, one.examples.values(), strict=True):
+        assert [row[:4] for row in table[1:]] == [
+            [row["kind"], row["prompt"].strip(), row["answer"].strip(), row["base"][0].strip()]
+            for row in rows
+        ]
+    kinds = {row["kind"] for rows in one.examples.values() for row in rows}
+    assert {"forgotten", "kept"} <= kinds
+    for row in (row for rows in one.examples.values() for row in rows):
+        was, still = row["learned"][1] >= 0.5, row["final"][1] >= 0.5
+        assert row["kind"] == ("not learned" if not was else "kept" if still else "forgotten")
+        assert still == (row["final"][0].strip() == row["answer"].strip())
+
+
+def test_a_method_has_its_color_in_every_report():
+    of_all, of_two = styles_of(list(METHODS)), styles_of(["gate", "sequential"])
+    assert of_two["gate"] == of_all["gate"]
+    assert len({str(style) for style in of_all.values()}) == len(METHODS)
+    twice = styles_of(["agcl seed 0 #1", "agcl seed 0 #2"])
+    assert twice["agcl seed 0 #1"] != twice["agcl seed 0 #2"]
+
+
+def test_the_table_of_metrics_lies_beside_the_report(tmp_path, comparison):
+    runs = [recorded(label) for label in LABELS]
+    write_report(tmp_path / "report.html", runs, title="facts")
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["evaluation_set"], row["method"], row["seeds"]) for row in rows[:3]] == [
+        ("memorization", "sequential", "2"),
+        ("memorization", "agcl", "2"),
+        ("memorization", "gate", "1"),
+    ]
+    shown = table_with(Page(comparison[1]), "Method", "Average")
+    for row, cells in zip(rows, shown[1:], strict=False):
+        spread = f"± {float(row['average_95']):.3f}" if row["average_95"] else ""
+        assert f"{float(row['average']):.3f}{spread}" == cells[1].strip("*")
+    latex = (tmp_path / "metrics.tex").read_text()
+    assert latex.startswith("\\begin{tabular}{lrrrrrr}\n\\toprule\nMethod & Average & ")
+    assert latex.count("\\\\") == 1 + 2 * 4
+
+
+# The report again, from the folder alone
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a comparison, whose artifacts are gone."""
+    found = tmp_path / "facts-compare"
+    labels_of = ["sequential-seed0", "gate-seed0", "agcl-seed0"]
+    for label in labels_of:
+        shutil.copytree(RECORDED / label, found / label)
+    write_runs(found, [found / label for label in labels_of])
+    return found
+
+
+def test_a_report_is_rewritten_from_the_folder_alone_and_in_its_order(folder, monkeypatch):
+    monkeypatch.setattr("agcl.__version__", "99")
+    seen = Page(rewrite_report(str(folder)).read_text(encoding="utf-8"))
+    assert [row[0] for row in seen.tables[0][1:]] == ["sequential", "gate", "agcl"]
+    one = Page(rewrite_report(str(folder / "gate-seed0")).read_text(encoding="utf-8"))
+    assert [row[0] for row in one.tables[0][1:]] == ["gate"]
+    assert recorded("gate-seed0").provenance["command"] in one.text
+
+
+def test_a_folder_of_an_earlier_version_is_one_clear_line(folder):
+    (folder / "gate-seed0" / "result.json").unlink()
+    with pytest.raises(InputError, match=r"gate-seed0: written by an earlier version .*agcl run"):
+        rewrite_report(str(folder))
+
+
+def test_the_report_on_a_search_shows_the_best_run_and_the_trials(tmp_path):
+    folder = tmp_path / "facts-search"
+    settings = [{"protect.0.energy": energy} for energy in (0.5, 0.8)]
+    progress = (Progress(0.5, 0.75, None), Progress(0.625, 0.75, 0.5))
+    tried = [
+        Trial(0, settings[0], "failed", reason="stage train/1: loss"),
+        Trial(1, settings[1], "finished", progress, 3.0),
+    ]
+    folder.mkdir()
+    pq.write_table(trial_table(tried), folder / "trials.parquet")
+    with pytest.raises(InputError, match=r"no finished run .*its trials are in trials\.parquet"):
+        rewrite_report(str(folder))
+    shutil.copytree(RECORDED / "agcl-seed0", folder / "best")
+    seen = Page(rewrite_report(str(folder)).read_text(encoding="utf-8"))
+    assert table_with(seen, "Method", "Average")[1][0] == "agcl"
+    shown = [
+        dict(zip(row[0], each, strict=True))
+        for row in [table_with(seen, "trial")]
+        for each in row[1:]
+    ]
+    assert [row["state"] for row in shown] == ["failed", "finished"]
+    assert shown[0]["reason"] == "stage train/1: loss"
+    assert (shown[1]["average"], shown[1]["protect.0.energy"]) == ("0.625", "0.8")
 
 
 def test_the_page_lists_settings_stages_provenance_and_rows(agcl):
@@ -218,7 +355,7 @@ def test_the_page_lists_settings_stages_provenance_and_rows(agcl):
 def test_without_importances_of_entries_the_page_says_how_to_get_their_figures(agcl):
     one, seen = agcl
     assert f"Set {HOW_TO_GET_FIGURES}" in seen.text
-    assert not any("importance" in image["alt"] for image in seen.images())
+    assert not any("importance" in image["aria-label"] for image in seen.images())
     attributed = one.importance["rows_attributed"]
     rows = table_with(seen, "Task", "Rows attributed (answered correctly)")[1:]
     assert rows == [[task, str(n)] for task, n in zip(TASKS, attributed, strict=True)]
@@ -322,7 +459,7 @@ def test_names_are_shown_and_never_run(page):
             evil,
             sets=["memorization"],
             tasks=[evil, "a $x^2$ & $\\frac$", "名前"],
-            config_yaml=evil,
+            config_yaml=f"# {evil}",
             stages=[StageRecord(evil, evil, 1.0, False)],
             provenance={"command": evil, evil: evil},
         ),
@@ -382,6 +519,15 @@ def test_no_run_is_refused(page):
         page()
 
 
+def printed(show, *arguments, width=80):
+    out = io.StringIO()
+    show(Console(file=out, width=width), *arguments)
+    assert "…" not in out.getvalue()
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
 def test_the_comparison_fits_a_terminal_of_80_columns():
     methods = ("sequential", "agcl", "project_uniform", "gate_grad_x_param")
     runs = [
@@ -389,10 +535,30 @@ def test_the_comparison_fits_a_terminal_of_80_columns():
         for method in methods
         for seed in range(3)
     ]
-    out = io.StringIO()
-    print_comparison(Console(file=out, width=80), runs)
-    lines = out.getvalue().splitlines()
-    assert "…" not in out.getvalue()
+    lines = printed(print_comparison, runs)
     (agcl,) = (line.split() for line in lines if line.startswith(" agcl"))
     # Two of three tasks keep 0.5, 0.6, 0.7: 0.733 on average, t(0.975, 2) * sd / sqrt(3) = .166
-    assert agcl == ["agcl", "0.733", "±.166", "-0.400", "1.000", "0.000", "±.000", "0.000", "±.000"]
+    expected = ["0.733", "±.166", "-0.400", "1.000", "0.000", "±.000", "0.000", "±.000"]
+    assert agcl == ["agcl", "3", *expected]
+    header = " ".join(" ".join(lines[:4]).split())
+    assert "-sequential" not in header
+    assert "vs vs" in header
+
+
+def test_the_metrics_fit_a_terminal_of_80_columns_with_a_second_scorer():
+    sets = ["memorization", "memorization-normalised_exact_match"]
+    lines = printed(print_metrics, {"project_uniform": run("project_uniform", sets=sets)})
+    # 0.35 of 0.556 is left of the first two tasks.
+    expected = ["0.419", "-0.206", "0.556", "0.206", "0.000"]
+    assert [line.split()[-5:] for line in lines].count(expected) == 1
+    heads = " ".join(" ".join(lines[:4]).split())
+    assert "backward learning forward" in heads
+    assert "average transfer accuracy forgetting transfer" in heads
+
+
+def test_the_matrix_of_many_tasks_fits_a_terminal_of_80_columns():
+    tasks = [f"a task with a long name {i}" for i in range(30)]
+    lines = printed(print_matrices, "agcl", run(tasks=tasks, sets=["memorization"]))
+    last = [line.split() for line in lines if line.startswith("30 ") or line.startswith(" 30 ")]
+    scores = [word for line in last for word in line if re.fullmatch(r"[01]\.\d{3}", word)]
+    assert len(scores) == 30 + 1  # The held-out skill, too.

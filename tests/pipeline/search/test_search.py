@@ -1,10 +1,13 @@
 """Trials as runs of the DAG: what they score, what they share, and what a search leaves behind."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
+from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config import loading
@@ -23,12 +27,15 @@ from pipeline.plan.plan import plan
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
-from pipeline.search.engine import Points, Search, Watch
+from pipeline.search.engine import Points, Search, Watch, _trainable
 from pipeline.search.search import (
     BEST_CONFIG,
+    SEARCH_FILE,
     best_run,
     example_runs,
+    execute_trials,
     in_several,
+    mirrored_search,
     only_validation,
     open_search,
 )
@@ -308,6 +315,52 @@ def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(
         search(3, *settings, resume=resume)
     assert said in str(error.value)
     assert not (tmp_path / "storage").exists()
+
+
+def test_bad_input_within_a_trial_fails_it_with_its_line_and_is_not_retried(search, in_process):
+    of = search(1, "tracking.enabled=false")
+    run = of.run_of(0, {})
+    damaged = run.resolved["evaluate/0-base"].folder
+    damaged.mkdir(parents=True)
+    in_process.report = in_process.reported.append
+    _trainable(of, set())({"trial": {"number": 0, "settings": {}}})
+    (reported,) = in_process.reported
+    assert reported["reason"].startswith(f"artifact {damaged} is corrupt: it has no manifest")
+    assert "CorruptArtifact" in reported["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "outcome"), [("seed=0", EOFError), ("search.round=3", InputError)]
+)
+def test_of_two_searches_at_once_the_second_waits_and_never_replaces_another(
+    search, monkeypatch, setting, outcome
+):
+    def begins(search):
+        raise EOFError
+
+    monkeypatch.setattr("pipeline.search.search.example_runs", begins)
+    first, second = (search(2, "tracking.enabled=false", each) for each in ("seed=0", setting))
+    console = Console(file=io.StringIO(), width=300)
+
+    def start():
+        with mirrored_search(second, console) as mirror:
+            execute_trials(second, mirror, console, nullcontext())
+
+    with ThreadPoolExecutor() as pool:
+        with mirrored_search(first, console):
+            artifact.write_text(first.folder / SEARCH_FILE, loading.dump(first.config))
+            (first.folder / ".ray-tune").mkdir()
+            waiting = pool.submit(start)
+            time.sleep(0.2)
+            assert not waiting.done()
+            assert f"waiting for another command that works on {first.folder}" in (
+                console.file.getvalue()
+            )
+            assert (first.folder / ".ray-tune").exists()
+        error = waiting.exception(timeout=30)
+    assert isinstance(error, outcome)
+    if outcome is InputError:
+        assert "holds a search with another 'search' section" in str(error)
 
 
 @pytest.mark.ray

@@ -9,12 +9,13 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from agcl.errors import InputError
 from pipeline.config.presets import METHODS
+from pipeline.errors import Failed
 from pipeline.search import tuning
 from pipeline.search.search import example_runs, in_several
 from pipeline.search.trial import Progress, Trial
 from pipeline.search.tuning import arguments, candidates, choose, execute_tuning, open_tuning
+from pipeline.tracking.sync import Mirror
 
 RATE = "training.learning_rate"
 
@@ -163,9 +164,15 @@ def test_every_method_takes_its_best_trial_and_all_are_written_down(execute, tmp
     assert written["agcl"]["settings"] == ["training.learning_rate=3.00e-03"]
 
 
-def test_a_method_without_a_finished_trial_is_named(execute):
-    with pytest.raises(InputError, match="every trial of method agcl failed"):
+def test_a_method_without_a_finished_trial_is_named_and_fails_the_run_in_mlflow(
+    execute, monkeypatch
+):
+    ended = []
+    monkeypatch.setattr(Mirror, "finish", lambda mirror, files, error: ended.append(error))
+    with pytest.raises(Failed, match="method agcl: no trial reached the last task") as failed:
         execute([0.4, 0.3, None, None])
+    execute([0.4, 0.3, 0.1, None])
+    assert ended == [str(failed.value), ""]
 
 
 @pytest.mark.slow

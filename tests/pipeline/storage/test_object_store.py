@@ -127,7 +127,7 @@ def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
     assert second.metrics == first.metrics
     assert again.folder != run.folder
     assert not (again.folder.parent / "stages").exists()
-    assert rewrite_report(f"{bucket.uri}/tiny", "agcl test") == again.folder / "report.html"
+    assert rewrite_report(f"{bucket.uri}/tiny") == again.folder / "report.html"
     with pytest.raises(
         InputError, match=rf"name: {bucket.uri}/tiny holds a run with seed=0, not 1;"
     ):

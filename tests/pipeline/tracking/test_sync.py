@@ -20,7 +20,7 @@ from pipeline.config import loading
 from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run
 from pipeline.tracking import sync
-from pipeline.tracking.client import Tracker, TrackingFailed
+from pipeline.tracking.client import Tracker, TrackingFailed, _Client
 
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
 BACK = "MLflow is back; recorded what it missed"
@@ -62,7 +62,7 @@ def broken(replay):
         database.execute("ALTER TABLE gone RENAME TO metrics")
 
 
-def no_server(storage, uri):
+def no_server(storage, uri, experiment):
     raise TrackingFailed("cannot use MLflow at there (no answer)", no_answer=True)
 
 
@@ -181,6 +181,51 @@ def test_a_run_that_ends_while_mlflow_is_down_is_closed_when_it_is_back(replay, 
     assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "stopped early")
     assert ended.data.metrics["average"] == 0.5
     assert set(shown()) == {"tiny", TRAIN}
+
+
+@pytest.mark.parametrize(("error", "status"), [("", "FINISHED"), ("all failed", "FAILED")])
+def test_the_run_above_others_ends_as_failed_where_nothing_was_found(replay, shown, error, status):
+    folder = replay.storage / "search"
+    with sync.Mirror(replay.run.config, folder, "search", replay.console, kind="search") as mirror:
+        mirror.finish({}, error=error)
+    assert shown()["search"].info.status == status
+    assert shown()["search"].data.tags.get("error", "") == error
+
+
+def test_the_same_command_again_leaves_the_end_time_and_new_work_moves_it(replay, shown):
+    def end():
+        with replay.mirror() as mirror:
+            mirror.add("tiny", replay.run)
+            replay.finish(mirror)
+        return shown()["tiny"].info.end_time
+
+    replay.complete("")
+    first = end()
+    assert shown()["tiny"].data.tags["mlflow.note.content"] == "what came of it"
+    time.sleep(0.01)
+    assert end() == first
+    mlflow.MlflowClient(replay.uri).delete_run(shown()["report"].info.run_id)
+    assert end() > first
+
+
+def test_the_experiment_is_a_setting(replay):
+    replay.use(None, "tracking.experiment=/Users/me/sequence")
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+    client = mlflow.MlflowClient(replay.uri)
+    experiment = client.get_experiment_by_name("/Users/me/sequence").experiment_id
+    assert [run.info.run_name for run in client.search_runs([experiment])] == ["tiny"]
+
+
+def test_a_database_that_another_process_has_locked_is_tried_again_later():
+    def call():
+        raise RuntimeError("(sqlite3.OperationalError) database is locked")
+
+    client = object.__new__(_Client)
+    client._uri = "sqlite:///there"
+    with pytest.raises(TrackingFailed) as error:
+        client._guarded(call)()
+    assert error.value.no_answer
 
 
 def test_no_stage_is_running_after_its_run_ended(replay, shown):

@@ -8,6 +8,7 @@ import pytest
 from mlflow.entities import ViewType
 
 from agcl.importance import Importance
+from pipeline.results.results import metric_name
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -46,6 +47,21 @@ def test_runs_of_a_comparison_lie_under_one_parent(runs, parents):
     (comparison,) = [r for r in runs if r.data.tags.get("kind") == "comparison"]
     assert set(parents) == LABELS
     assert {r.info.run_name for r in children(runs, comparison)} == LABELS
+
+
+def test_the_comparison_has_the_table_the_headline_and_the_shared_settings(finished, runs):
+    (comparison,) = [r for r in runs if r.data.tags.get("kind") == "comparison"]
+    metrics, tags = comparison.data.metrics, comparison.data.tags
+    for label in LABELS - {"gradient"}:
+        average = finished.metrics(label)["average_performance"]
+        assert metrics[f"memorization/{label}/average"] == average
+    assert "keeps" in tags["mlflow.note.content"]
+    assert "| method | average | backward transfer |" in tags["mlflow.note.content"]
+    assert tags["methods"] == "sequential, agcl, solo"
+    best = max(LABELS - {"solo"}, key=lambda of: finished.metrics(of)["average_performance"])
+    assert metrics["average"] == finished.metrics(best)["average_performance"]
+    assert comparison.data.params["training.epochs"] == "20"
+    assert "method" not in comparison.data.params
 
 
 def test_every_stage_is_one_child_of_its_run(finished, runs, parents):
@@ -102,7 +118,7 @@ def test_final_metrics_are_on_the_parent_at_the_last_task(finished, client, pare
     for label, parent in parents.items():
         metrics = finished.metrics(label)
         for key in ("average_performance", "backward_transfer", "learning_accuracy"):
-            assert (2, metrics[key]) in history(client, parent, key)
+            assert (2, metrics[key]) in history(client, parent, metric_name(key))
         assert (2, metrics["forgetting"]["mean"]) in history(client, parent, "forgetting")
 
 
@@ -134,12 +150,12 @@ def paths(client, run, folder=None):
 def test_importances_and_figures_are_artifacts_of_the_parent(finished, client, parents, tmp_path):
     for label, parent in parents.items():
         found = paths(client, parent)
-        assert {"config.yaml", "metrics.json", "report.html"} <= set(found)
+        assert {"config.yaml", "metrics.json", "metrics.csv", "report.html"} <= set(found)
         pictures = [path for path in found if path.startswith("figures/")]
         assert pictures
         for path in pictures[:2]:
             file = client.download_artifacts(parent.info.run_id, path, str(tmp_path))
-            assert Path(file).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+            assert Path(file).read_text(encoding="utf-8").startswith("<?xml")
         maps = [path for path in found if path.endswith("importance.safetensors")]
         assert len(maps) == (0 if label == "sequential" else 2)
         for path in maps[:1]:
