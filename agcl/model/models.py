@@ -98,7 +98,7 @@ def _open(folder: Path, device: str = "cpu") -> PreTrainedModel:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"model.path: the weights in {folder} lack {len(missing)} of the model's parameters, "
+            f"the weights in {folder} lack {len(missing)} of the model's parameters, "
             f"such as {missing[0]}"
         )
     return model
@@ -114,11 +114,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise anything.
-        raise InputError(
-            f"model.path: no readable tokenizer in {folder} ({_line(error)})"
-        ) from None
+        raise InputError(f"no readable tokenizer in {folder} ({_line(error)})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.path: the tokenizer in {folder} has no end-of-sequence token")
+        raise InputError(f"the tokenizer in {folder} has no end-of-sequence token")
     template = tokenizer.chat_template
     if isinstance(template, str):
         tokenizer.chat_template = _dated(template)
@@ -181,19 +179,16 @@ def check_folder(folder: Path) -> PreTrainedTokenizerBase:
         embedded = empty_model(folder).get_input_embeddings().num_embeddings
     except Exception as error:  # A malformed value can make transformers raise anything.
         reason = _line(error)
-        raise InputError(
-            f"model.path: cannot build a model from {folder}/config.json ({reason})"
-        ) from None
+        raise InputError(f"cannot build a model from {folder}/config.json ({reason})") from None
     _check_weights(folder)
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"model.path: {folder} has no tokenizer (expected tokenizer.json)")
+        raise InputError(f"{folder} has no tokenizer (expected tokenizer.json)")
     tokenizer = load_tokenizer(folder)
     # A pad token beyond the embedding is common and does no harm: rows do not have it.
     unused = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if (needed := max({*tokenizer.get_vocab().values()} - unused) + 1) > embedded:
         raise InputError(
-            f"model.path: the tokenizer in {folder} has {needed} tokens, the model embeds only "
-            f"{embedded}"
+            f"the tokenizer in {folder} has {needed} tokens, the model embeds only {embedded}"
         )
     return tokenizer
 
@@ -202,50 +197,47 @@ def _check_config(folder: Path) -> None:
     """Check that `config.json` names a supported model, before transformers reads it."""
     file = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"model.path: no folder {folder}")
+        raise InputError(f"no folder {folder}")
     if not file.is_file():
-        raise InputError(f"model.path: {folder} has no config.json")
+        raise InputError(f"{folder} has no config.json")
     for each in sorted(folder.iterdir()):
         if each.suffix in (".json", ".jinja", ".model", ".txt"):
-            check_pulled(each, "model.path")
+            check_pulled(each)
     config = None
     with suppress(ValueError):
         config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise InputError(f"model.path: {file} is not a JSON object")
+        raise InputError(f"{file} is not a JSON object")
     if "quantization_config" in config:
-        raise InputError(f"model.path: {folder} is quantized; agcl needs unquantized weights")
+        raise InputError(f"{folder} is quantized; agcl needs unquantized weights")
     architecture = (config.get("architectures") or ["(none named in config.json)"])[0]
     try:
         family_named(str(architecture))
     except InputError as error:
-        raise InputError(f"model.path: {folder}: {error}") from None
+        raise InputError(f"{folder}: {error}") from None
 
 
 def _check_weights(folder: Path) -> None:
     """Check that the weight files are there and hold every parameter; reads their headers only."""
     single, index = (folder / name for name in _WEIGHTS)
     if not single.is_file() and not index.is_file():
-        raise InputError(f"model.path: {folder} has no weights (expected {single.name})")
+        raise InputError(f"{folder} has no weights (expected {single.name})")
     try:
         files = [single]
         if not single.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             files = [folder / name for name in sorted(set(shards))]
         for file in files:
-            check_pulled(file, "model.path")
+            check_pulled(file)
             if not file.is_file():
                 raise InputError(
-                    f"model.path: {file}, named in {index.name}, is missing or a link that leads "
-                    "nowhere"
+                    f"{file}, named in {index.name}, is missing or a link that leads nowhere"
                 )
         _open(folder, "meta")
     except InputError:
         raise
     except Exception as error:  # A damaged file can make transformers raise anything.
-        raise InputError(
-            f"model.path: cannot read the weights in {folder} ({_line(error)})"
-        ) from None
+        raise InputError(f"cannot read the weights in {folder} ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Checks of a config's inputs before any work: model, tasks, every row, importance files."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -35,13 +37,23 @@ def check_inputs(config: Config) -> None:
         linears = attributed_linears(models.empty_model(config.model.folder))
         kinds = {item.kind for item in config.protect}
         for file in config.importance.past:
-            check_pulled(file, "importance.past")
+            with _named("importance.past"):
+                check_pulled(file)
             check_file(
                 file,
                 linears,
                 entries=bool(kinds - {"project"}),
                 moments="project" in kinds,
             )
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the config key before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _check_storage(storage: Path) -> None:
@@ -78,7 +90,8 @@ def _check_model(config: Config) -> None:
 def _check_model_as_of(folder: Path, files: frozenset[tuple[str, int, int]], chat: bool) -> None:
     """Cached until a file changes: a search checks its base model in every trial."""
     logging.disable_progress_bar()
-    tokenizer = models.check_folder(folder)
+    with _named("model.path"):
+        tokenizer = models.check_folder(folder)
     if not chat:
         return
     if not tokenizer.chat_template:
@@ -111,7 +124,8 @@ def _open_tasks(config: Config) -> list[Task]:
             )
     for source in found:
         for path in source.files.values():
-            check_pulled(path, f"tasks.sequence (task {source.name})")
+            with _named(f"tasks.sequence (task {source.name})"):
+                check_pulled(path)
     return [open_task(s.settings, s.files, selection(config, s)) for s in found]
 
 
@@ -128,7 +142,8 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"{', '.join(sorted(common))})"
         )
     if file := config.evaluation.text:
-        check_pulled(file, "evaluation.text")
+        with _named("evaluation.text"):
+            check_pulled(file)
         try:
             with file.open(encoding="utf-8") as text:
                 if not text.read(1000).strip():

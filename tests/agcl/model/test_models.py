@@ -120,7 +120,7 @@ def change_config(folder, **keys):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"model\.path: no folder .*gone"):
+    with pytest.raises(InputError, match=r"no folder .*gone"):
         models.check_folder(tmp_path / "gone")
 
 
@@ -134,7 +134,7 @@ def test_a_missing_folder_is_named(tmp_path):
 )
 def test_a_folder_without_a_needed_file_is_refused(folder, lacks, reason):
     (folder / lacks).unlink()
-    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+    with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
         models.check_folder(folder)
 
 
@@ -156,7 +156,7 @@ def test_a_config_other_than_a_json_object_is_refused(folder, content):
 )
 def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
     change_config(folder, **keys)
-    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+    with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
         models.check_folder(folder)
 
 
@@ -195,7 +195,7 @@ def test_incomplete_weights_are_refused(folder, model, lacks):
 def test_unreadable_weights_are_refused(folder, content):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(InputError, match=r"^model\.path: cannot read the weights in .*\(.+\)$"):
+    with pytest.raises(InputError, match=r"^cannot read the weights in .*\(.+\)$"):
         models.check_folder(folder)
 
 
@@ -214,7 +214,7 @@ def test_a_missing_shard_is_named(sharded, dangling):
     shard.unlink()
     if dangling:
         shard.symlink_to(sharded / "blobs" / "gone")
-    with pytest.raises(InputError, match=rf"model\.path: {shard}, named in .*leads nowhere$"):
+    with pytest.raises(InputError, match=rf"{shard}, named in .*leads nowhere$"):
         models.check_folder(sharded)
 
 
@@ -227,7 +227,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 def test_a_git_lfs_pointer_is_named(sharded, name):
     (sharded / name).write_text(POINTER)
     (sharded / "pytorch_model.bin").write_text(POINTER)  # Not read.
-    with pytest.raises(InputError, match=rf"model\.path: .*/{name} is a Git-LFS pointer.*lfs pull"):
+    with pytest.raises(InputError, match=rf".*/{name} is a Git-LFS pointer.*lfs pull"):
         models.check_folder(sharded)
 
 
@@ -243,7 +243,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder, toke
 @pytest.mark.parametrize("content", ["{}", "not JSON", '{"model": {"type": "nope"}}'])
 def test_a_damaged_tokenizer_is_refused(folder, content):
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=r"^model\.path: no readable tokenizer in .*\(.+\)$"):
+    with pytest.raises(InputError, match=r"^no readable tokenizer in .*\(.+\)$"):
         models.check_folder(folder)
 
 
