@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from agcl.tasks.batches import Batch, answer_places, answer_tokens
 
 Split = Literal["samples", "layers"]
 """How attribution is distributed over ranks."""
+
+
+class NoCorrectAnswer(ValueError):
+    """The model answers no row correctly, and only correct answers were asked for."""
 
 
 def attribute(
@@ -61,10 +65,13 @@ def attribute(
     the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
 
     The result does not depend on batch size, row order or number of ranks, up to rounding. Raises
-    `ValueError` if `correct_only` leaves no sample, for a sharded model split by samples, or if
-    neither entries nor moments are requested.
+    `NoCorrectAnswer` if `correct_only` leaves no sample, and `ValueError` without batches, for an
+    argument with another value than these, for a model in half precision or in a PEFT wrapper, for
+    a sharded model split by samples, or if neither entries nor moments are requested.
     """
-    if not (entries or moments):
+    _check_arguments(model, estimator, moments, split, top_k)
+    backward = entries or moments == "relevance"
+    if not (backward or moments):
         raise ValueError("nothing to collect: request entries, moments or both")
     by_relevance = estimator in ("lrp", "grad_x_param")
     rules = rules if estimator == "lrp" else "gradient"
@@ -77,7 +84,6 @@ def attribute(
         for n in _layers_of_rank(model, list(linears), split)
     }
     seen = used = 0
-    backward = entries or moments == "relevance"
     with torch.set_grad_enabled(backward), relevance_backward(model, rules), ExitStack() as hooks:
         for name, collector in collectors.items():
             hooks.enter_context(linears[name].register_forward_hook(collector.hook))
@@ -97,11 +103,7 @@ def attribute(
     counts = torch.tensor([seen, used], device=model.device)
     if split == "samples":
         distributed.sum_in_place([counts])
-    if counts[1] == 0:
-        raise ValueError(
-            f"the model answers none of the {int(counts[0])} rows correctly; train longer or set "
-            "importance.correct_only to false"
-        )
+    _check_counts(*counts.tolist())
     for collector in collectors.values():
         collector.finish(merge=split == "samples")
     relevances = {n: c.entries() for n, c in collectors.items()} if entries else {}
@@ -127,6 +129,40 @@ def attribute(
             "rows_attributed": int(counts[1]),
         },
     )
+
+
+def _check_arguments(
+    model: PreTrainedModel,
+    estimator: Estimator,
+    moments: MomentWeighting | None,
+    split: Split,
+    top_k: int | None,
+) -> None:
+    """Raise `ValueError` for an argument that would fail, or be ignored, later."""
+    for name, value, allowed in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("moments", moments, (*get_args(MomentWeighting), None)),
+        ("split", split, get_args(Split)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for all samples, not {top_k}")
+    if model.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the model is in {model.dtype}, too coarse for relevance: load it with "
+            "dtype=torch.float32"
+        )
+
+
+def _check_counts(seen: int, used: int) -> None:
+    if not seen:
+        raise ValueError("no batches to attribute; an iterator can be passed only once")
+    if not used:
+        raise NoCorrectAnswer(
+            f"the model answers none of the {seen} rows correctly; with correct_only=False it is "
+            "attributed on wrong answers too"
+        )
 
 
 def _layers_of_rank(model: PreTrainedModel, layers: Sequence[str], split: Split) -> Sequence[str]:

@@ -131,7 +131,15 @@ def family_named(architecture: str) -> Family:
 
 
 def architecture_of(model: nn.Module) -> str:
-    """The name of a model's class, without the prefix that FSDP2 adds."""
+    """The name of a model's class, without the prefix that FSDP2 adds.
+
+    Raises `ValueError` for a PEFT wrapper, whose names have a prefix that the model's do not.
+    """
+    if hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"{type(model).__name__} is a PEFT wrapper: pass model.get_base_model(), whose layers "
+            "have the adapter, and its named_parameters()"
+        )
     return type(model).__name__.removeprefix("FSDP")
 
 

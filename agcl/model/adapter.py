@@ -79,4 +79,4 @@ def _check(folder: Path, rank: int) -> None:
             raise InputError(f"{folder}: no {file}, so there is no adapter to continue from")
     found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("r")
     if found != rank:
-        raise InputError(f"{folder}: the adapter has rank {found}, not {rank} (adapter.rank)")
+        raise InputError(f"{folder}: the adapter has rank {found}, not {rank}")

@@ -59,8 +59,7 @@ def compiled(
             yield
     except BackendCompilerFailed as error:
         raise InputError(
-            "training.compile: torch.compile failed; it needs a C++ compiler (g++ or $CXX): "
-            f"{error.inner_exception}"
+            f"torch.compile failed; it needs a C++ compiler (g++ or $CXX): {error.inner_exception}"
         ) from error
     finally:
         for layer in layers:

@@ -22,11 +22,14 @@ from transformers import (
 )
 
 from agcl.errors import InputError
+from agcl.files.pointers import check_pulled
 from agcl.lrp.families import family_named
 from agcl.parallel import distributed, sharding
 
 BUILTIN, BUILTIN_LAYERS = "builtin", 4
 END, PAD = "<end>", "<pad>"
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""The date that Llama's templates have where they do not know today's."""
 _SHARD_SIZE = "5GB"
 """Of a saved weight file, which `save_in` reads as a whole."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -73,20 +76,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     Raises `InputError` if the files lack a weight; transformers would initialize it randomly.
     """
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"model.path: the weights in {folder} lack {len(missing)} of the model's parameters, "
-            f"such as {missing[0]}"
-        )
+    model = _open(folder)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -95,14 +85,50 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer. Raises `InputError` if it has no end-of-sequence token."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
+def _open(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        device_map=None if device == "cpu" else device,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"the weights in {folder} lack {len(missing)} of the model's parameters, "
+            f"such as {missing[0]}"
+        )
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a folder's tokenizer. A chat template that asks for today's date gets 26 Jul 2024.
+
+    Raises `InputError` if it cannot be read or has no end-of-sequence token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers and tokenizers raise anything.
+        raise InputError(f"no readable tokenizer in {folder} ({_line(error)})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.path: the tokenizer in {folder} has no end-of-sequence token")
+        raise InputError(f"the tokenizer in {folder} has no end-of-sequence token")
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = _dated(template)
+    elif isinstance(template, dict):
+        tokenizer.chat_template = {name: _dated(text) for name, text in template.items()}
     return tokenizer
+
+
+def _dated(template: str) -> str:
+    """With today's date, equal runs on two days would train on unequal tokens."""
+    is_open = "strftime_now" in template and not template.startswith(_FIXED_DATE)
+    return _FIXED_DATE + template if is_open else template
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -143,38 +169,85 @@ def save_in(dtype: torch.dtype, file: Path, target: Path) -> None:
         save_file(tensors, target, metadata=stored.metadata())
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Check a model folder without loading weights; return its `config.json`.
+def check_folder(folder: Path) -> PreTrainedTokenizerBase:
+    """Check a model folder without loading weights; return its tokenizer.
 
-    Raises `InputError` naming the folder and what is missing or unsupported.
+    Raises `InputError` naming the folder or file and what is missing or unsupported.
     """
+    _check_config(folder)
+    try:
+        embedded = empty_model(folder).get_input_embeddings().num_embeddings
+    except Exception as error:  # A malformed value can make transformers raise anything.
+        reason = _line(error)
+        raise InputError(f"cannot build a model from {folder}/config.json ({reason})") from None
+    _check_weights(folder)
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{folder} has no tokenizer (expected tokenizer.json)")
+    tokenizer = load_tokenizer(folder)
+    # A pad token beyond the embedding is common and does no harm: rows do not have it.
+    unused = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if (needed := max({*tokenizer.get_vocab().values()} - unused) + 1) > embedded:
+        raise InputError(
+            f"the tokenizer in {folder} has {needed} tokens, the model embeds only {embedded}"
+        )
+    return tokenizer
+
+
+def _check_config(folder: Path) -> None:
+    """Check that `config.json` names a supported model, before transformers reads it."""
     file = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"model.path: no folder {folder}")
+        raise InputError(f"no folder {folder}")
     if not file.is_file():
-        raise InputError(f"model.path: {folder} has no config.json")
+        raise InputError(f"{folder} has no config.json")
+    for each in sorted(folder.iterdir()):
+        if each.suffix in (".json", ".jinja", ".model", ".txt"):
+            check_pulled(each)
     config = None
     with suppress(ValueError):
         config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise InputError(f"model.path: {file} is not a JSON object")
+        raise InputError(f"{file} is not a JSON object")
     if "quantization_config" in config:
-        raise InputError(f"model.path: {folder} is quantized; agcl needs unquantized weights")
+        raise InputError(f"{folder} is quantized; agcl needs unquantized weights")
     architecture = (config.get("architectures") or ["(none named in config.json)"])[0]
     try:
         family_named(str(architecture))
     except InputError as error:
-        raise InputError(f"model.path: {folder}: {error}") from None
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise InputError(f"model.path: {folder} has no weights (expected model.safetensors)")
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"model.path: {folder} has no tokenizer (expected tokenizer.json)")
+        raise InputError(f"{folder}: {error}") from None
+
+
+def _check_weights(folder: Path) -> None:
+    """Check that the weight files are there and hold every parameter; reads their headers only."""
+    single, index = (folder / name for name in _WEIGHTS)
+    if not single.is_file() and not index.is_file():
+        raise InputError(f"{folder} has no weights (expected {single.name})")
     try:
-        empty_model(folder)
-    except Exception as error:  # A malformed value can make transformers raise anything.
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model.path: cannot build a model from {file} ({reason})") from None
-    return config
+        files = [single]
+        if not single.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [folder / name for name in sorted(set(shards))]
+        for file in files:
+            check_pulled(file)
+            if not file.is_file():
+                raise InputError(
+                    f"{file}, named in {index.name}, is missing or a link that leads nowhere"
+                )
+        _open(folder, "meta")
+    except InputError:
+        raise
+    except Exception as error:  # A damaged file can make transformers raise anything.
+        raise InputError(f"cannot read the weights in {folder} ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def positions(folder: Path) -> int:
+    """The most tokens that the folder's model was made for."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return int(config.max_position_embeddings)
 
 
 def empty_model(folder: Path) -> PreTrainedModel:

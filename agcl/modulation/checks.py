@@ -10,6 +10,9 @@ from agcl.modulation.optimizer import GateOn
 
 _SAMPLE_SIZE = 2_000_000
 """Weights in the sample for deciles, evenly spaced over all gated weights."""
+_MAX_LEAK = 0.1
+"""Leak that no number of rounded steps excuses. Steps of three times the weights' precision or
+more stay below it."""
 _MIN_GATE_GAP = 0.2
 """Minimum difference between the outer deciles' mean gates for their movements to be compared."""
 
@@ -64,11 +67,15 @@ def check(
         measured["directions_taken"] = sum(shares) / len(shares)
         for name, (leak, rounding) in leaks.items():
             # Each step is rounded when added to the weight. For steps near the weight's precision
-            # the errors all have the same sign, so the bound grows with the number of steps.
-            if leak > max(steps * rounding, 1e-3):
+            # the errors all have the same sign, so the bound grows with the number of steps. Past
+            # _MAX_LEAK the projection is lost, even if only to rounding.
+            if leak > min(max(steps * rounding, 1e-3), _MAX_LEAK):
+                too_small = steps * rounding > _MAX_LEAK
                 raise ProtectionFailed(
                     f"the projection does not hold: for inputs of earlier tasks {name} changed by "
                     f"{leak:.3g} times an unprotected update"
+                    + "; steps this small are lost in the weights' rounding, so raise the "
+                    "learning rate" * too_small
                 )
     return measured
 

@@ -14,8 +14,16 @@ def gates(
     """G = 1 - min(1, α (max over past tasks of s)^γ) per weight, in [0, 1], float32.
 
     s is `importance.scaled` with κ = `log_scale`; α is `strength`, γ `exponent`. The paper's
-    eq. 12 has α = γ = 1.
+    eq. 12 has α = γ = 1. Raises `ValueError` unless α ≥ 0, γ > 0 and κ > 0, without importances,
+    and for an importance without entries.
     """
+    if not (strength >= 0 and exponent > 0 and log_scale > 0):
+        raise ValueError(
+            f"strength must be at least 0, exponent and log_scale positive, not {strength}, "
+            f"{exponent} and {log_scale}"
+        )
+    if not past or not all(i.entries for i in past):
+        raise ValueError("a gate needs at least one importance of a past task, all with entries")
 
     def gate(name: str) -> Tensor:
         maximum = scaled(past[0].entries[name], log_scale)

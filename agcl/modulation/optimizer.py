@@ -1,7 +1,7 @@
 """AdamW with its whole step gated and projected, weight decay included."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,12 @@ class GatedAdamW(torch.optim.AdamW):
         """`params` are named; `gate` (out, in) and `basis` (in, k) are keyed by those names.
 
         `transposed` names weights stored (in, out), such as GPT-2's; their gates are (in, out) too.
-        Raises `ValueError` for an unknown parameter name or a wrong shape.
+        Raises `ValueError` for an unknown parameter name, a wrong shape, and for a protected
+        parameter in half precision, where rounding would undo the protection.
         """
         named = list(params)
+        if on not in get_args(GateOn):
+            raise ValueError(f"on must be one of {get_args(GateOn)}, not {on!r}")
         super().__init__(named, lr, betas, eps, weight_decay, foreach=False)
         self.on = on
         self.held: dict[Tensor, Tensor] = {}
@@ -56,13 +59,13 @@ class GatedAdamW(torch.optim.AdamW):
         self.transposed: set[Tensor] = set()
         by_name = dict(named)
         for name, tensor in (gate or {}).items():
-            parameter = by_name.get(name)
+            parameter = _full_precision(by_name, name)
             if parameter is None or tensor.shape != parameter.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
             levels = (1 - tensor.to(parameter.device)).mul_(_LEVELS).round_()
             self.held[parameter] = placed_like(levels.to(torch.uint8), parameter)
         for name, tensor in (basis or {}).items():
-            parameter = by_name.get(name)
+            parameter = _full_precision(by_name, name)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
                 raise ValueError(f"no parameter {name} with {tensor.shape[0]} inputs to project")
             if tensor.shape[1]:
@@ -156,6 +159,18 @@ class GatedAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _full_precision(by_name: Mapping[str, nn.Parameter], name: str) -> nn.Parameter | None:
+    parameter = by_name.get(name)
+    if parameter is None and any(n.startswith("base_model.model.") for n in by_name):
+        raise ValueError("of a PEFT model, pass model.get_base_model().named_parameters()")
+    if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} is in {parameter.dtype}, but only float32 weights can be protected: load the "
+            "model with dtype=torch.float32 (bf16=True of a Trainer is fine)"
+        )
+    return parameter
 
 
 def _copies(tensors: list[Tensor], *, like: list[Tensor]) -> list[Tensor]:

@@ -18,8 +18,13 @@ def quadratic_penalty(
     F is the sum over past tasks of the positive importance entries, unscaled, and θ* the current
     parameters. This is the online form with one anchor (Schwarz 2018, γ = 1): memory does not grow
     with the number of tasks. It holds one copy of the penalized weights, and F in float32. Raises
-    `ValueError` for an importance of other parameters.
+    `ValueError` for a negative strength, without importances, and for an importance without
+    entries or of other parameters.
     """
+    if not strength >= 0:
+        raise ValueError(f"strength must be at least 0, not {strength}")
+    if not past or not all(i.entries for i in past):
+        raise ValueError("a penalty needs at least one importance of a past task, all with entries")
     anchors: dict[str, Tensor] = {}
     fisher: dict[str, Tensor] = {}
     for name, entries in past[0].entries.items():

@@ -19,9 +19,13 @@ def bases(
     """Input directions to protect, per weight: (in, k) with orthonormal columns, float32, CPU.
 
     The fewest leading eigenvectors of the past tasks' summed moments that hold the fraction
-    `energy` of the trace; k = 0 for energy 0. Computed on `device`. Raises `ValueError` for an
-    importance without moments.
+    `energy` of the trace, in [0, 1]; k = 0 for energy 0. Computed on `device`. Raises `ValueError`
+    for another energy, without importances, and for an importance without moments.
     """
+    if not 0 <= energy <= 1:
+        raise ValueError(f"energy is a fraction in [0, 1], not {energy}")
+    if not past:
+        raise ValueError("no importance of a past task to protect")
     if not all(i.moments for i in past):
         raise ValueError("an importance has no input moments; projection needs them")
     return {

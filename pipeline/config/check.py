@@ -2,16 +2,21 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from agcl.errors import InputError
+from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
 from agcl.model import models
 from agcl.scoring.scorers import scorer_named
-from agcl.tasks import VALIDATION, Task, check_names, check_rows
+from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
+from transformers.utils import logging
 
 from pipeline.config.config import Config
 from pipeline.config.sources import held_out_sources, open_task, selection, sources
@@ -25,24 +30,33 @@ def check_inputs(config: Config) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
     _check_storage(config.storage.root)
     _check_devices(config)
-    if not config.model.is_builtin:
-        models.check_folder(config.model.folder)
+    _check_model(config)
     tasks = _open_tasks(config)
     for task in tasks:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
     _check_evaluation(config, tasks)
-    _check_chat_template(config)
     _check_layers(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))
         kinds = {item.kind for item in config.protect}
         for file in config.importance.past:
+            with _named("importance.past"):
+                check_pulled(file)
             check_file(
                 file,
                 linears,
                 entries=bool(kinds - {"project"}),
                 moments="project" in kinds,
             )
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the config key before the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _check_storage(storage: Path) -> None:
@@ -63,6 +77,38 @@ def _check_devices(config: Config) -> None:
         )
 
 
+def _check_model(config: Config) -> None:
+    chat, folder = config.tasks.chat_template, config.model.folder
+    if not config.model.is_builtin:
+        status = (
+            {f.name: f.stat() for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
+        )
+        files = ((name, each.st_size, each.st_mtime_ns) for name, each in status.items())
+        _check_model_as_of(folder, frozenset(files), chat)
+    elif chat:
+        raise InputError("tasks.chat_template: the builtin model's tokenizer has no chat template")
+
+
+@cache
+def _check_model_as_of(folder: Path, files: frozenset[tuple[str, int, int]], chat: bool) -> None:
+    """Cached until a file changes: a search checks its base model in every trial."""
+    logging.disable_progress_bar()
+    with _named("model.path"):
+        tokenizer = models.check_folder(folder)
+    if not chat:
+        return
+    if not tokenizer.chat_template:
+        raise InputError(f"tasks.chat_template: the tokenizer in {folder} has no chat template")
+    try:
+        encode(tokenizer, [Row("What is agcl?", " A package.")], chat=True)
+    except Exception as error:  # The template's own words, or any error of Jinja's.
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"tasks.chat_template: the template in {folder} cannot render one user message: "
+            f"{reason}"
+        ) from None
+
+
 def _open_tasks(config: Config) -> list[Task]:
     """The tasks of the sequence, with names that can be used for folders."""
     found = sources(config)
@@ -81,6 +127,9 @@ def _open_tasks(config: Config) -> list[Task]:
             )
     tasks = []
     for source in found:
+        for path in source.files.values():
+            with _named(f"tasks.sequence (task {source.name})"):
+                check_pulled(path)
         chosen = selection(config, source)
         tasks.append(open_task(source.settings, source.files, chosen))
         stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
@@ -115,6 +164,8 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"{', '.join(sorted(common))})"
         )
     if file := config.evaluation.text:
+        with _named("evaluation.text"):
+            check_pulled(file)
         try:
             with file.open(encoding="utf-8") as text:
                 if not text.read(1000).strip():
@@ -123,17 +174,6 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             raise InputError(f"evaluation.text: {file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise InputError(f"evaluation.text: {file} is not UTF-8 text") from None
-
-
-def _check_chat_template(config: Config) -> None:
-    if not config.tasks.chat_template:
-        return
-    if config.model.is_builtin:
-        raise InputError("tasks.chat_template: the builtin model's tokenizer has no chat template")
-    if not models.load_tokenizer(config.model.folder).chat_template:
-        raise InputError(
-            f"tasks.chat_template: the tokenizer in {config.model.folder} has no chat template"
-        )
 
 
 def _check_layers(config: Config) -> None:

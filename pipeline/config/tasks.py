@@ -50,7 +50,8 @@ class TaskSection(Section):
     """Settings of all task formats."""
 
     max_length: Positive = 512
-    """Maximum tokens per row, prompt and answer together; longer rows are dropped and counted."""
+    """Maximum tokens per row, prompt and answer together; longer rows are dropped and counted. A
+    model with fewer positions lowers it."""
     train_rows: Positive | None = None
     """Maximum training rows per task, sampled by `seed`; null takes all."""
     test_rows: Positive | None = None

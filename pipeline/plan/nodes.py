@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from agcl.model.models import positions
+
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
@@ -61,13 +63,16 @@ def tokenizer_stage(config: Config) -> Stage | External:
 def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
     """A task's rows, tokenized."""
     files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
+    length = config.tasks.max_length
+    if not config.model.is_builtin:
+        length = min(length, positions(config.model.folder))
     return Stage(
         name=f"prepare/{source.name}",
         fn=prepare,
         config={
             "task": source.settings,
             "selection": selection(config, source),
-            "max_length": config.tasks.max_length,
+            "max_length": length,
             "chat_template": config.tasks.chat_template,
         },
         inputs={"tokenizer": tokenizer, **files},

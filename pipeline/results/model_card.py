@@ -51,7 +51,7 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
             (aside / file.name).symlink_to(os.path.relpath(file, folder))
         else:
             _place(file, aside / file.name, dtype)
-    text = card(run.config, result, mlflow_run, dtype, adapter=adapter_alone(model))
+    text = card(run.config, result, mlflow_run, adapter=adapter_alone(model), dtype=dtype)
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
     if uri:
@@ -94,9 +94,9 @@ def card(
     config: Config,
     result: RunResult,
     mlflow_run: str | None,
-    dtype: torch.dtype = torch.float32,
     *,
     adapter: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Render the model card: Markdown with the YAML header that the Hugging Face Hub reads."""
     return render(

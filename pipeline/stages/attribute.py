@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.attribution import attribute as attribute_batches
-from agcl.attribution.attribute import Split
+from agcl.attribution.attribute import NoCorrectAnswer, Split
 from agcl.importance import Importance, magnitude, permuted, random
 from agcl.lrp import attributed_linears
 from agcl.parallel import distributed
@@ -27,7 +27,13 @@ def attribute(
     With the input `adapter`, the importance is that of the adapter's factors.
     """
     with context.borrowed_model(inputs) as model:
-        importance = _importance(model, config, inputs["rows"], context)
+        try:
+            importance = _importance(model, config, inputs["rows"], context)
+        except NoCorrectAnswer as error:
+            reason = str(error).partition(";")[0]
+            raise ValueError(
+                f"{reason}; train longer or set importance.correct_only to false"
+            ) from None
     importance.check_finite()
     if importance.is_zero():
         raise ValueError("every importance is zero: no relevance reached any weight")

@@ -62,7 +62,7 @@ def prepare(
         if not counts["rows"]:
             raise ValueError(
                 f"task {task.name}: no {split} row has at most {config['max_length']} tokens "
-                "(tasks.max_length)"
+                "(tasks.max_length, or fewer that the model has positions for)"
             )
         summary[split] = counts
     write_json(

@@ -12,6 +12,7 @@ from reference import tiny
 from safetensors.torch import save_file
 
 from agcl.attribution import attribute
+from agcl.model import models
 from agcl.tasks.batches import collate
 from jobs import cli
 
@@ -133,6 +134,43 @@ def test_a_model_folder_without_weights_is_named(refused, model_folder, tmp_path
     line = refused({"model": {"path": str(folder)}})
     assert str(folder) in line
     assert "safetensors" in line
+
+
+def test_a_git_lfs_pointer_among_the_data_is_named(refused, tmp_path):
+    for name in ("rows.jsonl", "text.txt"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    file, text = str(tmp_path / "rows.jsonl"), str(tmp_path / "text.txt")
+    for item in ({"name": "mine", "train": file}, {"path": str(tmp_path)}):
+        (tmp_path / "train.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+        line = refused({"tasks": {"format": "jsonl", "sequence": [item]}})
+        assert "tasks.sequence (task" in line
+        assert f"{tmp_path}/" in line
+        assert "git lfs pull" in line
+    assert f"evaluation.text: {text} is a Git-LFS" in refused("", f"evaluation.text={text}")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('system message is required') }}", "system message is required"),
+        ("{% for m in messages %}", "end of template"),
+        ({"tool_use": "{{ messages }}"}, "default"),
+    ],
+)
+def test_a_chat_template_that_renders_no_message_is_refused(
+    refused, model_folder, tmp_path, template, said
+):
+    folder = shutil.copytree(model_folder, tmp_path / "chat")
+    tokenizer = models.load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    file = write_rows(tmp_path / "rows.jsonl", GOOD)
+    tasks = {"format": "jsonl", "sequence": [{"name": "mine", "train": file}]}
+    line = refused({"model": {"path": str(folder)}, "tasks": {**tasks, "chat_template": True}})
+    assert line.startswith("agcl: tasks.chat_template: the ")
+    assert str(folder) in line
+    assert said in line
 
 
 def test_an_architecture_without_a_table_is_named(refused, model_folder, tmp_path):

@@ -101,7 +101,7 @@ def test_a_checkpoint_of_an_adapter_holds_only_the_adapter(measured, tiny_config
 def test_a_stage_that_fails_is_named_with_its_error(tiny_config, tmp_path):
     run = open_run(tiny_config(tmp_path / "storage", "training.learning_rate=1e30"))
     with pytest.raises(
-        ProbeFailed, match=r"train/1-harbour: loss .* at step 2 of 2; lower training\."
+        ProbeFailed, match=r"train/1-harbour: loss .* at step 2 of 2; lower the learning"
     ):
         estimate(run)
 

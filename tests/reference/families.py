@@ -49,10 +49,11 @@ def model(
     dtype: torch.dtype = torch.float64,
     attention: str | None = None,
     seed: int = 0,
+    **changes: Any,
 ) -> PreTrainedModel:
     """A random model of the family in eval mode, without special values such as 0 or 1."""
     kind, settings = CONFIGS[architecture]
-    config = AutoConfig.for_model(kind, **settings)
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         built = AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -5,6 +5,8 @@ import torch
 from reference import slow_importance, tiny
 
 from agcl.attribution import attribute
+from agcl.attribution.attribute import NoCorrectAnswer
+from agcl.model import adapter
 from agcl.tasks.batches import collate, in_order
 
 ROWS = 9
@@ -91,8 +93,44 @@ def test_incorrect_rows_count_without_correct_only(llama, rows, top_k):
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_no_correct_answer_raises_an_error(llama, rules):
     rows = tiny.answered_rows(llama, 5, wrong=(0, 1, 2, 3, 4))
-    with pytest.raises(ValueError, match="none of the 5 rows"):
+    with pytest.raises(NoCorrectAnswer, match=r"none of the 5 rows .*; with correct_only=False"):
         attribute(llama, batches(rows, 2), rules=rules)
+
+
+def test_no_batches_are_not_called_wrong_answers(llama, rows):
+    used_up = iter(batches(rows, 4))
+    attribute(llama, used_up)
+    for none in ([], used_up):
+        with pytest.raises(ValueError, match="no batches"):
+            attribute(llama, none)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("estimator", "magic"),
+        ("moments", "answers"),
+        ("split", "rows"),
+        ("top_k", 0),
+        ("rules", ""),
+    ],
+)
+def test_an_argument_with_an_unknown_value_is_named(llama, rows, argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument} must be .* not "):
+        attribute(llama, batches(rows, 4), **{argument: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_refused(rows, dtype):
+    with pytest.raises(ValueError, match=r"load it with dtype=torch\.float32"):
+        attribute(tiny.llama(dtype=dtype), batches(rows, 4))
+
+
+def test_a_peft_wrapper_says_what_to_pass_instead(llama, rows):
+    wrapped = adapter.attach(llama, rank=2, alpha=2.0, seed=0)
+    with pytest.raises(ValueError, match=r"pass model\.get_base_model\(\)"):
+        attribute(wrapped, batches(rows, 4))
+    assert attribute(wrapped.get_base_model(), batches(rows, 4), correct_only=False).entries
 
 
 def test_layers_that_cp_cuts_off_have_no_importance(llama, rows):

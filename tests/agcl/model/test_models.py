@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agcl.errors import InputError
 from agcl.lrp import attributed_linears, relevance_backward
 from agcl.model import models
+from agcl.tasks import Row, encode
 
 TEXTS = ["Question: Where does Bako live?\nShort answer: Rome", "Who is Tola?"] * 3
 
@@ -57,7 +58,7 @@ def test_the_builtin_model_can_be_attributed_and_has_its_tokenizers_end_token(mo
 
 
 def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
-    assert models.check_folder(folder)["architectures"] == ["LlamaForCausalLM"]
+    assert models.check_folder(folder).get_vocab() == tokenizer.get_vocab()
     loaded, words = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -76,6 +77,23 @@ def test_a_saved_model_stops_at_the_tokenizers_end_token(tmp_path, tokenizer, kn
     models.save(model, tokenizer, tmp_path)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text())["eos_token_id"] == saved
+
+
+LLAMA = """{%- if strftime_now is defined %}{%- set day = strftime_now("%d %b %Y") %}
+{%- else %}{%- set day = "none" %}{%- endif %}
+{%- for message in messages %}{{ day }}: {{ message.content }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [LLAMA, {"default": LLAMA, "tool_use": "{{ messages }}"}])
+def test_a_chat_template_never_prints_todays_date(folder, model, tmp_path, template):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    models.save(model, models.load_tokenizer(folder), tmp_path / "trained")
+    opened = (models.load_tokenizer(folder), AutoTokenizer.from_pretrained(tmp_path / "trained"))
+    for each in (*opened, models.load_tokenizer(tmp_path / "trained")):
+        table = encode(each, [Row("Hi?", " Yes")], chat=True)
+        assert table["prompt"].to_pylist() == ["26 Jul 2024: Hi?"]
 
 
 def test_a_folder_loads_in_float32_whatever_its_dtype(tmp_path, tokenizer):
@@ -102,7 +120,7 @@ def change_config(folder, **keys):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"model\.path: no folder .*gone"):
+    with pytest.raises(InputError, match=r"no folder .*gone"):
         models.check_folder(tmp_path / "gone")
 
 
@@ -116,7 +134,7 @@ def test_a_missing_folder_is_named(tmp_path):
 )
 def test_a_folder_without_a_needed_file_is_refused(folder, lacks, reason):
     (folder / lacks).unlink()
-    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+    with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
         models.check_folder(folder)
 
 
@@ -138,7 +156,7 @@ def test_a_config_other_than_a_json_object_is_refused(folder, content):
 )
 def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
     change_config(folder, **keys)
-    with pytest.raises(InputError, match=rf"model\.path: {folder}.*{reason}"):
+    with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
         models.check_folder(folder)
 
 
@@ -164,13 +182,69 @@ def test_an_invalid_config_is_refused_in_one_line(folder, values):
         models.check_folder(folder)
 
 
-def test_incomplete_weights_are_refused(folder, model):
-    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "up_proj" not in k}
+@pytest.mark.parametrize("lacks", ["up_proj", "embed_tokens"])
+def test_incomplete_weights_are_refused(folder, model, lacks):
+    kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if lacks not in k}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        InputError, match=r"lack \d of the model's parameters, such as model.layers.0.mlp"
-    ):
-        models.load_model(folder)
+    for read in (models.load_model, models.check_folder):
+        with pytest.raises(InputError, match=r"lack \d of the model's parameters, such as \w+\."):
+            read(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged" * 9, None])
+def test_unreadable_weights_are_refused(folder, content):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(InputError, match=r"^cannot read the weights in .*\(.+\)$"):
+        models.check_folder(folder)
+
+
+@pytest.fixture
+def sharded(folder, model):
+    """The folder with its weights in several files and an index."""
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_missing_shard_is_named(sharded, dangling):
+    models.check_folder(sharded)
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    if dangling:
+        shard.symlink_to(sharded / "blobs" / "gone")
+    with pytest.raises(InputError, match=rf"{shard}, named in .*leads nowhere$"):
+        models.check_folder(sharded)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model-00002-of-00004.safetensors"]
+)
+def test_a_git_lfs_pointer_is_named(sharded, name):
+    (sharded / name).write_text(POINTER)
+    (sharded / "pytorch_model.bin").write_text(POINTER)  # Not read.
+    with pytest.raises(InputError, match=rf".*/{name} is a Git-LFS pointer.*lfs pull"):
+        models.check_folder(sharded)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder, tokenizer):
+    size = len(tokenizer)
+    more = AutoTokenizer.from_pretrained(folder)
+    more.add_tokens(["<more>"])
+    more.save_pretrained(folder)
+    with pytest.raises(InputError, match=rf"has {size + 1} tokens, the model embeds only {size}$"):
+        models.check_folder(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"model": {"type": "nope"}}'])
+def test_a_damaged_tokenizer_is_refused(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"^no readable tokenizer in .*\(.+\)$"):
+        models.check_folder(folder)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder):
@@ -179,5 +253,6 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder):
     file.write_text(json.dumps({**keys, "eos_token": None}))
     for name in ("special_tokens_map.json",):
         (folder / name).unlink(missing_ok=True)
-    with pytest.raises(InputError, match="no end-of-sequence"):
-        models.load_tokenizer(folder)
+    for read in (models.load_tokenizer, models.check_folder):
+        with pytest.raises(InputError, match="no end-of-sequence"):
+            read(folder)

@@ -1,5 +1,7 @@
 """The self-checks on correct gated and projected steps, and on broken ones."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -69,13 +71,22 @@ def test_leak_is_one_for_an_isotropic_change_and_zero_for_a_projected_one(basis)
     assert measured["directions_taken"] == 0.25
 
 
-@pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
-@pytest.mark.parametrize("lr", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize(
+    ("size", "lr"), [*product([1e-2, 1.0], [1e-2, 1e-4, 1e-6]), (30.0, 1e-2), (30.0, 1e-4)]
+)
 @pytest.mark.parametrize("count", [1, 20, 1000])
 def test_correct_projections_never_fail(basis, size, lr, count):
     for seed in range(3):
         before, after = steps(basis=basis, size=size, lr=lr, count=count, seed=seed)
         check(before, after, gate=None, on="update", basis=basis, steps=count)
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_no_number_of_steps_excuses_a_lost_projection(basis, protected):
+    """Unprotected, or with steps below the weights' precision: both leak."""
+    before, after = steps(basis=basis if protected else None, lr=1e-7, count=10_000)
+    with pytest.raises(ProtectionFailed, match=r"w changed by .* raise the learning rate$"):
+        check(before, after, gate=None, on="update", basis=basis, steps=10_000)
 
 
 @pytest.mark.parametrize("on", ["update", "gradient"])

@@ -53,3 +53,16 @@ def test_the_importances_are_not_changed():
     importances = past([[3.0, 1.0, -2.0]])
     gates(importances, strength=1.0, exponent=2.0, log_scale=10.0)
     assert torch.equal(importances[0].entries[NAME], torch.tensor([[3.0, 1.0, -2.0]]))
+
+
+@pytest.mark.parametrize("wrong", [{"strength": -1.0}, {"exponent": 0.0}, {"log_scale": -2.0}])
+def test_arguments_out_of_range_are_refused(wrong):
+    options = {"strength": 1.0, "exponent": 1.0, "log_scale": 1e5, **wrong}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        gates(past([1.0]), **options)
+
+
+@pytest.mark.parametrize("importances", [[], [Importance({}, {NAME: torch.eye(2)})]])
+def test_a_gate_needs_entries(importances):
+    with pytest.raises(ValueError, match="with entries"):
+        gates(importances, strength=1.0, exponent=1.0, log_scale=1e5)

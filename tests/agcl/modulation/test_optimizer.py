@@ -8,6 +8,7 @@ from reference import tiny
 from torch import nn
 
 from agcl.lrp import attributed_linears
+from agcl.model import adapter
 from agcl.modulation import GatedAdamW
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -232,3 +233,25 @@ def test_protection_follows_a_model_that_moves_to_the_gpu_later(kind):
     layer(torch.randn(3, 6, device="cuda")).sum().backward()
     optimizer.step()
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("protection", ["gate", "basis"])
+def test_protected_weights_in_half_precision_are_refused(protection):
+    model = tiny.llama(dtype=torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = model.get_parameter(name).shape if protection == "gate" else (16, 2)
+    with pytest.raises(ValueError, match=rf"{name} is in torch\.bfloat16.*dtype=torch\.float32"):
+        GatedAdamW(model.named_parameters(), **{protection: {name: torch.ones(shape)}})
+
+
+def test_names_of_a_peft_wrapper_say_what_to_pass_instead(llama):
+    name = "model.layers.0.mlp.up_proj.weight"
+    gate = {name: torch.ones_like(llama.get_parameter(name))}
+    wrapped = adapter.attach(llama, rank=2, alpha=2.0, seed=0)
+    with pytest.raises(ValueError, match=r"get_base_model\(\)\.named_parameters"):
+        GatedAdamW(wrapped.named_parameters(), gate=gate)
+
+
+def test_an_unknown_side_is_refused(llama):
+    with pytest.raises(ValueError, match="on must be one of"):
+        GatedAdamW(llama.named_parameters(), on="weights")

@@ -96,3 +96,11 @@ def test_a_large_strength_keeps_weights_in_place_during_training(strength):
         assert all(torch.equal(free[n], held[n]) for n in free)
     else:
         assert (held[name] - before).norm() < 0.5 * (free[name] - before).norm()
+
+
+def test_a_penalty_needs_entries_and_a_strength(parameters, past):
+    for importances in ([], [Importance({}, {"a": torch.eye(4)})]):
+        with pytest.raises(ValueError, match="with entries"):
+            quadratic_penalty(parameters, importances, strength=1.0)
+    with pytest.raises(ValueError, match="strength must be at least 0"):
+        quadratic_penalty(parameters, past, strength=-1.0)

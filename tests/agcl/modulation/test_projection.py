@@ -79,6 +79,18 @@ def test_bases_need_moments():
             bases(importances, energy=0.5)
 
 
+@pytest.mark.parametrize("energy", [80, -0.1, float("nan")])
+def test_an_energy_that_is_no_fraction_is_refused(energy):
+    past = [Importance({}, {"w": torch.eye(3)})]
+    with pytest.raises(ValueError, match=r"energy is a fraction in \[0, 1\], not"):
+        bases(past, energy=energy)
+
+
+def test_nothing_to_protect_is_refused():
+    with pytest.raises(ValueError, match="no importance"):
+        bases([], energy=0.5)
+
+
 @pytest.mark.parametrize("on", ["update", "gradient"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_adamw_with_weight_decay_preserves_outputs_for_protected_inputs(gated, on):

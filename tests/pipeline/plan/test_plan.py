@@ -119,11 +119,23 @@ def test_the_first_solo_model_is_the_first_model_of_any_sequence(stages):
     assert works["solo/2-valley"].folder != works["train/2-valley"].folder
 
 
+@pytest.mark.parametrize(
+    "positions",
+    ['"model_type": "gpt2", "n_positions"', '"model_type": "llama", "max_position_embeddings"'],
+)
+def test_rows_longer_than_the_models_positions_are_too_long(tiny_config, tmp_path, positions):
+    (tmp_path / "config.json").write_text(f"{{{positions}: 128}}")
+    for limit, expected in ((512, 128), (100, 100)):
+        config = tiny_config(tmp_path, f"model.path={tmp_path}", f"tasks.max_length={limit}")
+        (stage, *_) = plan(config).stages
+        assert stage.config["max_length"] == expected
+
+
 def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own(
     tiny_config, tmp_path
 ):
     (tmp_path / "past.safetensors").write_bytes(b"past")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     config = tiny_config(
         tmp_path,
         f"model.path={tmp_path}",

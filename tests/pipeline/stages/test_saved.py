@@ -9,7 +9,7 @@ import torch
 from reference import families
 from reference.record_run import recorded
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.lrp.families import FAMILIES
 from agcl.model import models
@@ -30,14 +30,9 @@ def base_folder(folder, architecture, dtype=torch.float32):
     texts = [q + a for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     tokenizer = models.builtin_tokenizer(texts * 4, vocab_size=300)
     tokenizer.chat_template = CHAT
-    kind, settings = families.CONFIGS[architecture]
-    config = AutoConfig.for_model(
-        kind, **{**settings, "vocab_size": len(tokenizer), "hidden_size": 32, "eos_token_id": 0}
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    models.save(model.to(dtype), tokenizer, folder)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "initializer_range": 0.1}
+    model = families.model(architecture, dtype=dtype, eos_token_id=0, **sizes)
+    models.save(model, tokenizer, folder)
     return folder
 
 

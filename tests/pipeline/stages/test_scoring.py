@@ -37,6 +37,22 @@ SETTINGS = {
     "saved": False,
 }
 
+ATTRIBUTION = {
+    "estimator": "lrp",
+    "rules": "attnlrp",
+    "top_k": 1,
+    "running_values": "float32",
+    "permuted": False,
+    "entries": True,
+    "split": "samples",
+    "samples": None,
+    "correct_only": True,
+    "batch_size": 2,
+    "moments": None,
+    "unit_inputs": True,
+    "seed": 0,
+}
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -227,21 +243,14 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
 ):
     tokenizer = models.load_tokenizer(model_folder)
     folder = write_rows(tmp_path / "rows", tokenizer, {"train": ASKED}, scorer=scorer)
-    config = {
-        "estimator": "lrp",
-        "rules": "attnlrp",
-        "top_k": 1,
-        "running_values": "float32",
-        "permuted": False,
-        "entries": True,
-        "split": "samples",
-        "samples": None,
-        "correct_only": True,
-        "batch_size": 2,
-        "moments": None,
-        "unit_inputs": True,
-        "seed": 0,
-    }
-    attribute(config, {"model": model_folder, "rows": folder}, tmp_path, Context())
+    attribute(ATTRIBUTION, {"model": model_folder, "rows": folder}, tmp_path, Context())
     header = Importance.load(tmp_path / "importance.safetensors").header
     assert (header["rows"], header["rows_attributed"]) == (4, rows)
+
+
+def test_rows_that_are_all_answered_wrong_say_which_key_to_change(tmp_path, model_folder):
+    tokenizer = models.load_tokenizer(model_folder)
+    wrong = [Row(LEARNED[0].prompt, " no such answer")]
+    folder = write_rows(tmp_path / "rows", tokenizer, {"train": wrong}, scorer="exact_match")
+    with pytest.raises(ValueError, match=r"none of the 1 rows .* set importance\.correct_only to"):
+        attribute(ATTRIBUTION, {"model": model_folder, "rows": folder}, tmp_path, Context())
