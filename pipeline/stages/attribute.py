@@ -16,7 +16,7 @@ from agcl.tasks.batches import collate, in_order
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import IMPORTANCE_FILE, SUMMARY, rows_file
+from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY, rows_file
 
 
 def attribute(
@@ -31,14 +31,25 @@ def attribute(
             importance = _importance(model, config, inputs["rows"], context)
         except NoCorrectAnswer as error:
             reason = str(error).partition(";")[0]
-            raise ValueError(
-                f"{reason}; train longer or set importance.correct_only to false"
-            ) from None
+            advice = _advice(inputs.get("adapter", inputs["model"]) / LOG_FILE)
+            raise ValueError(f"{reason}; {advice}") from None
     importance.check_finite()
     if importance.is_zero():
         raise ValueError("every importance is zero: no relevance reached any weight")
     if context.is_first_worker:
         importance.save(out_dir / IMPORTANCE_FILE)
+
+
+def _advice(log: Path) -> str:
+    """What to do about a model that answers nothing correctly, by its training log."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    losses = [loss for line in lines if (loss := json.loads(line).get("loss")) is not None]
+    if losses and losses[-1] > losses[0]:
+        return (
+            f"its training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}: lower "
+            "training.learning_rate"
+        )
+    return "train longer or set importance.correct_only to false"
 
 
 def _importance(
