@@ -7,7 +7,7 @@ import pytest
     ("rate", "said"),
     [
         ("1e-6", "train longer or set importance.correct_only to false"),
-        ("30", r"its training loss rose from [\d.]+ to [\d.e+]+: lower training.learning_rate"),
+        ("1", r"its training loss rose from [\d.]+ to [\d.e+]+: lower training.learning_rate"),
     ],
 )
 def test_a_model_without_a_right_answer_is_explained_by_its_loss(
