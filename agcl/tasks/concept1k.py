@@ -8,7 +8,7 @@ the others. Like the reference parser, ours drops the last block.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from agcl.errors import InputError
@@ -60,10 +60,14 @@ def _rows(file: Path, concepts: tuple[str, ...], split: str) -> Iterator[Row]:
             yield Row(prompt, f" {fact.answer}", fact=f"{fact.question}\0{fact.answer}")
 
 
-@cache
 def read(file: Path) -> tuple[Fact, ...]:
     """Parse `dataset.txt` (3.4 MB). Raises `InputError` naming the line of a malformed block."""
-    lines = records.read_text(file).splitlines()
+    return _parsed(file, records.read_text(file))
+
+
+@lru_cache(maxsize=1)  # By content: every task and split of a plan reads the same file.
+def _parsed(file: Path, content: str) -> tuple[Fact, ...]:
+    lines = content.splitlines()
     starts = [n for n, line in enumerate(lines) if line.startswith("(") and line.endswith(")")]
     facts = [_fact(file, lines, start) for start in starts[:-1]]
     if not facts:

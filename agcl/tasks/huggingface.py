@@ -15,6 +15,8 @@ from agcl.tasks.records import Records
 from agcl.tasks.task import TEST, Task
 from agcl.tasks.template import task_of_records
 
+_PLAIN = re.compile(r"\.(csv|tsv|json|jsonl|ndjson)(\.gz)?$")
+"""Names of files that need no extraction."""
 Splits = Mapping[str, Callable[[], Records]]
 """By name: starts one pass over a split's records."""
 
@@ -92,7 +94,8 @@ def _splits(folder: Path, subset: str | None, cache: str) -> Splits:
 def _text_reader(builder: Any) -> Callable[[Path], Records] | None:
     """For CSV and JSON files whose types the folder does not declare, which `datasets` would guess:
     007 would become 7, 1e-05 stand for 0.00001, and None, NA or a date be no text."""
-    if builder.info.features:
+    names = [name for files in (builder.config.data_files or {}).values() for name in files]
+    if builder.info.features or not all(map(_PLAIN.search, names)):
         return None
     match builder.name:
         case "csv":
@@ -111,10 +114,13 @@ def _csv(options: Mapping[str, Any], file: Path) -> Records:
     import pandas as pd
 
     options = {**options, "dtype": str, "keep_default_na": False}
-    with pd.read_csv(file, iterator=True, **options) as blocks:
-        rows = (row for block in blocks for row in block.to_dict("records"))
-        for number, row in enumerate(rows, start=1):
-            yield f"{file}, row {number}", row
+    try:
+        with pd.read_csv(file, iterator=True, **options) as blocks:
+            rows = (row for block in blocks for row in block.to_dict("records"))
+            for number, row in enumerate(rows, start=1):
+                yield f"{file}, row {number}", row
+    except ValueError as error:
+        raise InputError(f"{file}: {_reason(error)}") from None
 
 
 def _typed(place: str, dataset: Any) -> Records:
@@ -151,7 +157,7 @@ def _part(splits: Splits, wanted: str) -> Records:
         parts = ReadInstruction.from_spec(wanted).to_absolute(lengths)
     except ValueError as error:
         hint = "; test: null scores the training rows" if wanted == TEST else ""
-        raise ValueError(f"{error}{hint}") from None
+        raise ValueError(f"{str(error).rstrip('.')}{hint}") from None
     for part in parts:
         yield from islice(splits[part.splitname](), part.from_, part.to)
 

@@ -131,7 +131,8 @@ def _json_lines(file: Path) -> Records:
                 except UnicodeDecodeError:
                     raise InputError(f"{place}: not UTF-8 text") from None
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{place}: not JSON ({_reason(error)}); {_WANTED}") from None
+                    hint = f"; {_WANTED}" if isinstance(error, json.JSONDecodeError) else ""
+                    raise InputError(f"{place}: not JSON ({_reason(error)}){hint}") from None
                 if not isinstance(record, dict):
                     raise InputError(f"{place}: {_kind(record)}, not a JSON object; {_WANTED}")
                 yield place, record

@@ -218,7 +218,8 @@ class FileTasks(TaskSection, Rendering):
 
     def _in_folder(self, folder: Path) -> Paths:
         if not folder.is_dir():
-            raise InputError(f"tasks.sequence: no folder {folder}")
+            hint = "; give a file as train" if folder.is_file() else ""
+            raise InputError(f"tasks.sequence: no folder {folder}{hint}")
         paths = {split: folder / f"{split}.{self.format}" for split in files.SPLITS}
         return {s: path for s, path in paths.items() if path.exists() or s == "train"}
 

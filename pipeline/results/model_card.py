@@ -39,6 +39,7 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
+    dtype = _dtype(run.config)
     there = model.folder.exists()
     files = [f for f in model.folder.iterdir() if f.is_file()] if there else []
     if adapter_alone(model) and there:
@@ -49,8 +50,8 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
         if uri:
             (aside / file.name).symlink_to(os.path.relpath(file, folder))
         else:
-            _place(file, aside / file.name, _dtype(run.config))
-    text = card(run.config, result, mlflow_run, adapter=adapter_alone(model))
+            _place(file, aside / file.name, dtype)
+    text = card(run.config, result, mlflow_run, dtype, adapter=adapter_alone(model))
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
     if uri:
@@ -90,7 +91,12 @@ def adapter_alone(model: ResolvedStage) -> bool:
 
 
 def card(
-    config: Config, result: RunResult, mlflow_run: str | None, *, adapter: bool = False
+    config: Config,
+    result: RunResult,
+    mlflow_run: str | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    adapter: bool = False,
 ) -> str:
     """Render the model card: Markdown with the YAML header that the Hugging Face Hub reads."""
     return render(
@@ -101,7 +107,7 @@ def card(
         method=method_name(config),
         description=method_description(config),
         adapter=adapter,
-        dtype=str(_dtype(config)).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         run=result,
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},
         mlflow_run=mlflow_run,

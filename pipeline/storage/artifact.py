@@ -46,8 +46,8 @@ def file_hash(file: Path) -> str:
 def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files that match a pattern.
 
-    Within a process, a file is read again only if its size or modification time has changed: a
-    search asks for the hash of its base model in every trial.
+    Within a process, a file is read again only if its size or change time is another (a
+    modification time can be set back): a search asks for its base model's hash in every trial.
     """
     if path.is_file():
         return _hash_of(path)
@@ -57,7 +57,7 @@ def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
 
 def _hash_of(file: Path) -> str:
     status = file.stat()
-    return _hash_as_of(file, status.st_size, status.st_mtime_ns)
+    return _hash_as_of(file, status.st_size, status.st_ctime_ns)
 
 
 @cache

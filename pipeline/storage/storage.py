@@ -51,12 +51,16 @@ class Storage(ABC):
             raise InputError(f"storage: {existing} is not a folder")
 
     def check_writable(self) -> None:
-        """Make the folder. Raises `InputError` if it cannot be made or written to."""
+        """Raise `InputError` if the storage cannot be made or written to. Leaves nothing behind."""
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            for path in missing:
+                path.rmdir()
         except OSError as error:
             raise InputError(f"storage: cannot make {self.root} ({error.strerror})") from None
-        for folder in (self.root, self.root / STAGES):
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        for folder in (existing, existing / STAGES):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"storage: {folder} cannot be written to")
 

@@ -98,6 +98,8 @@ def test_a_malformed_file_is_named_and_nothing_is_written(
         ("cl_benchmark", {"path": "nowhere"}, "tasks.path: no instruction_config.json"),
         ("parquet", {"sequence": [{"name": "a", "train": "none.parquet"}]}, "none.parquet"),
         ("jsonl", {"sequence": [{"path": "nowhere"}]}, "tasks.sequence: no folder"),
+        ("jsonl", {"sequence": [{"path": __file__}]}, "test_cli_tasks.py; give a file as train"),
+        ("huggingface", {"sequence": [{"path": __file__}]}, "a file; format huggingface takes"),
         ("jsonl", {"sequence": [{"path": "a", "train": "b"}]}, "either path or train"),
         ("jsonl", {"sequence": [{"train": "b"}]}, "tasks.sequence.0.name"),
         ("jsonl", {"prompt": "{q"}, "tasks.prompt: "),

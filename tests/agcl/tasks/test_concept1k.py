@@ -80,6 +80,13 @@ def test_a_malformed_block_is_named_by_its_line(tmp_path, broken, line):
         concept1k.read(file)
 
 
+def test_a_file_whose_content_changed_is_read_anew(tmp_path):
+    for name in ("Tea", "Mud"):
+        file = write(tmp_path, block(name, 1), block("Last", 2))
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        assert [fact.concept for fact in concept1k.read(file)] == [name]
+
+
 def test_missing_empty_and_undecodable_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"dataset\.txt"):
         concept1k.read(tmp_path / "dataset.txt")

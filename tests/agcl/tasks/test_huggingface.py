@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import re
+import zipfile
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -105,6 +106,28 @@ def test_json_in_a_folder_is_rendered_as_written(tmp_path, name, literal):
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     expected = Row("1?", " " + literal.strip('"'))
     assert rows(tmp_path, test=None) == [expected] * 2
+
+
+@pytest.mark.parametrize("value", ["007", "None"])
+def test_tables_may_have_tabs_and_be_compressed(tmp_path, value):
+    for name in ("train.tsv", "test.tsv.gz"):
+        table = f"text\tlabel\n1, 2\t{value}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(table) if name.endswith("gz") else table)
+    assert rows(tmp_path) == rows(tmp_path, TEST) == [Row("1, 2?", f" {value}")]
+
+
+def test_rows_in_an_archive_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a", "label": "b"}\n')
+        archive.writestr("b.jsonl", '{"text": "c", "label": "d"}\n')
+    assert rows(tmp_path, test=None) == [Row("a?", " b"), Row("c?", " d")]
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n1,2,3\n", "", "a,b\n\udcff,1\n"])
+def test_broken_csv_is_named(tmp_path, content):
+    (tmp_path / "train.csv").write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"/train\.csv: "):
+        rows(tmp_path, test=None)
 
 
 def test_types_that_a_folder_declares_are_kept(tmp_path):

@@ -360,7 +360,7 @@ def test_of_two_searches_at_once_the_second_waits_and_never_replaces_another(
         error = waiting.exception(timeout=30)
     assert isinstance(error, outcome)
     if outcome is InputError:
-        assert "holds a search with another 'search' section" in str(error)
+        assert "holds a search with search.round=4, not 3" in str(error)
 
 
 @pytest.mark.ray

@@ -196,6 +196,16 @@ def test_a_fingerprint_depends_on_every_value_and_not_on_the_order_of_keys():
     assert len({one, *map(artifact.fingerprint, others)}) == 6
 
 
+def test_a_content_hash_sees_new_content_with_the_old_size_and_time(tmp_path):
+    found = set()
+    for text in ("one", "two"):
+        (tmp_path / "a").write_text(text)
+        os.utime(tmp_path / "a", (1_700_000_000, 1_700_000_000))
+        found.add(artifact.content_hash(tmp_path / "a"))
+        time.sleep(0.02)  # Change times are as coarse as the kernel's clock.
+    assert len(found) == 2
+
+
 def test_a_content_hash_sees_names_and_bytes_of_matching_files_and_not_the_place(tmp_path):
     def folder(name, files):
         (tmp_path / name).mkdir()

@@ -57,7 +57,8 @@ def test_the_comparison_has_the_table_the_headline_and_the_shared_settings(finis
     assert metrics["average"] == max(averages.values())
     assert "keeps" in tags["mlflow.note.content"]
     assert "| method | average | backward transfer |" in tags["mlflow.note.content"]
-    assert tags["methods"].startswith("sequential, ")
+    assert tags["methods"].split(", ")[0] == "sequential"
+    assert tags["methods"].count("agcl+changes") == 2  # With another gate, and with both kinds.
     assert comparison.data.params["training.epochs"] == "20"
     assert "method" not in comparison.data.params
 
