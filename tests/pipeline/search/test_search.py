@@ -410,7 +410,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     check_mlflow(of.config.storage.tracking_uri, best)
 
-    with pytest.raises(InputError, match=r"another 'search' section"):
+    with pytest.raises(InputError, match=r"holds a search with search\.round=2, not 3"):
         search(3, *settings, "search.round=3", resume=True)
 
 
