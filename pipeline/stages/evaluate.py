@@ -31,8 +31,8 @@ def evaluate(
     `scores.json` holds the mean score per task (inputs `rows/<task>`) and evaluation set. Each set
     is scored by its task's scorer, and by each of the config's `scorers` as an additional set
     `<set>-<scorer>`. `predictions.parquet` holds one line per scored row and scorer, enough to
-    recompute every metric; `predicted` is the model's greedy answer, or with exact match alone the
-    teacher-forced choice, which agrees with it up to the first wrong token. With a `validation`
+    recompute every metric; `predicted` is the model's greedy answer, with exact match alone only up
+    to its first wrong token. With a `validation`
     share, only validation rows are scored: those of the task's own split, or else those whose
     fact's `position` is below it. With the input `text`, `text.json` holds the loss on it.
 
@@ -129,9 +129,9 @@ def _answers(
 ) -> tuple[list[str], list[str], list[bool]]:
     """For every row the model's answer, the expected one, and whether they agree exactly.
 
-    One teacher-forced pass finds the exact answers. The others are decoded token by token, unless
-    every scorer is exact match. Both texts are those of tokens, without the special ones, except
-    for special tokens that an expected answer has, such as labels.
+    One teacher-forced pass finds the exact answers. The others are decoded token by token, or cut
+    after their first wrong token if every scorer is exact match. Both texts are those of tokens,
+    without the special ones, except for special tokens that an expected answer has, such as labels.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -152,6 +152,14 @@ def _answers(
         )
         for i, ids in zip(wrong, decoded, strict=True):
             predicted[i] = ids
+    else:
+        for i in wrong:
+            # Behind its first wrong token the model was shown the expected answer, not its own.
+            tokens = zip(
+                predicted[i], encoded[i].input_ids[encoded[i].prompt_tokens :], strict=True
+            )
+            first = next(n for n, (said, right) in enumerate(tokens) if said != right)
+            predicted[i] = predicted[i][: first + 1]
     answers = [row.input_ids[row.prompt_tokens : -1] for row in encoded]
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}

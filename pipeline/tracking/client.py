@@ -25,6 +25,7 @@ _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
 _KIND = "custom_model_development"  # Makes the UI open in its training view.
 _NOTE = "mlflow.note.content"
 _KIND_TAG, _VIEW_TAG = "mlflow.experimentKind", "mlflow.sharedViewState.agcl"
+_VIEW = "workflowType=machine_learning&viewStateShareKey=agcl"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 _DATABASE = "mlflow.db"
@@ -329,9 +330,7 @@ def serve(storage: Path, port: int, show: Callable[[str], None]) -> int:
     try:
         with suppress(TrackingFailed):  # Then the server says why.
             for experiment in _view(storage):
-                show(
-                    f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?viewStateShareKey=agcl"
-                )
+                show(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{_VIEW}")
         return server.wait()
     except KeyboardInterrupt:
         return 130

@@ -360,7 +360,7 @@ def test_of_two_searches_at_once_the_second_waits_and_never_replaces_another(
         error = waiting.exception(timeout=30)
     assert isinstance(error, outcome)
     if outcome is InputError:
-        assert "holds a search with another 'search' section" in str(error)
+        assert "holds a search with search.round=4, not 3" in str(error)
 
 
 @pytest.mark.ray
@@ -410,7 +410,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     check_mlflow(of.config.storage.tracking_uri, best)
 
-    with pytest.raises(InputError, match=r"another 'search' section"):
+    with pytest.raises(InputError, match=r"holds a search with search\.round=2, not 3"):
         search(3, *settings, "search.round=3", resume=True)
 
 

@@ -153,6 +153,17 @@ def test_decoding_stops_at_the_longest_answer_or_where_it_is_told_to(scored):
     assert all(len(row["predicted"].split()) <= 2 for row in rows["test"][1:])
 
 
+def test_with_exact_match_alone_a_wrong_answer_is_the_models_own_up_to_its_first_wrong_token(
+    scored,
+):
+    said, own = (
+        [row["predicted"] for row in scored(s)[1]["test"]] for s in ("exact_match", "rouge_l")
+    )
+    assert said != own
+    assert said[0] == own[0]
+    assert all(answer.startswith(text) for text, answer in zip(said, own, strict=True))
+
+
 def test_more_scorers_are_evaluation_sets_of_their_own(scored):
     scores, rows, _ = scored("exact_match", scorers=["token_f1", "agcl.scoring.scorers:rouge_l"])
     assert list(scores) == list(rows) == ["test", "test-token_f1", "test-rouge_l"]

@@ -91,7 +91,8 @@ def test_the_ui_prints_its_address_and_ends_with_all_of_its_processes(raced, tmp
         ui.send_signal(signal.SIGTERM)
         assert ui.wait(timeout=20) == 130
     said = (tmp_path / "out").read_text()
-    assert f"{address}/#/experiments/1/runs?viewStateShareKey=agcl" in said
+    view = "workflowType=machine_learning&viewStateShareKey=agcl"
+    assert f"{address}/#/experiments/1/runs?{view}" in said
     assert "resume" not in said
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{address}/health", timeout=1)
