@@ -59,7 +59,10 @@ def metric_name(key: str) -> str:
     return METRIC_TITLES[key].lower().replace(" ", "_")
 
 
-LEFT_OUT = {"too_long": "longer than tasks.max_length", "empty": "without prompt or answer"}
+LEFT_OUT = {
+    "too_long": "longer than tasks.max_length or the model allows",
+    "empty": "without prompt or answer",
+}
 """Reasons for leaving out rows, by the name of their count."""
 
 

@@ -128,7 +128,8 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmark
     counts = next(line.split() for line in shown.splitlines() if line.startswith(" one"))
     assert [counts[i] for i in (0, 1, 2, 5, 6)] == ["one", "train", "9", "1", "1"]
     assert (
-        "one: 2 of 11 train rows left out: 1 longer than tasks.max_length, 1 without prompt or "
+        "one: 2 of 11 train rows left out: 1 longer than tasks.max_length or the "
+        "model allows, 1 without prompt or "
         "answer"
     ) in shown
     for i in (0, 4, 8):

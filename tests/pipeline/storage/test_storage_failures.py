@@ -157,6 +157,6 @@ def test_a_folder_taken_by_another_config_meanwhile_is_not_overwritten(complete,
     )  # While the folder was free.
     execute_quietly(complete)
     before = (complete.folder / "config.yaml").read_text()
-    with pytest.raises(ValueError, match="holds a run with .*seed=0, not 1"):
+    with pytest.raises(ValueError, match=r"holds a run with .*seed=0, not 1"):
         execute_quietly(late)
     assert (complete.folder / "config.yaml").read_text() == before
