@@ -442,7 +442,8 @@ def test_self_checks_show_the_worst(page):
 def test_rows_that_were_left_out_are_listed():
     counts = {"rows": 1200, "tokens": 36000, "answer_tokens": 2400, "too_long": 3, "empty": 2}
     assert left_out({"harbour": {"train": counts}}) == [
-        "harbour: 5 of 1205 train rows left out: 3 longer than tasks.max_length or the model allows, "
+        "harbour: 5 of 1205 train rows left out: 3 longer than tasks.max_length or the model "
+        "allows, "
         "2 without prompt or answer"
     ]
 
