@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
 from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, TEXT, named, rows_file
-from pipeline.stages.saved import Verdict, check_answers, check_tokens
+from pipeline.stages.saved import ANSWERS, Verdict, check_answers, check_tokens
 from pipeline.storage.artifact import write_json
 
 
@@ -37,13 +37,13 @@ def evaluate(
     fact's `position` is below it. With the input `text`, `text.json` holds the loss on it.
 
     A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
-    files are loaded again to answer a row per task, and `saved.json` holds how many agree; a
+    files are loaded again to answer a few rows, and `saved.json` holds how many agree; a
     sharded model may fit in no single worker and is not loaded. Raises `ValueError` if either
     disagrees.
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
-    verdicts: list[Verdict] = []
+    verdicts: list[list[Verdict]] = []
     tasks = named("rows/", inputs)
     with context.borrowed_model(inputs) as model:
         tokenizer = models.load_tokenizer(inputs.get("adapter", inputs["model"]))
@@ -78,8 +78,8 @@ def _score_task(
     task: str,
     folder: Path,
     tables: list[pa.Table],
-) -> tuple[dict[str, float], Verdict]:
-    """The mean score of every evaluation set of a task, and a row answered right if there is one.
+) -> tuple[dict[str, float], list[Verdict]]:
+    """The mean score of every evaluation set of a task, and a few rows, those answered right first.
 
     Appends its predictions to `tables`.
     """
@@ -96,13 +96,13 @@ def _score_task(
         sets = {name: summary["scorer"]}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
         texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
-        shown = max(range(len(rows)), key=exact.__getitem__)
-        verdicts.append((rows[shown], exact[shown]))
+        right_first = sorted(range(len(rows)), key=lambda i: not exact[i])[:ANSWERS]
+        verdicts += [(rows[i], exact[i]) for i in right_first]
         for set_name, scorer in sets.items():
             scored = _scored(scorer, texts, expected, rows.table["prompt"].to_pylist(), exact)
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
-    return scores, max(verdicts, key=itemgetter(1))
+    return scores, sorted(verdicts, key=itemgetter(1), reverse=True)
 
 
 def _rows_to_score(

@@ -1,6 +1,7 @@
 """Checks that a saved folder, opened as a user opens it, behaves as it was trained and scored."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.stages.files import ADAPTER
 
-_ROWS_PER_SET, _ANSWERS = 8, 8
-"""Rows of an evaluation set to tokenize again, and answers to generate again, one per task."""
+_ROWS_PER_SET, ANSWERS = 8, 8
+"""Rows of an evaluation set to tokenize again, and answers to generate again, over all tasks."""
 Verdict = tuple[Encoded, bool]
 """A scored row, and whether the model was found to answer it exactly."""
 
@@ -38,24 +39,24 @@ def check_tokens(
 def check_answers(
     inputs: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[Sequence[Verdict]],
     device: torch.device,
     precision: Precision,
 ) -> dict[str, int]:
     """Let transformers' `generate` answer rows from the saved files; count them.
 
-    Takes rows that were answered right first, the latest tasks first. Decodes greedily, with the
-    end tokens that the folder's generation config sets, but without its penalties. Raises
-    `ValueError` if it disagrees with a verdict, in bfloat16 with most of them, since rounding
-    there can turn one.
+    Takes rows by task that were answered right first, from the latest tasks first. Decodes
+    greedily, with the end tokens that the folder's generation config sets, but without its
+    penalties. Raises `ValueError` if it disagrees with more than one of eight verdicts, in bfloat16
+    with more than half: rounding can turn a close one.
     """
     model = models.load_model(inputs["model"]).to(device).eval()
     ends = model.generation_config.eos_token_id
     if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
         adapter.load(model, inputs["adapter"] / ADAPTER).eval()
         ends = tokenizer.eos_token_id
-    latest_first = verdicts[::-1]
-    few = sorted(latest_first, key=itemgetter(1), reverse=True)[:_ANSWERS]
+    in_turn = [v for turn in zip_longest(*reversed(verdicts)) for v in turn if v is not None]
+    few = sorted(in_turn, key=itemgetter(1), reverse=True)[:ANSWERS]
     wrong = []
     for (ids, prompt_tokens), right in few:
         prompt, answer = ids[:prompt_tokens], ids[prompt_tokens:]
@@ -69,7 +70,7 @@ def check_answers(
             given = model.generate(torch.tensor([prompt], device=device))[0, prompt_tokens:]
         if (given.tolist() == answer) is not right:
             wrong.append((tokenizer.decode(prompt), tokenizer.decode(given)))
-    if len(wrong) > (len(few) // 2 if precision == "bfloat16" else 0):
+    if len(wrong) > len(few) // (2 if precision == "bfloat16" else ANSWERS):
         raise ValueError(
             f"the model saved in {inputs.get('adapter', inputs['model'])} does not answer as it "
             f"was scored: transformers' generate() disagrees on {len(wrong)} of {len(few)} rows, "

@@ -73,7 +73,7 @@ def trained(tmp_path):
 def test_plain_generate_from_the_final_folder_answers_as_scored(trained, tmp_path, architecture):
     resolved = trained(base_folder(tmp_path / "base", architecture))
     scored = resolved["evaluate/1-sums"]
-    assert json.loads(scored.read("saved.json")) == {"rows": 1, "agree": 1}
+    assert json.loads(scored.read("saved.json")) == {"rows": 6, "agree": 6}
     folder = tmp_path / "storage" / "base" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -100,7 +100,7 @@ def test_rows_of_another_models_tokenizer_are_not_reused(trained, tmp_path, chat
 def test_an_adapter_is_checked_on_its_base(trained, tmp_path):
     base = base_folder(tmp_path / "base", "Qwen2ForCausalLM")
     resolved = trained(base, method="lora", adapter={"rank": 8, "merge": False})
-    assert json.loads(resolved["evaluate/1-sums"].read("saved.json")) == {"rows": 1, "agree": 1}
+    assert json.loads(resolved["evaluate/1-sums"].read("saved.json")) == {"rows": 6, "agree": 6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -155,5 +155,5 @@ def test_saved_weights_that_answer_otherwise_fail_the_stage(trained, tmp_path, m
 
     base = base_folder(tmp_path / "base", "LlamaForCausalLM")
     monkeypatch.setattr("pipeline.stages.train.models.save", save_half)
-    with pytest.raises(ValueError, match=r"generate\(\) disagrees on 1 of 1 rows, such as 'What"):
+    with pytest.raises(ValueError, match=r"generate\(\) disagrees on 6 of 6 rows, such as 'What"):
         trained(base)
