@@ -63,6 +63,12 @@ def _run(parsed: argparse.Namespace, command: str) -> int:
     try:
         if "config" in parsed:
             _check(parsed)
+        if (
+            "run_dir" in parsed
+            and "://" not in parsed.run_dir
+            and not Path(parsed.run_dir).is_dir()
+        ):
+            raise InputError(f"no folder {parsed.run_dir}")
         job = import_module(f"jobs.{parsed.job}")  # Takes seconds, which --help need not wait.
         return int(job.main(parsed, masked(command)) or OK)
     except InputError as error:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jobs.tables import heading, number, table
 from pipeline.config.config import Config
+from pipeline.config.naming import CHANGES, method_description, method_name
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare
 from pipeline.results.model_card import MODEL
@@ -27,6 +28,10 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     console = Console()
     named = ", ".join(runs) if len(runs) <= REPORTS_EACH else f"{len(runs)} runs"
     console.print(f"[bold]{title}[/]: {named}", highlight=False)
+    for run in runs.values():
+        if (name := method_name(run.config)).endswith(CHANGES):
+            line = f"  {name}: {method_description(run.config)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     results = execute(runs, folder, title=title, command=command, console=console)
     by_label = dict(zip(runs, results, strict=True))
     if len(runs) <= REPORTS_EACH:

@@ -8,7 +8,11 @@ from pipeline.config.loading import leaves, validate, with_preset
 from pipeline.config.method import METHOD_SECTIONS
 from pipeline.config.presets import METHODS
 
-_TUNABLE = {"entries", "top_k", "running_values", "samples", "batch_size", "split", "past"}
+CHANGES = "+changes"
+_TUNABLE = {
+    *("entries", "top_k", "running_values", "samples", "batch_size", "split", "past"),
+    "correct_only",
+}
 """Keys of `importance` that no method is known by; like any number that is not 0."""
 
 
@@ -21,7 +25,7 @@ def method_name(config: Config) -> str:
     others = [name for name in METHODS if name not in UNPROTECTED]
     names = [config.method] if config.method in UNPROTECTED else [config.method, *others]
     found = (name for name in names if own == _structure_of(name))
-    return next(found, f"{config.method}+changes")
+    return next(found, f"{config.method}{CHANGES}")
 
 
 def method_description(config: Config) -> str:
@@ -43,8 +47,10 @@ def _structure_of(method: str) -> dict[str, Any]:
 
 def _structure(config: Config) -> dict[str, Any]:
     """The method's settings by dotted key, without tunable ones; numbers only as on or off."""
+    nothing_measured = not config.protect
     return {
         key: value != 0 if isinstance(value, int | float) else value
         for key, value in leaves(config, include=set(METHOD_SECTIONS))
         if key.removeprefix("importance.") not in _TUNABLE
+        and not (nothing_measured and key.startswith("importance."))
     }

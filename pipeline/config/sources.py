@@ -25,7 +25,10 @@ def sources(config: Config) -> list[Source]:
 
 def check_places(config: Config) -> None:
     """Raise `InputError` for a missing file or folder. Imports neither torch nor transformers."""
-    sources(config)
+    for source in sources(config):
+        for role, path in source.files.items():
+            if not path.exists():
+                raise InputError(f"task {source.name}: no {role} file {path}")
     if not config.model.is_builtin and not config.model.folder.is_dir():
         raise InputError(f"model.path: no folder {config.model.folder}")
 

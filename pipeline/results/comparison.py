@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from pipeline.config.naming import CHANGES
 from pipeline.config.presets import METHODS
 from pipeline.results.results import Group, RunResult, groups, values
 
@@ -50,11 +51,11 @@ def compare(runs: Sequence[RunResult], evaluation_set: str, metrics: Sequence[st
 
 def _differences(label: str, compared: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]:
     """Differences paired by seed, over the seeds that both methods have."""
-    own = compared[label]
-    controls = METHODS[label].controls if label in METHODS else ()
+    own, preset = compared[label], METHODS.get(label.removesuffix(CHANGES))
     differences = {}
-    for reference in (BASELINE, *controls):
-        theirs = compared.get(reference, {})
+    for reference in (BASELINE, *(preset.controls if preset else ())):
+        # The file's changes to a method are also changes to its controls.
+        theirs = compared.get(reference, compared.get(f"{reference}{CHANGES}", {}))
         pairs = [own[seed] - theirs[seed] for seed in own if seed in theirs]
         if pairs and reference != label:
             differences[reference] = estimate(pairs)

@@ -67,6 +67,7 @@ def _place(file: Path, target: Path, dtype: torch.dtype) -> None:
     is_weights = file.match("model*.safetensors")
     if dtype != torch.float32 and (is_weights or file.name == "config.json"):
         models.save_in(dtype, file, target)
+        target.chmod(file.stat().st_mode)
         return
     # Weights alone are linked: small files may be edited in place, which would damage the artifact.
     if is_weights:

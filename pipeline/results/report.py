@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.presets import METHODS
 from pipeline.results.comparison import BASELINE, BOUNDS, COMPARED, Estimate, Line, compare
 from pipeline.results.results import (
     METRIC_TITLES,
@@ -91,7 +90,6 @@ def write_report(
         metric=metric,
         baseline=BASELINE,
         bounds=BOUNDS,
-        methods=METHODS,
     )
     write_text(file, page)
     write_text(file.with_name(TABLE_FILE), _csv(lines_of))

@@ -15,6 +15,7 @@ from agcl.errors import InputError
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.naming import method_description
 from pipeline.errors import StageFailed
 from pipeline.plan.plan import Run
 from pipeline.results.examples import examples, losses
@@ -51,7 +52,9 @@ def check_folder(config: Config, file: Path, kind: str = "run") -> None:
     before, now = (dict(loading.leaves(each, exclude=_FREE[kind])) for each in (stored, config))
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
-        said = [f"{k}={before.get(k)}, not {now.get(k)}" for k in differing[:_MOST_NAMED]]
+        values = ["null" if of.get(k) is None else of[k] for k in differing for of in (before, now)]
+        pairs = zip(differing, values[::2], values[1::2], strict=True)
+        said = [f"{key}={old}, not {new}" for key, old, new in pairs][:_MOST_NAMED]
         more = len(differing) - _MOST_NAMED
         said += [f"and {more} more"] * (more > 0)
         raise InputError(
@@ -81,6 +84,7 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
     prepared = summaries(run)
     metrics = {
         "name": run.config.name,
+        "description": method_description(run.config),
         **(_json(report.read(METRICS)) or {}),
         "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
     }

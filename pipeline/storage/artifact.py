@@ -188,6 +188,8 @@ def writing(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield part
         files = sorted(f for f in part.rglob("*") if f.is_file())
+        for file in files:  # safetensors writes files that only their owner can read.
+            file.chmod(part.stat().st_mode & 0o666)
         manifest = {
             **record,
             **provenance(),

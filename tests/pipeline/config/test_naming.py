@@ -18,6 +18,8 @@ def test_every_preset_has_its_own_name(tiny_config, tmp_path, method):
     [
         ("agcl", ["protect.0.energy=0.5", "importance.samples=3"], "agcl"),
         ("agcl", ["importance.top_k=null", "importance.entries=true"], "agcl"),
+        ("agcl", ["importance.correct_only=false"], "agcl"),
+        ("sequential", ["importance.correct_only=false", "importance.rules=cp"], "sequential"),
         ("replay", ["replay.fraction=0.3"], "replay"),
         ("agcl", ["protect.0.kind=gate"], "gate"),
         ("gate", ["protect=[{kind: project}]"], "agcl"),

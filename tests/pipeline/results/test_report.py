@@ -416,6 +416,14 @@ def test_differences_are_paired_by_seed(page):
     assert rows["sequential"] == ["–", "–"]
 
 
+def test_what_changes_a_method_changes_its_controls_too(page):
+    kept = {"sequential": [0.1, 0.4], "agcl+changes": [0.25, 0.7],
+            "project_uniform+changes": [0.25, 0.4]}  # fmt: skip
+    runs = [run(m, seed=s, kept=k, **FEW) for m, of in kept.items() for s, k in enumerate(of)]
+    rows = {row[0]: row[1:3] for row in table_with(page(*runs), "its controls")[1:]}
+    assert rows["agcl+changes"] == ["0.150± 0.635", "project_uniform 0.100± 1.271"]
+
+
 def test_losses_on_text_are_averaged_over_seeds(page):
     runs = [run(seed=seed, **FEW) for seed in (0, 1)]
     for number, each in enumerate(runs):
