@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agcl.importance import Importance
 from agcl.tasks import EncodedRows, facts
 from pipeline.config import loading
+from pipeline.config.naming import method_description
 from pipeline.storage import artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -184,7 +185,8 @@ def test_ray_gives_what_plain_functions_in_one_process_give(
     for stage in TRAINED:
         assert same_bits(works[stage].folder, finished.artifact(label, stage))
     metrics = json.loads((works["report"].folder / "metrics.json").read_text())
-    of_run = {"name": "tiny", "scorers": dict.fromkeys(("harbour", "valley"), "exact_match")}
+    scorers = dict.fromkeys(("harbour", "valley"), "exact_match")
+    of_run = {"name": "tiny", "description": method_description(config), "scorers": scorers}
     assert {**metrics, **of_run} == finished.metrics(label)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -302,8 +301,8 @@ def ui(finished, tmp_path):
             time.sleep(0.2)
         yield SimpleNamespace(storage=storage, port=port)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.terminate()  # Killed, it would leave its server.
+        server.wait(30)
 
 
 @pytest.mark.ray

@@ -188,6 +188,7 @@ def test_trials_whose_workers_compute_do_not_take_their_place(search, on_tune):
     assert [trial.settings for trial in found] == play(of)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_bad_trial_is_stopped_early_and_contradicting_settings_fail(search, on_tune):

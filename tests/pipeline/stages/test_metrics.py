@@ -28,9 +28,13 @@ def metrics(tmp_path_factory):
 
 
 def test_recorded_predictions_give_the_recorded_metrics(metrics):
-    # A run adds its name and its tasks' scorers when it writes its results.
+    # A run adds its name, what its method is, and its tasks' scorers when it writes its results.
     of_run = recorded(WITH_PREDICTIONS).metrics
-    added = {"name": "facts", "scorers": dict.fromkeys(metrics["tasks"], "exact_match")}
+    added = {
+        "name": "facts",
+        "description": of_run["description"],
+        "scorers": dict.fromkeys(metrics["tasks"], "exact_match"),
+    }
     assert {**metrics, **added} == of_run
 
 
