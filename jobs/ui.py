@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from pipeline.tracking.client import serve
+from pipeline.tracking.ui import serve
 
 
 def main(arguments: argparse.Namespace, command: str) -> int:

@@ -1,16 +1,15 @@
 """Reads a config: the method's preset, the file and the overrides become one validated `Config`."""
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
-import yaml
 from agcl.errors import InputError
 from pydantic import ValidationError
 
+from pipeline.config import yaml12
 from pipeline.config.config import CREDENTIALS, Config
 from pipeline.config.method import METHOD_SECTIONS, Importance
 from pipeline.config.presets import METHODS
@@ -104,20 +103,22 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML. `load` of it gives the same config, without credentials."""
-    raw = config.model_dump(mode="json")
-    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml12.dump(config.model_dump(mode="json"))
 
 
 def leaves(config: Config, **fields: Any) -> Iterator[tuple[str, Any]]:
     """Every setting by dotted key, as JSON; `fields` as in pydantic's `model_dump`."""
-    todo = list(config.model_dump(mode="json", **fields).items())
-    while todo:
-        key, value = todo.pop(0)
-        if isinstance(value, dict | list) and value:
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            todo += [(f"{key}.{name}", inner) for name, inner in items]
-        else:
-            yield key, value
+    return flat(config.model_dump(mode="json", **fields))
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists, by dotted key."""
+    if isinstance(value, Mapping | list | tuple) and value:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, inner in items:
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, value
 
 
 def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
@@ -138,71 +139,11 @@ def _order(key: str) -> tuple[bool, bool]:
     return bool(path), last not in _KINDS
 
 
-_CORE_SCHEMA = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    "merge": ("<<", ["<"]),
-}
-"""YAML 1.2's scalars: a pattern and the first characters by type. PyYAML's own are those of YAML
-1.1, which reads 010 as 8, 1:30 as 90, 1e-3 as text and `no` as false."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something other than text."""
-
-    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only. Refuses duplicate keys, of which the later value would silently win."""
-
-    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if (key.tag, str(key.value)) in seen:
-                problem = f"duplicate key {key.value!r}"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            seen.add((key.tag, str(key.value)))
-        return node
-
-
-for _type, (_pattern, _first) in _CORE_SCHEMA.items():
-    for _side in (_Loader, _Dumper):
-        _side.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_type}", re.compile(f"(?:{_pattern})$"), _first
-        )
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)),
-)
-
-
-def _parse(text: str) -> Any:
-    """The data of a YAML text. Raises `ValueError` with one line."""
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML passes on whatever a malformed scalar raises.
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            # Without the line itself, which PyYAML would quote: it may hold credentials.
-            said = f"line {error.problem_mark.line + 1}: {error.problem}"
-        else:
-            said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(masked(said)) from None
-
-
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"no config file {file}")
     try:
-        raw = _parse(file.read_text(encoding="utf-8"))
+        raw = yaml12.parse(file.read_text(encoding="utf-8"))
     except ValueError as error:  # Also bad UTF-8.
         raise InputError(f"{file}: not valid YAML ({error})") from None
     if raw is None:
@@ -217,7 +158,7 @@ def _split(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"override {_shown(override)}: expected key.path=value")
     try:
-        return key, _parse(text)
+        return key, yaml12.parse(text)
     except ValueError:
         raise InputError(f"override {_shown(override)}: the value is not valid YAML") from None
 

@@ -4,31 +4,27 @@ import json
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agcl.errors import InputError
 
-from pipeline.results.results import METRIC_TITLES, metric_name
+from pipeline.config.loading import flat
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import claimed, write_json
 
 _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
-_KIND = "custom_model_development"  # Makes the UI open in its training view.
+KIND = "custom_model_development"  # Makes the UI open in its training view.
 _NOTE = "mlflow.note.content"
-_KIND_TAG, _VIEW_TAG = "mlflow.experimentKind", "mlflow.sharedViewState.agcl"
-_VIEW = "workflowType=machine_learning&viewStateShareKey=agcl"
+KIND_TAG = "mlflow.experimentKind"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
-_DATABASE = "mlflow.db"
+DATABASE = "mlflow.db"
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _ENVIRONMENT = {
     # A server that is down must not hold up a run for the four minutes of MLflow's defaults.
@@ -43,7 +39,7 @@ Content = bytes | str | Path
 
 def default_uri(storage: Path) -> str:
     """The sqlite database in the storage folder."""
-    return f"sqlite:///{storage / _DATABASE}"
+    return f"sqlite:///{storage / DATABASE}"
 
 
 class TrackingFailed(Exception):
@@ -55,7 +51,7 @@ class TrackingFailed(Exception):
         self.no_answer = no_answer
 
 
-class _Client:
+class Client:
     """`MlflowClient` whose every exception becomes a `TrackingFailed` with a one-line message."""
 
     def __init__(self, uri: str) -> None:
@@ -111,7 +107,7 @@ class Tracker:
             raise InputError("tracking.uri: its credentials were never written; give them again")
         if uri is None:
             _make_database(storage, experiment)
-        self.client: Any = _Client(self.uri)
+        self.client: Any = Client(self.uri)
         self.experiment = _experiment(self.client, self.uri, storage, experiment)
         self._finished: dict[str, tuple[float, str | None]] = {}
         """End in seconds since 1970 and parent of the runs that were finished when reopened and
@@ -193,7 +189,7 @@ class Tracker:
         from mlflow.entities import Param
 
         existing = self.client.get_run(run_id).data.params
-        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in _flat(values) if k not in existing]
+        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in flat(values) if k not in existing]
         self.client.log_batch(run_id, params=params)
 
     def metrics(
@@ -269,13 +265,13 @@ def _make_database(storage: Path, experiment: str) -> None:
     MLflow's migrations take seconds. A process killed during them, or two processes running them
     at once, would leave a database that nobody can open.
     """
-    file = storage / _DATABASE
+    file = storage / DATABASE
     with nullcontext() if file.exists() else claimed(file):
         if not file.exists():
             aside = file.with_name(file.name + ".part")
             aside.unlink(missing_ok=True)
             uri = f"sqlite:///{aside}"
-            _experiment(_Client(uri), uri, storage, experiment)
+            _experiment(Client(uri), uri, storage, experiment)
             aside.replace(file)
 
 
@@ -287,7 +283,7 @@ def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
         on_server = uri.startswith(("http:", "https:", "databricks"))
         location = None if on_server else (storage / "mlartifacts").as_uri()
         try:
-            tags = {_KIND_TAG: _KIND}
+            tags = {KIND_TAG: KIND}
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except TrackingFailed:
             found = client.get_experiment_by_name(name)  # Another process was faster.
@@ -298,61 +294,3 @@ def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
 
 def _milliseconds(at: float | None) -> int | None:
     return None if at is None else int(at * 1000)
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping | list | tuple) and value:
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for name, inner in items:
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif key:
-        yield key, value
-
-
-def serve(storage: Path, port: int, show: Callable[[str], None]) -> int:
-    """Run the MLflow UI of a storage folder on loopback until interrupted; return its exit code.
-
-    Calls `show` with the address of each of our experiments. Raises `InputError` if there is no
-    database.
-    """
-    if not (storage / _DATABASE).is_file():
-        raise InputError(f"--storage: no MLflow database in {storage}")
-    arguments = f"--host 127.0.0.1 --port {port} --workers 1 --backend-store-uri".split()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *arguments, default_uri(storage)],
-        env={
-            **TELEMETRY_OFF,
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        },
-        start_new_session=True,  # Its own workers are then ended with it.
-    )
-    try:
-        with suppress(TrackingFailed):  # Then the server says why.
-            for experiment in _view(storage):
-                show(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs?{_VIEW}")
-        return server.wait()
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-
-
-def _view(storage: Path) -> Iterator[str]:
-    """Give our experiments a shared view of runs with their averages; yields the experiments' ids.
-
-    Without the view, MLflow lists no metrics, and a run's many stages among the runs.
-    """
-    client: Any = _Client(default_uri(storage))
-    columns = [f"metrics.`{metric_name(key)}`" for key in METRIC_TITLES]
-    for experiment in client.search_experiments(filter_string=f"tags.`{_KIND_TAG}` = '{_KIND}'"):
-        view = {
-            "searchFilter": "tags.kind != 'stage'",
-            "orderByKey": "attributes.start_time",
-            "orderByAsc": False,
-            "selectedColumns": ["tags.`method`", "tags.`seed`", *columns],
-        }
-        client.set_experiment_tag(experiment.experiment_id, _VIEW_TAG, json.dumps(view))
-        yield str(experiment.experiment_id)

@@ -3,7 +3,7 @@ import yaml
 from pydantic import ValidationError
 
 from agcl.errors import InputError
-from pipeline.config import loading
+from pipeline.config import loading, yaml12
 from pipeline.config.method import Gate, Project
 from pipeline.config.presets import METHODS
 
@@ -291,10 +291,10 @@ tasks: {format: jsonl, sequence: [{name: a, train: data/a.jsonl, test: ../b.json
      ("no", "no"), ("2024-01-01", "2024-01-01"), ("null", None), ("True", True)],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2_in_both_directions(text, value):
-    assert loading._parse(text) == value
-    dumped = yaml.dump({"key": value}, Dumper=loading._Dumper)
-    assert loading._parse(dumped) == {"key": value}
-    assert loading._parse(yaml.dump([text], Dumper=loading._Dumper)) == [text]
+    assert yaml12.parse(text) == value
+    dumped = yaml12.dump({"key": value})
+    assert yaml12.parse(dumped) == {"key": value}
+    assert yaml12.parse(yaml12.dump([text])) == [text]
 
 
 def test_a_time_is_no_number_of_epochs(file):

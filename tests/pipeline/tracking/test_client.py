@@ -66,7 +66,7 @@ def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_
     def locked(*args, **options):
         raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
 
-    found = tracking._Client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = tracking.Client(f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(tracking.TrackingFailed, match="keeps its database locked") as caught:
         found._guarded(locked)()
     assert caught.value.no_answer

@@ -20,7 +20,7 @@ from pipeline.config import loading
 from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run
 from pipeline.tracking import sync
-from pipeline.tracking.client import Tracker, TrackingFailed, _Client
+from pipeline.tracking.client import Client, Tracker, TrackingFailed
 
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
 BACK = "MLflow is back; recorded what it missed"
@@ -221,7 +221,7 @@ def test_a_database_that_another_process_has_locked_is_tried_again_later():
     def call():
         raise RuntimeError("(sqlite3.OperationalError) database is locked")
 
-    client = object.__new__(_Client)
+    client = object.__new__(Client)
     client._uri = "sqlite:///there"
     with pytest.raises(TrackingFailed) as error:
         client._guarded(call)()
