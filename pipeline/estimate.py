@@ -15,13 +15,20 @@ from transformers.utils import logging
 
 from pipeline.config.config import Config, Resources
 from pipeline.config.loading import changed
-from pipeline.config.sources import held_out_sources, open_task, selection, sources
+from pipeline.config.sources import (
+    base_rows,
+    held_out_sources,
+    open_task,
+    selection,
+    sources,
+)
 from pipeline.errors import Failed
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import needed_for
 from pipeline.plan.stage import ResolvedStage, Stage, StageFunction
 from pipeline.run import open_run
+from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import ADAPTER, LOG_FILE
@@ -102,6 +109,7 @@ def _on_few_rows(config: Config, storage: str) -> Config:
         "tasks.test_rows": min(most, config.tasks.test_rows or most),
         "model.pretraining.epochs": 1,
         "training.epochs": 1,
+        "base.samples": min(_BATCHES * config.importance.batch_size, config.base.samples),
         "importance.correct_only": False,  # After so little training, few answers are correct.
     }
     return changed(config, settings)
@@ -144,11 +152,16 @@ def peak_memory() -> int:
 def _rows(config: Config) -> _Rows:
     """Rows to train on, to score and to store, by prepare stage."""
     rows = {}
-    for source in [*sources(config), *held_out_sources(config)]:
-        task = open_task(source.settings, source.files, selection(config, source))
+    found = [
+        (f"prepare/{s.name}", s, config) for s in [*sources(config), *held_out_sources(config)]
+    ]
+    if given := base_rows(config):
+        found += [(f"prepare/base/{source.name}", source, given) for source in sources(given)]
+    for name, source, of in found:
+        task = open_task(source.settings, source.files, selection(of, source))
         count = {split: sum(1 for _ in read()) for split, read in task.splits.items()}
         scored = sum(count[split] for split in task.scored.values())
-        rows[f"prepare/{source.name}"] = count | {"scored": scored, "stored": sum(count.values())}
+        rows[name] = count | {"scored": scored, "stored": sum(count.values())}
     return rows
 
 
@@ -156,11 +169,13 @@ def _rows_in(stage: Stage, rows: _Rows) -> float:
     """Rows that a stage processes, counting all epochs."""
     if stage.fn is prepare:
         return rows[stage.name]["stored"]
-    total = 0.0
+    total = float(stage.config["samples"]) if stage.fn in (write_own_text, cut_text) else 0.0
     for role, source in stage.inputs.items():
         if isinstance(source, Stage) and source.fn is prepare:
             share = stage.config["replay"] if role.startswith("replay/") else 1.0
             total += share * rows[source.name]["scored" if stage.fn is evaluate else TRAIN]
+        elif isinstance(source, Stage) and source.fn in (write_own_text, cut_text):
+            total += source.config["samples"]
     return float(stage.config.get("epochs", 1) * min(total, stage.config.get("samples") or total))
 
 

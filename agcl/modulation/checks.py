@@ -37,7 +37,8 @@ def check(
       protected last, in units of the overall median (the mean if the median is 0).
     - `projection_leak`: maximum over layers of ‖ΔW U‖ / (‖ΔW‖ sqrt(k / in)); 0 is fully protected,
       about 1 unprotected.
-    - `directions_taken`: mean over layers of the fraction k / in of protected input directions.
+    - `directions_by_layer`: fraction k / in of a layer's input directions that are protected, by
+      weight; `directions_taken`: their mean.
 
     `transposed` names weights stored (in, out). Raises `ProtectionFailed` if a projected layer
     leaks more than rounding explains, or if the most protected decile moved more than the least
@@ -47,6 +48,7 @@ def check(
         "movement_by_decile": None,
         "projection_leak": None,
         "directions_taken": None,
+        "directions_by_layer": None,
     }
     if gate:
         movement, gates = _deciles(before, after, gate)
@@ -63,8 +65,9 @@ def check(
             for name, u in basis.items()
         }
         measured["projection_leak"] = max(leak for leak, _ in leaks.values())
-        shares = [u.shape[1] / u.shape[0] for u in basis.values()]
-        measured["directions_taken"] = sum(shares) / len(shares)
+        shares = {name: u.shape[1] / u.shape[0] for name, u in basis.items()}
+        measured["directions_taken"] = sum(shares.values()) / len(shares)
+        measured["directions_by_layer"] = shares
         for name, (leak, rounding) in leaks.items():
             # Each step is rounded when added to the weight. For steps near the weight's precision
             # the errors all have the same sign, so the bound grows with the number of steps. Past

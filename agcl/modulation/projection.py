@@ -6,6 +6,7 @@ weighted by the relevance that passes through them.
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from agcl.importance import Importance
 
 
 def bases(
-    past: Sequence[Importance], *, energy: float, device: torch.device | str = "cpu"
+    past: Sequence[Importance],
+    *,
+    energy: float,
+    known: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Input directions to protect, per weight: (in, k) with orthonormal columns, float32, CPU.
 
     The fewest leading eigenvectors of the past tasks' summed moments that hold the fraction
-    `energy` of the trace, in [0, 1]; k = 0 for energy 0. Computed on `device`. Raises `ValueError`
-    for another energy, without importances, and for an importance without moments.
+    `energy` of the trace, in [0, 1]; k = 0 for energy 0. `known` are directions that are protected
+    anyway, such as the base model's: they come first, what they hold counts toward `energy`, and
+    only the rest is decomposed, as GPM adds a task's directions (Saha 2021, eqs. 8 and 9). Computed
+    on `device`. Raises `ValueError` for another energy, without importances, and for an importance
+    without moments.
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"energy is a fraction in [0, 1], not {energy}")
@@ -28,10 +36,13 @@ def bases(
         raise ValueError("no importance of a past task to protect")
     if not all(i.moments for i in past):
         raise ValueError("an importance has no input moments; projection needs them")
+    known = known or {}
     return {
         # Summed in float64, one task at a time; decomposed in float32, which takes half the time.
         name: leading_directions(
-            reduce(torch.add, (i.moments[name].to(device).double() for i in past)).float(), energy
+            reduce(torch.add, (i.moments[name].to(device).double() for i in past)).float(),
+            energy,
+            known.get(name),
         ).cpu()
         for name in past[0].moments
     }
@@ -46,16 +57,33 @@ def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
     }
 
 
-def leading_directions(moment: Tensor, energy: float) -> Tensor:
-    """The fewest leading eigenvectors of a symmetric PSD matrix that hold `energy` of its trace."""
-    ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(moment)
+def leading_directions(moment: Tensor, energy: float, known: Tensor | None = None) -> Tensor:
+    """The fewest leading eigenvectors of a symmetric PSD matrix that hold `energy` of its trace.
+
+    With `known` directions (in, k): these, and the fewest orthogonal to them that are missing.
+    """
+    taken = 0 if known is None else known.shape[1]
+    held_before = moment.new_zeros((), dtype=torch.float64)
+    rest = moment
+    if taken:
+        known = cast(Tensor, known).to(moment.device, torch.float64)
+        wide = moment.double()
+        held_before = (known * (wide @ known)).sum().clamp(min=0)
+        wide = wide - known @ (known.T @ wide)
+        rest = (wide - (wide @ known) @ known.T).to(moment.dtype)
+    ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(rest)
     values, vectors = ascending[0].flip(0).clamp(min=0), ascending[1].flip(1)
-    trace = values.sum()
-    if energy <= 0 or trace == 0:
-        return vectors[:, :0].float()
-    held = values.double().cumsum(0) / trace
-    rank = int((held < energy).sum()) + 1
-    return vectors[:, :rank].float().contiguous()
+    trace = values.sum() + held_before
+    rank = 0
+    if energy > 0 and trace > 0 and held_before < energy * trace:
+        held = (held_before + values.double().cumsum(0)) / trace
+        rank = min(int((held < energy).sum()) + 1, len(moment) - taken)
+    if not taken:
+        return vectors[:, :rank].float().contiguous()
+    # Orthonormal again: eigenvectors with small eigenvalues may reach into the known directions.
+    together = torch.cat([cast(Tensor, known), vectors[:, :rank].double()], 1)
+    orthonormal: Tensor = torch.linalg.qr(together)[0]
+    return orthonormal.float().contiguous()
 
 
 def projected_part(update: Tensor, basis: Tensor, *, transposed: bool = False) -> Tensor:

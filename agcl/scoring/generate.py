@@ -1,7 +1,7 @@
-"""Batched greedy decoding, for scorers that need generated text."""
+"""Batched decoding: greedy, for scorers that need text; sampled, for text that a model makes up."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,32 +11,41 @@ from agcl.model.forward import Precision, autocast
 from agcl.parallel import distributed, sharding
 from agcl.tasks.batches import by_length
 
+_GREEDY = {"do_sample": False, "num_beams": 1}
+_SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.98, "top_k": 0}
+"""The model's own distribution without the tail in which text falls apart."""
+
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    end: int,
+    end: int | Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     precision: Precision = "float32",
+    seed: int | None = None,
 ) -> list[list[int]]:
-    """Greedy continuation of every prompt, up to `end` (excluded) or `max_new_tokens`.
+    """Continuation of every prompt, up to an `end` token (excluded) or `max_new_tokens`.
 
-    Prompts of similar length share a left-padded batch; batches do not depend on the number of
-    ranks. The model's own generation config (sampling, penalties) is ignored. Collective: same
-    result on every rank.
+    Greedy, or with a `seed` sampled at temperature 1 from the most likely tokens that hold 0.98 of
+    the probability. Prompts of similar length share a left-padded batch; batches, and the seed of
+    each, do not depend on the number of ranks. The model's own generation config (sampling,
+    penalties) is ignored. Without an end (an empty sequence) every continuation has the maximum
+    length. Collective: same result on every rank.
     """
+    ends = [end] if isinstance(end, int) else list(end)
+    pad = ends[0] if ends else 0
     was_training, configured = model.training, model.generation_config
     model.eval()
     # Replace the model's config: `generate` would take every unset option from it.
+    settings: dict[str, Any] = _GREEDY if seed is None else _SAMPLED
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
+        **settings,
         max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
         use_cache=True,
     )
     # Summed over ranks at the end: each rank leaves the others' rows at zero.
@@ -45,23 +54,30 @@ def generate(
     try:
         for number, counts in distributed.in_turn(len(batches)):
             indices = batches[number]
-            new = _continue(model, [prompts[i] for i in indices], end, precision)
+            with torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed * 1_000_003 + number)
+                new = _continue(model, [prompts[i] for i in indices], pad, precision)
             if counts:
-                generated[indices] = end
+                generated[indices] = pad
                 generated[indices, : new.shape[1]] = new.to(torch.int32)
     finally:
         model.generation_config = configured
         model.train(was_training)
     distributed.sum_in_place([generated])
-    return [ids[: ids.index(end)] if end in ids else ids for ids in generated.tolist()]
+    return [_until(ids, ends) for ids in generated.tolist()]
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _continue(
-    model: PreTrainedModel, prompts: list[Sequence[int]], end: int, precision: Precision
+    model: PreTrainedModel, prompts: list[Sequence[int]], pad: int, precision: Precision
 ) -> torch.Tensor:
     """New tokens of a batch, (prompts, at most max_new_tokens)."""
     ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-    padded = pad_sequence(ids, batch_first=True, padding_value=end, padding_side="left")
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
     with autocast(model.device, precision):
         out = model.generate(

@@ -19,7 +19,15 @@ from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
 from transformers.utils import logging
 
 from pipeline.config.config import Config
-from pipeline.config.sources import held_out_sources, open_task, selection, sources
+from pipeline.config.sources import (
+    base_rows,
+    held_out_sources,
+    open_task,
+    selection,
+    sources,
+    text_files,
+)
+from pipeline.config.tasks import Source
 from pipeline.storage.artifact import folder_name
 
 _CHECKED: set[str] = set()
@@ -36,6 +44,7 @@ def check_inputs(config: Config) -> None:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
     _check_evaluation(config, tasks)
     _check_layers(config)
+    _check_base(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))
         kinds = {item.kind for item in config.protect}
@@ -125,16 +134,19 @@ def _open_tasks(config: Config) -> list[Task]:
                 f"task names {other!r} and {name!r} give the same folder name, in which unusual "
                 "characters become _; rename one"
             )
-    tasks = []
-    for source in found:
-        for path in source.files.values():
-            with _named(f"tasks.sequence (task {source.name})"):
-                check_pulled(path)
-        chosen = selection(config, source)
-        tasks.append(open_task(source.settings, source.files, chosen))
-        stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
-        _check_rows_once(tasks[-1], json.dumps([source.settings, chosen, stamps], sort_keys=True))
-    return tasks
+    return [_open_task(config, source, "tasks") for source in found]
+
+
+def _open_task(config: Config, source: Source, section: str) -> Task:
+    """A task whose rows were checked."""
+    for path in source.files.values():
+        with _named(f"{section}.sequence (task {source.name})"):
+            check_pulled(path)
+    chosen = selection(config, source)
+    task = open_task(source.settings, source.files, chosen)
+    stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
+    _check_rows_once(task, json.dumps([source.settings, chosen, stamps], sort_keys=True))
+    return task
 
 
 def _check_rows_once(task: Task, key: str) -> None:
@@ -164,16 +176,31 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"{', '.join(sorted(common))})"
         )
     if file := config.evaluation.text:
-        with _named("evaluation.text"):
-            check_pulled(file)
-        try:
-            with file.open(encoding="utf-8") as text:
-                if not text.read(1000).strip():
-                    raise InputError(f"evaluation.text: {file} is empty")
-        except OSError as error:
-            raise InputError(f"evaluation.text: {file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"evaluation.text: {file} is not UTF-8 text") from None
+        _check_text(file, "evaluation.text")
+
+
+def _check_text(file: Path, key: str) -> None:
+    with _named(key):
+        check_pulled(file)
+    try:
+        with file.open(encoding="utf-8") as text:
+            if not text.read(1000).strip():
+                raise InputError(f"{key}: {file} is empty")
+    except OSError as error:
+        raise InputError(f"{key}: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{key}: {file} is not UTF-8 text") from None
+
+
+def _check_base(config: Config) -> None:
+    if config.base.protect == "text" and config.base.text:
+        with _named("base.text"):
+            files = text_files(config.base.text)
+        for file in files:
+            _check_text(file, "base.text")
+    if given := base_rows(config):
+        for source in sources(given):
+            _open_task(given, source, "base.rows")
 
 
 def _check_layers(config: Config) -> None:

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from agcl.schedule import Schedule
 from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
 
-from pipeline.config.method import Adapter, Freeze, Gate, Importance, Penalty, Project, Replay
+from pipeline.config.method import (
+    Adapter,
+    Base,
+    Freeze,
+    Gate,
+    Importance,
+    Penalty,
+    Project,
+    Replay,
+)
 from pipeline.config.search import Search
 from pipeline.config.section import (
     Place,
@@ -192,7 +201,7 @@ class Config(Section):
     name: str = Field("run", pattern=_NAME, max_length=100)
     """Folder of the run in `storage`."""
     method: str = "agcl"
-    """Preset of the sections `importance`, `protect`, `replay`, `freeze` and `adapter`
+    """Preset of the sections `importance`, `protect`, `base`, `replay`, `freeze` and `adapter`
     (`pipeline/config/presets.py`)."""
     seed: Seed = 0
     storage: StoragePlace = Field(
@@ -208,6 +217,7 @@ class Config(Section):
     importance: Importance = Importance()
     protect: tuple[Annotated[Gate | Project | Penalty, Field(discriminator="kind")], ...] = ()
     """How earlier tasks are protected while later ones are trained; all items apply."""
+    base: Base = Base()
     replay: Replay = Replay()
     freeze: Freeze = Freeze()
     adapter: Adapter | None = None
@@ -247,13 +257,22 @@ class Config(Section):
             yield "importance.past: needs a model folder, not the builtin model"
 
     def _method_conflicts(self) -> Iterator[str]:
+        protects_base = self.base.protect != "none"
+        # All tasks at once have no earlier task to protect, but there is the base model.
+        protects = self.protect and not (self.method == "joint" and protects_base)
         if self.method in UNPROTECTED and (
-            self.protect or self.replay.fraction or self.freeze != Freeze() or self.adapter
+            protects or self.replay.fraction or self.freeze != Freeze() or self.adapter
         ):
             yield (
                 f"method: {self.method} protects nothing; choose another method for protect, "
                 "replay, freeze or adapter"
             )
+        if protects_base and not self.protect:
+            yield "base.protect: needs an item in protect, such as {kind: project}"
+        if self.base.protect == "text" and self.base.text is None:
+            yield "base.text: missing; give a text file or folder, or choose base.protect=self"
+        if self.base.protect == "rows" and not (self.base.rows or self.model.is_builtin):
+            yield "base.rows: missing; give rows in the form of tasks, or choose base.protect=self"
         if self.method == "agcl" and not self.protect:
             yield "protect: method agcl needs at least one protection"
         kinds = [item.kind for item in self.protect]
@@ -267,6 +286,11 @@ class Config(Section):
             yield (
                 "protect: with adapter.fresh only project can be used; importances of earlier "
                 "factors do not apply to fresh ones"
+            )
+        if self.base.protect != "none" and {i.kind for i in self.protect} - {"project"}:
+            yield (
+                "base.protect: with an adapter only project can be used; the importance of the "
+                "base model's weights does not apply to factors"
             )
         if self.protect and (self.importance.past or self.importance.source == "solo"):
             yield (

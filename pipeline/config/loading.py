@@ -196,7 +196,9 @@ def _explain(error: Any) -> str:
     # pydantic inserts the chosen kind into the path: after `tasks`, after an item of `protect`, and
     # after a key of `search.space`.
     where = error["loc"]
-    kind_at = {"tasks": 1, "protect": 2, "search": 3}.get(str(where[0])) if where else None
+    kind_at = (
+        {"tasks": 1, "protect": 2, "base": 2, "search": 3}.get(str(where[0])) if where else None
+    )
     parts = [str(part)[:100] for index, part in enumerate(where) if index != kind_at]
     key = ".".join(parts)
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Place, Positive, Precision, Section, Share
+from pipeline.config.section import Place, Positive, Precision, Section, Seed, Share
+from pipeline.config.tasks import TaskFormat
 
-METHOD_SECTIONS = ("importance", "protect", "replay", "freeze", "adapter")
+METHOD_SECTIONS = ("importance", "protect", "base", "replay", "freeze", "adapter")
 """The sections that define a method. Everything else is the same for every method."""
 
 
@@ -92,6 +93,35 @@ class Penalty(Protection):
     kind: Literal["penalty"]
     strength: float = Field(1e4, ge=0)
     """λ: 0 means no penalty."""
+
+
+class Base(Section):
+    """Protect what the base model knew, as a task before the first one, by the items of `protect`.
+
+    With an adapter that is a projection only. Measured once, on the base model, and shared by all
+    methods, seeds and trials.
+    """
+
+    protect: Literal["none", "self", "text", "rows"] = "none"
+    """On what the base model's importance is measured. `self`: on text that it writes itself, which
+    needs no data: half of the samples from its beginning-of-text token, half (none if there is no
+    chat template) as answers to a user's words that it makes up too. `text`: on a text of yours.
+    `rows`: on rows of yours."""
+    energy: Share = 0.9
+    """Share of the base model's second moment that a projection protects; tasks have their own."""
+    weighting: Literal["uniform", "relevance", "answer"] = "uniform"
+    """Weight of each token's input, as in a projection. `uniform` needs forward passes only."""
+    samples: Positive = 96
+    """Texts, or maximum number of rows."""
+    tokens: Positive = 64
+    """Length of each text; not for `rows`."""
+    seed: Seed = 0
+    """Seed of what is drawn. Independent of the run's `seed`."""
+    text: Place | None = None
+    """Text file (UTF-8), or folder of text files, for `text`."""
+    rows: Annotated[TaskFormat, Field(discriminator="format")] | None = None
+    """What the base model can do, in the form of `tasks`, for `rows`: their training rows count.
+    The built-in model needs none: it has its generic facts."""
 
 
 class Replay(Section):

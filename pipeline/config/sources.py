@@ -8,7 +8,7 @@ from typing import Any
 from agcl.errors import InputError
 from agcl.tasks import VALIDATION, Task, choice
 
-from pipeline.config.config import Config
+from pipeline.config.config import Config, Evaluation
 from pipeline.config.tasks import OPEN, FactsTasks, Source
 
 BASE_TASK = "base"
@@ -25,10 +25,13 @@ def sources(config: Config) -> list[Source]:
 
 def check_places(config: Config) -> None:
     """Raise `InputError` for a missing file or folder. Imports neither torch nor transformers."""
-    for source in sources(config):
-        for role, path in source.files.items():
-            if not path.exists():
-                raise InputError(f"task {source.name}: no {role} file {path}")
+    for each in filter(None, (config, base_rows(config))):
+        for source in sources(each):
+            for role, path in source.files.items():
+                if not path.exists():
+                    raise InputError(f"task {source.name}: no {role} file {path}")
+    if config.base.protect == "text" and config.base.text and not config.base.text.exists():
+        raise InputError(f"base.text: no file or folder {config.base.text}")
     if not config.model.is_builtin and not config.model.folder.is_dir():
         raise InputError(f"model.path: no folder {config.model.folder}")
 
@@ -40,6 +43,27 @@ def held_out_sources(config: Config) -> list[Source]:
     seed = config.tasks.seed if isinstance(config.tasks, FactsTasks) else 0
     entities = config.model.pretraining.entities
     return [Source(BASE_TASK, {"format": "facts-base", "entities": entities, "seed": seed})]
+
+
+def base_rows(config: Config) -> Config | None:
+    """The config whose tasks are the rows that protect the base model, if there are any."""
+    rows = config.base.rows
+    if config.base.protect != "rows" or rows is None:
+        return None
+    return config.model_copy(update={"tasks": rows, "evaluation": Evaluation()})
+
+
+def text_files(path: Path) -> list[Path]:
+    """A text file itself, or the files in a folder and its folders, sorted, without hidden ones.
+
+    Raises `InputError` if there is none, or only empty ones.
+    """
+    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    shown = (f for f in inside if not any(p.startswith(".") for p in f.relative_to(path).parts))
+    files = [file for file in shown if file.is_file() and file.stat().st_size]
+    if not files:
+        raise InputError(f"no text in {path}")
+    return files
 
 
 def selection(config: Config, source: Source) -> dict[str, Any]:

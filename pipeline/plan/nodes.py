@@ -5,7 +5,8 @@ All stages of one kind have the same config keys.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from agcl.model.models import positions
 
@@ -13,10 +14,11 @@ from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.naming import method_name
-from pipeline.config.sources import BASE_TASK, held_out_sources, selection
+from pipeline.config.sources import BASE_TASK, base_rows, held_out_sources, selection, sources
 from pipeline.config.tasks import Source
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
+from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, PREDICTIONS, TEXT
 from pipeline.stages.metrics import report
@@ -106,12 +108,57 @@ def base_model_stage(
     )
 
 
+def base_importance_stages(
+    config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
+) -> list[Stage]:
+    """What the base model's importance is measured on, and last that importance; or nothing."""
+    settings = config.base
+    texts = {"samples": settings.samples, "tokens": settings.tokens, "seed": settings.seed}
+    match settings.protect:
+        case "none":
+            return []
+        case "self":
+            stage = Stage(
+                name="own_text",
+                fn=write_own_text,
+                config={**texts, "precision": config.evaluation.precision},
+                inputs={"model": base},
+                session=first_session(config),
+                train=True,
+            )
+            measured_on = [stage]
+        case "text":
+            inputs = {
+                "tokenizer": tokenizer,
+                "text": External(cast(Path, settings.text), ("**/*",)),
+            }
+            measured_on = [Stage("base_text", cut_text, texts, inputs, session="prepare")]
+        case "rows" if given := base_rows(config):
+            measured_on = [
+                replace(prepare_stage(given, each, tokenizer), name=f"prepare/base/{each.name}")
+                for each in sources(given)
+            ]
+        case _:
+            measured_on = [rows[BASE_TASK]]
+    inputs = {f"rows/{number}": stage for number, stage in enumerate(measured_on)}
+    measured = attribute_stage(config, 0, "base", first_session(config), {"model": base, **inputs})
+    of_base = {
+        **measured.config,
+        "seed": settings.seed,
+        "samples": settings.samples,
+        "correct_only": False,
+        "moments": measured.config["moments"] and settings.weighting,
+    }
+    return [*measured_on, replace(measured, config=of_base)]
+
+
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings for training task `index` without protection; the same for all methods."""
     return {
         **config.training.model_dump(),
         "seed": config.seed * 1000 + index,
         "protect": [],
+        "base_energy": None,
         "replay": 0.0,
         "freeze": None,
         "adapter": config.adapter and config.adapter.model_dump(),
@@ -126,6 +173,7 @@ def train_stage(
     models: list[Stage],
     rows: Mapping[str, Stage],
     importances: Mapping[str, Stage],
+    of_base: Stage | None = None,
 ) -> Stage:
     """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
     settings = training_settings(config, index)
@@ -134,6 +182,7 @@ def train_stage(
         for i, file in enumerate(config.importance.past):
             inputs[f"importance/past-{i}"] = External(file)
         inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
+        inputs |= _protected_base(config, settings, of_base)
         if len(inputs) > 2:
             settings["protect"] = [item.model_dump() for item in config.protect]
     earlier = list(rows)[: len(models)]
@@ -158,6 +207,14 @@ def train_stage(
         session="sequence",
         train=True,
     )
+
+
+def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | None) -> Inputs:
+    """The input of a train stage that protects the base model; its settings are added."""
+    if not (config.protect and of_base):
+        return {}
+    settings["base_energy"] = config.base.energy
+    return {"base_importance": of_base}
 
 
 def solo_stages(

@@ -1,7 +1,7 @@
 """From a config to its stages, in dependency order."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config.config import Config
@@ -9,6 +9,7 @@ from pipeline.config.sources import held_out_sources, sources
 from pipeline.plan.nodes import (
     adapter_on,
     attribute_stage,
+    base_importance_stages,
     base_model_stage,
     evaluate_stage,
     first_session,
@@ -17,7 +18,6 @@ from pipeline.plan.nodes import (
     solo_stages,
     tokenizer_stage,
     train_stage,
-    training_settings,
 )
 from pipeline.plan.stage import External, ResolvedStage, Stage
 from pipeline.stages.evaluate import evaluate
@@ -55,14 +55,16 @@ def plan(config: Config) -> Plan:
     base = base_model_stage(config, tokenizer, rows)
     before = evaluate_stage(config, "0-base", base, rows, first_session(config))
     builtin = [tokenizer, base] if config.model.is_builtin else []
-    start = [*builtin[:1], *rows.values(), *builtin[1:], before]
+    of_base = base_importance_stages(config, tokenizer, base, rows)
+    start = [*builtin[:1], *rows.values(), *builtin[1:], before, *of_base]
+    protected = of_base[-1] if of_base else None
     match config.method:
         case "joint":
-            chain = _joint(config, tasks, base, rows)
+            chain = _joint(config, tasks, base, rows, protected)
         case "solo":
             chain = _alone(config, tasks, base, rows)
         case _:
-            chain = _sequence(config, tasks, base, rows)
+            chain = _sequence(config, tasks, base, rows, protected)
     scores = [before, *(stage for stage in chain if stage.fn is evaluate)]
     if config.method == "joint":
         # The one model fills every row of the matrix after the first.
@@ -76,7 +78,11 @@ def plan(config: Config) -> Plan:
 
 
 def _sequence(
-    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+    config: Config,
+    tasks: list[str],
+    base: Stage | External,
+    rows: Mapping[str, Stage],
+    of_base: Stage | None,
 ) -> list[Stage]:
     """One task after the other, each from the previous task's model."""
     solos = solo_stages(config, tasks, base, rows)
@@ -84,7 +90,7 @@ def _sequence(
     importances: dict[str, Stage] = {}
     models: list[Stage] = []
     for index, task in enumerate(tasks, start=1):
-        model = train_stage(config, index, task, base, models, rows, importances)
+        model = train_stage(config, index, task, base, models, rows, importances, of_base)
         models.append(model)
         chain.append(model)
         if config.protect:
@@ -101,21 +107,21 @@ def _sequence(
 
 
 def _joint(
-    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+    config: Config,
+    tasks: list[str],
+    base: Stage | External,
+    rows: Mapping[str, Stage],
+    of_base: Stage | None,
 ) -> list[Stage]:
     """One model trained on all tasks together."""
     first, *others = tasks
-    model = Stage(
+    model = train_stage(config, len(tasks), first, base, [], rows, {}, of_base)
+    others_rows = {f"replay/{task}": rows[task] for task in others}
+    model = replace(
+        model,
         name="train/joint",
-        fn=train,
-        config={**training_settings(config, len(tasks)), "replay": 1.0},
-        inputs={
-            "model": base,
-            "rows": rows[first],
-            **{f"replay/{task}": rows[task] for task in others},
-        },
-        session="sequence",
-        train=True,
+        config={**model.config, "replay": 1.0},
+        inputs={**model.inputs, **others_rows},
     )
     name = f"{len(tasks)}-joint"
     return [model, evaluate_stage(config, name, model, rows, "sequence", last=True)]

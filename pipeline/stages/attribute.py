@@ -1,7 +1,7 @@
 """Attribute: measure which weights and inputs produced the right answers of a task."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from agcl.importance import Importance, magnitude, permuted, random
 from agcl.lrp import attributed_linears
 from agcl.parallel import distributed
 from agcl.scoring.scorers import RIGHT_OR_WRONG
-from agcl.tasks import TRAIN, EncodedRows, sample
+from agcl.tasks import TRAIN, EncodedRows, Rows, sample
 from agcl.tasks.batches import collate, in_order
+from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
@@ -22,13 +23,14 @@ from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY, rows_file
 def attribute(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write the importance of `model` on the training rows of `rows`.
+    """Write the importance of `model` on the training rows of `rows`, or of all `rows/...`.
 
     With the input `adapter`, the importance is that of the adapter's factors.
     """
     with context.borrowed_model(inputs) as model:
         try:
-            importance = _importance(model, config, inputs["rows"], context)
+            folders = [path for role, path in inputs.items() if role.startswith("rows")]
+            importance = _importance(model, config, folders, context)
         except NoCorrectAnswer as error:
             reason = str(error).partition(";")[0]
             advice = _advice(inputs.get("adapter", inputs["model"]) / LOG_FILE)
@@ -53,12 +55,14 @@ def _advice(log: Path) -> str:
 
 
 def _importance(
-    model: PreTrainedModel, config: Mapping[str, Any], folder: Path, context: Context
+    model: PreTrainedModel, config: Mapping[str, Any], folders: Sequence[Path], context: Context
 ) -> Importance:
-    """Attribute the rows of a prepared task, then apply the control that the config asks for."""
-    rows = EncodedRows(folder / rows_file(TRAIN))
+    """Attribute the rows of prepared tasks, then apply the control that the config asks for."""
+    parts: list[Any] = [EncodedRows(folder / rows_file(TRAIN)) for folder in folders]
+    rows: Rows = ConcatDataset(parts)
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
-    scorer = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scorer"]
+    summaries = [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders]
+    right_or_wrong = all(summary["scorer"] in RIGHT_OR_WRONG for summary in summaries)
     batches = in_order(len(chosen), config["batch_size"])
     split: Split = "layers" if context.shard_model else config["split"]
     mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
@@ -74,7 +78,7 @@ def _importance(
         unit_inputs=config["unit_inputs"],
         entries=config["entries"],
         # A long answer is scored by similarity; hardly any is exactly right.
-        correct_only=config["correct_only"] and scorer in RIGHT_OR_WRONG,
+        correct_only=config["correct_only"] and right_or_wrong,
         split=split,
         running_values=config["running_values"],
         log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),

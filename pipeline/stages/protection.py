@@ -62,38 +62,71 @@ def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
     ]
 
 
+def base_importance(inputs: Mapping[str, Path]) -> Importance | None:
+    """What the base model relied on before the first task, if that is protected."""
+    if "base_importance" not in inputs:
+        return None
+    return Importance.load(inputs["base_importance"] / IMPORTANCE_FILE, verify=False)
+
+
 def protect(
-    model: PreTrainedModel, past: list[Importance], items: list[dict[str, Any]], seed: int
+    model: PreTrainedModel,
+    past: list[Importance],
+    config: Mapping[str, Any],
+    base: Importance | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Protection:
-    """Prepare the items of the config's `protect` from the importances of earlier tasks."""
+    """Prepare the items of the config's `protect` from the importances of earlier tasks.
+
+    The base model's counts as one more. `known` are directions that a projection protects anyway.
+    """
     protection = Protection()
-    for item in items if past else []:
+    every = [*([base] if base else []), *past]
+    for item in config["protect"] if every or known else []:
         match item["kind"]:
             case "gate":
                 protection.on = item["on"]
                 protection.gate = gates(
-                    past,
+                    every,
                     strength=item["strength"],
                     exponent=item["exponent"],
                     log_scale=item["log_scale"],
                 )
             case "project":
-                protection.basis = basis_of(item, past, seed, model.device)
+                known = known or base_directions(base, config, model.device)
+                protection.basis = basis_of(item, past, known, config["seed"], model.device)
             case "penalty":
                 protection.penalty = quadratic_penalty(
-                    dict(model.named_parameters()), past, strength=item["strength"]
+                    dict(model.named_parameters()), every, strength=item["strength"]
                 )
-        if item["ungated"] == "freeze" and (item.get("strength") or item.get("energy")):
-            protection.only = set(past[0].weights)
+        acts = item.get("strength") or item.get("energy") or (known and item["kind"] == "project")
+        if every and acts and item["ungated"] == "freeze":
+            protection.only = set(every[0].weights)
     protection.remember(model)
     return protection
 
 
-def basis_of(
-    item: Mapping[str, Any], past: list[Importance], seed: int, device: torch.device
+def base_directions(
+    base: Importance | None, config: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """The input directions that a projection protects, per weight. Computed on `device`."""
-    basis = bases(past, energy=item["energy"], device=device)
+    """The base model's input directions to protect, per weight; none without its importance."""
+    return bases([base], energy=config["base_energy"], device=device) if base else {}
+
+
+def basis_of(
+    item: Mapping[str, Any],
+    past: list[Importance],
+    known: Mapping[str, Tensor],
+    seed: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The input directions that a projection protects, per weight. Computed on `device`.
+
+    `known` directions, and those of earlier tasks.
+    """
+    basis = dict(known)
+    if past:
+        basis |= bases(past, energy=item["energy"], known=known, device=device)
     return random_bases(basis, seed=seed) if item["directions"] == "random" else basis
 
 

@@ -12,6 +12,7 @@ from pipeline.stages.context import Context
 from pipeline.stages.files import named, rows_file
 from pipeline.stages.protection import (
     Protection,
+    base_importance,
     fit,
     freeze,
     past_importances,
@@ -37,15 +38,16 @@ def train(
 ) -> None:
     """Train `model` on `rows` and write it.
 
-    Inputs named `importance/...` are what to protect, those named `replay/...` are mixed into the
-    rows. With `adapter` in the config, train LoRA factors instead of the weights.
+    Inputs named `importance/...`, and `base_importance`, are what to protect, those named
+    `replay/...` are mixed into the rows. With `adapter` in the config, train LoRA factors instead
+    of the weights.
     """
     rows = _rows(config, inputs)
     if config["adapter"]:
         train_adapter(config, inputs, out_dir, context, rows)
         return
     model = context.take_model(inputs["model"])
-    protection = protect(model, past_importances(inputs), config["protect"], config["seed"])
+    protection = protect(model, past_importances(inputs), config, base_importance(inputs))
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)

@@ -15,6 +15,8 @@ from pipeline.stages.context import Context
 from pipeline.stages.files import ADAPTER, named
 from pipeline.stages.protection import (
     Protection,
+    base_directions,
+    base_importance,
     basis_of,
     fit,
     freeze,
@@ -46,15 +48,18 @@ def train_adapter(
     )
     model = peft_model.get_base_model()
     past = past_importances(inputs)
-    if settings["fresh"] and past:
+    of_base = base_directions(base_importance(inputs), config, model.device)
+    if settings["fresh"] and (past or of_base):
         # The only protection a fresh adapter can have is a projection: its factors are new, so no
         # importance of earlier factors applies to them, only the inputs that earlier tasks used.
         (item,) = config["protect"]
-        basis = basis_of(item, past, config["seed"], model.device)
+        basis = basis_of(item, past, of_base, config["seed"], model.device)
         protection = Protection(basis=lora.keep_away(peft_model, basis))
         protection.remember(model)
     else:
-        protection = protect(model, past, config["protect"], config["seed"])
+        # The factors A of an adapter that never saw the base model's inputs pass nothing of them.
+        known = lora.keep_away(peft_model, of_base) if of_base else None
+        protection = protect(model, past, config, known=known)
     earlier = lora.directions([path / ADAPTER for path in named("adapter/", inputs).values()])
     if earlier:
         overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
