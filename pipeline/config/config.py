@@ -267,8 +267,6 @@ class Config(Section):
                 f"method: {self.method} protects nothing; choose another method for protect, "
                 "replay, freeze or adapter"
             )
-        if protects_base and not self.protect:
-            yield "base.protect: needs an item in protect, such as {kind: project}"
         if self.base.protect == "text" and self.base.text is None:
             yield "base.text: missing; give a text file or folder, or choose base.protect=self"
         if self.base.protect == "rows" and not (self.base.rows or self.model.is_builtin):

@@ -114,7 +114,7 @@ def base_importance_stages(
     """What the base model's importance is measured on, and last that importance; or nothing."""
     settings = config.base
     texts = {"samples": settings.samples, "tokens": settings.tokens, "seed": settings.seed}
-    match settings.protect:
+    match settings.protect if config.protect else "none":
         case "none":
             return []
         case "self":
