@@ -96,7 +96,7 @@ def _sequence(
             chain.append(importances[task])
         last = index == len(tasks)
         name = f"{index}-{task}"
-        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, last=last))
+        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last))
     return chain
 
 
@@ -118,7 +118,7 @@ def _joint(
         train=True,
     )
     name = f"{len(tasks)}-joint"
-    return [model, evaluate_stage(config, name, model, rows, "sequence", last=True)]
+    return [model, evaluate_stage(config, name, model, rows, "sequence", base, tasks, last=True)]
 
 
 def _alone(
@@ -129,5 +129,6 @@ def _alone(
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, [], rows, {})
         name, last = f"{index}-{task}", index == len(tasks)
-        chain += [model, evaluate_stage(config, name, model, rows, "sequence", last=last)]
+        scored = evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last)
+        chain += [model, scored]
     return chain
