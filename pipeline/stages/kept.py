@@ -29,31 +29,31 @@ def measure(
     on the answers of the config's `new` tasks, all in nats per token. Both are 0 for the base model
     itself, which has no input `base`, and are not measured in a search's trials.
     """
-    found: dict[str, Any] = {}
     options = {"precision": config["precision"]}
-    ids: list[int] = []
+    found: dict[str, Any] = {}
+    base = None
+    if "base" in inputs:
+        # An unmerged adapter is on the base model itself, and switched off for the comparison.
+        same = inputs["base"] == inputs["model"]
+        base = model if same else context.placed(models.load_model(inputs["base"]))
+        found["kl_answers"] = answer_kl(model, base, _answers(config["new"], inputs), **options)
+    elif config["validation"] is None:
+        found["kl_answers"] = 0.0
     if "text" in inputs:
         text = inputs["text"].read_text(encoding="utf-8")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
-    if "base" in inputs:
-        base = model  # An unmerged adapter on it, which is switched off for the comparison.
-        if inputs["base"] != inputs["model"]:
-            base = context.placed(models.load_model(inputs["base"]))
-        if ids:
+        if base is not None:
             found["text_loss"], found["kl"] = text_loss_and_kl(model, base, ids, **options)
-        found["kl_answers"] = answer_kl(model, base, _answers_of(config["new"], inputs), **options)
-    else:
-        kl = 0.0 if config["validation"] is None else None
-        if ids:
-            found |= {"text_loss": text_loss(model, ids, **options), "kl": kl}
-        found = {name: value for name, value in (found | {"kl_answers": kl}).items() if value is not None}
+        else:
+            found["text_loss"] = text_loss(model, ids, **options)
+            found |= {"kl": 0.0} if "kl_answers" in found else {}
     if found:
         context.log(found, len(named("rows/", inputs)) + 1)
     if context.is_first_worker:
         write_json(out_dir / KEPT, found)
 
 
-def _answers_of(tasks: list[str], inputs: Mapping[str, Path]) -> list[Encoded]:
+def _answers(tasks: list[str], inputs: Mapping[str, Path]) -> list[Encoded]:
     """The rows of each task's first evaluation set."""
     rows: list[Encoded] = []
     for task in tasks:
