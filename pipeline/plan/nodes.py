@@ -245,7 +245,6 @@ def evaluate_stage(
 def report_stage(
     config: Config,
     tasks: list[str],
-    held_out: list[str],
     scores: list[Stage],
     chain: list[Stage],
 ) -> Stage:
@@ -258,7 +257,7 @@ def report_stage(
             "method": method_name(config),
             "seed": config.seed,
             "tasks": tasks,
-            "held_out": held_out,
+            "facts": BASE_TASK if config.model.is_builtin else None,
             "evaluation_set": config.evaluation.set,
             "validation": config.evaluation.validation,
             "only_validation": config.evaluation.rows == "validation",

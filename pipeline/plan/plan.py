@@ -67,7 +67,7 @@ def plan(config: Config) -> Plan:
     if config.method == "joint":
         # The one model fills every row of the matrix after the first.
         scores = [before, *scores[1:] * len(tasks)]
-    final = report_stage(config, tasks, [each.name for each in held_out], scores, chain)
+    final = report_stage(config, tasks, scores, chain)
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
