@@ -72,8 +72,9 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
     """The accuracy matrix of every evaluation set."""
     metrics = result.metrics
     for name, values in metrics["evaluation_sets"].items():
-        held_out = metrics["held_out"] if name == metrics["evaluation_set"] else {}
-        text = metrics.get("text_loss") if name == metrics["evaluation_set"] else None
+        base = metrics.get("base", {}) if name == metrics["evaluation_set"] else {}
+        held_out = {"base": base["facts"]} if "facts" in base else {}
+        text = base.get("text_loss")
         names = [*metrics["tasks"], *(f"({skill})" for skill in held_out)]
         # Where names do not fit, columns are numbered as rows are.
         numbered = sum(map(len, names)) + 3 * len(names) + 20 > console.width

@@ -1,6 +1,7 @@
 """Memory, disk and time that a run needs, measured by running its first stages on a few rows."""
 
 import json
+import math
 import resource
 from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -31,7 +32,7 @@ from pipeline.run import open_run
 from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import ADAPTER, LOG_FILE
+from pipeline.stages.files import ADAPTER, LOG_FILE, named
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import prepare
 from pipeline.stages.train import train
@@ -96,7 +97,8 @@ def estimate(run: Run, device: str = "cpu") -> Needs:
 def _kind(stage: Stage) -> str:
     """Equal for stages that differ only in their rows and their number of past tasks."""
     roles = sorted({role.partition("/")[0] for role in stage.inputs})
-    return json.dumps([stage.fn.__name__, roles, {**stage.config, "seed": None}], sort_keys=True)
+    settings = {**stage.config, "seed": None, "new": None}
+    return json.dumps([stage.fn.__name__, roles, settings], sort_keys=True)
 
 
 def _on_few_rows(config: Config, storage: str) -> Config:
@@ -190,8 +192,10 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
         adapter = [size for name, size in files.items() if name.startswith(f"{ADAPTER}/")]
         needs.checkpoint_bytes = 3 * sum(adapter or files.values())
     log = map(json.loads, (example.read(LOG_FILE) or b"").splitlines())
-    at = [line["seconds"] for line in log if "text_loss" not in line]
-    # Rows are timed from the first line on, after the warm-up. The rest does not depend on rows.
+    # Rows are timed from the first line on, after the warm-up. The rest hardly depends on rows, as
+    # what an evaluation logs after its tasks.
+    last = len(named("rows/", example.inputs)) if stage.fn is evaluate else math.inf
+    at = [line["seconds"] for line in log if line["step"] <= last]
     for_rows = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else manifest["seconds"]
     seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / run.num_workers
     seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN

@@ -9,11 +9,14 @@ called, attributed and trained like any other model; its names do not have the w
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from agcl.errors import InputError
@@ -66,6 +69,22 @@ def merged(peft_model: PeftModel) -> PreTrainedModel:
 def removed(peft_model: PeftModel) -> PreTrainedModel:
     """The model without the adapter."""
     return cast(PreTrainedModel, peft_model.unload()).requires_grad_(True)
+
+
+@contextmanager
+def disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Call the model that holds an adapter's layers without the adapter. Without one, as it is."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, trained in flags:  # PEFT changes them.
+            parameter.requires_grad_(trained)
 
 
 def factor_a(name: str) -> str:

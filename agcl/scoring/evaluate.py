@@ -1,19 +1,24 @@
-"""Greedy exact match in one teacher-forced forward pass, and the loss on plain text."""
+"""Teacher-forced passes: greedy exact match, loss on plain text, divergence from a base model."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from agcl.model import adapter
 from agcl.model.forward import Precision, answer_logits, autocast
 from agcl.parallel import distributed
 from agcl.tasks import Encoded, Rows
-from agcl.tasks.batches import Batch, answer_places, answer_tokens, by_length, collate, in_order
+from agcl.tasks.batches import Batch, answer_places, answer_tokens, by_length, collate
 
-_WINDOW_TOKENS, _WINDOW_BATCH_SIZE = 512, 4
-"""Tokens per window of text, and windows per forward pass."""
+_WINDOW_TOKENS = 512
+"""Per window of text."""
+_PASS_TOKENS, _PASS_ANSWERS, _LOGITS_TOKENS = 2048, 512, 128
+"""At most so many tokens, and answer tokens among them, per forward pass on a text or to compare
+with a base model, and tokens whose logits are compared at a time. A longer row is alone."""
 
 
 def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
@@ -49,7 +54,8 @@ def predict(
     shape = len(rows), max(lengths, default=0)
     predicted = torch.zeros(shape, dtype=torch.int32, device=model.device)
     batches = by_length([length for length, _ in sizes], batch_size)
-    for indices, _, logits in _passes(model, rows, batches, precision):
+    for number, _, logits, _ in _passes(model, rows, batches, precision):
+        indices = batches[number]
         per_row = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
         for i, tokens in zip(indices, per_row, strict=True):
             predicted[i, : lengths[i]] = tokens
@@ -57,7 +63,6 @@ def predict(
     return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]
 
 
-@torch.no_grad()
 def text_loss(
     model: PreTrainedModel, token_ids: Sequence[int], *, precision: Precision = "float32"
 ) -> float:
@@ -67,31 +72,110 @@ def text_loss(
     token of each is not scored. Collective: same result on every rank. Raises `ValueError` for a
     text of fewer than two tokens.
     """
+    return _means(model, None, _windows(model, token_ids), precision)[0]
+
+
+def text_loss_and_kl(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    token_ids: Sequence[int],
+    *,
+    precision: Precision = "float32",
+) -> tuple[float, float]:
+    """`text_loss`, and on the same tokens the mean KL(base || model), in nats per token.
+
+    The forward KL divergence, from the base model's distribution over the next token to the
+    model's (RL's Razor, Shenfeld et al. 2025, arXiv 2509.04259). If `base` is `model` itself, its
+    LoRA adapter is disabled for the base's forward passes.
+    """
+    return _means(model, base, _windows(model, token_ids), precision)
+
+
+def answer_kl(
+    model: PreTrainedModel, base: PreTrainedModel, rows: Rows, *, precision: Precision = "float32"
+) -> float:
+    """Mean KL(base || model) over the rows' answer tokens, in nats per token.
+
+    Teacher-forced: both models see the prompt and the answer so far. See `text_loss_and_kl`.
+    Collective: same result on every rank. Raises `ValueError` without rows.
+    """
+    return _means(model, base, rows, precision)[1]
+
+
+def _windows(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Encoded]:
     size = min(_WINDOW_TOKENS, model.config.max_position_embeddings)
     windows = [Encoded(list(token_ids[i : i + size]), 1) for i in range(0, len(token_ids), size)]
     windows = [window for window in windows if len(window.input_ids) > 1]
     if not windows:
         raise ValueError(f"a text of {len(token_ids)} tokens has nothing to predict")
-    total = torch.zeros(len(windows), dtype=torch.float64, device=model.device)
-    batches = in_order(len(windows), _WINDOW_BATCH_SIZE)
-    for indices, batch, logits in _passes(model, windows, batches, precision):
-        losses = cross_entropy(logits.float(), answer_tokens(batch), reduction="none").double()
-        rows = answer_places(batch).nonzero()[:, 0]
-        total[indices] = total.new_zeros(len(indices)).index_add(0, rows, losses)
-    distributed.sum_in_place([total])
-    return float(total.sum()) / sum(len(window.input_ids) - 1 for window in windows)
+    return windows
+
+
+@torch.no_grad()
+def _means(
+    model: PreTrainedModel, base: PreTrainedModel | None, rows: Rows, precision: Precision
+) -> tuple[float, float]:
+    """Mean negative log-likelihood and, with a `base`, KL(base || model) of the answer tokens."""
+    sizes = [(len(row.input_ids), row.prompt_tokens) for row in (rows[i] for i in range(len(rows)))]
+    answer_lengths = [length - max(1, prompt_tokens) for length, prompt_tokens in sizes]
+    if not sum(answer_lengths):
+        raise ValueError("no rows, so there is no answer token to compare")
+    batches = _small([length for length, _ in sizes], answer_lengths)
+    # By batch, so that the sums do not depend on the number of ranks.
+    totals = torch.zeros(2, len(batches), dtype=torch.float64, device=model.device)
+    for number, batch, logits, of_base in _passes(model, rows, batches, precision, base):
+        loss, kl = totals[:, number]
+        expected = answer_tokens(batch)
+        # A few tokens at a time: copies of all logits in float32 would be the largest tensors.
+        for part in torch.arange(len(expected), device=expected.device).split(_LOGITS_TOKENS):
+            chances = logits[part].float().log_softmax(-1)
+            loss -= chances.gather(-1, expected[part, None]).double().sum()
+            if of_base is not None:
+                by_base = of_base[part].float().log_softmax(-1)
+                each = kl_div(chances, by_base, reduction="none", log_target=True)
+                kl += each.sum(-1).double().sum()
+    distributed.sum_in_place([totals])
+    loss, kl = (totals.sum(1) / sum(answer_lengths)).tolist()
+    return loss, kl
+
+
+def _small(lengths: Sequence[int], answer_lengths: Sequence[int]) -> list[list[int]]:
+    """Row indices of batches of similar length with few tokens, padding included; at least one row.
+
+    Such batches bound memory whatever batch size was chosen for other passes.
+    """
+    batches: list[list[int]] = []
+    answers = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        answers += answer_lengths[i]
+        tokens = lengths[i] * (len(batches[-1]) + 1 if batches else 1)
+        if not batches or answers > _PASS_ANSWERS or tokens > _PASS_TOKENS:
+            batches.append([])
+            answers = answer_lengths[i]
+        batches[-1].append(i)
+    return batches
 
 
 def _passes(
-    model: PreTrainedModel, rows: Rows, batches: Sequence[list[int]], precision: Precision
-) -> Iterator[tuple[list[int], Batch, Tensor]]:
-    """This rank's batches in eval mode: row indices, batch and the logits of its answer tokens."""
-    was_training = model.training
-    model.eval()
+    model: PreTrainedModel,
+    rows: Rows,
+    batches: Sequence[list[int]],
+    precision: Precision,
+    base: PreTrainedModel | None = None,
+) -> Iterator[tuple[int, Batch, Tensor, Tensor | None]]:
+    """This rank's batches in eval mode: number, batch, logits of its answer tokens, the base's."""
+    was_training = {each: each.training for each in (base, model) if each is not None}
+    for each in was_training:
+        each.eval()
     for number, counts in distributed.in_turn(len(batches)):
         batch = collate([rows[i] for i in batches[number]]).to(model.device)
+        of_base = None
         with autocast(model.device, precision):
+            if base is not None:
+                with adapter.disabled(model) if base is model else nullcontext():
+                    of_base = answer_logits(base, batch)
             logits = answer_logits(model, batch)
         if counts:
-            yield batches[number], batch, logits
-    model.train(was_training)
+            yield number, batch, logits, of_base
+    for each, training in was_training.items():
+        each.train(training)

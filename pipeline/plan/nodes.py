@@ -3,7 +3,7 @@
 All stages of one kind have the same config keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
 from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, PREDICTIONS, TEXT
+from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
@@ -259,19 +259,25 @@ def evaluate_stage(
     rows: Mapping[str, Stage],
     session: str,
     base: Stage | External | None = None,
+    new: Sequence[str] = (),
     *,
     last: bool = False,
 ) -> Stage:
     """Score `model`, which is only an adapter on its `base` if adapters are not merged.
 
-    The `last` one of a run also checks the saved files; those of a search's trials do not.
+    Compares it with its `base`, also on the answers of the `new` tasks, which it was just trained
+    on; None and none of them for the base model itself. The `last` one of a run also checks the
+    saved files. Trials of a search do neither.
     """
     settings = config.evaluation
+    in_trial = settings.rows == "validation"
     unmerged = config.adapter is not None and not config.adapter.merge
     inputs: Inputs = {"model": model}
     if unmerged and base and isinstance(model, Stage):
         inputs = adapter_on(base, model)
     inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
+    if base and not in_trial:
+        inputs["base"] = base
     if settings.text:
         inputs["text"] = External(settings.text)
     of_tasks = (str(stage.config["task"].get("scorer", "")) for stage in rows.values())
@@ -282,9 +288,10 @@ def evaluate_stage(
         fn=evaluate,
         config={
             **settings.model_dump(mode="json", exclude={"rows", "set", "text"}),
-            "validation": settings.validation if settings.rows == "validation" else None,
+            "validation": settings.validation if in_trial else None,
             "chat_template": config.tasks.chat_template,
-            "saved": last and settings.rows != "validation",
+            "saved": last and not in_trial,
+            "new": list(new),
         },
         inputs=inputs,
         session=session,
@@ -295,7 +302,6 @@ def evaluate_stage(
 def report_stage(
     config: Config,
     tasks: list[str],
-    held_out: list[str],
     scores: list[Stage],
     chain: list[Stage],
 ) -> Stage:
@@ -308,7 +314,7 @@ def report_stage(
             "method": method_name(config),
             "seed": config.seed,
             "tasks": tasks,
-            "held_out": held_out,
+            "facts": BASE_TASK if config.model.is_builtin else None,
             "evaluation_set": config.evaluation.set,
             "validation": config.evaluation.validation,
             "only_validation": config.evaluation.rows == "validation",
@@ -319,5 +325,5 @@ def report_stage(
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
         session="sequence",  # Alone in its session it still needs no Ray Train workers.
-        reads=(PREDICTIONS, TEXT, IMPORTANCE_FILE, CHECKS),
+        reads=(PREDICTIONS, KEPT, IMPORTANCE_FILE, CHECKS),
     )

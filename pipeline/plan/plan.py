@@ -69,7 +69,7 @@ def plan(config: Config) -> Plan:
     if config.method == "joint":
         # The one model fills every row of the matrix after the first.
         scores = [before, *scores[1:] * len(tasks)]
-    final = report_stage(config, tasks, [each.name for each in held_out], scores, chain)
+    final = report_stage(config, tasks, scores, chain)
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
@@ -102,7 +102,7 @@ def _sequence(
             chain.append(importances[task])
         last = index == len(tasks)
         name = f"{index}-{task}"
-        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, last=last))
+        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last))
     return chain
 
 
@@ -124,7 +124,7 @@ def _joint(
         inputs={**model.inputs, **others_rows},
     )
     name = f"{len(tasks)}-joint"
-    return [model, evaluate_stage(config, name, model, rows, "sequence", last=True)]
+    return [model, evaluate_stage(config, name, model, rows, "sequence", base, tasks, last=True)]
 
 
 def _alone(
@@ -135,5 +135,6 @@ def _alone(
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, [], rows, {})
         name, last = f"{index}-{task}", index == len(tasks)
-        chain += [model, evaluate_stage(config, name, model, rows, "sequence", last=last)]
+        scored = evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last)
+        chain += [model, scored]
     return chain

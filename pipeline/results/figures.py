@@ -111,8 +111,8 @@ def _held_out_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Arr
     curves: dict[str, dict[str, list[Array]]] = {}
     for group in by_method:
         for run in group.runs:
-            for skill, scores in run.metrics["held_out"].items():
-                of_skill = curves.setdefault(str(skill), {})
+            if scores := run.metrics.get("base", {}).get("facts"):
+                of_skill = curves.setdefault("base", {})
                 of_skill.setdefault(group.label, []).append(np.array(scores, dtype=float))
     return curves
 

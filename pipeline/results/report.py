@@ -245,7 +245,8 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
 
 def _text_loss(group: Group) -> list[float]:
     """Mean loss over seeds on the user's text, for the base model and after each task."""
-    seeds = [run.metrics["text_loss"] for run in group.runs if "text_loss" in run.metrics]
+    found = [run.metrics.get("base", {}).get("text_loss") for run in group.runs]
+    seeds = [losses for losses in found if losses]
     return [fmean(losses) for losses in zip(*seeds, strict=True)]
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from agcl.model import models
-from agcl.scoring.evaluate import predict, text_loss
+from agcl.scoring.evaluate import predict
 from agcl.scoring.generate import generate
 from agcl.scoring.scorers import TEACHER_FORCED, score, scorer_named
 from agcl.tasks import VALIDATION, EncodedRows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, TEXT, named, rows_file
+from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, named, rows_file
+from pipeline.stages.kept import measure
 from pipeline.stages.saved import ANSWERS, Verdict, check_answers, check_tokens
 from pipeline.storage.artifact import write_json
 
@@ -34,7 +35,8 @@ def evaluate(
     recompute every metric; `predicted` is the model's greedy answer, with exact match alone only up
     to its first wrong token. With a `validation`
     share, only validation rows are scored: those of the task's own split, or else those whose
-    fact's `position` is below it. With the input `text`, `text.json` holds the loss on it.
+    fact's `position` is below it. `base.json` holds what the model still knows of what the base
+    model knew (`kept.measure`).
 
     A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
     files are loaded again to answer a few rows, and `saved.json` holds how many agree; a
@@ -51,13 +53,7 @@ def evaluate(
             scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
             verdicts.append(verdict)
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
-        if "text" in inputs:
-            text = inputs["text"].read_text(encoding="utf-8")
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
-            loss = text_loss(model, ids, precision=config["precision"])
-            context.log({"text_loss": loss}, len(tasks) + 1)
-            if context.is_first_worker:
-                write_json(out_dir / TEXT, {"loss": loss, "tokens": len(ids)})
+        measure(model, tokenizer, config, inputs, out_dir, context)
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)

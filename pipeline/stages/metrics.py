@@ -16,12 +16,15 @@ from pipeline.stages.files import (
     CHECKS,
     IMPORTANCE_FILE,
     IMPORTANCE_SUMMARY,
+    KEPT,
     METRICS,
     PREDICTIONS,
-    TEXT,
     named,
 )
 from pipeline.storage.artifact import write_json
+
+Scores = dict[str, dict[str, float]]
+"""By task, then evaluation set."""
 
 
 def report(
@@ -30,8 +33,9 @@ def report(
     """Write `metrics.json`; with importances `importance.json`, with protections `checks.json`.
 
     Inputs are `scores/0` ... `scores/T`, `importance/<task>` and `model/<stage>`. The config holds
-    method, seed, task names, held-out names, the headline evaluation set, the share of validation
-    rows, and whether only those were scored; then the metrics are computed from them.
+    method, seed, task names, the name of the base model's facts among the scores or None, the
+    headline evaluation set, the share of validation rows, and whether only those were scored; then
+    the metrics are computed from them.
     """
     if not context.is_first_worker:
         return
@@ -47,13 +51,9 @@ def report(
         "evaluation_set": main,
         **sets[main],
         "evaluation_sets": sets,
-        "held_out": {
-            name: [next(iter(test[name].values())) for test, _ in scores]
-            for name in config["held_out"]
-        },
     }
-    if (folders[0] / TEXT).exists():
-        result["text_loss"] = [json.loads((f / TEXT).read_text("utf-8"))["loss"] for f in folders]
+    if kept := _kept(config["facts"], folders, [test for test, _ in scores]):
+        result["base"] = kept
     if share:
         result["validation"] = _metrics(config, [validation for _, validation in scores])
     write_json(out_dir / METRICS, result)
@@ -72,6 +72,24 @@ def report(
         write_json(out_dir / CHECKS, checks)
 
 
+def _kept(facts: str | None, folders: list[Path], rows: list[Scores]) -> dict[str, Any]:
+    """What the models still know of what the base knew: lists with one number per model.
+
+    Each comes from the model that was scored, so that of `solo` knows one task.
+    """
+    found = [json.loads((folder / KEPT).read_text(encoding="utf-8")) for folder in folders]
+    kept: dict[str, Any] = {
+        key: [each[key] for each in found] for key in found[0] if key != "probes"
+    }
+    for key, score in (("probes", "acc_norm"), ("probes_acc", "acc")):
+        if "probes" in found[0]:
+            names = found[0]["probes"]
+            kept[key] = {n: [each["probes"][n][score] for each in found] for n in names}
+    if facts:
+        kept["facts"] = [next(iter(row[facts].values())) for row in rows]
+    return kept
+
+
 def _importance_summary(by_task: Mapping[str, Importance]) -> dict[str, Any]:
     importances = list(by_task.values())
     summary = {
@@ -82,10 +100,6 @@ def _importance_summary(by_task: Mapping[str, Importance]) -> dict[str, Any]:
         summary["by_layer_and_module"] = [by_layer_and_module(i) for i in importances]
         summary["overlap"] = overlap(importances)
     return summary
-
-
-Scores = dict[str, dict[str, float]]
-"""By task, then evaluation set."""
 
 
 def _scores(folder: Path, share: float, *, only: bool) -> tuple[Scores, Scores]:

@@ -12,7 +12,7 @@ from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import Record
-from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SCORES, SUMMARY, TEXT
+from pipeline.stages.files import IMPORTANCE_FILE, KEPT, LOG_FILE, SCORES, SUMMARY
 from pipeline.tracking.client import Content, Tracker
 
 _LARGEST_COPY = 256 * 2**20
@@ -160,8 +160,7 @@ class MirroredRun:
             if all(name in scores[task] for task in tasks):
                 seen = [scores[task][name] for task in tasks[: max(index, 1)]]
                 row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-        if (text := work.read(TEXT)) is not None:
-            row["text_loss"] = json.loads(text)["loss"]
+        row |= json.loads(work.read(KEPT) or b"{}")
         return {"step": index, **row}
 
     def end(

@@ -17,7 +17,7 @@ from pipeline.config import loading
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import CONFIG_FILE, RESULT_FILE, read_result
 from pipeline.run import execute, open_run
-from pipeline.stages.files import METRICS
+from pipeline.stages.files import KEPT, METRICS, PREDICTIONS
 
 RECORDED = Path(__file__).parent.parent / "pipeline" / "results" / "recorded"
 LABELS = ["sequential-seed0", "sequential-seed1", "agcl-seed0", "agcl-seed1", "gate-seed0"]
@@ -70,7 +70,8 @@ def record() -> None:
         for index, folder in enumerate(evaluations):
             target = RECORDED / WITH_PREDICTIONS / "scores" / str(index)
             target.mkdir(parents=True)
-            shutil.copyfile(folder / "predictions.parquet", target / "predictions.parquet")
+            for name in (PREDICTIONS, KEPT):
+                shutil.copyfile(folder / name, target / name)
 
 
 if __name__ == "__main__":

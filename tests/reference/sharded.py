@@ -18,7 +18,7 @@ from agcl.model import models
 from agcl.model.forward import activation_checkpointing
 from agcl.modulation import GatedAdamW, quadratic_penalty
 from agcl.parallel import distributed, sharding
-from agcl.scoring.evaluate import text_loss
+from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
 from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
 from agcl.tasks.batches import collate, in_order
@@ -27,9 +27,9 @@ from agcl.train import train_task
 SETTINGS = {"epochs": 2, "batch_size": 5, "micro_batch_size": 2, "seed": 3}
 
 
-def model_of(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The model, sharded if there are several ranks."""
-    built = families.model(architecture, dtype=dtype)
+    built = families.model(architecture, dtype=dtype, seed=seed)
     return sharding.shard(built, torch.device("cpu")) if distributed.world_size() > 1 else built
 
 
@@ -73,14 +73,19 @@ def task(
     return steps, weights_of(model)
 
 
-def scores(architecture: str, rows: Sequence[Encoded]) -> tuple[list[bool], list[list[int]], float]:
-    """Exact-match verdicts, generated tokens and the loss on a text."""
-    model = model_of(architecture)
+def scores(
+    architecture: str, rows: Sequence[Encoded]
+) -> tuple[list[bool], list[list[int]], list[float]]:
+    """Exact-match verdicts, generated tokens, and loss and divergences from another model."""
+    model, base = model_of(architecture), model_of(architecture, seed=1)
     prompts = [row.input_ids[: row.prompt_tokens] for row in rows]
     return (
         tiny.exact_match(model, rows, batch_size=2),
         generate(model, prompts, end=tiny.END, max_new_tokens=6, batch_size=2),
-        text_loss(model, [2 + i % 38 for i in range(300)]),
+        [
+            *text_loss_and_kl(model, base, [2 + i % 38 for i in range(300)]),
+            answer_kl(model, base, rows),
+        ],
     )
 
 

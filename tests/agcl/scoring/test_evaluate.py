@@ -4,8 +4,9 @@ import pytest
 import torch
 from reference import tiny
 
+from agcl.model import adapter
 from agcl.modulation import GatedAdamW
-from agcl.scoring.evaluate import answered_correctly, text_loss
+from agcl.scoring.evaluate import answer_kl, answered_correctly, text_loss, text_loss_and_kl
 from agcl.tasks.batches import answer_places, collate
 from agcl.train import train_task
 
@@ -103,3 +104,75 @@ def test_text_loss_is_the_mean_over_all_but_each_windows_first_token(length):
 def test_a_text_of_one_token_has_no_loss():
     with pytest.raises(ValueError, match="nothing to predict"):
         text_loss(tiny.llama(), [3])
+
+
+def naive_kl(model, base, rows):
+    """KL(base || model) of every answer token, in float64 from all logits, a row at a time."""
+    each = []
+    for ids, prompt_tokens in rows:
+        with torch.no_grad():
+            of_base, of_model = (
+                m(torch.tensor([ids])).logits[0, prompt_tokens - 1 : -1].double().log_softmax(-1)
+                for m in (base, model)
+            )
+        each.append((of_base.exp() * (of_base - of_model)).sum(-1))
+    return torch.cat(each)
+
+
+def test_kl_is_the_mean_over_answer_tokens_of_the_naive_one():
+    model, base, rows = tiny.llama(seed=1), tiny.llama(), tiny.random_rows(9)
+    expected, other_way = naive_kl(model, base, rows), naive_kl(base, model, rows)
+    assert answer_kl(model, base, rows) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert float(other_way.mean()) != pytest.approx(float(expected.mean()), rel=0.01)
+    assert answer_kl(model, model, rows) == answer_kl(model, tiny.llama(seed=1), rows) == 0
+
+
+@pytest.mark.parametrize("length", [2, 65, 300])
+def test_kl_on_a_text_has_the_tokens_and_the_loss_of_text_loss(length):
+    model, base = tiny.llama(seed=1), tiny.llama()
+    ids = torch.randint(2, tiny.VOCABULARY, (length,)).tolist()
+    windows = [(ids[i : i + 64], 1) for i in range(0, length, 64) if i + 1 < length]
+    loss, kl = text_loss_and_kl(model, base, ids)
+    assert loss == text_loss(model, ids)
+    assert kl == pytest.approx(float(naive_kl(model, base, windows).mean()), rel=1e-5)
+
+
+def test_kl_does_not_depend_on_how_tokens_are_grouped(monkeypatch):
+    model, base, rows = tiny.llama(seed=1), tiny.llama().train(), tiny.random_rows(9)
+    expected = answer_kl(model, base, rows)
+    seen = []
+    base.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    names = ("_PASS_TOKENS", "_PASS_ANSWERS", "_LOGITS_TOKENS")
+    for limits in ((1, 512, 128), (20, 512, 1), (2048, 3, 2)):
+        for name, limit in zip(names, limits, strict=True):
+            monkeypatch.setattr(f"agcl.scoring.evaluate.{name}", limit)
+        seen.clear()
+        assert answer_kl(model, base, rows[::-1]) == pytest.approx(expected, rel=1e-6)
+        assert sum(lines for lines, _ in seen) == len(rows)
+        assert all(lines == 1 or lines * tokens <= limits[0] for lines, tokens in seen)
+        # An answer has one or two tokens and its end.
+        assert all(lines == 1 or 2 * lines <= limits[1] for lines, _ in seen)
+    assert base.training
+    assert not model.training
+
+
+def test_an_adapter_on_the_base_is_compared_with_the_base_without_it():
+    base, rows = tiny.llama(), tiny.random_rows(9)
+    peft_model = adapter.attach(tiny.llama(), rank=2, alpha=4.0, seed=0)
+    model = peft_model.get_base_model()
+    assert answer_kl(model, model, rows) == 0
+    trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    trained[0].requires_grad_(False)
+    expected = float(naive_kl(model, base, rows).mean())
+    assert expected > 1e-3
+    assert answer_kl(model, model, rows) == pytest.approx(expected, rel=1e-5)
+    assert float(naive_kl(model, base, rows).mean()) == expected, "the adapter is on again"
+    assert not trained[0].requires_grad
+    assert trained[1].requires_grad
+
+
+def test_without_rows_there_is_no_kl():
+    with pytest.raises(ValueError, match="no answer token"):
+        answer_kl(tiny.llama(), tiny.llama(), [])

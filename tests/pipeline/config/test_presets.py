@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.metrics import summary
+from agcl.scoring.evaluate import answer_kl
+from agcl.tasks import EncodedRows
 from pipeline.config.presets import METHODS
 
 
@@ -104,6 +106,10 @@ def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_sam
     beside = load_file(merged["train/2-valley"].folder / "adapter" / "adapter_model.safetensors")
     assert same_bits(adapter, beside)
     assert metrics(apart)["evaluation_sets"] == metrics(merged)["evaluation_sets"]
+    # Merged, the base model is loaded beside the model; otherwise the adapter is switched off.
+    kl_answers = [metrics(works)["base"]["kl_answers"] for works in (apart, merged)]
+    assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-3)
+    assert min(kl_answers[0][1:]) > 1e-3
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").merge_and_unload()
     theirs, ours = loaded.state_dict(), weights(merged)
     for name, tensor in ours.items():
@@ -211,14 +217,50 @@ def test_rows_to_choose_by_are_never_rows_to_report(run_method):
                 )
 
 
-def test_the_loss_on_a_text_is_measured_before_and_after_every_task(run_method, tmp_path):
+def test_what_the_base_knew_is_measured_before_and_after_every_task(run_method, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Who lives in the harbour? " * 40)
     works = run_method("sequential", f"evaluation.text={text}", "evaluation.text_tokens=200")
-    losses = metrics(works)["text_loss"]
-    assert len(losses) == 3
+    base = metrics(works)["base"]
+    assert list(base) == ["kl_answers", "text_loss", "kl", "facts"]
+    losses = base["text_loss"]
+    assert [len(values) for values in base.values()] == [3] * 4
     assert len(set(losses)) == 3
     model = AutoModelForCausalLM.from_pretrained(works["train/2-valley"].folder)
     tokenizer = AutoTokenizer.from_pretrained(works["train/2-valley"].folder)
     ids = torch.tensor([tokenizer(text.read_text())["input_ids"][:200]])
     assert losses[-1] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
+    first = AutoModelForCausalLM.from_pretrained(works["pretrain"].folder)
+    of_base, of_model = (
+        each(ids).logits[:, :-1].detach().double().log_softmax(-1) for each in (first, model)
+    )
+    expected = (of_base.exp() * (of_base - of_model)).sum(-1).mean()
+    assert base["kl"] == [0.0, base["kl"][1], pytest.approx(float(expected), rel=1e-4)]
+    for values in (base["kl"], base["kl_answers"]):
+        assert min(values[1:]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "tasks"),
+    [("joint", "joint", ("harbour", "valley")), ("solo", "2-valley", ("valley",))],
+)
+def test_kl_answers_is_on_all_tasks_that_the_model_was_just_trained_on(
+    run_method, method, stage, tasks
+):
+    works = run_method(method)
+    base, model = (
+        AutoModelForCausalLM.from_pretrained(works[name].folder)
+        for name in ("pretrain", f"train/{stage}")
+    )
+    trained_on = [EncodedRows(works[f"prepare/{task}"].folder / "train.arrow") for task in tasks]
+    rows = [each[i] for each in trained_on for i in range(len(each))]
+    found = metrics(works)["base"]["kl_answers"]
+    assert found[2] == pytest.approx(answer_kl(model, base, rows), rel=1e-5)
+    assert (found[1] == found[2]) is (method == "joint")
+
+
+def test_a_trial_compares_with_no_base_model(run_method):
+    works = run_method("sequential", "evaluation.validation=0.4", "evaluation.rows=validation")
+    assert "base" not in works["evaluate/1-harbour"].inputs
+    assert json.loads((works["evaluate/1-harbour"].folder / "base.json").read_text()) == {}
+    assert metrics(works)["base"].keys() == {"facts"}

@@ -16,7 +16,7 @@ def metrics(tmp_path_factory):
         "method": "sequential",
         "seed": 0,
         "tasks": ["harbour", "valley", "island"],
-        "held_out": ["base"],
+        "facts": "base",
         "evaluation_set": "memorization",
         "validation": 0.0,
         "only_validation": False,
@@ -55,4 +55,4 @@ def test_every_metric_follows_from_the_matrix(metrics):
         drops = [max(a1, a2) - a3, b2 - b3]
         assert values["forgetting"]["per_task"] == [*map(pytest.approx, drops), None]
         assert values["forgetting"]["mean"] == pytest.approx(sum(drops) / 2)
-    assert len(metrics["held_out"]["base"]) == 4
+    assert len(metrics["base"]["facts"]) == 4

@@ -35,6 +35,7 @@ SETTINGS = {
     "validation": None,
     "chat_template": False,
     "saved": False,
+    "new": [],
 }
 
 ATTRIBUTION = {
@@ -186,7 +187,7 @@ def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tm
         "method": "sequential",
         "seed": 0,
         "tasks": ["one"],
-        "held_out": [],
+        "facts": None,
         "evaluation_set": None,
         "validation": 0.1,
         "only_validation": False,
@@ -233,7 +234,7 @@ def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
         "method": "sequential",
         "seed": 0,
         "tasks": ["one"],
-        "held_out": [],
+        "facts": None,
         "evaluation_set": None,
         "validation": 0.3,
         "only_validation": False,

@@ -1,0 +1,64 @@
+"""What a model still knows of what the base model knew, measured beside the scores of its tasks."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agcl.model import models
+from agcl.scoring.evaluate import answer_kl, text_loss, text_loss_and_kl
+from agcl.tasks import Encoded, EncodedRows
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.stages.context import Context
+from pipeline.stages.files import KEPT, SUMMARY, named, rows_file
+from pipeline.storage.artifact import write_json
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    out_dir: Path,
+    context: Context,
+) -> None:
+    """Write `base.json`, with keys only for what is measured.
+
+    `text_loss` on the input `text`, `kl` from the input `base` on the same tokens, and `kl_answers`
+    on the answers of the config's `new` tasks, all in nats per token. Both are 0 for the base model
+    itself, which has no input `base`, and are not measured in a search's trials.
+    """
+    options = {"precision": config["precision"]}
+    found: dict[str, Any] = {}
+    base = None
+    if "base" in inputs:
+        # An unmerged adapter is on the base model itself, and switched off for the comparison.
+        same = inputs["base"] == inputs["model"]
+        base = model if same else context.placed(models.load_model(inputs["base"]))
+        found["kl_answers"] = answer_kl(model, base, _answers(config["new"], inputs), **options)
+    elif config["validation"] is None:
+        found["kl_answers"] = 0.0
+    if "text" in inputs:
+        text = inputs["text"].read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
+        if base is not None:
+            found["text_loss"], found["kl"] = text_loss_and_kl(model, base, ids, **options)
+        else:
+            found["text_loss"] = text_loss(model, ids, **options)
+            found |= {"kl": 0.0} if "kl_answers" in found else {}
+    if found:
+        context.log(found, len(named("rows/", inputs)) + 1)
+    if context.is_first_worker:
+        write_json(out_dir / KEPT, found)
+
+
+def _answers(tasks: list[str], inputs: Mapping[str, Path]) -> list[Encoded]:
+    """The rows of each task's first evaluation set."""
+    rows: list[Encoded] = []
+    for task in tasks:
+        folder = inputs[f"rows/{task}"]
+        scored = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["scored"]
+        of_task = EncodedRows(folder / rows_file(next(iter(scored.values()))))
+        rows += [of_task[i] for i in range(len(of_task))]
+    return rows
