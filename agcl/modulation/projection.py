@@ -77,7 +77,9 @@ def leading_directions(moment: Tensor, energy: float, known: Tensor | None = Non
     rank = 0
     if energy > 0 and trace > 0 and held_before < energy * trace:
         held = (held_before + values.double().cumsum(0)) / trace
-        rank = min(int((held < energy).sum()) + 1, len(moment) - taken)
+        # Where `energy` is 1, eigenvalues that are nothing but rounding would count as well.
+        real = int((values > values[0] * len(moment) * torch.finfo(values.dtype).eps).sum())
+        rank = min(int((held < energy).sum()) + 1, real)
     if not taken:
         return vectors[:, :rank].float().contiguous()
     # Orthonormal again: eigenvectors with small eigenvalues may reach into the known directions.

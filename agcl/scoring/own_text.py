@@ -60,6 +60,7 @@ def own_texts(
     # A text goes on behind an end token, as it does where documents are packed for training.
     first = [start_token(tokenizer)]
     plain = write([first] * (samples - len(found)), (), 2)
+    log(samples)
     return [*found, *(Encoded([*first, *text], 1) for text in plain)]
 
 

@@ -110,7 +110,8 @@ def base_directions(
     base: Importance | None, config: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
     """The base model's input directions to protect, per weight; none without its importance."""
-    return bases([base], energy=config["base_energy"], device=device) if base else {}
+    energy = config["base_energy"]
+    return bases([base], energy=energy, device=device) if base and energy else {}
 
 
 def basis_of(

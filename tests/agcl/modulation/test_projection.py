@@ -142,3 +142,40 @@ def test_random_directions_match_in_number_are_orthonormal_and_seeded():
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]))
     assert torch.equal(drawn["a"], random_bases(like, seed=1)["a"])
     assert not torch.equal(drawn["a"], random_bases(like, seed=2)["a"])
+
+
+def test_known_directions_come_first_and_what_they_hold_counts():
+    """The task's moment is half in the known direction, the rest in two others."""
+    vectors = orthonormal(5, 5)
+    known = {"w": vectors[:, :1].float()}
+    task = past(moment(vectors[:, :3], torch.tensor([5.0, 4.0, 1.0]).double()))
+    task = [Importance({}, {"w": task[0].moments["w"]})]
+    for energy, rank in ((0.3, 1), (0.5 - 1e-4, 1), (0.6, 2), (0.95, 3)):
+        found = bases(task, energy=energy, known=known)["w"].double()
+        assert found.shape == (5, rank)
+        expected = vectors[:, :rank] @ vectors[:, :rank].T
+        torch.testing.assert_close(found @ found.T, expected, atol=1e-6, rtol=0)
+
+
+def test_a_basis_with_known_directions_holds_them_and_the_energy_and_is_orthonormal():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    task = Importance({}, {"w": (inputs.T @ inputs).float()})
+    known = orthonormal(12, 4, seed=3)
+    found = bases([task], energy=0.9, known={"w": known.float()})["w"].double()
+    torch.testing.assert_close(
+        found.T @ found, torch.eye(found.shape[1]).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(found @ (found.T @ known), known, atol=1e-6, rtol=0)
+
+    def held(basis):
+        return float((inputs @ basis).square().sum() / inputs.square().sum())
+
+    assert held(found) >= 0.9 > held(torch.linalg.qr(found[:, :-1]).Q)
+
+
+def test_weights_without_known_directions_are_as_before():
+    task = [Importance({}, {"w": moment(orthonormal(4, 4)).float()})]
+    expected = bases(task, energy=0.7)["w"]
+    for known in ({}, {"other": torch.eye(4)}, {"w": torch.zeros(4, 0)}):
+        assert torch.equal(bases(task, energy=0.7, known=known)["w"], expected)

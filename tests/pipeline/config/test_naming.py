@@ -28,6 +28,8 @@ def test_every_preset_has_its_own_name(tiny_config, tmp_path, method):
         ("agcl", ["protect.1={kind: project}", "protect.0={kind: gate}"], "agcl+changes"),
         ("agcl", ["replay.fraction=0.1"], "agcl+changes"),
         ("agcl", ["importance.rules=cp"], "agcl+changes"),
+        ("sequential", ["base.protect=self"], "sequential"),
+        ("agcl", ["base.samples=9", "base.energy=0.7", "base.tokens=5"], "agcl"),
         ("freeze", ["freeze.layers=[0]"], "freeze+changes"),
         ("lora", ["adapter.fresh=true"], "lora+changes"),
     ],

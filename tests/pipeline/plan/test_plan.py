@@ -328,3 +328,52 @@ def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
     expected = {w.folder for s in plans.values() for w in resolve(s, Local(tmp_path)).values()}
     assert set(made) == expected
     assert len(made) == len(expected)
+
+
+def test_the_base_is_measured_once_and_protected_from_the_first_task_on(stages):
+    works = stages("base.protect=self")
+    assert list(works) == [
+        *BASE,
+        "own_text",
+        "attribute/0-base",
+        "train/1-harbour",
+        "attribute/1-harbour",
+        "evaluate/1-harbour",
+        "train/2-valley",
+        "attribute/2-valley",
+        "evaluate/2-valley",
+        "report",
+    ]
+    assert inputs(works, "attribute/0-base") == {"model": "pretrain", "rows/0": "own_text"}
+    for train in ("train/1-harbour", "train/2-valley"):
+        assert inputs(works, train)["base_importance"] == "attribute/0-base"
+    assert works["attribute/0-base"].config["moments"] == "uniform"
+
+
+def test_methods_share_the_bases_importance_and_its_energy_changes_training_only(stages):
+    settings = ("base.protect=self", "importance.batch_size=8")
+    protected = stages(*settings)
+    for other in (
+        stages(*settings, method="project_uniform"),
+        stages(*settings, "protect.0.unit_inputs=true", method="inflora"),
+        stages(*settings, "base.energy=0.5"),
+    ):
+        assert not changed(protected, other) & {"own_text", "attribute/0-base"}
+        assert "train/1-harbour" in changed(protected, other)
+
+
+@pytest.mark.parametrize("method", ["sequential", "replay", "lora"])
+def test_without_a_protection_the_section_base_changes_nothing(stages, method):
+    plain = stages(method=method)
+    assert not changed(plain, stages("base.protect=self", method=method))
+
+
+def test_all_tasks_at_once_can_protect_the_base(stages):
+    works = stages("base.protect=self", "protect=[{kind: project}]", method="joint")
+    assert inputs(works, "train/joint")["base_importance"] == "attribute/0-base"
+    assert "attribute/2-valley" not in works
+
+
+def test_solo_models_are_trained_without_protection(stages):
+    works = stages("base.protect=self", "importance.source=solo")
+    assert not changed(stages("importance.source=solo"), works) & {"solo/1-harbour"}
