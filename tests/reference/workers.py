@@ -176,6 +176,17 @@ def verdicts(rows: Any, model: dict[str, Any], **options: Any) -> list[bool]:
     return tiny.exact_match(tiny.llama(**model), rows, **options)
 
 
+def loss_and_kl(count: int, model: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
+    """On a text of so many tokens."""
+    from reference import tiny
+
+    from agcl.scoring.evaluate import text_loss_and_kl
+
+    return text_loss_and_kl(
+        tiny.llama(**model), tiny.llama(**base), [2 + i % 38 for i in range(count)]
+    )
+
+
 def exchanged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Tensors of two dtypes and shapes summed over ranks, and one gathered from them."""
     from agcl.parallel import distributed

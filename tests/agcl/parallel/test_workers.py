@@ -130,6 +130,14 @@ def test_every_rank_gets_the_verdicts_of_all_rows(workers, llama):
     assert workers.run(remote.verdicts, rows, MODEL, batch_size=2) == [expected, expected]
 
 
+def test_loss_and_kl_on_a_text_are_bit_identical_on_two_ranks(workers):
+    """79 windows in three passes: the second rank repeats the last one without counting it."""
+    both = (MODEL, {"seed": 1})
+    expected = remote.loss_and_kl(5000, *both)
+    assert min(expected) > 0.1
+    assert workers.run(remote.loss_and_kl, 5000, *both) == [expected, expected]
+
+
 def test_sums_and_gathers_keep_dtypes_and_shapes(workers):
     for tensors, gathered in workers.run(remote.exchanged):
         assert torch.equal(tensors[0], torch.full((2, 3), 3.0))
