@@ -51,6 +51,26 @@ def test_a_bad_text_is_refused(refused, tmp_path, content, said):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no file or folder"), (b"", "no text in"), (b"\xff\xfe\xff", "is not UTF-8 text")],
+)
+def test_a_bad_text_to_protect_is_refused(refused, tmp_path, content, said):
+    file = tmp_path / "skills.txt"
+    if content is not None:
+        file.write_bytes(content)
+    line = refused("", "base.protect=text", f"base.text={file}")
+    assert line.startswith("agcl: base.text: ")
+    assert said in line
+
+
+def test_a_bad_row_to_protect_is_refused_with_file_and_row(refused, tmp_path):
+    rows = write_rows(tmp_path / "known.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a"})
+    known = f"base.rows={{format: jsonl, sequence: [{{name: known, train: {rows}}}]}}"
+    line = refused("", "base.protect=rows", known)
+    assert f"{rows}, line 2" in line or f"{rows}, row 2" in line
+
+
 def test_layers_that_the_model_has_not_are_refused(refused, model_folder):
     said = "agcl: freeze.layers: no layer 4; the model has layers 0 to 3"
     settings = ["method=freeze", "freeze.layers=[1,4]"]

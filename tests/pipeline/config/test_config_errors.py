@@ -273,3 +273,23 @@ def test_a_storage_that_cannot_be_made_is_one_line():
 )
 def test_a_key_of_another_library_or_section_is_pointed_to(problem, key, meant):
     assert problem("", f"{key}=1") == f"{key}: unknown key (did you mean {meant!r}?)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (["base.protect=text"], "base.text: missing; give a text file or folder"),
+        (["model.path=m", "base.protect=rows"], "base.rows: missing; give rows in the form of"),
+        (["base.protect=all"], "base.protect: "),
+        (["base.energy=2"], "base.energy: "),
+        (["base.samples=0"], "base.samples: "),
+        (["base.rows={format: jsonl, sequense: []}"], "base.rows.sequence: "),
+        (["base.rows={format: csv}"], "base.rows.format: must be one of"),
+        (["base.rows={path: x}"], "base.rows.format: must be one of"),
+        (["method=lora", "base.protect=self", "protect=[{kind: gate}]"], "base.protect: with an"),
+        (["method=sequential", "protect=[{kind: gate}]"], "method: sequential protects nothing"),
+        (["method=solo", "base.protect=self", "protect=[{kind: project}]"], "method: solo prot"),
+    ],
+)
+def test_the_section_base_says_what_is_wrong(problem, settings, start):
+    assert problem("", *settings).startswith(start)
