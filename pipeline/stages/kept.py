@@ -1,5 +1,6 @@
 """What a model still knows of what the base model knew, measured beside the scores of its tasks."""
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,9 @@ def measure(
         else:
             found["text_loss"] = text_loss(model, ids, **options)
             found |= {"kl": 0.0} if "kl_answers" in found else {}
+    if context.shard_model:
+        base = None
+        gc.collect()  # Cycles would keep a sharded base in memory while the next task is trained.
     if found:
         context.log(found, len(named("rows/", inputs)) + 1)
     if context.is_first_worker:
