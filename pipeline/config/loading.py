@@ -70,12 +70,16 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
 
 
 def with_preset(method: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw config in which a method's preset fills in the sections that are absent.
+    """A raw config in which a method's preset fills in what is absent: keys of sections, and lists.
 
     A variant's changes are made in the given sections too.
     """
     preset = METHODS[method]
-    raw = {**METHODS[preset.variant_of or method].sections, **raw, "method": method}
+    raw = {**raw, "method": method}
+    for key, section in METHODS[preset.variant_of or method].sections.items():
+        given = raw.setdefault(key, section)
+        if isinstance(section, dict) and isinstance(given, dict):
+            raw[key] = {**section, **given}
     for key, value in preset.changes.items():
         _change(raw, method, key, value)
     return raw
@@ -122,7 +126,10 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
-    """Set one of a variant's `changes`, in `importance` or in the projection."""
+    """Set one of a variant's `changes`, in `importance`, `base` or the projection."""
+    if key.startswith("base."):
+        _set(raw, key, value)
+        return
     if key in Importance.model_fields:
         _set(raw, f"importance.{key}", value)
         return

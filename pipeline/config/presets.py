@@ -27,10 +27,12 @@ class Method:
     """The method that this one equals except for `changes`. It uses the file's settings for that
     method, so that a control differs in nothing else."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Settings of a variant: keys of `importance`, or of the projection in `protect`."""
+    """Settings of a variant: keys of `importance` or `base.<key>`, or of the projection in
+    `protect`."""
 
 
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
+_STRENGTH = Knob("protect.0.strength", 1e1, 1e7)
 _ENERGY = Knob("protect.0.energy", 0.5, 0.98, logarithmic=False)
 
 
@@ -46,10 +48,13 @@ def _variant(description: str, of: str, knob: Knob, **changes: Any) -> Method:
 METHODS: dict[str, Method] = {
     "sequential": Method("plain fine-tuning, one task after the other"),
     "agcl": Method(
-        "projection away from the inputs that carried the answers of earlier tasks",
-        {"protect": [{"kind": "project"}]},
+        "projection away from the inputs that carried the base model's and earlier tasks' answers",
+        {"protect": [{"kind": "project"}], "base": {"protect": "self"}},
         _ENERGY,
-        controls=("project_uniform", "project_answer", "project_random", "project_raw"),
+        controls=(
+            *("base_unprotected", "project_uniform", "project_answer", "project_random"),
+            "project_raw",
+        ),
     ),
     "gate": _gate(
         "the paper's gate: weights with relevance move less",
@@ -61,7 +66,7 @@ METHODS: dict[str, Method] = {
             "importance": {"estimator": "fisher"},
             "protect": [{"kind": "penalty", "ungated": "train"}],
         },
-        Knob("protect.0.strength", 1e1, 1e7),
+        _STRENGTH,
     ),
     "replay": Method("a tenth of each earlier task's rows mixed in", {"replay": {"fraction": 0.1}}),
     "freeze": Method("the bottom half of the layers frozen", {"freeze": {"layers": "bottom_half"}}),
@@ -111,6 +116,18 @@ METHODS: dict[str, Method] = {
     ),
     "gate_permuted": _variant(
         "control: gate by shuffled relevance", "gate", _LOG_SCALE, permuted=True
+    ),
+    "ewc_base": _variant(
+        "ewc from the base model on, by Fisher information on its own text",
+        "ewc",
+        _STRENGTH,
+        **{"base.protect": "self"},
+    ),
+    "base_unprotected": _variant(
+        "control: earlier tasks are protected, the base model is not",
+        "agcl",
+        _ENERGY,
+        **{"base.protect": "none"},
     ),
     "project_uniform": _variant(
         "control: all tokens have the same weight", "agcl", _ENERGY, weighting="uniform"

@@ -15,12 +15,12 @@ from optuna.distributions import (
 
 from pipeline.config.config import Config
 from pipeline.config.loading import changed
-from pipeline.config.method import Gate, Penalty, Project
+from pipeline.config.method import METHOD_SECTIONS, Gate, Penalty, Project
 from pipeline.config.search import Choice, Dimension, Float, Int
 
 Settings = dict[str, Any]
 """Values by dotted config key."""
-SEARCHABLE = ("training", "importance", "protect", "replay", "freeze", "adapter")
+SEARCHABLE = ("training", *METHOD_SECTIONS)
 """Config sections that a search may vary. Trials on other rows or another model would not be
 comparable."""
 _LEARNING_RATE = 4.0
