@@ -1,7 +1,8 @@
 """What `run` and `compare` share: execute, then print results and where to look."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,9 +12,16 @@ from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.config.naming import CHANGES, method_description, method_name
 from pipeline.plan.plan import Run
-from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare
+from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
 from pipeline.results.model_card import MODEL
-from pipeline.results.results import RunResult, evaluation_sets, groups, metric
+from pipeline.results.results import (
+    RunResult,
+    base_measures,
+    base_title,
+    evaluation_sets,
+    groups,
+    metric,
+)
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.secrets import masked
 
@@ -21,6 +29,8 @@ METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy"
                  "forward_transfer")  # fmt: skip
 _AFTER = 24
 """Characters for the names of an accuracy matrix's rows."""
+_MOST_PROBES = 3
+"""A comparison of methods shows the mean of more probes, and not each of them."""
 
 
 def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str) -> None:
@@ -37,10 +47,13 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     if len(runs) <= REPORTS_EACH:
         for label, result in by_label.items():
             print_matrices(console, label, result)
+            print_base(console, label, result)
     if len(groups(results)) < len(results):
         print_comparison(console, results)
     else:
         print_metrics(console, by_label)
+    if len(runs) > 1:
+        print_base_comparison(console, results)
     first = next(iter(runs.values())).config
     places = [f"report      {folder / REPORT_FILE}", *places_beside(first, folder)]
     if len(runs) <= REPORTS_EACH:
@@ -70,36 +83,56 @@ def _final_model(run: Run) -> str:
 
 def print_matrices(console: Console, label: str, result: RunResult) -> None:
     """The accuracy matrix of every evaluation set."""
-    metrics = result.metrics
-    for name, values in metrics["evaluation_sets"].items():
-        base = metrics.get("base", {}) if name == metrics["evaluation_set"] else {}
-        held_out = {"base": base["facts"]} if "facts" in base else {}
-        text = base.get("text_loss")
-        names = [*metrics["tasks"], *(f"({skill})" for skill in held_out)]
-        # Where names do not fit, columns are numbered as rows are.
-        numbered = sum(map(len, names)) + 3 * len(names) + 20 > console.width
-        if numbered:
-            names[: len(metrics["tasks"])] = map(str, range(1, len(metrics["tasks"]) + 1))
-        columns = [*map(escape, names), *(["text loss"] if text else [])]
-        rows = [
-            [
-                *row,
-                *(scores[index] for scores in held_out.values()),
-                *([text[index]] if text else []),
-            ]
-            for index, row in enumerate(values["accuracy_matrix"])
-        ]
-        width = max(5, *map(len, columns)) + 2
-        fitting = max(1, (console.width - _AFTER) // width)
-        for first in range(0, len(columns), fitting):
-            part = slice(first, first + fitting)
-            title = f"{label}: {name}" + ", continued" * bool(first)
-            matrix = table(("after",), columns[part], title=title)
-            for index, row in enumerate(rows):
-                after = metrics["tasks"][index - 1] if index else "base model"
-                after = f"{index} {after}" if numbered and index else after
-                matrix.add_row(Text(after), *map(number, row[part]))
-            console.print(matrix)
+    tasks = result.metrics["tasks"]
+    # Where names do not fit, columns are numbered as rows are.
+    numbered = sum(map(len, tasks)) + 3 * len(tasks) + 20 > console.width
+    names = [str(i) for i in range(1, len(tasks) + 1)] if numbered else tasks
+    for name, values in result.metrics["evaluation_sets"].items():
+        columns = list(zip(*values["accuracy_matrix"], strict=True))
+        _print_by_task(console, f"{label}: {name}", tasks, names, columns, numbered=numbered)
+
+
+def print_base(console: Console, label: str, result: RunResult) -> None:
+    """What the base model still knows, before the first and after every task."""
+    measures = base_measures(result)
+    names = [fill(base_title(measure), 12) for measure in measures]
+    title = f"{label}: what the base model still knows"
+    _print_by_task(console, title, result.metrics["tasks"], names, list(measures.values()))
+
+
+def _print_by_task(
+    console: Console,
+    title: str,
+    tasks: Sequence[str],
+    names: Sequence[str],
+    columns: Sequence[Sequence[float]],
+    *,
+    numbered: bool = False,
+) -> None:
+    """Columns of one number per row of the accuracy matrix, in as many tables as they need."""
+    widths = [_width(name) for name in names]
+    for count, part in enumerate(_fitting(widths, console.width - _AFTER)):
+        head = title + ", continued" * bool(count)
+        lines = table(("after",), [*map(escape, names[part])], title=escape(head))
+        for index, row in enumerate(zip(*columns[part], strict=True)):
+            after = tasks[index - 1] if index else "base model"
+            after = f"{index} {after}" if numbered and index else after
+            lines.add_row(Text(after), *map(number, row))
+        console.print(lines)
+
+
+def _width(*cells: str) -> int:
+    """Characters of a column with these cells and the gap before it."""
+    return max(5, *(len(line) for cell in cells for line in cell.splitlines())) + 2
+
+
+def _fitting(widths: Sequence[int], room: int) -> Iterator[slice]:
+    """Split columns into tables that are no wider than `room`, of one column at least."""
+    first = 0
+    for end in range(1, len(widths) + 1):
+        if end == len(widths) or sum(widths[first : end + 1]) > room:
+            yield slice(first, end)
+            first = end
 
 
 def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
@@ -137,6 +170,38 @@ def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
         console.print(methods)
 
 
+def print_base_comparison(console: Console, results: Sequence[RunResult]) -> None:
+    """What the base model still knows, a line per method: base → after the last task."""
+    found = compare_base(results)
+    probes = [measure for measure in found if measure.startswith("probes/")]
+    for measure in probes if len(probes) > _MOST_PROBES else ["probes"]:
+        found.pop(measure, None)
+    labels = list(dict.fromkeys(label for by_label in found.values() for label in by_label))
+    names = [fill(base_title(measure), 12) for measure in found]
+    columns = [
+        [_change(measure, by_label.get(label)) for label in labels]
+        for measure, by_label in found.items()
+    ]
+    widths = [_width(name, *cells) for name, cells in zip(names, columns, strict=True)]
+    room = console.width - min(_AFTER, max(map(len, labels), default=0) + 3)
+    for count, part in enumerate(_fitting(widths, room)):
+        title = "what the base model still knows" + ", continued" * bool(count)
+        caption = "base → after the last task, mean over seeds ± 95 % interval"
+        lines = table(("method",), [*map(escape, names[part])], title=title,
+                      caption=caption, caption_justify="left")  # fmt: skip
+        for label, *cells in zip(labels, *columns[part], strict=True):
+            lines.add_row(escape(label), *cells)
+        console.print(lines)
+
+
+def _change(measure: str, rows: Sequence[Estimate] | None) -> str:
+    if not rows:
+        return "-"
+    # The KL of the base model from itself is 0.
+    before = "" if measure.startswith("kl") else f"{number(rows[0].mean)} → "
+    return before + _estimate(rows[-1])
+
+
 def _mean(value: Estimate | None) -> float | None:
     return value.mean if value else None
 
@@ -144,5 +209,5 @@ def _mean(value: Estimate | None) -> float | None:
 def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "-"
-    spread = "" if value.half_width is None else f" ±{value.half_width:.3f}".replace("0.", ".")
+    spread = "" if value.half_width is None else " ±" + f"{value.half_width:.3f}".removeprefix("0")
     return number(value.mean) + spread

@@ -20,8 +20,10 @@ from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import complete, resolve
+from pipeline.results.checks import crowded
 from pipeline.results.model_card import write_model_folder
 from pipeline.results.report import (
+    BASE_FILE,
     TABLE_FILE,
     by_average,
     description,
@@ -86,7 +88,8 @@ def execute(
         done_before = complete(s for run in runs.values() for s in run.resolved.values())
         _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
-        for line in dict.fromkeys(line for result in results for line in left_out(result.rows)):
+        lost = dict.fromkeys(line for result in results for line in left_out(result.rows))
+        for line in (*lost, *crowded(results)):
             warn(console, line)
         for (label, run), result in zip(runs.items(), results, strict=True):
             figures: dict[str, str] = {}
@@ -165,7 +168,7 @@ def _run_missing(
 
 def files_for_mlflow(folder: Path, figures: Mapping[str, str]) -> dict[str, Content]:
     """What MLflow gets of a folder, by artifact path."""
-    names = (METRICS, REPORT_FILE, TABLE_FILE)
+    names = (METRICS, REPORT_FILE, TABLE_FILE, BASE_FILE)
     files: dict[str, Content] = {name: folder / name for name in names if (folder / name).exists()}
     return files | {f"figures/{name}": svg for name, svg in figures.items()}
 

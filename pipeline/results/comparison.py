@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from pipeline.config.naming import CHANGES
 from pipeline.config.presets import METHODS
-from pipeline.results.results import Group, RunResult, groups, values
+from pipeline.results.results import Group, RunResult, base_measures, groups, values
 
 CONFIDENCE = 0.95
 BASELINE = "sequential"
@@ -60,6 +60,17 @@ def _differences(label: str, compared: Mapping[str, Mapping[int, float]]) -> dic
         if pairs and reference != label:
             differences[reference] = estimate(pairs)
     return differences
+
+
+def compare_base(runs: Sequence[RunResult]) -> dict[str, dict[str, list[Estimate]]]:
+    """What the base model still knows, by measure and method: the base, then after every task."""
+    found: dict[str, dict[str, list[Estimate]]] = {}
+    for group in groups(runs):
+        of_seeds = [base_measures(run) for run in group.runs]
+        for measure in dict.fromkeys(key for of in of_seeds for key in of):
+            rows = zip(*(of[measure] for of in of_seeds if measure in of), strict=True)
+            found.setdefault(measure, {})[group.label] = [estimate(row) for row in rows]
+    return found
 
 
 def estimate(sample: Sequence[float]) -> Estimate:

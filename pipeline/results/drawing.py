@@ -122,10 +122,13 @@ def curve_panels(count: int, names: Sequence[str], styles: Styles) -> tuple[Figu
     return figure, panels
 
 
-def legend_panels(count: int, names: Sequence[str], styles: Styles) -> tuple[Figure, list[Axes]]:
+def legend_panels(
+    count: int, names: Sequence[str], styles: Styles, *, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
     """Lay out panels for curves, with one legend above them."""
     columns = 4 if count == 4 else 3 if count <= 6 else 5 if count <= 15 else 6
-    figure, panels = panel_grid(count, columns, 3.3, 1.75 if columns <= 4 else 1.35)
+    height = 1.75 if columns <= 4 else 1.35
+    figure, panels = panel_grid(count, columns, 3.3, height, sharey=sharey)
     for axes in panels:
         axes.grid(axis="y")
     handles = [panels[0].plot([], [], markersize=4, **styles[name])[0] for name in names]
@@ -135,12 +138,14 @@ def legend_panels(count: int, names: Sequence[str], styles: Styles) -> tuple[Fig
     return figure, panels
 
 
-def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def panel_grid(
+    count: int, columns: int, width: float, height: float, *, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
     """Lay out panels of a size in inches that share their axes, at most as wide as the page."""
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure((min(10.6, 0.7 + width * columns), 0.8 + height * rows))
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).ravel()
     for i, axes in enumerate(panels):
         axes.set_visible(i < count)
         axes.xaxis.get_major_locator().set_params(integer=True)

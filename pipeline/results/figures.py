@@ -7,15 +7,18 @@ seed as a thin line. Figures are drawn without pyplot, which is not thread-safe.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.results.comparison import BOUNDS, Estimate, compare
+from pipeline.results.checks import by_kind_and_layer, directions
+from pipeline.results.comparison import BOUNDS, Estimate, compare, compare_base
 from pipeline.results.drawing import (
     GAP,
     GREY,
@@ -37,10 +40,22 @@ from pipeline.results.drawing import (
     svg,
     tip,
 )
-from pipeline.results.results import Group, RunResult, entry_importances, evaluation_sets, groups
+from pipeline.results.results import (
+    LOWER_IS_BETTER,
+    Group,
+    RunResult,
+    base_measures,
+    base_title,
+    entry_importances,
+    evaluation_sets,
+    groups,
+)
 
 CHANCE = 0.01  # share of top entries that two unrelated tasks have in common
 LEARNED, KEPT = "learning_accuracy", "average_performance"
+_LEAST_SPAN = 0.1  # of the vertical axes of what the base model still knows
+Points = Mapping[str, tuple[Estimate, Estimate]]
+"""Learned and kept by method."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,20 @@ def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]
         for label, members in matrices.items():
             title = label + (f", mean of {len(members)} seeds" if len(members) > 1 else "")
             yield "accuracy", label, name, _accuracy(tasks, np.mean(members, axis=0), title)
-    if curves := _held_out_curves(by_method):
-        yield "held-out", "", "", _held_out(curves, styles)
+    if curves := _base_curves(by_method):
+        yield "base", "", "", _base(curves, styles)
+        if figure := _base_against_learned(runs, styles):
+            yield "base-learned", "", "", figure
     if losses := _losses(by_method):
         yield "training", "", "", _training(losses, styles)
+    shares = {group.label: taken for group in by_method if (taken := directions(group))}
+    if shares:
+        yield "directions", "", "", _directions(shares)
+    yield from _importances(by_method)
+
+
+def _importances(by_method: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
+    """Figures of the groups that collected importances of single weight entries."""
     for group in by_method:
         if summaries := entry_importances(group):
             attributed = [str(name) for name in summaries[0]["tasks"]]
@@ -106,14 +131,14 @@ def _matrices(group: Group, evaluation_set: str) -> list[Array]:
     return [np.array(of_set["accuracy_matrix"], dtype=float) for of_set in sets if of_set]
 
 
-def _held_out_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]]:
-    """One curve per seed, by held-out skill and method."""
+def _base_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]]:
+    """One curve per seed, by measure of what the base model still knows and method."""
     curves: dict[str, dict[str, list[Array]]] = {}
     for group in by_method:
         for run in group.runs:
-            if scores := run.metrics.get("base", {}).get("facts"):
-                of_skill = curves.setdefault("base", {})
-                of_skill.setdefault(group.label, []).append(np.array(scores, dtype=float))
+            for measure, values in base_measures(run).items():
+                of_measure = curves.setdefault(measure, {})
+                of_measure.setdefault(group.label, []).append(np.array(values, dtype=float))
     return curves
 
 
@@ -194,37 +219,97 @@ def _forgetting(
     return figure
 
 
-def _stability_plasticity(
-    points: Mapping[str, tuple[Estimate, Estimate]], styles: Styles
-) -> Figure:
-    """Learned versus kept, with confidence intervals for methods with several seeds."""
-    figure = Figure((7.2, 4.2))
-    axes = figure.subplots()
+def _stability_plasticity(points: Points, styles: Styles) -> Figure:
+    figure, axes = _against_learned(points, styles, "average")
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
-    for label, (learned, kept) in points.items():
-        drawn = axes.errorbar(
-            learned.mean, kept.mean, xerr=learned.half_width, yerr=kept.half_width,
-            **styles[label], markersize=6, linestyle="", elinewidth=0.7,
-            markerfacecolor="none" if label in BOUNDS else None, label=fitted(label, 24),
-        )  # fmt: skip
-        text = f"{label}: learning accuracy {learned.mean:.3f}, average {kept.mean:.3f}"
-        drawn.lines[0].set_gid(tip(text))
     low = min(min(x.mean, y.mean) for x, y in points.values())
     axes.set(xlim=(max(0, low - 0.1), 1.03), ylim=(max(0, low - 0.1), 1.03))
-    axes.set_xlabel("learning accuracy: mean score right after training")
     axes.set_ylabel("average: mean score at the end")
-    axes.grid()
-    figure.legend(loc="outside right upper", fontsize=7.5)
     return figure
 
 
-def _held_out(curves: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> Figure:
-    order = list(dict.fromkeys(label for of_skill in curves.values() for label in of_skill))
-    figure, panels = curve_panels(len(curves), order, styles)
-    for axes, (skill, of_skill) in zip(panels, curves.items(), strict=True):
-        axes.set_title(fitted(skill, 30))
-        for label, members in of_skill.items():
+def _against_learned(points: Points, styles: Styles, kept: str) -> tuple[Figure, Axes]:
+    """Learned versus kept, with confidence intervals for methods with several seeds."""
+    figure = Figure((7.2, 4.2))
+    axes = figure.subplots()
+    for label, (learned, value) in points.items():
+        drawn = axes.errorbar(
+            learned.mean, value.mean, xerr=learned.half_width, yerr=value.half_width,
+            **styles[label], markersize=6, linestyle="", elinewidth=0.7,
+            markerfacecolor="none" if label in BOUNDS else None, label=fitted(label, 24),
+        )  # fmt: skip
+        text = f"{label}: learning accuracy {learned.mean:.3f}, {kept} {value.mean:.3f}"
+        drawn.lines[0].set_gid(tip(text))
+    axes.set_xlabel("learning accuracy: mean score right after training")
+    axes.grid()
+    figure.legend(loc="outside right upper", fontsize=7.5)
+    return figure, axes
+
+
+def _base_against_learned(runs: Sequence[RunResult], styles: Styles) -> Figure | None:
+    """The base model's skills at the end versus learned; None with fewer than two methods.
+
+    The measure is the first one that all methods have. A loss has its axis inverted: up is better.
+    """
+    base = compare_base(runs)
+    most = max(map(len, base.values()))
+    measure, by_label = next(each for each in base.items() if len(each[1]) == most)
+    points = {
+        line.group.label: (line.metrics[LEARNED], by_label[line.group.label][-1])
+        for line in compare(runs, runs[0].metrics["evaluation_set"], (LEARNED,))
+        if line.group.label in by_label
+    }
+    if len(points) < 2:
+        return None
+    title = base_title(measure)
+    figure, axes = _against_learned(points, styles, title)
+    before = fmean(rows[0].mean for rows in by_label.values())
+    axes.axhline(before, color=GREY, linewidth=0.8, linestyle=":", gid=tip(f"base: {before:.3f}"))
+    shown = [before, *(y.mean for _, y in points.values())]
+    margin = max(0.1 * (max(shown) - min(shown)), 0.01)
+    low, high = min(shown) - margin, max(shown) + margin
+    is_loss = measure in LOWER_IS_BETTER
+    axes.set_ylim((high, low) if is_loss else (low, high))
+    lowest = min(x.mean for x, _ in points.values())
+    axes.set_xlim(max(0, lowest - 0.1), 1.03)
+    unit = "acc_norm" if measure.startswith("probes") else "score"
+    unit = "nats per token, axis inverted" if is_loss else unit
+    axes.set_ylabel(fitted(f"base kept: {title} at the end ({unit})", 60))
+    return figure
+
+
+def _base(base: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> Figure:
+    """A panel per measure, each with its own scale."""
+    order = list(dict.fromkeys(label for by_label in base.values() for label in by_label))
+    figure, panels = legend_panels(len(base), order, styles, sharey=False)
+    for axes, (measure, by_label) in zip(panels, base.items(), strict=True):
+        is_loss = measure in LOWER_IS_BETTER
+        axes.set_title(fitted(base_title(measure), 26) + ", lower is better" * is_loss)
+        for label, members in by_label.items():
             draw_curve(axes, np.arange(len(members[0])), members, label, styles)
+        low, high = axes.get_ylim()
+        # A narrower scale would show a few rows' change as a collapse.
+        missing = max(0.0, _LEAST_SPAN - (high - low)) / 2
+        axes.set_ylim(low - missing, high + missing)
+    figure.supxlabel("tasks trained (0 = base model)")
+    return figure
+
+
+def _directions(by_label: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Heat maps (kind of module, layer) of the share of protected input directions, per method."""
+    maps = {label: by_kind_and_layer(shares) for label, shares in by_label.items()}
+    most = max(len(kinds) for kinds, _ in maps.values())
+    figure, panels = panel_grid(len(maps), 2, 4.3, 0.42 + 0.17 * most, sharey=False)
+    for axes, (label, (kinds, values)) in zip(panels, maps.items(), strict=True):
+        image = draw_cells(axes, values, "YlOrRd", Normalize(0, 1))
+        if values.size <= MOST_TIPS:
+            cells = np.ndenumerate(values)
+            tips = [f"{kinds[i]}, layer {j}: {value:.2f}" for (i, j), value in cells]
+            add_tips(axes, values.shape, tips)
+        axes.set_title(fitted(label, 28))
+        axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
+    figure.supxlabel("layer")
+    color_bar(figure, image, figure.axes, "share protected")
     return figure
 
 

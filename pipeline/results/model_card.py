@@ -13,7 +13,7 @@ from pipeline.config.config import Config
 from pipeline.config.naming import method_description, method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
-from pipeline.results.results import METRIC_TITLES, RunResult
+from pipeline.results.results import METRIC_TITLES, RunResult, base_measures, base_title
 from pipeline.results.templates import render
 from pipeline.stages.files import ADAPTER
 from pipeline.storage import artifact
@@ -110,6 +110,7 @@ def card(
         adapter=adapter,
         dtype=str(dtype).removeprefix("torch."),
         run=result,
+        base_measures={base_title(key): of for key, of in base_measures(result).items()},
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},
         mlflow_run=mlflow_run,
     )

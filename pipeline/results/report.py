@@ -8,16 +8,26 @@ from datetime import timedelta
 from io import StringIO
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
 
-from pipeline.results.comparison import BASELINE, BOUNDS, COMPARED, Estimate, Line, compare
+from pipeline.results.checks import crowded, worst_checks
+from pipeline.results.comparison import (
+    BASELINE,
+    BOUNDS,
+    COMPARED,
+    Estimate,
+    Line,
+    compare,
+    compare_base,
+)
 from pipeline.results.results import (
+    LOWER_IS_BETTER,
     METRIC_TITLES,
-    Group,
     RunResult,
+    base_measures,
+    base_title,
     entry_importances,
     evaluation_sets,
     groups,
@@ -28,12 +38,13 @@ from pipeline.results.results import (
 from pipeline.results.templates import code, render, score
 from pipeline.storage.artifact import write_text
 
-LOWER_IS_BETTER = {"forgetting"}
 HEADLINE_METHODS = 4
 MOST_EXAMPLES = 4
 """Methods whose answers are shown."""
 TABLE_FILE, LATEX_FILE = "metrics.csv", "metrics.tex"
 """The report's table of metrics beside it, with the half width of each mean's interval."""
+BASE_FILE = "base.csv"
+"""What the base model still knows, beside the report: a line per run, task and measure."""
 
 
 def write_report(
@@ -45,7 +56,8 @@ def write_report(
 ) -> dict[str, str]:
     """Write the report on these runs to `file` atomically; return its figures as SVG, by name.
 
-    Writes the table of metrics beside it, as CSV and as LaTeX. `trials` are those of the search
+    Writes the table of metrics beside it, as CSV and as LaTeX, and what the base model still knows
+    as CSV, if it was measured. `trials` are those of the search
     that found the run, one mapping each. Raises `ValueError` if there are no runs, or if they
     learned different tasks.
     """
@@ -79,13 +91,16 @@ def write_report(
         tables=tables,
         has_seeds=len(by_method) < len(runs),
         pictures=pictures,
-        text_losses={of.label: losses for of in by_method if (losses := _text_loss(of))},
+        base=compare_base(runs),
+        base_title=base_title,
+        lower_is_better=LOWER_IS_BETTER,
         without_entries=[
             group.label
             for group in by_method
             if any(run.importance for run in group.runs) and not entry_importances(group)
         ],
-        checks={of.label: worst for of in by_method if (worst := _worst_checks(of))},
+        checks={of.label: worst for of in by_method if (worst := worst_checks(of))},
+        crowded=crowded(runs),
         metric_titles=METRIC_TITLES,
         metric=metric,
         baseline=BASELINE,
@@ -94,6 +109,8 @@ def write_report(
     write_text(file, page)
     write_text(file.with_name(TABLE_FILE), _csv(lines_of))
     write_text(file.with_name(LATEX_FILE), _latex(lines_of))
+    if any(map(base_measures, runs)):
+        write_text(file.with_name(BASE_FILE), _base_csv(runs))
     return {picture.file: picture.svg for picture in pictures}
 
 
@@ -139,6 +156,18 @@ def _csv(tables: Mapping[str, Sequence[Line]]) -> str:
             found = [line.metrics.get(key) for key in METRIC_TITLES]
             numbers = [(of.mean, of.half_width) if of else (None, None) for of in found]
             table.writerow([name, line.group.label, len(line.group.runs), *chain(*numbers)])
+    return out.getvalue()
+
+
+def _base_csv(runs: Sequence[RunResult]) -> str:
+    out = StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["method", "seed", "after_task", "measure", "value"])
+    for run in runs:
+        for measure, values in base_measures(run).items():
+            for index, value in enumerate(values):
+                of_run = (run.metrics["method"], run.metrics["seed"])
+                table.writerow([*of_run, index, measure, value])
     return out.getvalue()
 
 
@@ -241,30 +270,3 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
         if len(scores) > 1:
             best[key] = (min if key in LOWER_IS_BETTER else max)(scores, key=float)
     return best
-
-
-def _text_loss(group: Group) -> list[float]:
-    """Mean loss over seeds on the user's text, for the base model and after each task."""
-    found = [run.metrics.get("base", {}).get("text_loss") for run in group.runs]
-    seeds = [losses for losses in found if losses]
-    return [fmean(losses) for losses in zip(*seeds, strict=True)]
-
-
-def _worst_checks(group: Group) -> dict[str, Any] | None:
-    """Self-checks over all seeds and tasks; None for a method that protects nothing."""
-    of_runs = [list(run.checks.values()) for run in group.runs if run.checks]
-    if not of_runs:
-        return None
-    every = [check for checks in of_runs for check in checks]
-    directions = _measured([checks[-1] for checks in of_runs], "directions_taken")
-    return {
-        "leak": max(_measured(every, "projection_leak"), default=None),
-        "directions": fmean(directions) if directions else None,
-        "movement": [
-            fmean(tenth) for tenth in zip(*_measured(every, "movement_by_decile"), strict=True)
-        ],
-    }
-
-
-def _measured(checks: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
-    return [check[key] for check in checks if check[key] is not None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 
@@ -52,6 +53,37 @@ METRIC_TITLES = {
 }
 """Metrics of an evaluation set, in the order in which they are shown. The terminal, the report and
 MLflow all use these titles."""
+
+
+BASE_TITLES = {
+    "facts": "facts",
+    "text_loss": "text loss",
+    "kl": "KL (text)",
+    "kl_answers": "KL (answers)",
+}
+"""Measures of what the base model still knows; a probe `probes/<name>` is shown by its name."""
+LOWER_IS_BETTER = {"forgetting", "text_loss", "kl", "kl_answers"}
+
+
+def base_title(measure: str) -> str:
+    """The name by which tables and figures show a measure of `base_measures`."""
+    if measure == "probes":
+        return "mean of probes"
+    return BASE_TITLES.get(measure, measure.removeprefix("probes/"))
+
+
+def base_measures(run: RunResult) -> dict[str, list[float]]:
+    """What the base model still knows: by measure, a number per row of the accuracy matrix.
+
+    Probes (`probes/<name>`) come with their acc_norm, and several of them with their mean first.
+    Text loss and KL are in nats per token.
+    """
+    block = run.metrics.get("base", {})
+    probes = {f"probes/{name}": values for name, values in block.get("probes", {}).items()}
+    found: dict[str, list[float]] = {}
+    if len(probes) > 1:
+        found["probes"] = [fmean(row) for row in zip(*probes.values(), strict=True)]
+    return found | probes | {key: block[key] for key in BASE_TITLES if key in block}
 
 
 def metric_name(key: str) -> str:

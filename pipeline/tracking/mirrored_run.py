@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from pipeline.config.naming import method_name
+from pipeline.config.sources import BASE_TASK
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
@@ -151,16 +152,23 @@ class MirroredRun:
         self.state[stage] = "recorded"
 
     def _scores(self, work: ResolvedStage, index: int) -> dict[str, float]:
-        """The row of the accuracy matrix, with the task index as step."""
+        """The row of the accuracy matrix and what the base model still knows, by task index."""
         tasks, scores = self.run.plan.tasks, json.loads(work.read(SCORES) or b"")
         row: dict[str, float] = {
-            f"{name}/{task}": score for task, sets in scores.items() for name, score in sets.items()
+            f"{name}/{task}": score for task in tasks for name, score in scores[task].items()
         }
+        if BASE_TASK in scores.keys() - set(tasks):
+            row["base/facts"] = next(iter(scores[BASE_TASK].values()))
         for name in scores[tasks[0]]:
             if all(name in scores[task] for task in tasks):
                 seen = [scores[task][name] for task in tasks[: max(index, 1)]]
                 row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-        row |= json.loads(work.read(KEPT) or b"{}")
+        base = json.loads(work.read(KEPT) or b"{}")
+        row |= {
+            f"base/{key}": base[key] for key in ("text_loss", "kl", "kl_answers") if key in base
+        }
+        for name, of_probe in base.get("probes", {}).items():
+            row[f"base/probes/{name}"] = of_probe["acc_norm"]
         return {"step": index, **row}
 
     def end(

@@ -25,7 +25,7 @@ def result():
         "evaluation_set": "test",
         **summary(rows),
         "evaluation_sets": {"test": summary(rows)},
-        "held_out": {},
+        "base": {"probes": {name: [0.25, 0.5, 0.5, 0.75] for name in NAMES}},
         "scorers": dict.fromkeys(NAMES, "a`b:c|d"),
     }
     evil = {"command": "agcl run\n# x `a` | <img src=x>"}
@@ -38,6 +38,14 @@ def test_the_terminal_shows_names_as_they_are(result):
     shown = console.file.getvalue()
     for name in NAMES:
         assert shown.count(name) == 2  # A column and a row.
+
+
+def test_the_terminal_shows_names_of_probes_as_they_are(result):
+    console = Console(file=io.StringIO(), width=200)
+    execution.print_base(console, "run", result)
+    execution.print_base_comparison(console, [result])
+    for name in NAMES[:2]:
+        assert name[:12] in console.file.getvalue()
 
 
 def test_progress_shows_names_as_they_are():
@@ -73,7 +81,10 @@ def test_a_model_card_holds_names_in_code_alone(tmp_path, result):
     (tmp_path / "c.yaml").write_text("method: sequential\nmodel: {path: 'x/a`<b>|'}\n")
     lines = card(loading.load(tmp_path / "c.yaml"), result, None).splitlines()
     rows = [line for line in lines if "alert(1)" in line]
-    assert rows == ["| `a'/<script>alert(1)</script>` | `a'b:c/d` |  | 0.000 | 1.000 | 1.000 |"]
+    assert rows == [
+        "| `a'/<script>alert(1)</script>` | `a'b:c/d` |  | 0.000 | 1.000 | 1.000 |",
+        "| `a'/<script>alert(1)</script>` | 0.250 | 0.750 |",
+    ]
     assert "- command: `agcl run # x 'a' / <img src=x>`" in lines
     assert any(line.startswith("`a'<b>/`, fine-tuned on 3 tasks") for line in lines)
     # Four spaces make the config a code block, in which no tag is one.

@@ -21,6 +21,8 @@ def test_the_card_shows_tasks_scores_and_provenance(tiny_config, tmp_path):
     for name, of_set in one.metrics["evaluation_sets"].items():
         numbers = " | ".join(f"{of_set[key]:.3f}" for key in keys)
         assert f"| `{name}` | {numbers} |" in text.splitlines()
+    before, *_, now = one.metrics["base"]["facts"]
+    assert f"| `facts` | {before:.3f} | {now:.3f} |" in text.splitlines()
     assert "- MLflow run: `0123abc`" in text.splitlines()
     assert f"- torch: `{one.provenance['torch']}`" in text.splitlines()
     assert "    method: gate" in text.splitlines()

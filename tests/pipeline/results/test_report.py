@@ -16,8 +16,15 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from agcl.metrics import summary
-from jobs.execution import print_comparison, print_matrices, print_metrics
+from jobs.execution import (
+    print_base,
+    print_base_comparison,
+    print_comparison,
+    print_matrices,
+    print_metrics,
+)
 from pipeline.config.presets import METHODS
+from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of
 from pipeline.results.figures import draw
 from pipeline.results.report import write_report
@@ -28,7 +35,7 @@ from pipeline.search.trial import Progress, Trial
 from pipeline.search.trial import table as trial_table
 
 TASKS = ["harbour", "valley", "island"]
-FEW = {"importance": False, "held_out": False, "sets": ["memorization"]}  # few figures: fast
+FEW = {"importance": False, "base": {}, "sets": ["memorization"]}  # few figures: fast
 HOW_TO_GET_FIGURES = "importance.entries=true to get the figures of importance by layer"
 
 
@@ -47,7 +54,7 @@ def run(
     seed=0,
     kept=0.7,
     importance=True,
-    held_out=True,
+    base=None,
     sets=("memorization", "generalization"),
     **changes,
 ):
@@ -67,7 +74,7 @@ def run(
             "evaluation_set": "memorization",
             **sets["memorization"],
             "evaluation_sets": sets,
-            "held_out": {"base": [0.5] * (len(tasks) + 1)} if held_out else {},
+            "base": {"facts": [0.5] * (len(tasks) + 1)} if base is None else base,
         },
         "config_yaml": "",
         "stages": [],
@@ -197,7 +204,7 @@ def test_the_page_embeds_its_figures_and_refers_to_nothing_outside(comparison):
     of_set = ["forgetting", "stability-plasticity"]
     of_set += [f"accuracy-{method}" for method in ("sequential", "agcl", "gate")]
     expected = {f"{each}-{name}" for each in of_set for name in ("memorization", "generalization")}
-    expected |= {"held-out", "training", "importance-gate", "overlap-gate"}
+    expected |= {"base", "base-learned", "training", "importance-gate", "overlap-gate"}
     assert set(figures) == {f"{name}.svg" for name in expected}
     assert all(svg.startswith("<?xml") and len(svg) > 2000 for svg in figures.values())
     assert len(seen.images()) == len(figures)
@@ -424,17 +431,83 @@ def test_what_changes_a_method_changes_its_controls_too(page):
     assert rows["agcl+changes"] == ["0.150± 0.635", "project_uniform 0.100± 1.271"]
 
 
-def test_losses_on_text_are_averaged_over_seeds(page):
-    runs = [run(seed=seed, **FEW) for seed in (0, 1)]
-    for number, each in enumerate(runs):
-        each.metrics["text_loss"] = [1.0, 2.0, 3.0, 4.0 + number]
-    assert table_with(page(*runs), "Method", "base")[1] == [
-        "agcl",
-        "1.000",
-        "2.000",
-        "3.000",
-        "4.500",
+def base_of(*, lost=0.0, kl=0.25, probes=("hellaswag", "piqa"), steps=3):
+    """A block `base` whose probes fall and whose losses rise from task to task."""
+    part = [step / steps for step in range(steps + 1)]
+    return {
+        "text_loss": [3.0 + lost * each for each in part],
+        "kl": [kl * each for each in part],
+        "kl_answers": [2 * kl * each for each in part],
+        "probes": {name: [0.4 + i / 10 - lost * each / 10 for each in part]
+                   for i, name in enumerate(probes)},
+        "probes_acc": {name: [0.9] * (steps + 1) for name in probes},
+    }  # fmt: skip
+
+
+def test_what_the_base_still_knows_is_averaged_over_seeds(page, tmp_path):
+    few = {"importance": False, "sets": ["memorization"]}
+    runs = [run("agcl", seed=seed, base=base_of(lost=0.1 * seed), **few) for seed in (1, 3)]
+    runs.append(run("sequential", base=base_of(lost=1.0), **few))
+    table = table_with(page(*runs), "Measure", "Base")
+    assert table[0] == ["Measure", "Method", "Base", "After harbour", "After island"]
+    at = {row[0]: (row, table[i + 1]) for i, row in enumerate(table) if len(row) == 5}
+    assert list(at)[1:] == ["mean of probes", "hellaswag", "piqa", "text losslower is better",
+                            "KL (text)lower is better", "KL (answers)lower is better"]  # fmt: skip
+    agcl, sequential = at["text losslower is better"]
+    # 3.1 and 3.3 at the end: t(0.975, 1) * 0.1
+    assert agcl[1:] == ["agcl", "3.000± 0.000", "3.067± 0.424", "3.200± 1.271"]
+    assert sequential == ["sequential", "3.000", "3.333", "4.000"]
+    assert at["mean of probes"][1] == ["sequential", "0.450", "0.417", "0.350"]
+    with (tmp_path / "base.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "sequential"]
+    losses = [(row["after_task"], row["value"]) for row in rows if row["measure"] == "text_loss"]
+    assert [(int(at), float(value)) for at, value in losses] == [
+        *enumerate(base_of(lost=1.0)["text_loss"])
     ]
+    assert {row["measure"] for row in rows} == {"probes", "probes/hellaswag", "probes/piqa",
+                                                "text_loss", "kl", "kl_answers"}  # fmt: skip
+
+
+def ticks(svg):
+    """The numbers of the vertical axis from bottom to top."""
+    numbers = re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", svg)
+    return [float(each) for each in numbers]
+
+
+@pytest.mark.parametrize(
+    ("base", "label", "inverted"),
+    [
+        (base_of(lost=0.5), "mean of probes at the end (acc_norm)", False),
+        (base_of(lost=0.5, probes=["piqa"]), "piqa at the end (acc_norm)", False),
+        ({"text_loss": [3, 3, 3, 4], "facts": [0.9] * 4}, "facts at the end (score)", False),
+        ({"text_loss": [3, 3, 3, 4], "kl": [0, 0, 0, 1]}, "text loss at the end (nats", True),
+        ({"kl": [0, 0, 0, 1]}, "KL (text) at the end (nats", True),
+    ],
+)
+def test_base_kept_is_the_skill_or_else_the_inverted_loss(base, label, inverted):
+    less = base_of(lost=0.2)
+    other = {key: less.get(key, [0.8, 0.6, 0.5, 0.4]) for key in base}
+    few = {"importance": False, "sets": ["memorization"]}
+    drawn = draw([run("agcl", base=base, **few), run("sequential", base=other, **few)])
+    (twin,) = [picture.svg for picture in drawn if picture.section == "base-learned"]
+    assert f"base kept: {label}" in twin
+    heights = {
+        name: float(re.search(rf'<title>{name}: .*?y="([\d.]+)"', twin, flags=re.S)[1])
+        for name in ("agcl", "sequential")
+    }
+    values = {name: float(re.search(rf"<title>{name}: .* ([\d.]+)</title>", twin)[1])
+              for name in heights}  # fmt: skip
+    assert values["agcl"] != values["sequential"]
+    agcl_is_above = heights["agcl"] < heights["sequential"]  # SVG counts from the top.
+    assert agcl_is_above == ((values["agcl"] > values["sequential"]) != inverted)
+
+
+def test_a_measure_that_one_method_lacks_does_not_place_the_methods():
+    few = {"importance": False, "sets": ["memorization"]}
+    only_loss = {"text_loss": [3.0, 3.5, 4.0, 4.5]}
+    runs = [run("agcl", base=base_of(), **few), run("sequential", base=only_loss, **few)]
+    (twin,) = [picture.svg for picture in draw(runs) if picture.section == "base-learned"]
+    assert "base kept: text loss at the end" in twin
 
 
 def test_self_checks_show_the_worst(page):
@@ -445,6 +518,47 @@ def test_self_checks_show_the_worst(page):
     gate = {"train/2-b": {**dict.fromkeys(checks["train/2-b"]), "movement_by_decile": [2.0, 0.5]}}
     rows = table_with(page(run(checks=checks, **FEW), run("gate", checks=gate, **FEW)), "Leak")
     assert rows[1:] == [["agcl", "3.0e-06", "0.200", "–"], ["gate", "–", "–", "2.00 0.50"]]
+
+
+def taken(*shares, **names):
+    """Checks of a projection that takes these shares of layers 0, 1, ... of one kind."""
+    layers = {f"model.layers.{i}.mlp.up_proj.weight": share for i, share in enumerate(shares)}
+    measured = {"movement_by_decile": None, "projection_leak": 0.0, "directions_taken": 0.5}
+    return {**measured, "directions_by_layer": {**layers, **names}}
+
+
+def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page):
+    checks = {"train/2-b": taken(0.9, 0.9), "train/3-c": taken(0.2, 0.6, lm_head=0.7)}
+    of_agcl = [run(seed=0, checks=checks, config_yaml="protect: [{kind: gate}, {kind: project}]",
+                   **FEW)]  # fmt: skip
+    line = ("protection leaves less than half of the input directions of 2 of 3 layers for later "
+            "tasks (most: lm_head, 0.70); lower protect.1.energy")  # fmt: skip
+    assert crowded(of_agcl) == [line]
+    seen = page(*of_agcl)
+    assert f"Warning: {line}." in seen.text
+    assert any("protected input directions" in image["aria-label"] for image in seen.images())
+    (figure,) = [picture.svg for picture in draw(of_agcl) if picture.section == "directions"]
+    titles = re.findall(r"<title>(.*?)</title>", figure)
+    assert {"mlp.up_proj, layer 0: 0.20", "mlp.up_proj, layer 1: 0.60"} <= set(titles)
+    with_base = replace(of_agcl[0], config_yaml="base: {protect: self}\nprotect: [{kind: project}]")
+    assert crowded([with_base])[0].endswith("lower protect.0.energy or base.energy")
+
+
+def test_half_the_directions_on_average_over_seeds_is_no_warning():
+    runs = [
+        run(seed=s, checks={"train/1-a": taken(share)}, **FEW) for s, share in enumerate((0.4, 0.6))
+    ]
+    assert crowded(runs) == []
+    more = run(seed=2, checks={"train/1-a": taken(0.8)}, **FEW)
+    assert "1 of 1 layers" in crowded([*runs, more])[0]
+    assert crowded([*runs, more, run("gate", **FEW)])[0].startswith("agcl: protection leaves")
+
+
+def test_checks_of_a_version_without_directions_by_layer_are_shown():
+    old = {"train/2-b": {key: value for key, value in taken(0.9).items() if "layer" not in key}}
+    one = run(checks=old, **FEW)
+    assert crowded([one]) == []
+    assert not any(picture.section == "directions" for picture in draw([one]))
 
 
 def test_rows_that_were_left_out_are_listed():
@@ -481,11 +595,11 @@ def test_names_are_shown_and_never_run(page):
 
 
 def test_one_task_has_no_transfer_and_no_overlap(page):
-    only = run(tasks=["only"], held_out=False)
+    only = run(tasks=["only"], base={})
     seen = page(only)
     assert "agcl scores 1.00 after 1 task." in seen.text
     assert seen.tables[0][1] == ["agcl", "1.000", "–", "1.000", "–", "1.000", "–"]
-    assert "Held-out" not in seen.text
+    assert "still knows" not in seen.text
     assert "Overlap" not in seen.text
     assert {picture.section for picture in draw([only])} == {"forgetting", "accuracy", "importance"}
 
@@ -570,4 +684,45 @@ def test_the_matrix_of_many_tasks_fits_a_terminal_of_80_columns():
     lines = printed(print_matrices, "agcl", run(tasks=tasks, sets=["memorization"]))
     last = [line.split() for line in lines if line.startswith("30 ") or line.startswith(" 30 ")]
     scores = [word for line in last for word in line if re.fullmatch(r"[01]\.\d{3}", word)]
-    assert len(scores) == 30 + 1  # The held-out skill, too.
+    assert len(scores) == 30
+
+
+def test_the_base_measures_of_one_run_fit_a_terminal_of_80_columns():
+    probes = ("hellaswag", "piqa", "arc_easy_of_the_test_set", "winogrande")
+    one = run(base=base_of(lost=1.0, probes=probes), importance=False)
+    lines = printed(print_base, "agcl", one)
+    after = [line.split()[1:] for line in lines if line.split()[:1] == ["island"]]
+    expected = ["0.450", "0.300", "0.400", "0.500", "0.600", "4.000", "0.250", "0.500"]
+    assert sum(after, []) == expected
+    assert len([line for line in lines if "base model" in line and "still" not in line]) == len(
+        after
+    )
+
+
+def test_the_base_measures_of_methods_fit_a_terminal_of_80_columns():
+    probes = [f"probe_{i}" for i in range(4)]
+    runs = [
+        run(method, seed=seed, base=base_of(lost=0.1 * seed, probes=probes[:count]))
+        for count, method in ((4, "sequential"), (4, "gate_grad_x_param"))
+        for seed in range(3)
+    ]
+    lines = printed(print_base_comparison, runs)
+    rows = [line for line in lines if line.strip().startswith("sequential")]
+    # Lost 0, 0.1, 0.2: t(0.975, 2) * 0.1 / sqrt(3) = .248
+    cells = " ".join(" ".join(row.split()[1:]) for row in rows)
+    assert cells == "0.550 → 0.540 ±.025 3.000 → 3.100 ±.248 0.250 ±.000 0.500 ±.000"
+    assert "mean of" in "".join(lines)
+    few = [run(m, base=base_of(probes=probes[:3])) for m in ("sequential", "agcl")]
+    assert "mean of" not in "".join(printed(print_base_comparison, few))
+
+
+def test_what_was_not_measured_of_the_base_is_not_printed():
+    nothing = [run(method, base={}) for method in ("agcl", "sequential")]
+    assert io.StringIO().getvalue() == "".join(open_printed(nothing))
+
+
+def open_printed(runs):
+    out = io.StringIO()
+    print_base_comparison(Console(file=out, width=80), runs)
+    print_base(Console(file=out, width=80), "agcl", runs[0])
+    return out.getvalue()

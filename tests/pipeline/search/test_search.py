@@ -444,7 +444,7 @@ def check_mlflow(uri, best):
     of_trials = {r.info.run_name: r for r in kinds[("trial", "search")]}
     assert sorted(of_trials) == [f"trial-{number}" for number in range(3)]
     assert of_trials[f"trial-{best.number}"].data.metrics["average"] == best.last.average
-    assert all(run.data.metrics["text_loss"] > 0 for run in of_trials.values())
+    assert all(run.data.metrics["base/text_loss"] > 0 for run in of_trials.values())
     stages = {r.data.tags["stage"] for r in kinds[("stage", "trial")]}
     assert "train" in stages
     assert stages <= {"train", "attribute", "evaluate"}
