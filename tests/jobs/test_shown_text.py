@@ -21,6 +21,7 @@ def result():
     rows = [[0.0] * 3, [1.0, 0, 0], [1.0, 1, 0], [1.0, 1, 1]]
     metrics = {
         "method": "sequential",
+        "seed": 0,
         "tasks": NAMES,
         "evaluation_set": "test",
         **summary(rows),

@@ -53,6 +53,41 @@ def steps(replay, shown):
     return find
 
 
+def test_what_the_base_model_still_knows_is_logged_by_task_index(replay, monkeypatch):
+    read = ResolvedStage.read
+
+    def read_with_base(stage, name):
+        if name != "base.json":
+            return read(stage, name)
+        loss = 3.0 + int(stage.name.partition("/")[2][0])
+        probes = {"piqa": {"acc": 0.0, "acc_norm": loss / 10}}
+        later = {"kl": loss / 5} if loss > 3 else {"kl": 0.0}
+        return json.dumps({"text_loss": loss, "probes": probes, **later}).encode()
+
+    monkeypatch.setattr(ResolvedStage, "read", read_with_base)
+    with replay.mirror() as mirror:
+        replay.complete("tokenizer", "prepare", "pretrain", "evaluate")
+        mirror.add("tiny", replay.run)
+        client, parent = mlflow.MlflowClient(replay.uri), mirror.run_of("tiny")
+
+        def points(key):
+            found = client.get_metric_history(parent, key)
+            return sorted((point.step, point.value) for point in found)
+
+        assert points("base/text_loss") == [(0, 3.0), (1, 4.0), (2, 5.0)]
+        assert points("base/kl") == [(0, 0.0), (1, 0.8), (2, 1.0)]
+        assert points("base/probes/piqa") == [(0, 0.3), (1, 0.4), (2, 0.5)]
+        facts = [
+            next(iter(json.loads(read(work, "scores.json"))["base"].values()))
+            for stage, work in replay.run.resolved.items()
+            if stage.startswith("evaluate/")
+        ]
+        assert points("base/facts") == list(enumerate(facts))
+        assert len(facts) == 3
+        logged = client.get_run(parent).data.metrics
+        assert not any(key.endswith("/base") for key in logged)
+
+
 @contextmanager
 def broken(replay):
     """MLflow's database lacks a table."""
