@@ -94,7 +94,7 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
 
 def print_base(console: Console, label: str, result: RunResult) -> None:
     """What the base model still knows, before the first and after every task."""
-    measures = base_measures(result)
+    measures = {key: of for key, of in base_measures(result).items() if key != "probes"}
     names = [fill(base_title(measure), 12) for measure in measures]
     title = f"{label}: what the base model still knows"
     _print_by_task(console, title, result.metrics["tasks"], names, list(measures.values()))
