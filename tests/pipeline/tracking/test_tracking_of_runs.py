@@ -113,6 +113,9 @@ def test_the_matrix_is_logged_by_task_index(finished, client, parents):
             for column, task in enumerate(metrics["tasks"]):
                 expected = [(i, row[column]) for i, row in enumerate(values["accuracy_matrix"])]
                 assert history(client, parent, f"{name}/{task}") == expected
+        assert set(metrics["base"]) >= {"facts", "kl_answers"}
+        for key in metrics["base"].keys() - {"probes", "probes_acc"}:
+            assert history(client, parent, f"base/{key}") == [*enumerate(metrics["base"][key])]
 
 
 def test_final_metrics_are_on_the_parent_at_the_last_task(finished, client, parents):
@@ -151,7 +154,9 @@ def paths(client, run, folder=None):
 def test_importances_and_figures_are_artifacts_of_the_parent(finished, client, parents, tmp_path):
     for label, parent in parents.items():
         found = paths(client, parent)
-        assert {"config.yaml", "metrics.json", "metrics.csv", "report.html"} <= set(found)
+        assert {"config.yaml", "metrics.json", "metrics.csv", "base.csv", "report.html"} <= set(
+            found
+        )
         pictures = [path for path in found if path.startswith("figures/")]
         assert pictures
         for path in pictures[:2]:
