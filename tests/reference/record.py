@@ -29,5 +29,7 @@ def check_whole(uri, run):
     for column, task in enumerate(metrics["tasks"]):
         expected = [(index, row[column]) for index, row in enumerate(rows)]
         assert points(parent, f"memorization/{task}") == expected
+    for key in ("facts", "kl_answers"):
+        assert points(parent, f"base/{key}") == [*enumerate(metrics["base"][key])]
     average = metrics["average_performance"]
     assert points(parent, "average") == [(len(metrics["tasks"]), average)]
