@@ -20,6 +20,9 @@ from agcl.parallel import distributed
 from agcl.tasks import records
 from agcl.tasks.batches import by_length
 
+_SOFTMAX_TOKENS = 128
+"""Tokens whose chances are held in float32 at a time, over the whole vocabulary."""
+
 
 class Question(NamedTuple):
     """A context, what may follow it, and the index of the right choice."""
@@ -87,11 +90,15 @@ def score(
             shared.setdefault((number, tuple(context)), []).append((choice, continuation))
     groups = list(shared.items())
     most = max((len(question.choices) for question in questions), default=1)
-    lengths = [len(ids) + max(len(c) for _, c in options) for (_, ids), options in groups]
+    # By the longest choice, which is padded once per choice, then by context.
+    lengths = [max(len(ids) for _, ids in options) for options in shared.values()]
+    order = [
+        length * 2**24 + len(ids) for length, ((_, ids), _) in zip(lengths, groups, strict=True)
+    ]
     found = torch.zeros(len(questions), most, dtype=torch.float64, device=model.device)
     was_training = model.training
     model.eval()
-    batches = by_length(lengths, max(1, batch_size // most))
+    batches = by_length(order, max(1, batch_size // most))
     for number, counts in distributed.in_turn(len(batches)):
         batch = [groups[i] for i in batches[number]]
         contexts = [list(context) for (_, context), _ in batch]
@@ -175,8 +182,12 @@ def _log_likelihoods(
             use_cache=True,
         )
     expected = torch.tensor([token for _, option in pairs for token in option], device=ids.device)
-    losses = cross_entropy(output.logits.squeeze(0).float(), expected, reduction="none").double()
-    return -losses.new_zeros(len(pairs)).index_add(0, tokens.nonzero()[:, 0], losses)
+    parts = zip(
+        output.logits[0].split(_SOFTMAX_TOKENS), expected.split(_SOFTMAX_TOKENS), strict=True
+    )
+    losses = [cross_entropy(logits.float(), ids, reduction="none") for logits, ids in parts]
+    total = torch.zeros(len(pairs), dtype=torch.float64, device=ids.device)
+    return -total.index_add(0, tokens.nonzero()[:, 0], torch.cat(losses).double())
 
 
 def _padded(rows: list[list[int]], *, left: bool, like: PreTrainedModel) -> tuple[Tensor, Tensor]:

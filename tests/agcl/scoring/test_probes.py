@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from reference import families, sharded
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from agcl.errors import InputError
@@ -14,7 +16,7 @@ from agcl.model.models import builtin_tokenizer
 from agcl.scoring.probes import Question, read, score
 
 WORDS = "river stone lantern orchard copper violin harbour meadow thistle ember".split()
-VOCABULARY = 300
+VOCABULARY = 400
 LLAMA = "LlamaForCausalLM"
 
 
@@ -65,7 +67,7 @@ def one_by_one(model, tokenizer, question):
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)
 def test_log_likelihoods_match_a_forward_pass_per_choice(architecture, tokenizer):
-    model = model_of(architecture, torch.float64)
+    model, exact = model_of(architecture), model_of(architecture, torch.float64)
     limit = model.config.max_position_embeddings
     lengths = [len(tokenizer(question.context)["input_ids"]) for question in QUESTIONS]
     assert min(lengths) == 0
@@ -74,8 +76,8 @@ def test_log_likelihoods_match_a_forward_pass_per_choice(architecture, tokenizer
     for question, found in zip(
         QUESTIONS, score(model, tokenizer, QUESTIONS, batch_size=12), strict=True
     ):
-        expected = one_by_one(model, tokenizer, question)
-        assert found.log_likelihoods == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        expected = one_by_one(exact, tokenizer, question)
+        assert found.log_likelihoods == pytest.approx(expected, rel=2e-5)
         assert found.by_sum == np.argmax(expected)
         sizes = [len(choice) for choice in question.choices]
         assert found.by_length == np.argmax(np.array(expected) / sizes)
@@ -208,19 +210,11 @@ def test_a_file_that_holds_no_questions_is_named(tmp_path):
 
 def with_bos(tokenizer):
     """The tokenizer, putting BOS before every text as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
-    inner = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", bos_token="<eos>"
-    )
-    end = tokenizer.eos_token
-    inner = PreTrainedTokenizerFast(
-        tokenizer_object=inner.backend_tokenizer, eos_token=end, bos_token=end
-    )
-    inner.backend_tokenizer.post_processor = TemplateProcessing(
+    backend, end = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token
+    backend.post_processor = TemplateProcessing(
         single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
     )
-    return inner
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, bos_token=end)
 
 
 @pytest.mark.parametrize("bos", [False, True])
