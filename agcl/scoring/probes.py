@@ -4,7 +4,7 @@ What `acc` and `acc_norm` of its multiple-choice tasks measure (Gao et al. 2024,
 https://github.com/EleutherAI/lm-evaluation-harness), without examples before the question.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ def score(
     *,
     batch_size: int,
     precision: Precision = "float32",
+    log: Callable[[int], None] = lambda questions_done: None,
 ) -> list[Scored]:
     """The log-likelihood of every choice, and the two that the model chooses.
 
@@ -109,6 +110,7 @@ def score(
             places = [(question, choice) for (question, _), each in batch for choice, _ in each]
             rows, columns = zip(*places, strict=True)
             found[list(rows), list(columns)] = likelihoods
+        log(len(questions) * (number + 1) // len(batches))
     model.train(was_training)
     distributed.sum_in_place([found])
     scored = []

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
-from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.config.method import (
     Adapter,
@@ -132,6 +139,20 @@ class Evaluation(Section):
     training costs the model's other skills."""
     text_tokens: int = Field(20_000, ge=2)
     """Maximum tokens, from the beginning of the text."""
+    probes: tuple[Place, ...] = ()
+    """Files of multiple-choice questions, to measure general skills before and after every task as
+    lm-evaluation-harness does: JSON Lines of `{"context": ..., "choices": [...], "answer": index}`.
+    A probe is called by its file's name without extension. Not scored in a search's trials."""
+    probe_rows: Positive | None = 500
+    """Maximum questions per probe, the same random ones every time; null takes all."""
+
+    @field_validator("probes")
+    @classmethod
+    def _have_names_of_their_own(cls, files: tuple[Path, ...]) -> tuple[Path, ...]:
+        for index, file in enumerate(files):
+            if file.stem in [other.stem for other in files[:index]]:
+                raise ValueError(f"two files are called {file.stem!r}; rename one")
+        return files
 
     @model_validator(mode="after")
     def _has_validation_rows(self) -> "Evaluation":
