@@ -176,10 +176,10 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"evaluation.set: not every task has a set {wanted!r} (all have "
             f"{', '.join(sorted(common))})"
         )
-    for file in config.evaluation.probes:
+    for probe in config.evaluation.probes:
         with _named("evaluation.probes"):
-            check_pulled(file)
-            probes.read(file)
+            check_pulled(probe)
+            probes.read(probe)
     if file := config.evaluation.text:
         _check_text(file, "evaluation.text")
 

@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,6 +36,8 @@ def measure(
     itself, which has no input `base`, and are not measured in a search's trials. `probes` holds
     the accuracies on every input `probe/<name>`.
     """
+    # First, while memory holds no second model.
+    of_probes = probe_scores(model, tokenizer, inputs, config, out_dir, context)
     options = {"precision": config["precision"]}
     found: dict[str, Any] = {}
     base = None
@@ -58,7 +61,7 @@ def measure(
         gc.collect()  # Cycles would keep a sharded base in memory while the next task is trained.
     if found:
         context.log(found, len(named("rows/", inputs)) + 1)
-    if of_probes := probe_scores(model, tokenizer, inputs, config, out_dir, context):
+    if of_probes:
         found["probes"] = of_probes
     if context.is_first_worker:
         write_json(out_dir / KEPT, found)
@@ -81,6 +84,10 @@ def probe_scores(
     # Behind the steps of the tasks' scores, from which `agcl plan` takes the time per row.
     step = len(named("rows/", inputs)) + 1
     end = step + sum(map(len, asked.values()))
+
+    def log(before: int, done: int) -> None:
+        context.log({"of_steps": end}, before + done)
+
     found: dict[str, dict[str, float]] = {}
     lines: list[dict[str, Any]] = []
     for name, by_number in asked.items():
@@ -90,7 +97,7 @@ def probe_scores(
             list(by_number.values()),
             batch_size=config["batch_size"],
             precision=config["precision"],
-            log=lambda done, start=step: context.log({"of_steps": end}, start + done),
+            log=partial(log, step),
         )
         of_probe = [
             {

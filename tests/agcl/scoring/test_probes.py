@@ -21,7 +21,7 @@ LLAMA = "LlamaForCausalLM"
 
 
 def questions():
-    """Of 2 to 4 choices of several lengths, behind contexts of no token to more than the model's."""
+    """Of 2 to 4 choices, behind contexts of no token up to more than the model has positions."""
     drawn = random.Random(0)
     said = [" ".join(drawn.choices(WORDS, k=n)) for n in (0, 0, 1, 1, 2, 3, 5, 8, 10, 60, 75)]
     said[2], said[3], said[4] = "a", said[3] + "  ", said[4] + " \n "
