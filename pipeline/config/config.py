@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     SerializationInfo,
     field_serializer,
-    field_validator,
     model_validator,
 )
 
@@ -146,18 +145,14 @@ class Evaluation(Section):
     probe_rows: Positive | None = 500
     """Maximum questions per probe, the same random ones every time; null takes all."""
 
-    @field_validator("probes")
-    @classmethod
-    def _have_names_of_their_own(cls, files: tuple[Path, ...]) -> tuple[Path, ...]:
-        for index, file in enumerate(files):
-            if file.stem in [other.stem for other in files[:index]]:
-                raise ValueError(f"two files are called {file.stem!r}; rename one")
-        return files
-
     @model_validator(mode="after")
-    def _has_validation_rows(self) -> "Evaluation":
+    def _consistent(self) -> "Evaluation":
         if self.rows == "validation" and not self.validation:
             raise ValueError("validation: required if rows is validation")
+        names = [file.stem for file in self.probes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"probes: two files are called {name!r}; rename one")
         return self
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.metrics import summary
 from agcl.model import models
+from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl
-from agcl.scoring.probes import Question, score
 from agcl.tasks import EncodedRows
 from pipeline.config.presets import METHODS
 
@@ -264,7 +264,9 @@ def test_probes_are_scored_before_and_after_every_task(run_method, tmp_path):
         assert len({row["question"] for row in of_probe}) == len(of_probe) == count
         asked = [QUESTIONS[row["question"]] for row in of_probe]
         assert [row["answer"] for row in of_probe] == [each["answer"] for each in asked]
-        expected = score(model, tokenizer, [Question(**each) for each in asked], batch_size=1)
+        expected = probes.score(
+            model, tokenizer, [probes.Question(**each) for each in asked], batch_size=1
+        )
         assert [(row["acc"], row["acc_norm"]) for row in of_probe] == [s[1:] for s in expected]
         for key, which in (("probes", "acc_norm"), ("probes_acc", "acc")):
             right = [row[which] == row["answer"] for row in of_probe]
