@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -66,16 +67,25 @@ def compiled(
             layer._compiled_call_impl = None
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits that predict the answer tokens, (answer tokens, vocabulary), row by row."""
-    # Apply the head to these positions only: with a large vocabulary it is a fifth of a small
-    # model's weights, and logits for all positions would be the largest tensor of the pass.
-    places = answer_places(batch)
+@contextmanager
+def head_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
+    """Apply the output head to some positions only: logits become (1, positions, vocabulary).
+
+    `places` is a mask, (lines, tokens) bool.
+    """
+    # With a large vocabulary the head is a fifth of a small model's weights, and logits for all
+    # positions would be the largest tensor of the pass.
 
     def keep(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, :-1][places].unsqueeze(0), *args[1:])
+        return (args[0][places].unsqueeze(0), *args[1:])
 
     head = cast(nn.Module, model.get_output_embeddings())
     with head.register_forward_pre_hook(cast(Any, keep)):
+        yield
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits that predict the answer tokens, (answer tokens, vocabulary), row by row."""
+    with head_at(model, pad(answer_places(batch), (0, 1))):
         output = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return cast(Tensor, output.logits).squeeze(0)

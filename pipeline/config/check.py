@@ -14,6 +14,7 @@ from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
 from agcl.model import models
+from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
 from transformers.utils import logging
@@ -175,6 +176,10 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"evaluation.set: not every task has a set {wanted!r} (all have "
             f"{', '.join(sorted(common))})"
         )
+    for probe in config.evaluation.probes:
+        with _named("evaluation.probes"):
+            check_pulled(probe)
+            probes.read(probe)
     if file := config.evaluation.text:
         _check_text(file, "evaluation.text")
 

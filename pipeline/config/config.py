@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
-from pydantic import AfterValidator, Field, SerializationInfo, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializationInfo,
+    field_serializer,
+    model_validator,
+)
 
 from pipeline.config.method import (
     Adapter,
@@ -132,11 +138,21 @@ class Evaluation(Section):
     training costs the model's other skills."""
     text_tokens: int = Field(20_000, ge=2)
     """Maximum tokens, from the beginning of the text."""
+    probes: tuple[Place, ...] = ()
+    """Files of multiple-choice questions, to measure general skills before and after every task as
+    lm-evaluation-harness does: JSON Lines of `{"context": ..., "choices": [...], "answer": index}`.
+    A probe is called by its file's name without extension. Not scored in a search's trials."""
+    probe_rows: Positive | None = 500
+    """Maximum questions per probe, the same random ones every time; null takes all."""
 
     @model_validator(mode="after")
-    def _has_validation_rows(self) -> "Evaluation":
+    def _consistent(self) -> "Evaluation":
         if self.rows == "validation" and not self.validation:
             raise ValueError("validation: required if rows is validation")
+        names = [file.stem for file in self.probes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"probes: two files are called {name!r}; rename one")
         return self
 
 

@@ -32,6 +32,9 @@ def check_places(config: Config) -> None:
                     raise InputError(f"task {source.name}: no {role} file {path}")
     if config.base.protect == "text" and config.base.text and not config.base.text.exists():
         raise InputError(f"base.text: no file or folder {config.base.text}")
+    for file in config.evaluation.probes:
+        if not file.is_file():
+            raise InputError(f"evaluation.probes: no file {file}")
     if not config.model.is_builtin and not config.model.folder.is_dir():
         raise InputError(f"model.path: no folder {config.model.folder}")
 

@@ -278,6 +278,8 @@ def evaluate_stage(
     inputs |= {f"rows/{task}": stage for task, stage in rows.items()}
     if base and not in_trial:
         inputs["base"] = base
+    if not in_trial:
+        inputs |= {f"probe/{file.stem}": External(file) for file in settings.probes}
     if settings.text:
         inputs["text"] = External(settings.text)
     of_tasks = (str(stage.config["task"].get("scorer", "")) for stage in rows.values())
@@ -287,7 +289,7 @@ def evaluate_stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
-            **settings.model_dump(mode="json", exclude={"rows", "set", "text"}),
+            **settings.model_dump(mode="json", exclude={"rows", "set", "text", "probes"}),
             "validation": settings.validation if in_trial else None,
             "chat_template": config.tasks.chat_template,
             "saved": last and not in_trial,

@@ -3,16 +3,21 @@
 import gc
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from agcl.model import models
+from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss, text_loss_and_kl
-from agcl.tasks import Encoded, EncodedRows
+from agcl.tasks import Encoded, EncodedRows, sample
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import KEPT, SUMMARY, named, rows_file
+from pipeline.stages.files import KEPT, PROBES, SUMMARY, named, rows_file
 from pipeline.storage.artifact import write_json
 
 
@@ -28,8 +33,11 @@ def measure(
 
     `text_loss` on the input `text`, `kl` from the input `base` on the same tokens, and `kl_answers`
     on the answers of the config's `new` tasks, all in nats per token. Both are 0 for the base model
-    itself, which has no input `base`, and are not measured in a search's trials.
+    itself, which has no input `base`, and are not measured in a search's trials. `probes` holds
+    the accuracies on every input `probe/<name>`.
     """
+    # First, while memory holds no second model.
+    of_probes = probe_scores(model, tokenizer, inputs, config, out_dir, context)
     options = {"precision": config["precision"]}
     found: dict[str, Any] = {}
     base = None
@@ -53,8 +61,64 @@ def measure(
         gc.collect()  # Cycles would keep a sharded base in memory while the next task is trained.
     if found:
         context.log(found, len(named("rows/", inputs)) + 1)
+    if of_probes:
+        found["probes"] = of_probes
     if context.is_first_worker:
         write_json(out_dir / KEPT, found)
+
+
+def probe_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Path],
+    config: Mapping[str, Any],
+    out_dir: Path,
+    context: Context,
+) -> dict[str, dict[str, float]]:
+    """`acc` and `acc_norm` by probe; writes `probes.parquet` with a line per question."""
+    asked = {}
+    for name, file in named("probe/", inputs).items():
+        questions = probes.read(file)
+        chosen = sample(len(questions), config["probe_rows"] or len(questions), seed=0)
+        asked[name] = {i: questions[i] for i in chosen}
+    # Behind the steps of the tasks' scores, from which `agcl plan` takes the time per row.
+    step = len(named("rows/", inputs)) + 1
+    end = step + sum(map(len, asked.values()))
+
+    def log(before: int, done: int) -> None:
+        context.log({"of_steps": end}, before + done)
+
+    found: dict[str, dict[str, float]] = {}
+    lines: list[dict[str, Any]] = []
+    for name, by_number in asked.items():
+        scored = probes.score(
+            model,
+            tokenizer,
+            list(by_number.values()),
+            batch_size=config["batch_size"],
+            precision=config["precision"],
+            log=partial(log, step),
+        )
+        of_probe = [
+            {
+                "probe": name,
+                "question": number,
+                "answer": question.answer,
+                "acc": each.by_sum,
+                "acc_norm": each.by_length,
+            }
+            for (number, question), each in zip(by_number.items(), scored, strict=True)
+        ]
+        found[name] = {
+            key: fmean(line[key] == line["answer"] for line in of_probe)
+            for key in ("acc", "acc_norm")
+        }
+        lines += of_probe
+        step += len(by_number)
+        context.log({f"probes/{name}": found[name]["acc_norm"], "of_steps": end}, step)
+    if found and context.is_first_worker:
+        pq.write_table(pa.Table.from_pylist(lines), out_dir / PROBES)
+    return found
 
 
 def _answers(tasks: list[str], inputs: Mapping[str, Path]) -> list[Encoded]:

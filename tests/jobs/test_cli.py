@@ -71,6 +71,18 @@ def test_a_bad_row_to_protect_is_refused_with_file_and_row(refused, tmp_path):
     assert f"{rows}, line 2" in line or f"{rows}, row 2" in line
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no file {}"), ("", "{}: no question"), ('{"context": "a"}', "{}, line 1: no column")],
+)
+def test_a_bad_probe_is_refused(refused, tmp_path, content, said):
+    file = tmp_path / "skills.jsonl"
+    if content is not None:
+        file.write_text(content)
+    line = refused("", f"evaluation.probes=[{file}]")
+    assert line.startswith(f"agcl: evaluation.probes: {said.format(file)}")
+
+
 def test_layers_that_the_model_has_not_are_refused(refused, model_folder):
     said = "agcl: freeze.layers: no layer 4; the model has layers 0 to 3"
     settings = ["method=freeze", "freeze.layers=[1,4]"]

@@ -18,6 +18,7 @@ from agcl.model import models
 from agcl.model.forward import activation_checkpointing
 from agcl.modulation import GatedAdamW, quadratic_penalty
 from agcl.parallel import distributed, sharding
+from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
 from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
@@ -27,9 +28,9 @@ from agcl.train import train_task
 SETTINGS = {"epochs": 2, "batch_size": 5, "micro_batch_size": 2, "seed": 3}
 
 
-def model_of(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def model_of(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The model, sharded if there are several ranks."""
-    built = families.model(architecture, dtype=dtype, seed=seed)
+    built = families.model(architecture, dtype=dtype, **changes)
     return sharding.shard(built, torch.device("cpu")) if distributed.world_size() > 1 else built
 
 
@@ -87,6 +88,12 @@ def scores(
             answer_kl(model, base, rows),
         ],
     )
+
+
+def probed(architecture: str, tokenizer: Any, questions: Any) -> Any:
+    """Scores of multiple-choice questions, in batches of about six choices."""
+    model = model_of(architecture, vocab_size=len(tokenizer))
+    return probes.score(model, tokenizer, questions, batch_size=6)
 
 
 def importance(architecture: str, rows: Sequence[Encoded], **options: Any) -> Any:

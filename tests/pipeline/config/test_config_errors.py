@@ -67,6 +67,8 @@ def problem(tmp_path):
         ("protect=5", "protect: "),
         ("protect=[]", "protect: "),
         ("evaluation.batch_size=0", "evaluation.batch_size: "),
+        ("evaluation.probe_rows=0", "evaluation.probe_rows: "),
+        ("evaluation.probes=[a/x.jsonl, b/x.json]", "evaluation.probes: two files are called 'x'"),
         ("resources.num_workers=0", "resources.num_workers: "),
         ("seed=4294967296", "seed: "),
         ("training.epochs=1000000000000", "training.epochs: "),

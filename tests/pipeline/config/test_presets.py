@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.metrics import summary
+from agcl.model import models
+from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl
 from agcl.tasks import EncodedRows
 from pipeline.config.presets import METHODS
@@ -240,6 +242,46 @@ def test_what_the_base_knew_is_measured_before_and_after_every_task(run_method, 
         assert min(values[1:]) > 1e-3
 
 
+QUESTIONS = [
+    {"context": f"Who lives in {place}?", "choices": [*names, "Mara"], "answer": i % 3}
+    for i, place in enumerate(["the harbour", "the valley", "Rome"] * 4)
+    for names in (["Ada Holm", "Bo"], ["nobody at all", "Cleo Ray"])
+]
+
+
+def test_probes_are_scored_before_and_after_every_task(run_method, tmp_path):
+    for name, count in (("places", 24), ("few", 3)):
+        lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS[:count])
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    files = f"[{tmp_path}/places.jsonl, {tmp_path}/few.jsonl]"
+    works = run_method("sequential", f"evaluation.probes={files}", "evaluation.probe_rows=20")
+    base, last = metrics(works)["base"], works["evaluate/2-valley"].folder
+    rows = pq.read_table(last / "probes.parquet").to_pylist()
+    folder = works["train/2-valley"].folder
+    model, tokenizer = models.load_model(folder), AutoTokenizer.from_pretrained(folder)
+    for name, count in (("places", 20), ("few", 3)):
+        of_probe = [row for row in rows if row["probe"] == name]
+        assert len({row["question"] for row in of_probe}) == len(of_probe) == count
+        asked = [QUESTIONS[row["question"]] for row in of_probe]
+        assert [row["answer"] for row in of_probe] == [each["answer"] for each in asked]
+        expected = probes.score(
+            model, tokenizer, [probes.Question(**each) for each in asked], batch_size=1
+        )
+        assert [(row["acc"], row["acc_norm"]) for row in of_probe] == [s[1:] for s in expected]
+        for key, which in (("probes", "acc_norm"), ("probes_acc", "acc")):
+            right = [row[which] == row["answer"] for row in of_probe]
+            assert len(base[key][name]) == 3
+            assert base[key][name][-1] == pytest.approx(sum(right) / count)
+    log = [json.loads(line) for line in (last / "log.jsonl").read_text().splitlines()]
+    assert [line["probes/few"] for line in log if "probes/few" in line] == [
+        base["probes"]["few"][2]
+    ]
+    steps = [line["step"] for line in log if "of_steps" in line]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 4
+    assert max(steps) == log[-2]["of_steps"]
+
+
 @pytest.mark.parametrize(
     ("method", "stage", "tasks"),
     [("joint", "joint", ("harbour", "valley")), ("solo", "2-valley", ("valley",))],
@@ -259,8 +301,10 @@ def test_kl_answers_is_on_all_tasks_that_the_model_was_just_trained_on(
     assert (found[1] == found[2]) is (method == "joint")
 
 
-def test_a_trial_compares_with_no_base_model(run_method):
-    works = run_method("sequential", "evaluation.validation=0.4", "evaluation.rows=validation")
+def test_a_trial_measures_nothing_of_the_base_model(run_method, tmp_path):
+    (tmp_path / "probe.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    settings = ["evaluation.validation=0.4", f"evaluation.probes=[{tmp_path}/probe.jsonl]"]
+    works = run_method("sequential", *settings, "evaluation.rows=validation")
     assert "base" not in works["evaluate/1-harbour"].inputs
     assert json.loads((works["evaluate/1-harbour"].folder / "base.json").read_text()) == {}
     assert metrics(works)["base"].keys() == {"facts"}

@@ -174,6 +174,7 @@ def test_stages_of_a_kind_have_the_same_keys_whatever_is_set(stages, kind, tmp_p
         "training.warmup=0.1",
         "importance.entries=true",
         f"evaluation.text={tmp_path}/text.txt",
+        f"evaluation.probes=[{tmp_path}/text.txt]",
         "evaluation.validation=0.2",
         "evaluation.rows=validation",
     ]
