@@ -22,11 +22,14 @@ def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
     found: dict = {}
     exec(compile(code, "README.md", "exec"), found)
     before = load_file(folder / "model.safetensors")
-    bases = found["bases"]([found["old"]], energy=0.8)
+    bases = found["basis"]
     moved = {name: p.detach().cpu() - before[name] for name, p in found["model"].named_parameters()
              if name in bases}  # fmt: skip
     assert all(step.norm() > 0 for step in moved.values())
     leaks = [(step @ bases[name]).norm() / step.norm() for name, step in moved.items()]
     assert torch.stack(leaks).max() < 1e-4
-    assert found["old"].moments
-    assert (tmp_path / "old.safetensors").is_file()
+    frozen = [n for n, p in found["model"].named_parameters() if n not in bases]
+    assert all(
+        torch.equal(found["model"].get_parameter(n), before[n]) for n in frozen if n in before
+    )
+    assert (tmp_path / "base.safetensors").is_file()
