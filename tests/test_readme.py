@@ -27,7 +27,7 @@ def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
              if name in bases}  # fmt: skip
     assert all(step.norm() > 0 for step in moved.values())
     leaks = [(step @ bases[name]).norm() / step.norm() for name, step in moved.items()]
-    assert torch.stack(leaks).max() < 1e-4
+    assert torch.stack(leaks).max() < 1e-3
     frozen = [n for n, p in found["model"].named_parameters() if n not in bases]
     assert all(
         torch.equal(found["model"].get_parameter(n), before[n]) for n in frozen if n in before
