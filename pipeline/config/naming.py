@@ -14,7 +14,7 @@ _TUNABLE = {
     "correct_only",
 }
 """Keys of `importance` that no method is known by; like any number that is not 0."""
-_OF_BASE = ("base.protect", "base.weighting")
+_OF_BASE = ("base.protect", "base.energy", "base.weighting")
 """Keys of `base` that a method is known by; the others say what its text or rows are."""
 
 

@@ -99,7 +99,8 @@ def protect(
                 protection.penalty = quadratic_penalty(
                     dict(model.named_parameters()), every, strength=item["strength"]
                 )
-        acts = item.get("strength") or item.get("energy") or (known and item["kind"] == "project")
+        # A projection's energy is that of tasks; the base model's directions are known.
+        acts = known or (past and item["energy"]) if item["kind"] == "project" else item["strength"]
         if every and acts and item["ungated"] == "freeze":
             protection.only = set(every[0].weights)
     protection.remember(model)

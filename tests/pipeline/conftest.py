@@ -87,10 +87,13 @@ def run_configs():
 
 @pytest.fixture(scope="session")
 def finished(tiny_config, run_configs, tmp_path_factory):
-    """Three methods over one tiny sequence, run together on Ray, tracked in sqlite."""
+    """Three methods over one tiny sequence, run together on Ray, tracked in sqlite.
+
+    Only `solo` protects the base model, so the others share their first task with its solo model.
+    """
     root = tmp_path_factory.mktemp("finished")
     storage = root / "storage"
-    gate = ["protect.0.kind=gate", "protect.0.on=gradient"]
+    gate = ["protect.0.kind=gate", "protect.0.on=gradient", "base.protect=none"]
     both = ["protect=[{kind: gate, strength: 0.5}, {kind: project, energy: 0.8}]"]
     named = {
         "sequential": tiny_config(storage, method="sequential"),

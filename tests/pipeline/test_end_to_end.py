@@ -1,6 +1,7 @@
 """Three methods over one tiny sequence on a real Ray cluster: what a user finds afterwards."""
 
 import json
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -12,7 +13,7 @@ from agcl.importance import Importance
 from agcl.tasks import EncodedRows, facts
 from pipeline.config import loading
 from pipeline.config.naming import method_description
-from pipeline.storage import artifact
+from pipeline.storage import Local, artifact
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -30,45 +31,22 @@ def same_bits(first, second):
     return all(torch.equal(one[k].view(torch.int32), two[k].view(torch.int32)) for k in one)
 
 
-@pytest.mark.parametrize(
-    "without_effect",
-    [
-        ["protect.0.kind=gate", "protect.0.strength=0"],
-        ["protect.0.kind=gate", "protect.0.strength=0", "protect.0.on=gradient"],
-        ["protect.0.kind=project", "protect.0.energy=0"],
-    ],
-)
-def test_strength_zero_is_sequential_bit_for_bit(
-    finished, tiny_config, run_in_process, tmp_path, without_effect
+@pytest.mark.parametrize(("label", "first_is_protected"), [("gradient", False), ("solo", True)])
+def test_a_protection_changes_the_first_model_only_if_it_protects_the_base(
+    finished, label, first_is_protected
 ):
-    works = run_in_process(tiny_config(tmp_path / "storage", *without_effect))
-    for stage in TRAINED:
-        assert same_bits(works[stage].folder, finished.artifact("sequential", stage))
-    # Trained by a stage of its own, not merely the same artifact.
-    assert (
-        works[TRAINED[1]].fingerprint
-        != finished.runs["sequential"].resolved[TRAINED[1]].fingerprint
-    )
-    matrices = [
-        json.loads((folder / "metrics.json").read_text())["accuracy_matrix"]
-        for folder in (works["report"].folder, finished.artifact("sequential", "report"))
-    ]
-    assert matrices[0] == matrices[1]
-
-
-@pytest.mark.parametrize("label", ["gradient", "solo"])
-def test_a_protection_changes_the_second_model_and_not_the_first(finished, label):
-    for stage, same in zip(TRAINED, (True, False), strict=True):
+    for stage, same in zip(TRAINED, (not first_is_protected, False), strict=True):
         own, sequential = (finished.artifact(n, stage) for n in (label, "sequential"))
         assert same_bits(own, sequential) is same
 
 
 def test_protections_freeze_what_has_no_importance(finished):
-    before, after = (weights(finished.artifact("solo", stage)) for stage in TRAINED)
-    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
-    assert not torch.equal(
-        before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
-    )
+    stages = ["pretrain", *TRAINED]
+    for before, after in pairwise(weights(finished.artifact("solo", stage)) for stage in stages):
+        assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+        assert not torch.equal(
+            before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
+        )
 
 
 def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
@@ -147,9 +125,13 @@ def test_importances_are_those_of_their_task_and_method(finished):
     assert solo.header["rows_attributed"] == round(12 * correct)
     assert solo.moments.keys() == solo.entries.keys() == gradient.entries.keys()
     assert not gradient.moments
-    # The first task's model is the same alone and in the sequence.
+    # The first task's model is the same alone and in a sequence that does not protect the base.
     assert all(torch.equal(solo.entries[k], gradient.entries[k]) for k in solo.entries)
     assert not solo.is_zero()
+    base = Importance.load(finished.artifact("solo", "attribute/0-base") / "importance.safetensors")
+    header = {k: base.header[k] for k in ("rules", "rows", "rows_attributed", "moments")}
+    assert header == {"rules": "attnlrp", "rows": 2, "rows_attributed": 2, "moments": "uniform"}
+    assert base.moments.keys() == base.entries.keys() == solo.entries.keys()
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -168,19 +150,9 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
     assert not any(file.is_symlink() for file in files)  # They can be moved and copied.
 
 
-@pytest.mark.parametrize(
-    ("label", "settings"),
-    [
-        ("sequential", {"method": "sequential"}),
-        ("gradient", {"settings": ["protect.0.kind=gate", "protect.0.on=gradient"]}),
-    ],
-)
-def test_ray_gives_what_plain_functions_in_one_process_give(
-    finished, tiny_config, run_in_process, tmp_path, label, settings
-):
-    config = tiny_config(
-        tmp_path / "storage", *settings.get("settings", ()), method=settings.get("method")
-    )
+def test_ray_gives_what_plain_functions_in_one_process_give(finished, run_in_process, tmp_path):
+    label = "solo"  # It has stages of every kind, and starts from what all labels share.
+    config = finished.configs[label].model_copy(update={"storage": Local(tmp_path / "storage")})
     works = run_in_process(config)
     for stage in TRAINED:
         assert same_bits(works[stage].folder, finished.artifact(label, stage))

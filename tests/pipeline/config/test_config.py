@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from agcl.errors import InputError
 from pipeline.config import loading, yaml12
-from pipeline.config.method import Gate, Project
+from pipeline.config.method import Base, Gate, Project
 from pipeline.config.presets import METHODS
 
 FULL = """
@@ -29,6 +29,7 @@ protect:
     strength: 0.25
   - kind: project
     energy: 0.5
+base: {{energy: 0.7, samples: 5}}
 evaluation: {{batch_size: 3}}
 resources: {{num_workers: 2}}
 """
@@ -61,10 +62,23 @@ def test_an_empty_file_is_the_default_method_with_its_preset(tmp_path):
     config = loading.load(write(tmp_path, ""))
     assert config.method == "agcl"
     assert config.protect == (Project(kind="project"),)
+    assert config.base == Base(protect="self")
 
 
 def test_the_preset_of_sequential_protects_nothing(tmp_path):
-    assert loading.load(write(tmp_path, "method: sequential\n")).protect == ()
+    config = loading.load(write(tmp_path, "method: sequential\n"))
+    assert config.protect == ()
+    assert config.base == Base()
+
+
+def test_a_preset_fills_in_the_keys_that_a_section_lacks_but_replaces_none(file, tmp_path):
+    assert loading.load(file).base == Base(protect="self", energy=0.7, samples=5)
+    text = "base: {{protect: none}}\nmethod: gate_fisher\nimportance: {{{}}}\n"
+    filled = loading.load(write(tmp_path, text.format("top_k: 9")))
+    assert (filled.importance.estimator, filled.importance.top_k) == ("fisher", 9)
+    given = loading.load(write(tmp_path, text.format("estimator: das")))
+    assert given.importance.estimator == "das"
+    assert loading.load(write(tmp_path, "base: {protect: none}\n")).base == Base()
 
 
 def test_a_relative_storage_is_made_absolute_from_the_current_folder(tmp_path, monkeypatch):
@@ -145,6 +159,7 @@ def test_another_method_drops_what_was_written_for_the_files_own(file, how):
     assert config.method == "sequential"
     assert config.protect == ()
     assert (config.importance.top_k, config.importance.source) == (4, "sequential")
+    assert config.base == Base()
     assert config.training.epochs == 5
 
 
@@ -160,13 +175,25 @@ def test_settings_beside_another_method_are_added_to_its_preset(tmp_path):
     assert config.importance.top_k == 2
 
 
+def changes(method):
+    """What a variant changes: keys of `base`, and keys of another section."""
+    of_base, others = {}, {}
+    for key, value in METHODS[method].changes.items():
+        section, _, last = key.rpartition(".")
+        (of_base if section == "base" else others)[last] = value
+    return of_base, others
+
+
 @pytest.mark.parametrize("method", [m for m, of in METHODS.items() if of.variant_of == "agcl"])
 def test_a_control_keeps_the_files_settings_of_what_it_controls(file, method):
     ours, control = loading.load(file), loading.load(file, method=method)
-    assert control.protect != ours.protect
-    assert control.protect[0] == ours.protect[0]
-    changed = ours.protect[1].model_copy(update=METHODS[method].changes)
-    assert control.protect[1] == changed
+    assert (control.protect, control.base) != (ours.protect, ours.base)
+    of_base, of_projection = changes(method)
+    assert control.protect == (
+        ours.protect[0],
+        ours.protect[1].model_copy(update=of_projection),
+    )
+    assert control.base == ours.base.model_copy(update=of_base)
     assert control.importance == ours.importance
 
 
@@ -176,6 +203,12 @@ def test_a_control_of_another_method_is_that_ones_preset_but_for_its_change(file
     assert control.protect == gate.protect
     assert control.importance == gate.importance.model_copy(update=METHODS[method].changes)
     assert control.importance != gate.importance
+
+
+def test_ewc_from_the_base_model_on_is_ewc_in_all_else(file):
+    ewc, control = loading.load(file, method="ewc"), loading.load(file, method="ewc_base")
+    assert (ewc.base, control.base) == (Base(), Base(protect="self"))
+    assert (control.protect, control.importance) == (ewc.protect, ewc.importance)
 
 
 def test_a_control_of_what_is_not_there_is_refused(tmp_path):

@@ -21,8 +21,14 @@ def test_every_preset_has_its_own_name(tiny_config, tmp_path, method):
         ("agcl", ["importance.correct_only=false"], "agcl"),
         ("sequential", ["importance.correct_only=false", "importance.rules=cp"], "sequential"),
         ("replay", ["replay.fraction=0.3"], "replay"),
-        ("agcl", ["protect.0.kind=gate"], "gate"),
-        ("gate", ["protect=[{kind: project}]"], "agcl"),
+        ("agcl", ["protect.0.kind=gate"], "agcl+changes"),
+        ("agcl", ["protect.0.kind=gate", "base.protect=none"], "gate"),
+        ("gate", ["protect=[{kind: project}]"], "base_unprotected"),
+        ("gate", ["protect=[{kind: project}]", "base.protect=self"], "agcl"),
+        ("agcl", ["base.protect=none"], "base_unprotected"),
+        ("agcl", ["base.weighting=relevance"], "agcl+changes"),
+        ("agcl", ["base.energy=0"], "agcl+changes"),
+        ("ewc", ["base.protect=self"], "ewc_base"),
         ("agcl", ["protect.0.unit_inputs=false"], "project_raw"),
         ("agcl", ["protect.0.energy=0"], "agcl+changes"),
         ("agcl", ["protect.1={kind: project}", "protect.0={kind: gate}"], "agcl+changes"),
@@ -44,5 +50,7 @@ def test_the_description_says_what_differs(tiny_config, tmp_path):
     assert said.startswith(METHODS["agcl"].description)
     assert "importance.rules=cp" in said
     assert "replay.fraction=0.1" in said
+    of_base = tiny_config(tmp_path, "base.weighting=relevance")
+    assert method_description(of_base).endswith("changed: base.weighting=relevance")
     both = ["protect=[{kind: gate}, {kind: project}]"]
     assert "protect.1.kind=project" in method_description(tiny_config(tmp_path, *both))

@@ -10,6 +10,7 @@ from pipeline.storage import Local
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
+MEASURED_BASE = ["own_text", "attribute/0-base"]
 
 
 @pytest.fixture
@@ -40,9 +41,11 @@ def test_sequential_trains_and_evaluates_task_after_task(stages):
     ]
 
 
-def test_agcl_attributes_every_task_right_after_it(stages):
-    assert list(stages()) == [
+def test_agcl_measures_the_base_first_and_every_task_right_after_it(stages):
+    works = stages()
+    assert list(works) == [
         *BASE,
+        *MEASURED_BASE,
         "train/1-harbour",
         "attribute/1-harbour",
         "evaluate/1-harbour",
@@ -53,9 +56,10 @@ def test_agcl_attributes_every_task_right_after_it(stages):
     ]
 
 
-def test_agcl_from_solo_models_trains_one_for_every_task_but_the_first(stages):
+def test_agcl_from_solo_models_trains_one_for_every_task_before_it_is_protected(stages):
     names = list(stages("importance.source=solo"))
-    assert names.index("solo/2-valley") < names.index("train/2-valley")
+    for task in ("1-harbour", "2-valley"):
+        assert names.index(f"solo/{task}") < names.index(f"train/{task}")
 
 
 def inputs(works, name):
@@ -65,10 +69,15 @@ def inputs(works, name):
 
 def test_each_task_starts_from_the_last_model_and_all_importances_so_far(stages):
     works = stages("tasks.count=3")
-    assert inputs(works, "train/1-harbour") == {"model": "pretrain", "rows": "prepare/harbour"}
+    assert inputs(works, "train/1-harbour") == {
+        "model": "pretrain",
+        "rows": "prepare/harbour",
+        "base_importance": "attribute/0-base",
+    }
     assert inputs(works, "train/3-island") == {
         "model": "train/2-valley",
         "rows": "prepare/island",
+        "base_importance": "attribute/0-base",
         "importance/harbour": "attribute/1-harbour",
         "importance/valley": "attribute/2-valley",
     }
@@ -101,19 +110,29 @@ def test_every_model_is_scored_on_every_task_and_on_the_base_skill(stages):
 
 
 def test_methods_share_everything_up_to_the_first_protected_task(stages):
-    sequential, agcl = stages(method="sequential"), stages("protect.0.kind=gate")
-    assert changed(sequential, agcl) == {
+    sequential, gate = stages(method="sequential"), stages(method="gate")
+    assert changed(sequential, gate) == {
         "attribute/1-harbour",
         "attribute/2-valley",
         "train/2-valley",
         "evaluate/2-valley",
         "report",
     }
-    assert sequential["train/1-harbour"].folder == agcl["train/1-harbour"].folder
+    assert sequential["train/1-harbour"].folder == gate["train/1-harbour"].folder
+
+
+def test_where_the_base_is_protected_methods_share_it_and_train_the_first_task_apart(stages):
+    sequential, unprotected, agcl = (
+        stages(method=method) for method in ("sequential", "base_unprotected", "agcl")
+    )
+    assert sequential["train/1-harbour"].folder == unprotected["train/1-harbour"].folder
+    for other in (sequential, unprotected):
+        assert changed(other, agcl) == {*MEASURED_BASE, *TRAINED, *MEASURED, "report"}
 
 
 def test_the_first_solo_model_is_the_first_model_of_any_sequence(stages):
-    works, sequential = stages("importance.source=solo"), stages(method="sequential")
+    works = stages("importance.source=solo", method="gate")
+    sequential = stages(method="sequential")
     measured = works["attribute/1-harbour"].inputs["model"]
     assert measured == works["train/1-harbour"].folder == sequential["train/1-harbour"].folder
     assert works["solo/2-valley"].folder != works["train/2-valley"].folder
@@ -141,6 +160,7 @@ def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own
         f"model.path={tmp_path}",
         f"importance.past=[{tmp_path}/past.safetensors]",
         "importance.source=solo",
+        "base.protect=none",
     )
     works = resolve(plan(config).stages, Local(tmp_path))
     assert list(works["solo/1-harbour"].inputs) == ["model", "rows"]
@@ -149,6 +169,8 @@ def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own
 
 TRAINED = {"train/1-harbour", "train/2-valley", "evaluate/1-harbour", "evaluate/2-valley"}
 MEASURED = {"attribute/1-harbour", "attribute/2-valley"}
+FROM_TASK_2 = {"train/2-valley", "attribute/2-valley", "evaluate/2-valley", "report"}
+"""What follows the first task, which nothing protects if the base is not."""
 
 
 @pytest.mark.parametrize(
@@ -203,32 +225,35 @@ def test_the_data_seed_changes_the_data(stages):
     ],
 )
 def test_how_importances_are_used_changes_no_attribution_of_the_first_task(stages, override):
-    gate = ["protect.0.kind=gate"]
-    different = changed(stages(*gate), stages(*gate, override))
-    assert different == {
-        "train/2-valley",
-        "attribute/2-valley",
-        "evaluate/2-valley",
-        "report",
-    }
+    different = changed(stages(method="gate"), stages(override, method="gate"))
+    assert different == FROM_TASK_2
+    protected = ["protect.0.kind=gate"]
+    different = changed(stages(*protected), stages(*protected, override))
+    assert different == {*TRAINED, *MEASURED, "report"}
 
 
 def test_how_importances_are_used_changes_no_solo_attribution_at_all(stages):
-    solo = ["protect.0.kind=gate", "importance.source=solo"]
-    different = changed(stages(*solo), stages(*solo, "protect.0.strength=0.5"))
-    assert different == {"train/2-valley", "evaluate/2-valley", "report"}
+    for source, trained in (
+        (["base.protect=none"], {"train/2-valley", "evaluate/2-valley"}),
+        ([], TRAINED),
+    ):
+        solo = [*source, "protect.0.kind=gate", "importance.source=solo"]
+        different = changed(stages(*solo), stages(*solo, "protect.0.strength=0.5"))
+        assert different == {*trained, "report"}
 
 
 @pytest.mark.parametrize(
     "override", ["importance.top_k=2", "importance.rules=cp", "importance.samples=5"]
 )
 def test_how_importances_are_measured_changes_attributions_and_what_follows(stages, override):
-    assert changed(stages(), stages(override)) == {
-        *MEASURED,
-        "train/2-valley",
-        "evaluate/2-valley",
-        "report",
-    }
+    unprotected = stages(method="base_unprotected")
+    different = changed(unprotected, stages(override, method="base_unprotected"))
+    assert different == {"attribute/1-harbour", *FROM_TASK_2}
+    if override == "importance.samples=5":  # The base has samples of its own.
+        assert changed(stages(), stages(override)) == {"attribute/1-harbour", *FROM_TASK_2}
+    else:
+        of_base = {"attribute/0-base", *TRAINED}
+        assert changed(stages(), stages(override)) == {*of_base, *MEASURED, "report"}
 
 
 @pytest.mark.parametrize(
@@ -332,19 +357,7 @@ def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
 
 
 def test_the_base_is_measured_once_and_protected_from_the_first_task_on(stages):
-    works = stages("base.protect=self")
-    assert list(works) == [
-        *BASE,
-        "own_text",
-        "attribute/0-base",
-        "train/1-harbour",
-        "attribute/1-harbour",
-        "evaluate/1-harbour",
-        "train/2-valley",
-        "attribute/2-valley",
-        "evaluate/2-valley",
-        "report",
-    ]
+    works = stages()
     assert inputs(works, "attribute/0-base") == {"model": "pretrain", "rows/0": "own_text"}
     for train in ("train/1-harbour", "train/2-valley"):
         assert inputs(works, train)["base_importance"] == "attribute/0-base"
@@ -352,7 +365,11 @@ def test_the_base_is_measured_once_and_protected_from_the_first_task_on(stages):
 
 
 def test_methods_share_the_bases_importance_and_its_energy_changes_training_only(stages):
-    settings = ("base.protect=self", "importance.batch_size=8")
+    # Another method drops the file's sections, so all are set beside it.
+    settings = (
+        *("base.protect=self", "base.samples=2", "base.tokens=8"),
+        "importance.batch_size=8",
+    )
     protected = stages(*settings)
     for other in (
         stages(*settings, method="project_uniform"),
@@ -376,5 +393,7 @@ def test_all_tasks_at_once_can_protect_the_base(stages):
 
 
 def test_solo_models_are_trained_without_protection(stages):
-    works = stages("base.protect=self", "importance.source=solo")
-    assert not changed(stages("importance.source=solo"), works) & {"solo/1-harbour"}
+    solo = "importance.source=solo"
+    works, unprotected = stages(solo), stages(solo, method="base_unprotected")
+    assert works["solo/1-harbour"].folder == unprotected["train/1-harbour"].folder
+    assert works["solo/1-harbour"].folder != works["train/1-harbour"].folder

@@ -50,7 +50,7 @@ def on_own_texts(works, model):
 
 def test_with_energy_1_the_model_answers_its_own_texts_as_before_while_it_learns(run):
     works = run(*FEW, "base.protect=self", "tasks.count=1")
-    unprotected = run(*FEW, "tasks.count=1")
+    unprotected = run(*FEW, "base.protect=none", "tasks.count=1")
     assert on_own_texts(works, "train/1-harbour") < 0.01
     assert on_own_texts({**unprotected, "own_text": works["own_text"]}, "train/1-harbour") > 1
 
@@ -125,12 +125,14 @@ def test_rows_of_any_format_protect_the_base(run, tmp_path):
     assert importance.header["rows"] == 3
 
 
-def test_energy_zero_of_base_and_tasks_is_sequential_bit_for_bit(run):
-    settings = ("base.protect=self", "base.samples=2", "base.tokens=5", "training.epochs=2")
-    works = run(*settings, "base.energy=0", "protect.0.energy=0")
-    plain = run("training.epochs=2", method="sequential")
+def test_energy_zero_of_the_base_protects_the_tasks_alone_bit_for_bit(run):
+    works = run("base.energy=0", "training.epochs=2")
+    unprotected = run("training.epochs=2", method="base_unprotected")
     for stage in ("train/1-harbour", "train/2-valley"):
-        found, expected = (models.load_model(w[stage].folder).state_dict() for w in (works, plain))
+        assert works[stage].folder != unprotected[stage].folder
+        found, expected = (
+            models.load_model(each[stage].folder).state_dict() for each in (works, unprotected)
+        )
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
