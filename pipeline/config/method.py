@@ -105,7 +105,7 @@ class Base(Section):
     needs no data: half of the samples from its beginning-of-text token, half (none if there is no
     chat template) as answers to a user's words that it makes up too. `text`: on a text of yours.
     `rows`: on rows of yours."""
-    energy: Share = 0.9
+    energy: Share = 0.7
     """Share of the base model's second moment that a projection protects; tasks have their own."""
     weighting: Literal["uniform", "relevance", "answer"] = "uniform"
     """Weight of each token's input, as in a projection. `uniform` needs forward passes only."""
