@@ -185,6 +185,8 @@ def train_stage(
         inputs |= _protected_base(config, settings, of_base)
         if len(inputs) > 2:
             settings["protect"] = [item.model_dump() for item in config.protect]
+            if not any(role.startswith("importance/") for role in inputs):
+                settings["protect"] = _on_base_alone(settings["protect"])
     earlier = list(rows)[: len(models)]
     if config.replay.fraction and models:
         settings["replay"] = config.replay.fraction
@@ -215,6 +217,15 @@ def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | N
         return {}
     settings["base_energy"] = config.base.energy
     return {"base_importance": of_base}
+
+
+def _on_base_alone(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`protect` where only the base model is protected: without what a projection uses for tasks.
+
+    So trials and controls that differ in it share their first task.
+    """
+    of_tasks = dict.fromkeys(("energy", "weighting", "unit_inputs"))
+    return [item | of_tasks if item["kind"] == "project" else item for item in items]
 
 
 def solo_stages(

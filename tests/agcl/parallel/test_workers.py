@@ -154,6 +154,7 @@ def test_collectives_are_the_identity_in_a_single_process():
     assert [g.tolist() for g in gathered] == [[1, -1]]
 
 
+@pytest.mark.slow  # It needs processes of its own: afterwards these cannot meet again.
 def test_a_meeting_waits_longer_than_the_timeout_of_collectives(tmp_path):
     own = remote.Workers(tmp_path)
     try:

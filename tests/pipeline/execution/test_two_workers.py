@@ -1,11 +1,11 @@
-"""Two Ray Train workers, killed in between or not, against plain functions in this process."""
+"""Two Ray Train workers, killed in between or not, against the finished runs' one."""
 
 import json
 import signal
 
 import pytest
 import torch
-from reference.driver import Driver, wait_until_no_process_is_left
+from reference.driver import wait_until_no_process_is_left
 
 from agcl.importance import Importance
 
@@ -20,14 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
         pytest.param(True, True, marks=pytest.mark.slow),
     ],
 )
-def test_two_workers_give_what_one_process_gives(
-    tiny_config, run_in_process, copy_stages, tmp_path, killed, shared
-):
-    gate = ["protect.0.kind=gate", "protect.0.on=gradient"]
-    config = tiny_config(tmp_path / "alone", *gate)
-    alone = {name: work.folder for name, work in run_in_process(config).items()}
-    driver = Driver(config, tmp_path / "storage", tmp_path)
-    copy_stages(tmp_path / "alone", driver.storage, ("tokenizer", "prepare"))
+def test_two_workers_give_what_one_gives(finished, driver, killed, shared):
+    alone = {name: work.folder for name, work in finished.runs["gradient"].resolved.items()}
     settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
     if killed:
         assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL

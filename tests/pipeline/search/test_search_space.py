@@ -113,21 +113,28 @@ START = {"tokenizer", "pretrain", "evaluate/0-base"} | {
 }
 
 
+MEASURED_BASE = {"own_text", "attribute/0-base"}
+
+
 def test_what_no_setting_changes_is_shared(config, tmp_path):
     first = {"train/1-harbour", "evaluate/1-harbour"}
     attributed = {"attribute/1-harbour"}
     energy = f"search.space={{protect.0.energy: {ENERGY}}}"
     top_k = "search.space={importance.top_k: {type: choice, values: [1, 2]}}"
 
-    assert names(config(), tmp_path) == START  # The learning rate changes every training.
-    assert names(config(energy), tmp_path) == START | first | attributed
+    # The learning rate changes every training.
+    assert names(config(), tmp_path) == START | MEASURED_BASE
+    assert names(config(method="base_unprotected"), tmp_path) == START
+    assert names(config(energy), tmp_path) == START | MEASURED_BASE | first | attributed
+    of_base = f"search.space={{base.energy: {ENERGY}}}"
+    assert names(config(of_base), tmp_path) == START | MEASURED_BASE
     assert names(config(top_k, method="gate"), tmp_path) == START | first
 
 
 def test_with_importances_of_solo_models_these_are_shared_too(config, tmp_path):
     energy = f"search.space={{protect.0.energy: {ENERGY}}}"
     solo = names(config(energy, "importance.source=solo"), tmp_path)
-    assert solo == START | {
+    assert solo == START | MEASURED_BASE | {
         "train/1-harbour",
         "evaluate/1-harbour",
         "attribute/1-harbour",

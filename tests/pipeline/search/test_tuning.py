@@ -87,17 +87,21 @@ def test_trials_have_their_own_seed_and_score_validation_rows_only(load, tmp_pat
         assert config.evaluation.validation == 0.3
 
 
-def test_what_trials_of_several_methods_share_is_found_beforehand(load, tmp_path):
-    search = open_tuning(load, ["sequential", "agcl"], 2, tmp_path)
+@pytest.mark.parametrize("method", ["agcl", "base_unprotected"])
+def test_what_trials_of_several_methods_share_is_found_beforehand(load, tmp_path, method):
+    search = open_tuning(load, ["sequential", method], 2, tmp_path)
     runs = example_runs(search)
-    assert list(runs) == ["sequential-0", "sequential-1", "agcl-0", "agcl-1"]
+    assert list(runs) == ["sequential-0", "sequential-1", f"{method}-0", f"{method}-1"]
     shared = in_several(runs)
+    protects_base = method == "agcl"
     for run in runs.values():
         own = {name for name, s in run.resolved.items() if s.folder.name not in shared}
-        first = {"attribute/1-harbour"} if run.config.method == "agcl" else set()
-        assert own == first | {"train/2-valley", "evaluate/2-valley"}
-    # Both rates of the first task, once for both methods.
-    assert sum(name.startswith("train-1") for name in shared) == 2
+        attributed = {"attribute/1-harbour"} if run.config.method == method else set()
+        first = {"train/1-harbour", "evaluate/1-harbour"} if protects_base else set()
+        assert own == attributed | first | {"train/2-valley", "evaluate/2-valley"}
+    # Both rates of the first task, once for both methods if nothing protects the base.
+    assert sum(name.startswith("train-1") for name in shared) == (0 if protects_base else 2)
+    assert sum(name.startswith("attribute-0-base") for name in shared) == protects_base
 
 
 def trials(scores, method="agcl", first=0):

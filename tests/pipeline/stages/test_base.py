@@ -119,7 +119,9 @@ def test_rows_of_any_format_protect_the_base(run, tmp_path):
     rows = (
         f"base.rows={{format: jsonl, sequence: [{{name: harbour, train: {tmp_path}/known.jsonl}}]}}"
     )
-    works = run("base.protect=rows", rows, "tasks.count=1", "training.epochs=1")
+    works = run(
+        *("base.protect=rows", rows, "base.samples=9", "tasks.count=1", "training.epochs=1")
+    )
     assert works["prepare/base/harbour"].folder != works["prepare/harbour"].folder
     importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
     assert importance.header["rows"] == 3

@@ -36,7 +36,8 @@ def raced(tmp_path_factory):
 def original(tiny_config, run_in_process, tmp_path_factory):
     """A run computed in this process."""
     root = tmp_path_factory.mktemp("original")
-    gate = ["protect.0.kind=gate", "protect.0.on=gradient", "training.epochs=4"]
+    gate = ["protect.0.kind=gate", "protect.0.on=gradient", "base.protect=none"]
+    gate.append("training.epochs=4")
     works = run_in_process(tiny_config(root / "storage", *gate))
     return SimpleNamespace(works=works, settings=gate)
 
