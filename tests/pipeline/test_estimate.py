@@ -77,7 +77,7 @@ def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, m
 
 @pytest.fixture
 def probed_here(monkeypatch):
-    """Probes run in this process, where nothing has to be imported again; its peak is not theirs."""
+    """Probes run in this process, which saves imports; its peak memory is not theirs."""
     monkeypatch.setattr(estimates, "_peak_of", estimates._run)
 
 
