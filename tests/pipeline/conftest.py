@@ -22,7 +22,7 @@ name: {name}
 method: agcl
 tasks: {{format: facts, count: 2, entities: 3}}
 model: {{pretraining: {{entities: 8, epochs: 8}}}}
-training: {{epochs: 20, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-3}}
+training: {{epochs: 12, batch_size: 8, micro_batch_size: 4, learning_rate: 1.5e-3}}
 importance: {{batch_size: 5}}
 base: {{samples: 2, tokens: 8}}
 evaluation: {{batch_size: 5}}

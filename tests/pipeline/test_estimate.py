@@ -65,12 +65,12 @@ def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, m
         ratios[stage.name] = ratio
 
     config = tiny_config(tmp_path, GATE, "tasks.entities=100", "importance.samples=50")
-    assert config.training.epochs == 20
+    assert config.training.epochs == 12
     estimate(open_run(config))
     # 400 rows per task and 64 of the base model, of which the probe takes at most 3 batches of 32.
     assert ratios["prepare/valley"] == pytest.approx(800 / 192)
     assert ratios["pretrain"] == config.model.pretraining.epochs
-    assert ratios["train/2-valley"] == pytest.approx(20 * 400 / 96)
+    assert ratios["train/2-valley"] == pytest.approx(12 * 400 / 96)
     assert ratios["attribute/2-valley"] == 1.0  # 50 samples in both.
     assert ratios["evaluate/2-valley"] == pytest.approx((4 * 400 + 64) / (4 * 96 + 64))
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -286,20 +287,21 @@ def ui(finished, tmp_path):
     """`agcl ui` on a copy of the finished runs' storage."""
     storage, port = tmp_path / "storage", free_port()
     shutil.copytree(finished.storage, storage)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "ui", "--storage", str(storage), "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with (tmp_path / "out").open("w") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jobs", "ui", "--storage", str(storage), "--port", str(port)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + 90
         while not listeners(port):
             assert server.poll() is None, "agcl ui ended"
             assert time.monotonic() < deadline, "agcl ui does not listen"
             time.sleep(0.2)
-        yield SimpleNamespace(storage=storage, port=port)
+        yield SimpleNamespace(storage=storage, port=port, server=server, out=tmp_path / "out")
     finally:
         server.terminate()  # Killed, it would leave its server.
         server.wait(30)
@@ -324,6 +326,22 @@ def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_passw
         if file.is_file():
             assert b"hunter2" not in file.read_bytes(), file
     assert "hunter2" not in console.file.getvalue()
+    experiment = client.get_experiment("1")
+    check_that_it_prints_its_address_and_ends(ui)
+    view = json.loads(experiment.tags["mlflow.sharedViewState.agcl"])
+    assert view["searchFilter"] == "tags.kind != 'stage'"
+    assert "metrics.`average`" in view["selectedColumns"]
+
+
+def check_that_it_prints_its_address_and_ends(ui):
+    """With all of its processes, so that nobody listens any more."""
+    ui.server.send_signal(signal.SIGTERM)
+    assert ui.server.wait(timeout=20) == 130
+    assert not listeners(ui.port)
+    said = ui.out.read_text()
+    view = "workflowType=machine_learning&viewStateShareKey=agcl"
+    assert f"http://127.0.0.1:{ui.port}/#/experiments/1/runs?{view}" in said
+    assert "resume" not in said
 
 
 def test_a_local_cluster_serves_no_dashboard_and_logs_no_environment(monkeypatch):

@@ -41,17 +41,23 @@ def same_bits(first, second):
     return all(torch.equal(first[k].view(torch.int32), second[k].view(torch.int32)) for k in first)
 
 
-SETTINGS = {"ewc_base": ["protect.0.strength=1", "base.samples=2", "base.tokens=8"]}
-"""By method. Two tokens' worth of evidence and ewc's default strength keep all of the base."""
+SETTINGS = {
+    # At its default strength it keeps all of the base and learns next to nothing of so few rows.
+    "ewc_base": ["protect.0.strength=1", "base.samples=2", "base.tokens=8"],
+    **dict.fromkeys((m for m in METHODS if "lora" in m), ["training.learning_rate=5e-3"]),
+}
+"""With which a method learns so small a task."""
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_learns(run_method, method):
     found = metrics(run_method(method, *SETTINGS.get(method, ())))
     assert found["method"] == method
-    assert found["learning_accuracy"] > (0.3 if "lora" in method or "random" in method else 0.6)
+    assert found["learning_accuracy"] > (0.4 if "lora" in method or "random" in method else 0.5)
 
 
+QUICK = ["training.epochs=4", "importance.correct_only=false"]
+"""Weights move, and nobody has to answer anything."""
 PROTECT_THE_BASE = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
     "ewc_base",
@@ -83,7 +89,7 @@ def test_every_method_differs_from_sequential_once_it_protects_something(run_met
     ],
 )
 def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method, settings):
-    plain, other = run_method("sequential"), run_method(method, *settings)
+    plain, other = run_method("sequential", *QUICK), run_method(method, *settings, *QUICK)
     for stage in ("train/1-harbour", "train/2-valley"):
         assert same_bits(weights(other, stage), weights(plain, stage))
     assert metrics(other)["accuracy_matrix"] == metrics(plain)["accuracy_matrix"]
@@ -116,7 +122,8 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
 def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
     run_method, method, settings, same_as
 ):
-    assert same_bits(weights(run_method(method, *settings)), weights(run_method(*same_as)))
+    plain, other = run_method(*same_as, *QUICK), run_method(method, *settings, *QUICK)
+    assert same_bits(weights(other), weights(plain))
 
 
 def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_same(run_method):
@@ -138,7 +145,7 @@ def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_sam
 
 
 def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
-    works = run_method("lora", "freeze.layers=[1,3]")
+    works = run_method("lora", "freeze.layers=[1,3]", *QUICK)
     before, after = (
         load_file(works[stage].folder / "adapter" / "adapter_model.safetensors")
         for stage in ("train/1-harbour", "train/2-valley")
@@ -150,7 +157,7 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
 
 @pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
 def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
-    works = run_method("freeze", f"freeze.layers={layers}")
+    works = run_method("freeze", f"freeze.layers={layers}", *QUICK)
     before, after = weights(works, "train/1-harbour"), weights(works)
     for name in before:
         inside = any(name.startswith(f"model.layers.{index}.") for index in frozen)

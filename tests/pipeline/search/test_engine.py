@@ -22,7 +22,7 @@ def search(tiny_config, tmp_path):
     """Makes a search of two tasks, in a new folder."""
 
     def make(num_trials, *settings, folder="search"):
-        config = tiny_config(tmp_path / "storage", *settings)
+        config = tiny_config(tmp_path / "storage", "training.learning_rate=1e-3", *settings)
         return Search(config, tmp_path / folder, num_trials, space_of(config))
 
     return make

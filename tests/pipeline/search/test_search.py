@@ -230,7 +230,7 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
             "search.round=2",
             "importance.correct_only=false",
         )
-        search = open_search(config, 5, resume=False)
+        search = open_search(config, 3, resume=False)
         tried = in_process.run(search)
         found.append([trial.settings | {"at": trial.progress} for trial in tried])
         best = trials.best(tried)

@@ -58,7 +58,7 @@ def test_the_config_itself_is_a_point(config):
     space = default_space(own)
     point = own_point(own, space)
     assert point == {
-        "training.learning_rate": 1e-3,
+        "training.learning_rate": 1.5e-3,
         "protect.0.log_scale": 1e5,
         "protect.0.strength": 1.0,
         "protect.0.exponent": 1.0,

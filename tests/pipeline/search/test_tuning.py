@@ -73,7 +73,7 @@ def test_trials_of_lora_go_about_ten_times_the_rate_and_its_defaults_are_tried_t
 
 def test_the_rates_of_a_large_budget_fill_the_range(load):
     tried = candidates(load([], "agcl"), 41)[1:]
-    assert sum(settings[RATE] < 1e-3 for settings in tried) in (19, 20, 21)
+    assert sum(settings[RATE] < 1.5e-3 for settings in tried) in (19, 20, 21)
 
 
 def test_trials_have_their_own_seed_and_score_validation_rows_only(load, tmp_path):

@@ -1,15 +1,6 @@
-"""What MLflow holds when processes are killed, or two start at the same time; its UI."""
+"""What MLflow holds when processes are killed, or two start at the same time."""
 
-import json
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import suppress
 
 import pytest
 
@@ -70,33 +61,3 @@ def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_
     with pytest.raises(tracking.TrackingFailed, match="keeps its database locked") as caught:
         found._guarded(locked)()
     assert caught.value.no_answer
-
-
-def test_the_ui_prints_its_address_and_ends_with_all_of_its_processes(raced, tmp_path):
-    shutil.copy(raced.file, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jobs", "ui", "--storage", tmp_path, "--port", str(port)]
-    with (
-        (tmp_path / "out").open("w") as out,
-        subprocess.Popen(command, stdout=out, stderr=out) as ui,
-    ):
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 50
-        while time.monotonic() < deadline:
-            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
-                break
-            time.sleep(0.2)
-        ui.send_signal(signal.SIGTERM)
-        assert ui.wait(timeout=20) == 130
-    said = (tmp_path / "out").read_text()
-    view = "workflowType=machine_learning&viewStateShareKey=agcl"
-    assert f"{address}/#/experiments/1/runs?{view}" in said
-    assert "resume" not in said
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"{address}/health", timeout=1)
-    tags = tracking.Tracker(tmp_path, None).client.get_experiment("1").tags
-    view = json.loads(tags["mlflow.sharedViewState.agcl"])
-    assert view["searchFilter"] == "tags.kind != 'stage'"
-    assert "metrics.`average`" in view["selectedColumns"]

@@ -61,7 +61,7 @@ def test_the_comparison_has_the_table_the_headline_and_the_shared_settings(finis
     assert tags["methods"].count("agcl+changes") == 2  # With another gate, and with both kinds.
     best = max(LABELS, key=lambda of: finished.metrics(of)["average_performance"])
     assert metrics["average"] == finished.metrics(best)["average_performance"]
-    assert comparison.data.params["training.epochs"] == "20"
+    assert comparison.data.params["training.epochs"] == "12"
     assert "method" not in comparison.data.params
 
 
@@ -99,7 +99,7 @@ def test_losses_are_logged_by_step(finished, client, runs, parents):
                 continue
             file = finished.artifact(label, stage) / "log.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            assert [line["step"] for line in lines] == list(range(1, 41))  # 20 epochs of 12 rows
+            assert [line["step"] for line in lines] == list(range(1, 25))  # 12 epochs of 12 rows
             for key in ("loss", "gradient_norm"):
                 expected = [(line["step"], line[key]) for line in lines]
                 assert history(client, child, key) == expected
@@ -128,7 +128,7 @@ def test_final_metrics_are_on_the_parent_at_the_last_task(finished, client, pare
 
 def test_the_resolved_config_is_the_parents_params(finished, parents):
     params = parents["solo"].data.params
-    assert params["training.epochs"] == "20"
+    assert params["training.epochs"] == "12"
     assert params["training.weight_decay"] == "0.01"
     assert params["tasks.format"] == "facts"
     assert params["protect.0.kind"] == "gate"
