@@ -44,7 +44,7 @@ def same_bits(first, second):
 SETTINGS = {
     # At its default strength it keeps all of the base and learns next to nothing of so few rows.
     "ewc_base": ["protect.0.strength=1", "base.samples=2", "base.tokens=8"],
-    **dict.fromkeys((m for m in METHODS if "lora" in m), ["training.learning_rate=5e-3"]),
+    **{m: ["training.learning_rate=5e-3"] for m in METHODS if "lora" in m},
 }
 """With which a method learns so small a task."""
 
