@@ -26,31 +26,37 @@ def own_texts(
 ) -> list[Encoded]:
     """Texts of `tokens` new tokens that the model samples from its beginning-of-text token.
 
-    Where the tokenizer has a chat template, every second one is a conversation: the template up to
-    the user's words, from which the model writes them, and then its own answer to them (after
-    Magpie, Xu 2024, arXiv 2406.08464); both end at their end token or after `tokens` tokens. See
-    `generate` for how tokens are drawn. The prompt of a row is its first token, or the user's turn.
-    Collective: same result on every rank.
+    Where the tokenizer has a chat template for a user's words, every second one is a conversation:
+    the template up to them, from which the model writes them, and then its own answer (after
+    Magpie, Xu 2024, arXiv 2406.08464); both end at their end token or after `tokens` tokens. All
+    are shorter where the model has fewer positions, and a template that leaves none is not used.
+    See `generate` for how tokens are drawn. The prompt of a row is its first token, or the user's
+    turn. Collective: same result on every rank.
     """
 
-    def write(prompts: Sequence[Sequence[int]], end: Sequence[int], part: int) -> list[list[int]]:
+    def write(
+        prompts: Sequence[Sequence[int]], end: Sequence[int], part: int, most: int
+    ) -> list[list[int]]:
         return generate(
             model,
             prompts,
             end=end,
-            max_new_tokens=tokens,
+            max_new_tokens=most,
             batch_size=_BATCH_SIZE,
             precision=precision,
             seed=seed * 3 + part,
         )
 
     found: list[Encoded] = []
-    if turn := _user_turn(tokenizer):
-        before, after = turn
+    positions = model.config.max_position_embeddings
+    before, after = _user_turn(tokenizer) or ([], [])
+    # The user's words and the answer share what the template and an end token leave.
+    most = min(tokens, (positions - len(before) - len(after) - 1) // 2)
+    if before and most > 0:
         end = sorted({after[0], cast(int, tokenizer.eos_token_id)})
-        said = [words for words in write([before] * (samples // 2), end, 0) if words]
+        said = [words for words in write([before] * (samples // 2), end, 0, most) if words]
         prompts = [[*before, *words, *after] for words in said]
-        answers = write(prompts, end, 1)
+        answers = write(prompts, end, 1, most)
         found = [
             Encoded([*prompt, *answer, after[0]], len(prompt))
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -59,7 +65,7 @@ def own_texts(
         log(len(found))
     # A text goes on behind an end token, as it does where documents are packed for training.
     first = [start_token(tokenizer)]
-    plain = write([first] * (samples - len(found)), (), 2)
+    plain = write([first] * (samples - len(found)), (), 2, min(tokens, positions - 1))
     log(samples)
     return [*found, *(Encoded([*first, *text], 1) for text in plain)]
 
@@ -71,11 +77,17 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """The chat template's tokens before a user's words, and from them to the model's answer."""
+    """The chat template's tokens before a user's words, and from them to the model's answer.
+
+    None without a template that renders one user message, with its words once and as they are.
+    """
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, mark, after = cast(str, rendered).partition(_MARK)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)]
-    return (ids[0], ids[1]) if mark and all(ids) else None
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # The template's own, such as a missing system message, or any of Jinja's.
+        return None
+    parts = cast(str, text).split(_MARK)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    return (ids[0], ids[1]) if len(ids) == 2 and all(ids) else None

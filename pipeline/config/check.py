@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +180,23 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
         with _named("evaluation.probes"):
             check_pulled(probe)
             probes.read(probe)
-    if file := config.evaluation.text:
-        _check_text(file, "evaluation.text")
+    if (file := config.evaluation.text) and not _has_text(file, "evaluation.text", whole=True):
+        raise InputError(f"evaluation.text: {file} is empty")
 
 
-def _check_text(file: Path, key: str) -> None:
+def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:
+    """Whether a file holds more than white space. Reads up to the first text, or the `whole`.
+
+    Raises `InputError` if it cannot be read as UTF-8 so far.
+    """
     with _named(key):
         check_pulled(file)
     try:
         with file.open(encoding="utf-8") as text:
-            if not text.read(1000).strip():
-                raise InputError(f"{key}: {file} is empty")
+            found = any(part.strip() for part in iter(partial(text.read, 1000), ""))
+            while whole and text.read(2**20):
+                pass
+            return found
     except OSError as error:
         raise InputError(f"{key}: {file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -201,8 +207,9 @@ def _check_base(config: Config) -> None:
     if config.base.protect == "text" and config.base.text:
         with _named("base.text"):
             files = text_files(config.base.text)
-        for file in files:
-            _check_text(file, "base.text")
+        with_text = [_has_text(file, "base.text") for file in files]
+        if not any(with_text):
+            raise InputError(f"base.text: no text in {config.base.text}")
     if given := base_rows(config):
         for source in sources(given):
             _open_task(given, source, "base.rows")

@@ -112,7 +112,7 @@ class Base(Section):
     samples: Positive = 96
     """Texts, or maximum number of rows."""
     tokens: Positive = 64
-    """Length of each text; not for `rows`."""
+    """Length of each text, less if the model has fewer positions; not for `rows`."""
     seed: Seed = 0
     """Seed of what is drawn. Independent of the run's `seed`."""
     text: Place | None = None

@@ -112,8 +112,10 @@ def base_importance_stages(
     config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
     """What the base model's importance is measured on, and last that importance; or nothing."""
-    settings = config.base
-    texts = {"samples": settings.samples, "tokens": settings.tokens, "seed": settings.seed}
+    settings, tokens = config.base, config.base.tokens
+    if not config.model.is_builtin:
+        tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
+    texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
     match settings.protect if config.protect else "none":
         case "none":
             return []

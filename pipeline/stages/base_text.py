@@ -55,13 +55,16 @@ def cut_text(
     )
     first, ids = start_token(tokenizer), (_ids(tokenizer, piece) for piece in pieces)
     texts = [Encoded([first, *each[: config["tokens"]]], 1) for each in ids if each]
+    if not texts:
+        raise ValueError(f"base.text: nothing but white space was drawn from {inputs['text']}")
     _write(texts, tokenizer, out_dir)
 
 
 def pieces_of(path: Path, *, samples: int, size: int, seed: int) -> Iterator[str]:
     """Pieces of at most `size` bytes of UTF-8 text, evenly spread, each at a random word.
 
-    Reads no more than the pieces. Fewer than `samples` if the text is short.
+    Reads no more than the pieces. Fewer than `samples` if the text is short, or white space in
+    places.
     """
     files = text_files(path)
     starts = list(accumulate((file.stat().st_size for file in files), initial=0))
@@ -76,7 +79,8 @@ def pieces_of(path: Path, *, samples: int, size: int, seed: int) -> Iterator[str
             room = max(0, files[index].stat().st_size - size)
             start = stream.seek(min(place - starts[index], room))
             text = stream.read(size).decode("utf-8", errors="ignore")
-        yield text.split(maxsplit=1)[-1] if start else text
+        if words := text.split(maxsplit=1):
+            yield words[-1] if start else text
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

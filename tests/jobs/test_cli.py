@@ -40,7 +40,13 @@ def test_an_unknown_method_is_named(agcl):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "No such file"), (b"", "is empty"), (b"\xff\xfe\xff", "is not UTF-8 text")],
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"\n" * 5000, "is empty"),
+        (b"\xff\xfe\xff", "is not UTF-8 text"),
+        (b"text" * 5000 + b"\xff", "is not UTF-8 text"),
+    ],
 )
 def test_a_bad_text_is_refused(refused, tmp_path, content, said):
     file = tmp_path / "skills.txt"
@@ -53,7 +59,12 @@ def test_a_bad_text_is_refused(refused, tmp_path, content, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no file or folder"), (b"", "no text in"), (b"\xff\xfe\xff", "is not UTF-8 text")],
+    [
+        (None, "no file or folder"),
+        (b"", "no text in"),
+        (b"\n" * 5000, "no text in"),
+        (b"\xff\xfe\xff", "is not UTF-8 text"),
+    ],
 )
 def test_a_bad_text_to_protect_is_refused(refused, tmp_path, content, said):
     file = tmp_path / "skills.txt"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import tiny
+from reference import families, tiny
 from reference import workers as remote
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -80,10 +80,26 @@ def test_with_a_template_every_second_text_answers_words_that_the_model_made_up(
 
 
 @pytest.mark.parametrize(
-    "template", ["w2 {{ messages[0].content | upper | length }}", "{{ 'w2' }}"]
+    "template",
+    [
+        "w2 {{ messages[0].content | upper | length }}",
+        "{{ 'w2' }}",
+        "w2 {{ messages[0].content }} w3 {{ messages[0].content }} w4",
+        "{{ raise_exception('the first message must be of the system') }}",
+        "w2 {{ messages[0].content",
+        "w2 {{ messages[0].content }} w3" + " w4" * 62,
+    ],
 )
-def test_a_template_that_hides_the_users_words_gives_texts_only(model, template):
+def test_a_template_that_has_no_place_for_the_users_words_gives_texts_only(model, template):
     assert all(prompt_tokens == 1 for _, prompt_tokens in written(model, template))
+
+
+def test_texts_fit_the_models_positions():
+    model = families.model("GPT2LMHeadModel", dtype=torch.float32, max_position_embeddings=16)
+    texts = written(model, TEMPLATE, tokens=40)
+    assert {len(ids) for ids, prompt_tokens in texts if prompt_tokens == 1} == {16}
+    assert {prompt_tokens > 1 for _, prompt_tokens in texts} == {False, True}
+    assert max(len(ids) for ids, _ in texts) <= 16
 
 
 def test_the_start_is_bos_or_else_the_end_of_text():

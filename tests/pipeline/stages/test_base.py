@@ -170,6 +170,13 @@ def test_a_short_text_gives_fewer_pieces(tmp_path):
     assert list(pieces_of(tmp_path / "a.txt", samples=9, size=100, seed=0)) == ["one two three"]
 
 
+def test_white_space_in_places_gives_fewer_pieces(tmp_path):
+    (tmp_path / "a.txt").write_text("one two " + " " * 1000 + "three four", encoding="utf-8")
+    pieces = list(pieces_of(tmp_path / "a.txt", samples=10, size=100, seed=0))
+    assert 1 <= len(pieces) <= 3
+    assert all(piece.strip() for piece in pieces)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=f"no text in {tmp_path}"):
