@@ -38,10 +38,10 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     console = Console()
     named = ", ".join(runs) if len(runs) <= REPORTS_EACH else f"{len(runs)} runs"
     console.print(f"[bold]{title}[/]: {named}", highlight=False)
-    for run in runs.values():
-        if (name := method_name(run.config)).endswith(CHANGES):
-            line = f"  {name}: {method_description(run.config)}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    changed = {method_name(run.config): method_description(run.config) for run in runs.values()}
+    for name, said in changed.items():
+        if name.endswith(CHANGES):
+            console.print(f"  {name}: {said}", highlight=False, markup=False, soft_wrap=True)
     results = execute(runs, folder, title=title, command=command, console=console)
     by_label = dict(zip(runs, results, strict=True))
     if len(runs) <= REPORTS_EACH:
@@ -186,7 +186,9 @@ def print_base_comparison(console: Console, results: Sequence[RunResult]) -> Non
     room = console.width - min(_AFTER, max(map(len, labels), default=0) + 3)
     for count, part in enumerate(_fitting(widths, room)):
         title = "what the base model still knows" + ", continued" * bool(count)
-        caption = "base → after the last task, mean over seeds ± 95 % interval"
+        over_seeds = any("±" in cell for cells in columns for cell in cells)
+        caption = "base → after the last task"
+        caption += ", mean over seeds ± 95 % interval" * over_seeds
         lines = table(("method",), [*map(escape, names[part])], title=title,
                       caption=caption, caption_justify="left")  # fmt: skip
         for label, *cells in zip(labels, *columns[part], strict=True):

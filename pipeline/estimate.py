@@ -64,7 +64,7 @@ class Needs:
     checkpoint_bytes: int = 0
     """Size of a training checkpoint: the trained weights and both Adam moments."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By kind of stage; `start` is the startup of Ray plus the report."""
+    """By kind of stage, as its name begins; `start` is the startup of Ray plus the report."""
 
 
 def estimate(run: Run, device: str = "cpu") -> Needs:
@@ -199,4 +199,5 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
     for_rows = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else manifest["seconds"]
     seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / run.num_workers
     seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
-    needs.seconds[stage.fn.__name__] = needs.seconds.get(stage.fn.__name__, 0.0) + seconds
+    kind = stage.name.partition("/")[0]
+    needs.seconds[kind] = needs.seconds.get(kind, 0.0) + seconds
