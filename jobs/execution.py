@@ -42,6 +42,18 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     for name, said in changed.items():
         if name.endswith(CHANGES):
             console.print(f"  {name}: {said}", highlight=False, markup=False, soft_wrap=True)
+    unused = {
+        method_name(config): None
+        for config in (run.config for run in runs.values())
+        if config.base.protect != "none" and not config.protect
+    }
+    if unused:
+        console.print(
+            f"  base.protect is ignored without an item in protect: {', '.join(unused)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     results = execute(runs, folder, title=title, command=command, console=console)
     by_label = dict(zip(runs, results, strict=True))
     if len(runs) <= REPORTS_EACH:
@@ -95,9 +107,14 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
 def print_base(console: Console, label: str, result: RunResult) -> None:
     """What the base model still knows, before the first and after every task."""
     measures = {key: of for key, of in base_measures(result).items() if key != "probes"}
-    names = [fill(base_title(measure), 12) for measure in measures]
+    names = [_heading(measure) for measure in measures]
     title = f"{label}: what the base model still knows"
     _print_by_task(console, title, result.metrics["tasks"], names, list(measures.values()))
+
+
+def _heading(measure: str) -> str:
+    """A measure's title as a narrow column has it, and for probes what their number is."""
+    return fill(base_title(measure), 12) + "\nacc_norm" * measure.startswith("probes")
 
 
 def _print_by_task(
@@ -177,7 +194,7 @@ def print_base_comparison(console: Console, results: Sequence[RunResult]) -> Non
     for measure in probes if len(probes) > _MOST_PROBES else ["probes"]:
         found.pop(measure, None)
     labels = list(dict.fromkeys(label for by_label in found.values() for label in by_label))
-    names = [fill(base_title(measure), 12) for measure in found]
+    names = [_heading(measure) for measure in found]
     columns = [
         [_change(measure, by_label.get(label)) for label in labels]
         for measure, by_label in found.items()

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.execution import places_beside, print_matrices, print_metrics
+from jobs.execution import places_beside, print_base, print_matrices, print_metrics
 from jobs.tables import number, table
 from pipeline.config import loading
 from pipeline.errors import Failed
@@ -54,6 +54,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         warn(console, warning)
     console.print("scored once, on test rows that no choice depended on:")
     print_matrices(console, "best", found.result)
+    print_base(console, "best", found.result)
     print_metrics(console, {"best": found.result})
     for name, file in (
         ("config", BEST_CONFIG),

@@ -114,6 +114,8 @@ def _on_few_rows(config: Config, storage: str) -> Config:
         "base.samples": min(_BATCHES * config.importance.batch_size, config.base.samples),
         "importance.correct_only": False,  # After so little training, few answers are correct.
     }
+    if config.base.rows:
+        settings["base.rows.train_rows"] = min(most, config.base.rows.train_rows or most)
     return changed(config, settings)
 
 

@@ -28,8 +28,9 @@ def own_texts(
 
     Where the tokenizer has a chat template for a user's words, every second one is a conversation:
     the template up to them, from which the model writes them, and then its own answer (after
-    Magpie, Xu 2024, arXiv 2406.08464); both end at their end token or after `tokens` tokens. All
-    are shorter where the model has fewer positions, and a template that leaves none is not used.
+    Magpie, Xu 2024, arXiv 2406.08464); both end at their end token, or unfinished after `tokens`
+    tokens. All are shorter where the model has fewer positions, and a template that leaves none is
+    not used.
     See `generate` for how tokens are drawn. The prompt of a row is its first token, or the user's
     turn. Collective: same result on every rank.
     """
@@ -58,7 +59,7 @@ def own_texts(
         prompts = [[*before, *words, *after] for words in said]
         answers = write(prompts, end, 1, most)
         found = [
-            Encoded([*prompt, *answer, after[0]], len(prompt))
+            Encoded([*prompt, *answer, *after[: len(answer) < most]], len(prompt))
             for prompt, answer in zip(prompts, answers, strict=True)
             if answer
         ]

@@ -47,8 +47,8 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     """Read a YAML config, apply `key.path=value` overrides, fill in the method's preset.
 
     If `method`, or an override of it, differs from the file's method, the file's method sections
-    are dropped, because they were written for the other method; a variant of the file's method
-    keeps them. Raises `InputError`, one line that names the key.
+    are dropped, because they were written for the other method (`base` keeps all but `protect`); a
+    variant of the file's method keeps them. Raises `InputError`, one line that names the key.
     """
     raw = _read(file)
     settings = [_split(override) for override in overrides]
@@ -58,7 +58,7 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     if name not in list(METHODS):
         raise InputError(f"method: no method {_shown(name)} (there are {', '.join(METHODS)})")
     if in_file not in (name, METHODS[name].variant_of):
-        raw = {k: v for k, v in raw.items() if k not in METHOD_SECTIONS}
+        raw = _for_any_method(raw)
     raw = with_preset(name, raw)
     # Whole sections first, then kinds: which other keys an item has depends on its kind.
     for key, value in sorted(settings, key=lambda setting: _order(setting[0])):
@@ -67,6 +67,14 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     if isinstance(raw.get("tasks"), dict):
         raw["tasks"] = {"format": FactsTasks.model_fields["format"].default, **raw["tasks"]}
     return validate(raw)
+
+
+def _for_any_method(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw config without the sections of its method; how the base model is measured stays."""
+    kept = {key: value for key, value in raw.items() if key not in METHOD_SECTIONS}
+    if isinstance(base := raw.get("base"), dict):
+        kept["base"] = {key: value for key, value in base.items() if key != "protect"}
+    return kept
 
 
 def with_preset(method: str, raw: Mapping[str, Any]) -> dict[str, Any]:

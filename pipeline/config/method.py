@@ -39,7 +39,7 @@ class Importance(Section):
     correct_only: bool = True
     """Attribute only rows that the model answers correctly. Tasks whose scorer gives
     partial credit (all but `exact_match`, `normalised_exact_match`, `olora_match`) are attributed
-    on all rows."""
+    on all rows, and with a warning so is a task of which the model answers no row correctly."""
     batch_size: Positive = 8
     """Rows per backward pass. Changes results by rounding only."""
     split: Literal["samples", "layers"] = "samples"
@@ -110,7 +110,7 @@ class Base(Section):
     weighting: Literal["uniform", "relevance", "answer"] = "uniform"
     """Weight of each token's input, as in a projection. `uniform` needs forward passes only."""
     samples: Positive = 96
-    """Texts, or maximum number of rows."""
+    """Texts (fewer if a given text is short), or maximum number of rows."""
     tokens: Positive = 64
     """Length of each text, less if the model has fewer positions; not for `rows`."""
     seed: Seed = 0

@@ -14,7 +14,8 @@ _TUNABLE = {
     "correct_only",
 }
 """Keys of `importance` that no method is known by; like any number that is not 0."""
-_OF_BASE = ("base.protect", "base.energy", "base.weighting")
+_OF_BASE = {"base.protect"}
+_OF_PROJECTED_BASE = {*_OF_BASE, "base.energy", "base.weighting"}
 """Keys of `base` that a method is known by; the others say what its text or rows are."""
 
 
@@ -50,10 +51,12 @@ def _structure_of(method: str) -> dict[str, Any]:
 def _structure(config: Config) -> dict[str, Any]:
     """The method's settings by dotted key, without tunable ones; numbers only as on or off."""
     nothing_measured, unprotected = not config.protect, config.base.protect == "none"
+    projects = any(item.kind == "project" for item in config.protect)
+    of_base = _OF_PROJECTED_BASE if projects else _OF_BASE
     return {
         key: value != 0 if isinstance(value, int | float) else value
         for key, value in leaves(config, include=set(METHOD_SECTIONS))
         if key.removeprefix("importance.") not in _TUNABLE
         and not (nothing_measured and key.startswith(("importance.", "base.")))
-        and not (key.startswith("base.") and (unprotected or key not in _OF_BASE))
+        and not (key.startswith("base.") and (unprotected or key not in of_base))
     }

@@ -90,10 +90,9 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
         stage.storage.checkpoint(stage.folder, stage.fingerprint, seconds) if seconds else None
     )
     context.folder, context.checkpoint = stage.folder, checkpoint
+    context.warn = lambda line: emit([{"artifact": stage.folder.name, "warning": masked(line)}])
     if checkpoint:
-        checkpoint.warn = lambda line: emit(
-            [{"artifact": stage.folder.name, "warning": masked(line)}]
-        )
+        checkpoint.warn = context.warn
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
         yield Path(os.devnull)

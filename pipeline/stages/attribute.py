@@ -25,16 +25,20 @@ def attribute(
 ) -> None:
     """Write the importance of `model` on the training rows of `rows`, or of all `rows/...`.
 
-    With the input `adapter`, the importance is that of the adapter's factors.
+    With the input `adapter`, the importance is that of the adapter's factors. A model that answers
+    no row correctly is attributed on all rows, with a warning; raises `ValueError` if its training
+    loss rose.
     """
+    folders = [path for role, path in inputs.items() if role.startswith("rows")]
     with context.borrowed_model(inputs) as model:
         try:
-            folders = [path for role, path in inputs.items() if role.startswith("rows")]
             importance = _importance(model, config, folders, context)
         except NoCorrectAnswer as error:
             reason = str(error).partition(";")[0]
-            advice = _advice(inputs.get("adapter", inputs["model"]) / LOG_FILE)
-            raise ValueError(f"{reason}; {advice}") from None
+            _check_learned(reason, inputs.get("adapter", inputs["model"]) / LOG_FILE)
+            if context.is_first_worker:
+                context.warn(f"{reason}, so the importance is measured on all of them")
+            importance = _importance(model, {**config, "correct_only": False}, folders, context)
     importance.check_finite()
     if importance.is_zero():
         raise ValueError("every importance is zero: no relevance reached any weight")
@@ -42,16 +46,15 @@ def attribute(
         importance.save(out_dir / IMPORTANCE_FILE)
 
 
-def _advice(log: Path) -> str:
-    """What to do about a model that answers nothing correctly, by its training log."""
+def _check_learned(reason: str, log: Path) -> None:
+    """Raise `ValueError` if a model that answers nothing correctly got worse while it trained."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     losses = [loss for line in lines if (loss := json.loads(line).get("loss")) is not None]
     if losses and losses[-1] > losses[0]:
-        return (
-            f"its training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}: lower "
+        raise ValueError(
+            f"{reason}; its training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}: lower "
             "training.learning_rate"
         )
-    return "train longer or set importance.correct_only to false"
 
 
 def _importance(

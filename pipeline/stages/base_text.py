@@ -63,13 +63,13 @@ def cut_text(
 def pieces_of(path: Path, *, samples: int, size: int, seed: int) -> Iterator[str]:
     """Pieces of at most `size` bytes of UTF-8 text, evenly spread, each at a random word.
 
-    Reads no more than the pieces. Fewer than `samples` if the text is short, or white space in
-    places.
+    Reads no more than the pieces, which may overlap: less of each is used. Fewer than `samples` if
+    the text is short, or white space in places.
     """
     files = text_files(path)
     starts = list(accumulate((file.stat().st_size for file in files), initial=0))
     total = starts.pop()
-    samples = max(1, min(samples, total // size))
+    samples = max(1, min(samples, 4 * total // size))
     generator = random.Random(seed)
     for number in range(samples):
         place = int((number + generator.random()) * total / samples)

@@ -28,6 +28,8 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     log: Log = field(default=lambda metrics, step: None)
     """Records metrics of the running stage by step."""
+    warn: Callable[[str], None] = field(default=lambda line: None)
+    """Shows one line to the user, and records it."""
     folder: Path = Path()
     """Where the running stage's out_dir is moved when the stage is complete."""
     shard_model: bool = False

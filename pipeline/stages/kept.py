@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from agcl.errors import InputError
 from agcl.model import models
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss, text_loss_and_kl
@@ -91,14 +92,17 @@ def probe_scores(
     found: dict[str, dict[str, float]] = {}
     lines: list[dict[str, Any]] = []
     for name, by_number in asked.items():
-        scored = probes.score(
-            model,
-            tokenizer,
-            list(by_number.values()),
-            batch_size=config["batch_size"],
-            precision=config["precision"],
-            log=partial(log, step),
-        )
+        try:
+            scored = probes.score(
+                model,
+                tokenizer,
+                list(by_number.values()),
+                batch_size=config["batch_size"],
+                precision=config["precision"],
+                log=partial(log, step),
+            )
+        except InputError as error:
+            raise InputError(f"evaluation.probes: {name}: {error}") from None
         of_probe = [
             {
                 "probe": name,

@@ -75,8 +75,8 @@ def test_with_a_template_every_second_text_answers_words_that_the_model_made_up(
         assert prompt[-3:] == AFTER
         assert 1 <= len(prompt[2:-3]) <= 6
         assert not {1, 5} & {*prompt[2:-3], *answer[:-1]}
-        assert answer[-1] == 5
-    assert len({len(ids) for ids, _ in talks}) > 1
+        assert answer[-1] == 5 or len(answer) == 6  # Cut, it has no end.
+    assert {ids[-1] == 5 for ids, _ in talks} == {True, False}
 
 
 @pytest.mark.parametrize(

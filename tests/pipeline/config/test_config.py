@@ -168,6 +168,16 @@ def test_the_files_own_method_keeps_its_sections(file):
     assert loading.load(file, method="agcl") == loading.load(file)
 
 
+def test_how_the_base_is_measured_is_for_all_methods_and_what_protects_it_for_the_files_own(
+    tmp_path,
+):
+    file = write(tmp_path, "base: {protect: text, text: a.txt, samples: 9}\n")
+    assert loading.load(file).base.protect == "text"
+    for method, protect in (("gate", "none"), ("ewc_base", "self"), ("project_uniform", "text")):
+        base = loading.load(file, method=method).base
+        assert (base.protect, base.samples) == (protect, 9)
+
+
 def test_settings_beside_another_method_are_added_to_its_preset(tmp_path):
     file = write(tmp_path, "method: sequential\n")
     config = loading.load(file, ["protect.0.energy=0.3", "importance.top_k=2"], method="agcl")

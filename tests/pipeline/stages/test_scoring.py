@@ -258,11 +258,3 @@ def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
     attribute(ATTRIBUTION, {"model": model_folder, "rows": folder}, tmp_path, Context())
     header = Importance.load(tmp_path / "importance.safetensors").header
     assert (header["rows"], header["rows_attributed"]) == (4, rows)
-
-
-def test_rows_that_are_all_answered_wrong_say_which_key_to_change(tmp_path, model_folder):
-    tokenizer = models.load_tokenizer(model_folder)
-    wrong = [Row(LEARNED[0].prompt, " no such answer")]
-    folder = write_rows(tmp_path / "rows", tokenizer, {"train": wrong}, scorer="exact_match")
-    with pytest.raises(ValueError, match=r"none of the 1 rows .* set importance\.correct_only to"):
-        attribute(ATTRIBUTION, {"model": model_folder, "rows": folder}, tmp_path, Context())
