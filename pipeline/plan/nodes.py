@@ -5,8 +5,7 @@ All stages of one kind have the same config keys.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from agcl.model.models import positions
 
@@ -14,11 +13,10 @@ from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.naming import method_name
-from pipeline.config.sources import BASE_TASK, base_rows, held_out_sources, selection, sources
+from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.tasks import Source
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
@@ -106,52 +104,6 @@ def base_model_stage(
         session=first_session(config),
         train=True,
     )
-
-
-def base_importance_stages(
-    config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
-) -> list[Stage]:
-    """What the base model's importance is measured on, and last that importance; or nothing."""
-    settings, tokens = config.base, config.base.tokens
-    if not config.model.is_builtin:
-        tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
-    texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
-    match settings.protect if config.protect else "none":
-        case "none":
-            return []
-        case "self":
-            stage = Stage(
-                name="own_text",
-                fn=write_own_text,
-                config={**texts, "precision": config.evaluation.precision},
-                inputs={"model": base},
-                session=first_session(config),
-                train=True,
-            )
-            measured_on = [stage]
-        case "text":
-            inputs = {
-                "tokenizer": tokenizer,
-                "text": External(cast(Path, settings.text), ("**/*",)),
-            }
-            measured_on = [Stage("base_text", cut_text, texts, inputs, session="prepare")]
-        case "rows" if given := base_rows(config):
-            measured_on = [
-                replace(prepare_stage(given, each, tokenizer), name=f"prepare/base/{each.name}")
-                for each in sources(given)
-            ]
-        case _:
-            measured_on = [rows[BASE_TASK]]
-    inputs = {f"rows/{number}": stage for number, stage in enumerate(measured_on)}
-    measured = attribute_stage(config, 0, "base", first_session(config), {"model": base, **inputs})
-    of_base = {
-        **measured.config,
-        "seed": settings.seed,
-        "samples": settings.samples,
-        "correct_only": False,
-        "moments": measured.config["moments"] and settings.weighting,
-    }
-    return [*measured_on, replace(measured, config=of_base)]
 
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pipeline.config.sources import held_out_sources, sources
 from pipeline.plan.nodes import (
     adapter_on,
     attribute_stage,
-    base_importance_stages,
     base_model_stage,
     evaluate_stage,
     first_session,
@@ -20,6 +19,7 @@ from pipeline.plan.nodes import (
     train_stage,
 )
 from pipeline.plan.stage import External, ResolvedStage, Stage
+from pipeline.plan.task_zero import base_importance_stages
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.train import train
 

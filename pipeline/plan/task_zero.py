@@ -1,0 +1,60 @@
+"""Task 0: the stages that measure what the base model relied on before the first task."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from agcl.model.models import positions
+
+from pipeline.config.config import Config
+from pipeline.config.sources import BASE_TASK, base_rows, sources
+from pipeline.plan.nodes import attribute_stage, first_session, prepare_stage
+from pipeline.plan.stage import External, Stage
+from pipeline.stages.base_text import cut_text, write_own_text
+
+
+def base_importance_stages(
+    config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
+) -> list[Stage]:
+    """What the base model's importance is measured on, and last that importance; or nothing."""
+    settings, tokens = config.base, config.base.tokens
+    if not config.model.is_builtin:
+        tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
+    texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
+    match settings.protect if config.protect else "none":
+        case "none":
+            return []
+        case "self":
+            stage = Stage(
+                name="own_text",
+                fn=write_own_text,
+                config={**texts, "precision": config.evaluation.precision},
+                inputs={"model": base},
+                session=first_session(config),
+                train=True,
+            )
+            measured_on = [stage]
+        case "text":
+            inputs = {
+                "tokenizer": tokenizer,
+                "text": External(cast(Path, settings.text), ("**/*",)),
+            }
+            measured_on = [Stage("base_text", cut_text, texts, inputs, session="prepare")]
+        case "rows" if given := base_rows(config):
+            measured_on = [
+                replace(prepare_stage(given, each, tokenizer), name=f"prepare/base/{each.name}")
+                for each in sources(given)
+            ]
+        case _:
+            measured_on = [rows[BASE_TASK]]
+    inputs = {f"rows/{number}": stage for number, stage in enumerate(measured_on)}
+    measured = attribute_stage(config, 0, "base", first_session(config), {"model": base, **inputs})
+    of_base = {
+        **measured.config,
+        "seed": settings.seed,
+        "samples": settings.samples,
+        "correct_only": False,
+        "moments": measured.config["moments"] and settings.weighting,
+    }
+    return [*measured_on, replace(measured, config=of_base)]
