@@ -84,7 +84,9 @@ def figure(
 ) -> Figure:
     """The ratio of pairs of measurements: what is measured, and what it is held against."""
     ratios = [one / other for one, other in taken]
-    low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    # The default method extrapolates: with two pairs a quartile may lie below both, even below zero.
+    several = len(ratios) > 1
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if several else (ratios[0],) * 3
     values = (median(one for one, _ in taken), median(other for _, other in taken))
     return Figure(name, said, bar, median(ratios), low, high, values, unit)
 

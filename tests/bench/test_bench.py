@@ -35,8 +35,13 @@ def test_a_sweep_has_a_point_for_every_value(tmp_path):
 
 def test_a_ratio_is_the_median_over_pairs_with_quartiles():
     found = figure("it", [(1.0, 2.0), (3.0, 2.0), (2.0, 2.0)], 1.3, "another")
-    assert (found.median, found.low, found.high) == (1.0, 0.5, 1.5)
+    assert (found.median, found.low, found.high) == (1.0, 0.75, 1.25)
     assert found.values == (2.0, 2.0)
+
+
+def test_quartiles_of_two_unequal_pairs_lie_between_them():
+    found = figure("it", [(1.0, 1.0), (40.0, 2.0)], 1.3, "another")
+    assert 1.0 < found.low < found.high < 20.0
 
 
 @pytest.mark.parametrize(
