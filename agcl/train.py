@@ -1,7 +1,7 @@
 """The training loop: one task, one optimizer, fixed global batches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from agcl.model.forward import Precision, answer_logits, autocast
 from agcl.parallel import distributed, sharding
 from agcl.schedule import Schedule, rate_factor, scale_rates
 from agcl.tasks import Rows
-from agcl.tasks.batches import Batch, answer_tokens, collate, pack, shuffled
+from agcl.tasks.batches import Batch, answer_tokens, collate, micro_batches, pack, shuffled
 
 Log = Callable[[dict[str, float], int], None]
 """Called with the metrics of a step and the step number."""
@@ -31,7 +31,8 @@ def train_task(
     *,
     epochs: int,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | None = None,
+    max_tokens: int | None = None,
     seed: int,
     schedule: Schedule = "constant",
     warmup: float = 0.0,
@@ -40,18 +41,21 @@ def train_task(
     max_gradient_norm: float = 1.0,
     penalise: Callable[[], Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
+    measure: Callable[[Sequence[int]], dict[str, float]] = lambda lengths: {},
     log: Log = lambda metrics, step: None,
 ) -> None:
     """Minimize the mean cross-entropy of the answer tokens of every global batch.
 
     Ranks take a global batch's micro-batches in turn, and its loss is divided by its total number
-    of answer tokens. Order, batches and loss are therefore the same for any number of ranks.
+    of answer tokens. Order, batches and loss are therefore the same for any number of ranks. A
+    micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens (`micro_batches`).
 
     `schedule` and `warmup` are those of `rate_factor`; the optimizer's learning rate is the peak.
     `packing` avoids padding; results agree up to rounding. `penalise` adds a penalty's gradient to
     `.grad`, identically on every rank, and returns the penalty's value; the logged loss excludes
-    it. With a `checkpoint`, resume after its last step and log its steps again; the result is
-    bit-identical to an uninterrupted run. Raises `NonFiniteLoss`.
+    it. `measure` gets the rows' lengths after each step and returns more metrics to log, such as
+    `throughput.meter`. With a `checkpoint`, resume after its last step and log its steps again; the
+    result is bit-identical to an uninterrupted run. Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device
@@ -68,16 +72,20 @@ def train_task(
             step += 1
             if step <= done:
                 continue
-            # Rows of similar length share a micro-batch, which keeps padding small.
-            batch = sorted((rows[i] for i in indices), key=lambda row: len(row.input_ids))
+            batch = [rows[i] for i in indices]
+            lengths = [len(row.input_ids) for row in batch]
             num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
-            pieces = [
-                batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)
-            ]
+            pieces = micro_batches(
+                lengths,
+                max_rows=micro_batch_size,
+                max_tokens=max_tokens,
+                packing=packing,
+                ranks=distributed.world_size(),
+            )
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()
             for number, counts in distributed.in_turn(len(pieces)):
-                piece = batched(pieces[number]).to(device)
+                piece = batched([batch[i] for i in pieces[number]]).to(device)
                 torch.manual_seed(_dropout_seed(seed, step, number))
                 with autocast(device, precision):
                     piece_loss = counts * summed_loss(model, piece) / num_answer_tokens
@@ -99,6 +107,7 @@ def train_task(
                 "gradient_norm": norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "of_steps": num_steps,
+                **measure(lengths),
             }
             if penalise is not None:
                 metrics["penalty"] = penalty.item()

@@ -91,6 +91,36 @@ def answer_tokens(batch: Batch) -> Tensor:
     return batch.labels[:, 1:][answer_places(batch)]
 
 
+def micro_batches(
+    lengths: Sequence[int],
+    *,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+    packing: bool = False,
+    ranks: int = 1,
+) -> list[list[int]]:
+    """Row indices of a batch's forward passes; rows of similar length share one.
+
+    A pass has at most `max_rows` rows and `max_tokens` tokens, counting the padding unless rows are
+    packed; a longer row is alone. Without `max_rows` there are as many passes as `ranks`, if there
+    are so many rows, so that no rank is idle.
+    """
+    if max_rows is None:
+        max_rows = math.ceil(len(lengths) / ranks)
+    passes: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Sorted, so that the pass would be padded to this row.
+        tokens = (
+            tokens + lengths[i] if packing else lengths[i] * (len(passes[-1]) + 1 if passes else 1)
+        )
+        if not passes or len(passes[-1]) == max_rows or (max_tokens and tokens > max_tokens):
+            passes.append([])
+            tokens = lengths[i]
+        passes[-1].append(i)
+    return passes
+
+
 def in_order(num_rows: int, batch_size: int) -> list[list[int]]:
     """Row indices of consecutive batches."""
     return [

@@ -15,7 +15,7 @@ from pipeline.secrets import masked
 from pipeline.storage.object_store import StoreFailed
 
 LESS_MEMORY = (
-    "set training.activation_checkpointing, or lower training.micro_batch_size, "
+    "set training.activation_checkpointing, or lower training.max_tokens, "
     "importance.batch_size, importance.top_k or evaluation.batch_size, or shard the model across "
     "workers with resources.shard_model"
 )

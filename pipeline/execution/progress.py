@@ -1,7 +1,8 @@
 """Progress of running stages: live bars in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +11,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from pipeline.stages.context import Record
 
 _SECONDS_BETWEEN_LINES = 20.0
+_SHOWN: Mapping[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format,
+    "tokens_per_second": "{:,.0f} tokens/s".format,
+    "mfu": "{:.0%} of peak".format,
+    "peak_memory_gb": "{:.1f} GB".format,
+}
+"""The metrics of a step that are shown while a stage runs."""
 
 
 class StageProgress:
@@ -65,17 +73,20 @@ class StageProgress:
                     self._advance(artifact, record)
 
     def _advance(self, artifact: str, record: Record) -> None:
-        if artifact in self.running:
-            total = record.get("of_steps") or record.get("of_rows")
-            detail = f"loss {record['loss']:.4f}" if "loss" in record else ""
-            if not self.console.is_terminal:
-                self._say_now_and_then(artifact, f"{record['step']}/{total or '?'} {detail}")
-            self.bars.update(
-                self.running[artifact][0],
-                completed=float(record["step"]),
-                total=float(total) if total else None,
-                detail=detail,
-            )
+        if artifact not in self.running:
+            return
+        bar, total = self.running[artifact][0], record.get("of_steps") or record.get("of_rows")
+        self.bars.update(
+            bar, completed=float(record["step"]), total=float(total) if total else None
+        )
+        parts = [show(record[key]) for key, show in _SHOWN.items() if key in record]
+        task = next(task for task in self.bars.tasks if task.id == bar)
+        if task.time_remaining:
+            parts.append(f"{_duration(task.time_remaining)} left")
+        detail = ", ".join(parts)
+        self.bars.update(bar, detail=detail)
+        if not self.console.is_terminal:
+            self._say_now_and_then(artifact, f"{record['step']}/{total or '?'} {detail}")
 
     def _say_now_and_then(self, artifact: str, detail: str) -> None:
         """Print the progress of a long stage occasionally."""
@@ -103,5 +114,9 @@ class StageProgress:
         if not self.num_done:
             return ""
         each = (time.monotonic() - self.began) / self.num_done
-        minutes, seconds = divmod(round(each * (len(self.titles) - self.num_done)), 60)
-        return f"about {minutes}:{seconds:02} left"
+        return f"about {_duration(each * (len(self.titles) - self.num_done))} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"

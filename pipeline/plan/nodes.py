@@ -97,7 +97,7 @@ def base_model_stage(
             "warmup": 0.0,
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
-            "micro_batch_size": settings.batch_size,
+            "micro_batch_size": None,
             "seed": config.seed,
         },
         inputs={"tokenizer": tokenizer, "rows": rows[BASE_TASK]},

@@ -15,6 +15,7 @@ from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty,
 from agcl.modulation.checks import check
 from agcl.parallel import sharding
 from agcl.tasks import Rows
+from agcl.throughput import meter
 from agcl.train import train_task
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -188,6 +189,7 @@ def fit(
             epochs=config["epochs"],
             batch_size=config["batch_size"],
             micro_batch_size=config["micro_batch_size"],
+            max_tokens=config["max_tokens"],
             seed=config["seed"],
             schedule=config["schedule"],
             warmup=config["warmup"],
@@ -196,6 +198,7 @@ def fit(
             max_gradient_norm=config["max_gradient_norm"],
             penalise=protection.penalty,
             checkpoint=context.checkpoint,
+            measure=meter(model),
             log=context.log,
         )
 

@@ -8,8 +8,11 @@ import torch
 from reference import tiny
 from torch.nn.functional import cross_entropy
 
+import agcl.train as train_module
+from agcl import throughput
 from agcl.modulation import GatedAdamW
 from agcl.tasks import Encoded
+from agcl.tasks.batches import micro_batches
 from agcl.train import NonFiniteLoss, train_task
 
 OPTIONS = {"epochs": 2, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
@@ -95,6 +98,66 @@ def test_the_result_does_not_depend_on_the_micro_batch_size(micro_batch_size):
     assert losses(second) == pytest.approx(losses(first), rel=1e-5)
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(cut)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_micro_batches_by_tokens_train_alike_and_stay_below_the_maximum(monkeypatch, packing):
+    rows = tiny.random_rows(10)
+    whole, cut = (tiny.llama(dtype=torch.float64) for _ in range(2))
+    first = train(whole, rows, batch_size=10, micro_batch_size=None)
+    sizes = []
+    make = train_module.pack if packing else train_module.collate
+
+    def seen(piece):
+        batch = make(piece)
+        sizes.append(sum(len(r.input_ids) for r in piece) if packing else batch.input_ids.numel())
+        return batch
+
+    monkeypatch.setattr(train_module, "pack" if packing else "collate", seen)
+    longest = max(len(row.input_ids) for row in rows)
+    options = {"batch_size": 10, "micro_batch_size": None, "packing": packing}
+    second = train(cut, rows, max_tokens=2 * longest, **options)
+    assert len(sizes) > 2 * len(second)
+    assert max(sizes) <= 2 * longest
+    assert losses(second) == pytest.approx(losses(first), rel=1e-5)
+
+
+def test_a_row_longer_than_the_maximum_is_alone_and_every_rank_has_a_micro_batch():
+    assert micro_batches([9, 2, 3, 2], max_tokens=6) == [[1, 3], [2], [0]]
+    assert micro_batches([9, 2, 3, 2], max_tokens=7, packing=True) == [[1, 3, 2], [0]]
+    assert micro_batches([1, 1, 1, 1, 1], ranks=2) == [[0, 1, 2], [3, 4]]
+    assert micro_batches([1, 1], ranks=3) == [[0], [1]]
+    assert micro_batches([3, 1, 2], max_rows=2, ranks=3) == [[1, 2], [0]]
+
+
+def test_every_step_has_its_speed_and_memory(llama):
+    rows = tiny.random_rows(6)
+    logged = train(llama, rows, measure=throughput.meter(llama))
+    for metrics, _ in logged:
+        assert metrics["tokens_per_second"] > 0
+        assert 0.05 < metrics["peak_memory_gb"] < 100
+        assert "mfu" not in metrics  # A CPU's peak is not known.
+
+
+def test_utilization_counts_the_arithmetic_of_trained_and_frozen_weights(llama, monkeypatch):
+    """Against a count by hand, of a device that does 1 TFLOP/s."""
+    monkeypatch.setattr(throughput, "_peak", lambda name: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 10**9)
+    monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    llama.model.layers[0].requires_grad_(False)
+    found = throughput.meter(llama)([3, 5])
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in llama.model.layers]
+    norm = llama.model.norm.weight.numel()
+    weights = 4 * layers[0] + 6 * (sum(layers[1:]) + norm)
+    width = llama.config.hidden_size * llama.config.num_hidden_layers
+    flops = weights * 8 + 12 * width * (9 + 25)
+    assert found["tokens_per_second"] == 4.0
+    assert found["peak_memory_gb"] == 5.0
+    assert found["mfu"] == pytest.approx(flops / 2e12, abs=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])

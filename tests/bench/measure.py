@@ -84,7 +84,7 @@ def figure(
 ) -> Figure:
     """The ratio of pairs of measurements: what is measured, and what it is held against."""
     ratios = [one / other for one, other in taken]
-    # The default method extrapolates: with two pairs a quartile may lie below both, even below zero.
+    # The default method extrapolates: of two pairs, a quartile may lie below both, or below zero.
     several = len(ratios) > 1
     low, _, high = quantiles(ratios, n=4, method="inclusive") if several else (ratios[0],) * 3
     values = (median(one for one, _ in taken), median(other for _, other in taken))

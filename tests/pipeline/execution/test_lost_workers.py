@@ -14,6 +14,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config.config import Resources
+from pipeline.execution import progress
 from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import is_peer_loss, why_lost
 from pipeline.execution.mailbox import Mailbox
@@ -232,6 +233,21 @@ def test_in_a_log_progress_is_plain_lines():
     assert done.split()[:2] == ["done", "train/1-x"]
     assert failed.split()[:2] == ["failed", "report"]
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_long_stage_shows_loss_speed_memory_and_time_left(monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    out = io.StringIO()
+    speed = {"tokens_per_second": 1234.4, "mfu": 0.421, "peak_memory_gb": 3.14}
+    with StageProgress(Console(file=out, width=120), {"a-1": "train/1-x"}) as shown:
+        clock = iter(range(0, 1000, 10))
+        shown.bars.get_time = lambda: float(next(clock))
+        shown.observe([{"artifact": "a-1", "state": "started"}])
+        for step in (1, 2, 3):
+            shown.observe([{"artifact": "a-1", "step": step, "of_steps": 9, "loss": 0.5, **speed}])
+    last = out.getvalue().splitlines()[-1]
+    assert "train/1-x 3/9 loss 0.5000, 1,234 tokens/s, 42% of peak, 3.1 GB, " in last
+    assert last.endswith(" left")
 
 
 def test_a_store_that_does_not_answer_is_no_lost_worker():

@@ -181,7 +181,7 @@ def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_st
         (ValueError("row 3\nis empty"), "row 3 is empty"),
         (ArithmeticError("loss nan at step 2"), "loss nan at step 2"),
         (KeyError("w"), "KeyError: 'w'"),
-        (torch.OutOfMemoryError("4 GiB"), "training.micro_batch_size"),
+        (torch.OutOfMemoryError("4 GiB"), "training.max_tokens"),
         (MemoryError(), "out of memory: set training.activation_checkpointing, or lower "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory: set training."),
         (FileNotFoundError(errno.ENOENT, "x", "/a/b"), "No such file or directory: /a/b"),

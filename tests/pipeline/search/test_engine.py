@@ -132,6 +132,7 @@ def scoring(outcome=outcome):
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # Ray starts lost processes again one by one.
 @pytest.mark.timeout(300)
 def test_tune_tries_the_same_points_on_any_cluster_and_records_every_outcome(
     search, on_tune, tmp_path
