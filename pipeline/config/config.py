@@ -207,6 +207,9 @@ class Tracking(Section):
     enabled: bool = True
     experiment: str = Field("agcl", min_length=1, max_length=250)
     """MLflow experiment of all runs, created if there is none."""
+    report_to: tuple[Literal["jsonl", "tensorboard"], ...] = ()
+    """Metrics as plain files in the run's folder too, with or without MLflow: `metrics.jsonl`, and
+    event files in `tensorboard/`."""
     register_model: str | None = Field(None, pattern=_NAME, max_length=100)
     """Register the final model in MLflow under this name, which copies its files there."""
 

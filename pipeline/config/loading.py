@@ -36,7 +36,7 @@ _OF_OTHERS = {
     "lora_r": "adapter.rank",
     "model_name_or_path": "model.path",
     "output_dir": "storage",
-    "report_to": "tracking.uri",
+    "report_to": "tracking.report_to",
 }
 """What transformers, PEFT and TRL call our settings."""
 _KINDS = ("kind", "format")

@@ -4,17 +4,16 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
-from statistics import fmean
 from typing import Literal
 
 from pipeline.config.naming import method_name
-from pipeline.config.sources import BASE_TASK
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import Record
-from pipeline.stages.files import IMPORTANCE_FILE, KEPT, LOG_FILE, SCORES, SUMMARY
+from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
 from pipeline.tracking.client import Content, Tracker
+from pipeline.tracking.scores import scores_of, task_index, times
 
 _LARGEST_COPY = 256 * 2**20
 
@@ -125,7 +124,7 @@ class MirroredRun:
     def _record(self, stage: str) -> None:
         """Record a complete stage from its artifact, with the artifact's times."""
         work = self.resolved[stage]
-        started, ended = _times(work)
+        started, ended = times(work)
         self._start(stage, "late", started)
         lines = (work.read(LOG_FILE) or b"").splitlines()
         self._log(stage, map(json.loads, lines), ended)
@@ -133,7 +132,7 @@ class MirroredRun:
 
     def _log(self, stage: str, records: Iterable[Record], at: float | None = None) -> None:
         """Log metrics; scores by the run's tasks, so that one chart can show run and stages."""
-        step = {"step": _task_index(stage)} if stage.startswith("evaluate/") else {}
+        step = {"step": task_index(stage)} if stage.startswith("evaluate/") else {}
         child = self.children[stage][-1]
         self.tracker.metrics(child, [{**record, **step} for record in records], at)
 
@@ -141,8 +140,8 @@ class MirroredRun:
         """Log what a stage made on the run, and finish the stage's child."""
         work, (kind, _, task) = self.resolved[stage], stage.partition("/")
         if kind == "evaluate":
-            scores = self._scores(work, _task_index(stage))
-            self.tracker.metrics(self.id, [scores], _times(work)[1])
+            scores = scores_of(self.run, work, task_index(stage))
+            self.tracker.metrics(self.id, [scores], times(work)[1])
         elif kind == "attribute":
             self.tracker.artifacts(self.id, _importance(work, f"importance/{task}"))
         elif kind == "prepare":
@@ -150,26 +149,6 @@ class MirroredRun:
             self.tracker.dataset(self.id, stage, work.fingerprint[:32], source)
         self.tracker.end(self.children[stage][-1], at=at)
         self.state[stage] = "recorded"
-
-    def _scores(self, work: ResolvedStage, index: int) -> dict[str, float]:
-        """The row of the accuracy matrix and what the base model still knows, by task index."""
-        tasks, scores = self.run.plan.tasks, json.loads(work.read(SCORES) or b"")
-        row: dict[str, float] = {
-            f"{name}/{task}": score for task in tasks for name, score in scores[task].items()
-        }
-        if BASE_TASK in scores.keys() - set(tasks):
-            row["base/facts"] = next(iter(scores[BASE_TASK].values()))
-        for name in scores[tasks[0]]:
-            if all(name in scores[task] for task in tasks):
-                seen = [scores[task][name] for task in tasks[: max(index, 1)]]
-                row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-        base = json.loads(work.read(KEPT) or b"{}")
-        row |= {
-            f"base/{key}": base[key] for key in ("text_loss", "kl", "kl_answers") if key in base
-        }
-        for name, of_probe in base.get("probes", {}).items():
-            row[f"base/probes/{name}"] = of_probe["acc_norm"]
-        return {"step": index, **row}
 
     def end(
         self,
@@ -182,7 +161,7 @@ class MirroredRun:
         """Log last metrics and files by artifact path, register the model, and close the run."""
         self.tracker.tags(self.id, {}, note)
         made = [work for stage, work in self.resolved.items() if stage in self.complete]
-        self.tracker.metrics(self.id, [metrics], _times(made[-1])[1] if made else None)
+        self.tracker.metrics(self.id, [metrics], times(made[-1])[1] if made else None)
         self.tracker.artifacts(self.id, files)
         name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
         if name and model.is_dir():
@@ -196,20 +175,6 @@ class MirroredRun:
                 if state != "recorded":
                     self.tracker.end(self.children[stage][-1], status)
             self.tracker.end(self.id, status, error)
-
-
-def _task_index(stage: str) -> int:
-    """How many tasks of the sequence were trained before `evaluate/2-rivers`."""
-    return int(stage.partition("/")[2].partition("-")[0])
-
-
-def _times(work: ResolvedStage) -> tuple[float, float]:
-    """When a complete stage was started and finished, in seconds since 1970.
-
-    With the latter a point is in MLflow once, however often it is sent.
-    """
-    manifest = work.manifest() or {}
-    return manifest["started"], manifest["started"] + manifest["seconds"]
 
 
 def _importance(work: ResolvedStage, path: str) -> Mapping[str, Content]:

@@ -22,6 +22,7 @@ from pipeline.results.results import METRIC_TITLES, metric, metric_name
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
 from pipeline.tracking.client import Content, Tracker, TrackingFailed
+from pipeline.tracking.metric_files import MetricFiles
 from pipeline.tracking.mirrored_run import MirroredRun
 
 _SECONDS_BETWEEN_SYNCS = 60.0
@@ -60,6 +61,8 @@ class Mirror:
         """Id of the run above the others."""
         self._runs: dict[str, MirroredRun] = {}
         """By label, until MLflow knows that they ended."""
+        self._files: dict[str, MetricFiles] = {}
+        """By label, until the run ends."""
         self._unsent: list[Record] = []
         self._synced = self._sent = time.monotonic()
         self._is_behind = False
@@ -81,6 +84,8 @@ class Mirror:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         status = "FAILED" if error is None or isinstance(error, Exception) else "KILLED"
+        for files in self._files.values():
+            files.close()
         with self._surviving():
             if self._tracker:
                 for run in self._runs.values():  # Without an exception: runs that failed alone.
@@ -95,6 +100,8 @@ class Mirror:
 
         It is called `label` below a run of this execution, else by the title.
         """
+        if formats := self.config.tracking.report_to:
+            self._files[label] = MetricFiles(run, formats)
         if self.config.tracking.enabled:
             name = label if self.kind else self.title
             with self._surviving():
@@ -124,6 +131,8 @@ class Mirror:
     def observe(self, records: Sequence[Record]) -> None:
         """Show running stages live. Takes the records of artifacts in order."""
         self.sync()
+        for files in self._files.values():
+            files.observe(records)
         self._unsent += records
         is_due = time.monotonic() - self._sent >= _SECONDS_BETWEEN_BATCHES
         if is_due or any("state" in record for record in records):
@@ -159,6 +168,8 @@ class Mirror:
 
         If MLflow is down, a later `sync` does all that.
         """
+        if label in self._files:
+            self._files.pop(label).rewrite()
         if label in self._runs:
             run = self._runs[label]
             run.ending = partial(run.end, metrics, files or {}, status, error, note)

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 import mlflow
 import pytest
 from reference.record import check_whole
+from tensorboardX.proto.event_pb2 import Event
 
 from agcl.errors import InputError
 from pipeline.config import loading
@@ -410,3 +412,55 @@ def test_a_server_that_dies_under_a_run_gets_everything_from_the_next(driver, fi
     assert driver.finished() == before
     assert json.loads((driver.run / "metrics.json").read_text()) == finished.metrics("gradient")
     check_whole(server.uri, open_run(loading.load(driver.config)))
+
+
+def scalars(folder):
+    """All points of TensorBoard's event files by run and tag, read as TensorBoard does."""
+    found = {}
+    for file in sorted(folder.rglob("events.*")):
+        for record in summary_records(file):
+            for value in record.summary.value:
+                run = file.parent.relative_to(folder).as_posix()
+                found.setdefault((run, value.tag), []).append((record.step, value.simple_value))
+    return found
+
+
+def summary_records(file):
+    """The events of a file: length, checksum, message, checksum."""
+    content = file.read_bytes()
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[size + 16 :]
+
+
+def test_metrics_are_plain_files_too_and_complete_whatever_was_seen(replay):
+    """A run that dies in training, and is finished unseen by MLflow, which is off."""
+    formats = "tracking.report_to=[jsonl,tensorboard]"
+    replay.use(None, "tracking.enabled=false", formats)
+    folder = replay.run.folder
+    train = next(stage for stage in replay.run.resolved if stage.startswith("train/1"))
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, "prepare", "pretrain", "evaluate/0")
+        mirror.observe([replay.state(train, "started")])
+        mirror.observe(replay.metrics(train)[:3])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == train] == [1, 2, 3]
+
+    with replay.mirror() as mirror:
+        mirror.add("tiny", replay.run)
+        replay.play(mirror, train)
+        replay.complete("evaluate", "attribute", "train", "report")
+        replay.finish(mirror)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = [record["loss"] for record in replay.metrics(train)]
+    assert [line["loss"] for line in lines if line["stage"] == train] == expected
+    report = json.loads((replay.run.resolved["report"].folder / "metrics.json").read_text())
+    name, matrix = f"memorization/{report['tasks'][0]}", report["accuracy_matrix"]
+    of_first = [row[0] for row in matrix]
+    assert [line[name] for line in lines if name in line] == of_first
+    found = scalars(folder / "tensorboard")
+    assert found[".", name] == [(i, pytest.approx(score)) for i, score in enumerate(of_first)]
+    losses = [(i, pytest.approx(loss)) for i, loss in enumerate(expected, start=1)]
+    assert found[train, "loss"] == losses
