@@ -6,10 +6,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from agcl.model.models import num_weights
 from pipeline.config import loading
 from pipeline.config.config import Resources
+from pipeline.config.usual import unusual
 from pipeline.estimate import Needs, estimate
 from pipeline.run import open_run
+from pipeline.tracking.sync import warn
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -26,6 +29,9 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         place = f"[dim]{escape(work.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
+    if not run.config.model.is_builtin:
+        for line in unusual(run.config, num_weights(run.config.model.folder)):
+            warn(console, line)
     if num_done == len(run.plan.stages) or not arguments.probe:
         return
     gpu = run.config.resources.gpus_per_worker

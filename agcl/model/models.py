@@ -250,6 +250,11 @@ def positions(folder: Path) -> int:
     return int(config.max_position_embeddings)
 
 
+def num_weights(folder: Path) -> int:
+    """The number of parameters of the folder's model, tied ones once; reads `config.json` only."""
+    return sum(parameter.numel() for parameter in empty_model(folder).parameters())
+
+
 def empty_model(folder: Path) -> PreTrainedModel:
     """The folder's model on the meta device: parameter names and shapes without memory."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

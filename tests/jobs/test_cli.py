@@ -15,6 +15,10 @@ from agcl.attribution import attribute
 from agcl.model import models
 from agcl.tasks.batches import collate
 from jobs import cli
+from pipeline.config import loading
+from pipeline.config.config import Model
+from pipeline.config.method import Adapter
+from pipeline.config.usual import unusual
 
 ROOT = Path(__file__).parent.parent.parent
 FACTS = ROOT / "jobs" / "configs" / "facts.yaml"
@@ -250,6 +254,29 @@ def test_plan_writes_nothing_and_lists_the_stages(agcl, capsys):
     assert cli.main(["plan", str(FACTS), "--no-probe"]) == cli.OK
     out = capsys.readouterr().out
     assert all(name in out for name in ("prepare/harbour", "pretrain", "train/4-", "report"))
+    assert not list(agcl.place.iterdir())
+
+
+def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder, tmp_path):
+    training = {"learning_rate": 1e-4, "epochs": 8}
+    config = loading.validate({"method": "sequential", "training": training})
+    large = config.model_copy(update={"model": Model(path=str(tmp_path))})
+    rate, epochs = unusual(large, 1_100_000_000)
+    assert "training.learning_rate: 0.0001 is above what others use for full fine-tuning" in rate
+    assert "1.1 billion weights, 5e-06 to 2e-05" in rate
+    assert "training.epochs: 8 is more" in epochs
+    assert not unusual(large, 135_000_000)
+    assert not unusual(config, 1_100_000_000)  # The built-in model.
+    adapter = large.model_copy(update={"adapter": Adapter()})
+    assert [line.partition(":")[0] for line in unusual(adapter, 10**9)] == ["training.epochs"]
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Who?", "answer": " Me"}\n' * 4)
+    settings = ["training.learning_rate=0.1", f"model.path={model_folder}"]
+    settings += [f"tasks.sequence.0.train={file}", "--no-probe"]
+    assert cli.main(["plan", "fine_tune", *settings]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "warning training.learning_rate: 0.1 is above what others use" in shown
     assert not list(agcl.place.iterdir())
 
 
