@@ -115,6 +115,15 @@ def leak(before, after, basis, transposed=()):
     return max(shares)
 
 
+def groups(model):
+    """A Trainer decays no norms."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [each for each in named if ("norm" in each[0]) == is_norm], "weight_decay": by}
+        for is_norm, by in ((False, 0.1), (True, 0.0))
+    ]
+
+
 def assert_close(found, expected, atol):
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=atol, msg=name)
@@ -133,18 +142,8 @@ def test_callback_and_optimizer_equal_agcls_own_training(tmp_path, kinds):
     trainer(called, tmp_path, callbacks=[Protect(**protection)]).train()
     trainer(given, tmp_path, protected=protection).train()
     assert_close(weights(given), weights(called), atol=0)
-
-    # A Trainer decays no norms.
-    named = list(own.named_parameters())
-    groups = [
-        {
-            "params": [each for each in named if ("norm" in each[0]) == is_norm],
-            "weight_decay": decay,
-        }
-        for is_norm, decay in ((False, 0.1), (True, 0.0))
-    ]
     train_task(
-        own, ROWS, GatedAdamW(groups, lr=1e-2, **protection), epochs=2, batch_size=8,
+        own, ROWS, GatedAdamW(groups(own), lr=1e-2, **protection), epochs=2, batch_size=8,
         micro_batch_size=4, seed=0, schedule="linear",
     )  # fmt: skip
     moved = (weights(own)[UP] - weights(start)[UP]).abs().max()
@@ -156,15 +155,7 @@ def test_a_gate_on_the_gradient_equals_agcls_own(tmp_path):
     gate = gate_of(tiny.llama())
     given, plain = tiny.llama(), tiny.llama()
     trainer(given, tmp_path, protected={"gate": gate, "on": "gradient"}).train()
-    named = list(plain.named_parameters())
-    groups = [
-        {
-            "params": [each for each in named if ("norm" in each[0]) == is_norm],
-            "weight_decay": decay,
-        }
-        for is_norm, decay in ((False, 0.1), (True, 0.0))
-    ]
-    optimizer = GatedAdamW(groups, lr=1e-2, gate=gate, on="gradient")
+    optimizer = GatedAdamW(groups(plain), lr=1e-2, gate=gate, on="gradient")
     trainer(plain, tmp_path, optimizers=(optimizer, None)).train()
     assert_close(weights(given), weights(plain), atol=0)
 
@@ -263,9 +254,8 @@ def test_others_are_frozen_and_the_rest_is_named_in_a_warning(tmp_path, caplog):
     freeze_others(model, basis)
     trainer(model, tmp_path, callbacks=[Protect(basis=basis)], max_steps=1).train()
     assert "not protected" not in caplog.text
-    moved = {
-        name for name, weight in weights(model).items() if not torch.equal(weight, before[name])
-    }
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved == set(basis)
 
 
