@@ -138,11 +138,12 @@ def gated_adamw(
         decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
         trained = [(name, p) for name, p in found.parameters.items() if p.requires_grad]
         groups = [
-            {
-                "params": [each for each in trained if (each[0] in decayed) == is_decayed],
-                "weight_decay": args.weight_decay * is_decayed,
-            }
-            for is_decayed in (True, False)
+            {"params": params, "weight_decay": decay}
+            for params, decay in (
+                ([each for each in trained if each[0] in decayed], args.weight_decay),
+                ([each for each in trained if each[0] not in decayed], 0.0),
+            )
+            if params  # Torch takes an empty group for one without names.
         ]
         optimizer = GatedAdamW(
             groups,
