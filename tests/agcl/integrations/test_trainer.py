@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from reference import tiny
+from reference import workers as remote
 from reference.trainers import ROWS, arguments, basis_of, gate_of, leak, trainer, weights
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -218,3 +219,16 @@ def test_what_cannot_hold_is_refused_before_the_first_step(tmp_path, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP"):
         integration._refuse(args, None)
+
+
+@pytest.mark.parametrize("way", ["callback", "optimizer"])
+def test_two_data_parallel_processes_equal_one(tmp_path, workers, way):
+    """Each takes every second micro-batch; one process accumulates both."""
+    (kind, one), (_, two) = workers.run(remote.trained_by_a_trainer, way, tmp_path)
+    assert kind == "DistributedDataParallel"
+    assert_close(one, two, atol=0)
+    start, model = weights(tiny.llama()), tiny.llama()
+    basis = basis_of(model)
+    trainer(model, tmp_path, callbacks=[Protect(basis=basis)]).train()
+    assert_close(one, weights(model), atol=2e-5)
+    assert leak(start, one, basis) < 1e-4
