@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from agcl.attribution import attribute
+from agcl.attribution.attribute import attribute, check_precision
 from agcl.importance import Importance
 from agcl.integrations.names import unwrapped
 from agcl.modulation.projection import bases
@@ -104,6 +104,7 @@ def protect_base(
     Raises `ValueError` for a model in half precision.
     """
     inner = unwrapped(model)
+    check_precision(inner)  # Before the texts are written, which takes longest.
     texts = own_texts(inner, tokenizer, samples=samples, tokens=tokens, seed=seed)
     own = in_order(len(texts), batch_size)[distributed.rank() :: distributed.world_size()]
     importance = attribute(

@@ -233,13 +233,7 @@ def trained_by_a_trainer(way: str, folder: Path) -> Any:
     from agcl.parallel import distributed
 
     rank, size = str(distributed.rank()), str(distributed.world_size())
-    os.environ.update(
-        RANK=rank,
-        LOCAL_RANK=rank,
-        WORLD_SIZE=size,
-        LOCAL_WORLD_SIZE=size,
-        ACCELERATE_USE_CPU="true",
-    )
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     model = tiny.llama()
     protection = {"basis": basis_of(model)}
     options: dict[str, Any] = {"protected": protection}

@@ -155,6 +155,8 @@ def test_the_base_is_protected_by_its_own_text(llama, tokenizer):
     importance = attribute(
         llama, [collate(texts)], moments="uniform", entries=False, correct_only=False
     )
+    with pytest.raises(ValueError, match="bfloat16"):
+        protect_base(tiny.llama(dtype=torch.bfloat16), tokenizer)
     for name, basis in bases([importance], energy=0.6).items():
         assert found[name].shape == basis.shape
         overlap = (found[name].T @ basis).norm() ** 2 / basis.shape[1]

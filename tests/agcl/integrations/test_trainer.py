@@ -142,6 +142,8 @@ def test_a_compiled_models_weights_are_found(tmp_path):
     ids = torch.arange(2, 9).unsqueeze(0)
     model(ids, labels=ids).loss.backward()
     callback.on_pre_optimizer_step(None, None, None)
+    held = sum(copy.numel() for _, before in callback._before for copy in before)
+    assert held == sum(model.get_parameter(name).numel() for name in basis)
     optimizer.step()
     callback.on_optimizer_step(None, None, None)
     assert leak(before, weights(model), basis) < 1e-4
