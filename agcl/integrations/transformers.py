@@ -113,6 +113,12 @@ class Protect(TrainerCallback):  # type: ignore[misc]
                 self._protection.restrict(chunk, before)
         self._before = []
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Release gates and bases: a callback lives as long as its Trainer."""
+        self._protection = None
+
 
 def gated_adamw(
     args: TrainingArguments,

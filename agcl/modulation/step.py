@@ -122,7 +122,8 @@ def _full_precision(by_name: Mapping[str, nn.Parameter], name: str) -> nn.Parame
     if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{name} is in {parameter.dtype}, but only float32 weights can be protected: load the "
-            "model with dtype=torch.float32 (bf16=True of a Trainer is fine)"
+            "model with dtype=torch.float32, or cast an adapter to it (bf16=True of a Trainer is "
+            "fine)"
         )
     return parameter
 

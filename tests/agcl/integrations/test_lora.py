@@ -4,11 +4,14 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from reference import tiny
-from reference.trainers import basis_of, trainer, weights
+from reference.trainers import ROWS, basis_of, trainer, weights
 
 from agcl.integrations.names import plain
 from agcl.integrations.transformers import Protect, freeze_others
 from agcl.lrp import attributed_linears
+from agcl.model import adapter
+from agcl.modulation import GatedAdamW, lora
+from agcl.train import train_task
 
 TARGETS = ["q_proj", "o_proj", "up_proj"]
 LAYER = "model.layers.1.mlp.up_proj"
@@ -42,6 +45,27 @@ def test_outputs_for_protected_inputs_stay_and_others_change(tmp_path, way):
     other = torch.randn(7, 16)
     changed = layers[LAYER](other) - dict(base.named_modules())[LAYER](other)
     assert changed.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("way", ["callback", "optimizer"])
+def test_it_equals_agcls_own_training_of_an_adapter(tmp_path, way):
+    basis = basis_of(tiny.llama())
+    model, other = (adapter.attach(tiny.llama(), rank=3, alpha=6.0, seed=0) for _ in range(2))
+    protection = {"basis": basis}
+    options = {"protected": protection}
+    if way == "callback":
+        options = {"callbacks": [Protect(**protection)]}
+    trainer(model, tmp_path, **options).train()
+    own = other.get_base_model()
+    known = lora.keep_away(other, basis)
+    factors = [(name, p) for name, p in own.named_parameters() if p.requires_grad]
+    train_task(
+        own, ROWS, GatedAdamW(factors, lr=1e-2, weight_decay=0.1, basis=known), epochs=2,
+        batch_size=8, micro_batch_size=4, seed=0, schedule="linear",
+    )  # fmt: skip
+    found = weights(model.get_base_model())
+    for name, weight in weights(own).items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
 def test_a_new_adapter_kept_away_still_changes_nothing(tmp_path):

@@ -218,9 +218,11 @@ def test_what_cannot_hold_is_refused_before_the_first_step(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="ScheduleFree swaps"):
         made.train()
     args = arguments(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP"):
-        integration._refuse(args, None)
+    for name in ("FSDP", "DeepSpeed"):
+        with monkeypatch.context() as launched:
+            launched.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+            with pytest.raises(ValueError, match=f"^{name} shards"):
+                integration._refuse(args, None)
 
 
 @pytest.mark.parametrize("way", ["callback", "optimizer"])
