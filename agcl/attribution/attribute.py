@@ -148,6 +148,11 @@ def _check_arguments(
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all samples, not {top_k}")
+    check_precision(model)
+
+
+def check_precision(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model in half precision."""
     if model.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"the model is in {model.dtype}, too coarse for relevance: load it with "

@@ -3,13 +3,15 @@
 from agcl.modulation.gate import gates
 from agcl.modulation.optimizer import GatedAdamW, GateOn
 from agcl.modulation.penalty import quadratic_penalty
-from agcl.modulation.projection import bases, random_bases
+from agcl.modulation.projection import bases, load_bases, random_bases, save_bases
 
 __all__ = [
     "GateOn",
     "GatedAdamW",
     "bases",
     "gates",
+    "load_bases",
     "quadratic_penalty",
     "random_bases",
+    "save_bases",
 ]

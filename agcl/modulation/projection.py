@@ -6,12 +6,16 @@ weighted by the relevance that passes through them.
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from agcl.files import tensor_file
 from agcl.importance import Importance
+
+_KIND = "bases"
 
 
 def bases(
@@ -46,6 +50,26 @@ def bases(
         ).cpu()
         for name in past[0].moments
     }
+
+
+def save_bases(
+    basis: Mapping[str, Tensor], file: Path | str, *, header: Mapping[str, Any] | None = None
+) -> None:
+    """Write bases to one file atomically, in float32; `header` is JSON, for the reader."""
+    tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in basis.items()}
+    tensor_file.write(Path(file), tensors, _KIND, header or {})
+
+
+def load_bases(file: Path | str) -> dict[str, Tensor]:
+    """Read the bases of `save_bases`, on the CPU.
+
+    Raises `InputError` naming the file if it is not a file of bases or its checksum is wrong.
+    """
+    file = Path(file)
+    tensor_file.verify(file, _KIND)
+    stored, _ = tensor_file.open_file(file, _KIND)
+    with stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:

@@ -222,3 +222,23 @@ def wait_for_a_slow_rank(wait: str, seconds: float, timeout: float) -> float:
         time.sleep(seconds)
     {"meet": distributed.meet, "barrier": dist.barrier}[wait]()
     return time.monotonic() - started
+
+
+def trained_by_a_trainer(way: str, folder: Path) -> Any:
+    """What a Trainer makes of a tiny model under a basis, data-parallel on both ranks."""
+    from reference import tiny
+    from reference.trainers import basis_of, trainer, weights
+
+    from agcl.integrations.transformers import Protect
+    from agcl.parallel import distributed
+
+    rank, size = str(distributed.rank()), str(distributed.world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    model = tiny.llama()
+    protection = {"basis": basis_of(model)}
+    options: dict[str, Any] = {"protected": protection}
+    if way == "callback":
+        options = {"callbacks": [Protect(**protection)]}
+    made = trainer(model, folder, gradient_accumulation_steps=1, ddp_backend="gloo", **options)
+    made.train()
+    return type(made.model_wrapped).__name__, weights(model)

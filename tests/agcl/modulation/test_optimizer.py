@@ -87,7 +87,7 @@ def test_any_gate_is_stored_in_a_byte_to_half_a_step(llama):
     steps(free, GatedAdamW(free.named_parameters(), **OPTIONS), last=1)
     optimizer = GatedAdamW(held.named_parameters(), gate=gate, **OPTIONS)
     steps(held, optimizer, last=1)
-    (kept,) = optimizer.held.values()
+    (kept,) = optimizer.protection.held.values()
     assert kept.element_size() == 1
     share = (weights(held)[UP] - before) / (weights(free)[UP] - before)
     torch.testing.assert_close(share, gate[UP], rtol=0, atol=0.5 / 255 + 1e-4)
@@ -211,7 +211,7 @@ def protected_steps(llama, on, device="cpu"):
 @pytest.mark.parametrize("on", SIDES)
 def test_many_parameters_at_once_step_like_each_alone(llama, on, monkeypatch):
     alone = protected_steps(llama, on)
-    monkeypatch.setattr("agcl.modulation.optimizer._chunks", lambda parameters: [parameters])
+    monkeypatch.setattr("agcl.modulation.step._chunks", lambda parameters: [parameters])
     torch.testing.assert_close(protected_steps(llama, on), alone, rtol=0, atol=0)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from agcl.errors import InputError
 from agcl.importance import Importance
-from agcl.modulation import GatedAdamW, bases, random_bases
+from agcl.modulation import GatedAdamW, bases, load_bases, random_bases, save_bases
 from agcl.modulation.projection import leading_directions, projected_part
 
 SPECTRUM = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
@@ -179,3 +180,20 @@ def test_weights_without_known_directions_are_as_before():
     expected = bases(task, energy=0.7)["w"]
     for known in ({}, {"other": torch.eye(4)}, {"w": torch.zeros(4, 0)}):
         assert torch.equal(bases(task, energy=0.7, known=known)["w"], expected)
+
+
+def test_bases_come_back_from_a_file_and_another_file_is_refused(tmp_path):
+    basis = {"a": torch.linalg.qr(torch.randn(5, 2))[0], "b": torch.zeros(3, 0)}
+    file = tmp_path / "base.safetensors"
+    save_bases(basis, file, header={"energy": 0.7})
+    found = load_bases(str(file))
+    assert found.keys() == basis.keys()
+    assert all(torch.equal(found[name], basis[name]) for name in basis)
+    Importance({}, {"a": torch.eye(2)}).save(tmp_path / "importance")
+    with pytest.raises(InputError, match="not an agcl bases file"):
+        load_bases(tmp_path / "importance")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        load_bases(file)

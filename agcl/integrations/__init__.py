@@ -1,0 +1,1 @@
+"""agcl inside other trainers."""
