@@ -70,7 +70,7 @@ def train_task(
                 continue
             # Rows of similar length share a micro-batch, which keeps padding small.
             batch = sorted((rows[i] for i in indices), key=lambda row: len(row.input_ids))
-            num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
+            num_answer_tokens = sum(row.loss_tokens for row in batch)
             pieces = [
                 batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)
             ]
