@@ -41,10 +41,13 @@ class Template(NamedTuple):
     """A special token."""
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """The template of a tokenizer. Raises `InputError` if it has none."""
+def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Template:
+    """The template of a tokenizer. Raises `InputError`, at the place of a row, if it has none."""
     if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer in {tokenizer.name_or_path} has no chat template")
+        raise InputError(
+            f"{place and f'{place}: '}the tokenizer in {tokenizer.name_or_path} has no chat "
+            "template, which messages need"
+        )
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
     tokens = {*tokenizer.all_special_tokens, *added}
     longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)

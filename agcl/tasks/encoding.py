@@ -98,8 +98,9 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], chat: bool
         if is_empty(row) or not (chat or row.conversation):
             texts.append(Text(row.prompt, row.answer))
             continue
-        template = template or template_of(tokenizer)
-        texts.append(Text(*turns(template, row.conversation or _as_conversation(row))))
+        conversation = row.conversation or _as_conversation(row)
+        template = template or template_of(tokenizer, conversation.place)
+        texts.append(Text(*turns(template, conversation)))
     return texts
 
 
