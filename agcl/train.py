@@ -74,7 +74,7 @@ def train_task(
                 continue
             batch = [rows[i] for i in indices]
             lengths = [len(row.input_ids) for row in batch]
-            num_answer_tokens = sum(len(row.input_ids) - row.prompt_tokens for row in batch)
+            num_answer_tokens = sum(row.loss_tokens for row in batch)
             pieces = micro_batches(
                 lengths,
                 max_rows=micro_batch_size,

@@ -1,13 +1,16 @@
 """`agcl tasks`: what every task is made of, as it will be trained on and scored."""
 
 import argparse
+from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from agcl.model import models
-from agcl.tasks import TRAIN, EncodedRows
+from agcl.tasks import TRAIN, Encoded, EncodedRows
 from jobs.tables import table
 from pipeline.config import loading
 from pipeline.results.results import left_out
@@ -23,12 +26,14 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     console = Console(highlight=False)
     run = open_run(loading.load(arguments.config, arguments.settings))
     prepare_tasks(run, console)
-    counted = table(("task", "rows"), ("number", "tokens", "loss tokens", "too long", "empty"))
+    counted = table(
+        ("task", "rows"), ("number", "tokens", "loss tokens", "cut", "too long", "empty")
+    )
     prepared = summaries(run)
     for task, summary in prepared.items():
         for split, counts in summary["splits"].items():
-            keys = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-            counted.add_row(escape(task), split, *(f"{counts[key]:,}" for key in keys))
+            keys = ("rows", "tokens", "answer_tokens", "truncated", "too_long", "empty")
+            counted.add_row(escape(task), split, *(f"{counts.get(key, 0):,}" for key in keys))
     console.print(counted)
     for line in left_out({task: summary["splits"] for task, summary in prepared.items()}):
         console.print(f"  {escape(line)}", soft_wrap=True)
@@ -44,20 +49,27 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             f"[bold]{escape(task)}[/]: scored by {escape(scorer)}; the loss counts between » and «"
         )
         for index in sorted({0, len(rows) // 2, len(rows) - 1}):
-            ids, prompt_tokens = rows[index]
-            prompt = tokenizer.decode(ids[:prompt_tokens])
-            example = _example(prompt, tokenizer.decode(ids[prompt_tokens:]))
             console.print(f"[dim]row {index + 1}[/]")
-            console.print(example, soft_wrap=True)
+            console.print(_example(_parts(rows[index], tokenizer)), soft_wrap=True)
 
 
-def _example(prompt: str, answer: str) -> Text:
-    prompt, answer = (
-        "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-        for text in (prompt, answer)  # A row's escape sequences would reach the terminal.
-    )
-    if len(prompt) > _LONGEST:
-        half = _LONGEST // 2
-        left_out = len(prompt) - 2 * half
-        prompt = f"{prompt[:half]} … {left_out} characters … {prompt[-half:]}"
-    return Text.assemble(prompt, ("»", "dim"), (answer, "green"), ("«", "dim"))
+def _parts(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The row's text in parts, and whether the loss counts each."""
+    edges = [0, *(edge for span in row.spans for edge in span)]
+    parts = [row.input_ids[a:b] for a, b in pairwise(edges)]
+    return [(tokenizer.decode(ids), bool(n % 2)) for n, ids in enumerate(parts) if ids]
+
+
+def _example(parts: Sequence[tuple[str, bool]]) -> Text:
+    shown = Text()
+    for text, counts in parts:
+        # A row's escape sequences would reach the terminal.
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        if counts:
+            shown.append("»", "dim").append(text, "green").append("«", "dim")
+            continue
+        if len(text) > _LONGEST:
+            half = _LONGEST // 2
+            text = f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
+        shown.append(text)
+    return shown

@@ -131,18 +131,24 @@ def _dated(template: str) -> str:
     return _FIXED_DATE + template if is_open else template
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    end: int | None = None,
+) -> None:
     """Write a folder that transformers can load. Collective: only rank 0 writes.
 
-    Its `generate` stops at the tokenizer's end token, which the model was taught; of a list of end
-    tokens that the model came with, it keeps the others. Rank 0 needs CPU memory for a whole
-    sharded model.
+    Its `generate` stops at the tokenizer's end token, and at the token `end`, such as that of a
+    chat template, by which the answers end that the model was taught; of a list of end tokens that
+    the model came with, it keeps the others. Rank 0 needs CPU memory for a whole sharded model.
     """
-    end = tokenizer.eos_token_id
+    taught = [tokenizer.eos_token_id, *([] if end is None else [end])]
     for config in (model.config, model.generation_config):
         known = config.eos_token_id
-        others = [each for each in known if each != end] if isinstance(known, list) else []
-        config.eos_token_id = [end, *others] if others else end
+        ends = list(dict.fromkeys([*taught, *(known if isinstance(known, list) else [])]))
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
     state = None
     if sharding.is_sharded(model):
         state = dict(sharding.on_rank_zero(model.named_parameters()))

@@ -168,7 +168,9 @@ def _passes(
     for each in was_training:
         each.eval()
     for number, counts in distributed.in_turn(len(batches)):
-        batch = collate([rows[i] for i in batches[number]]).to(model.device)
+        # Of a conversation only the last turn is scored.
+        last_turns = [rows[i]._replace(earlier=()) for i in batches[number]]
+        batch = collate(last_turns).to(model.device)
         of_base = None
         with autocast(model.device, precision):
             if base is not None:

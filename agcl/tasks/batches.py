@@ -26,7 +26,8 @@ class Batch:
     input_ids: Tensor
     """(lines, tokens)"""
     labels: Tensor
-    """(lines, tokens): token id on answer tokens, `IGNORED` elsewhere; not shifted."""
+    """(lines, tokens): token id on answer tokens, those of a conversation's earlier assistant turns
+    too, `IGNORED` elsewhere; not shifted."""
     lengths: Tensor
     """(lines,): number of tokens before the padding."""
     position_ids: Tensor | None = None
@@ -66,13 +67,13 @@ def _pad(lines: Sequence[Sequence[Encoded]]) -> Batch:
     labels, position_ids = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
     for i, line in enumerate(lines):
         start = 0
-        for ids, prompt_tokens in line:
-            end = start + len(ids)
-            # No token of the row predicts its first token.
-            answer = start + max(1, prompt_tokens)
-            input_ids[i, start:end] = torch.tensor(ids)
-            labels[i, answer:end] = input_ids[i, answer:end]
-            position_ids[i, start:end] = torch.arange(len(ids))
+        for row in line:
+            end = start + len(row.input_ids)
+            input_ids[i, start:end] = torch.tensor(row.input_ids)
+            for first, stop in row.spans:
+                learned = slice(start + first, start + stop)
+                labels[i, learned] = input_ids[i, learned]
+            position_ids[i, start:end] = torch.arange(len(row.input_ids))
             start = end
     return Batch(input_ids, labels, torch.tensor(lengths), position_ids)
 

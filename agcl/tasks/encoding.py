@@ -1,14 +1,17 @@
 """Tokenizing prompts and answers, and memory-mapped files of token ids."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from agcl.errors import InputError
+from agcl.tasks.chat_template import Span, template_of, turns
 from agcl.tasks.choice import position
-from agcl.tasks.task import Row, is_empty
+from agcl.tasks.task import Conversation, Row, is_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +20,7 @@ SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("prompt_tokens", pa.int32()),
+        ("earlier", pa.list_(pa.list_(pa.int32()))),  # Null for rows without a chat template.
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("position", pa.float64()),  # `choice.position`: what a share of the scored rows goes by.
@@ -25,10 +29,36 @@ SCHEMA = pa.schema(
 
 
 class Encoded(NamedTuple):
-    """One tokenized row: prompt (at least one token), answer, end-of-sequence token."""
+    """One tokenized row: prompt (at least one token), answer, token that ends the answer."""
 
     input_ids: list[int]
     prompt_tokens: int
+    """Number of tokens before the answer; of a conversation, before its last assistant turn."""
+    earlier: tuple[Span, ...] = ()
+    """Tokens of the prompt that are earlier assistant turns, with loss but without score."""
+
+    @property
+    def spans(self) -> list[Span]:
+        """The tokens with loss. No token predicts the row's first."""
+        each = (*self.earlier, (self.prompt_tokens, len(self.input_ids)))
+        return [(max(1, start), stop) for start, stop in each]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of tokens with loss."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+class Text(NamedTuple):
+    """A row as text, to which any chat template is already applied."""
+
+    prompt: str
+    answer: str
+    end: str | None = None
+    """What ends the answer; empty, or None for a row without a chat template: the end token. None
+    also adds the tokenizer's special tokens, such as BOS, to the prompt."""
+    earlier: tuple[Span, ...] = ()
+    """Characters of the prompt that are earlier assistant turns."""
 
 
 def encode(
@@ -37,54 +67,121 @@ def encode(
     """Tokenize rows into a table of `SCHEMA`.
 
     The tokenizer's special tokens (such as BOS) are added to the prompt, and one end-of-sequence
-    token to the answer. With `chat` the prompt becomes a user message in the tokenizer's chat
-    template, which provides special tokens and separators; the answer's leading whitespace is
-    removed.
+    token to the answer. Conversations are rendered by the tokenizer's chat template, which provides
+    special tokens and separators, and ends the answer. With `chat` other rows are conversations
+    too: the prompt is the user's message, and the answer, without leading whitespace, the
+    assistant's. Raises `InputError` for a conversation that cannot be rendered.
     """
     rows = list(rows)
-    positions = [position(row, seed=0) for row in rows]
-    if chat:
-        rows = [
-            row if is_empty(row) else Row(_as_message(tokenizer, row.prompt), row.answer.lstrip())
-            for row in rows
-        ]
-    encoded = encode_rendered(tokenizer, rows, special=not chat)
+    texts = _texts(tokenizer, rows, chat)
+    encoded = encode_texts(tokenizer, texts)
     return pa.table(
         {
             "input_ids": [row.input_ids for row in encoded],
             "prompt_tokens": [row.prompt_tokens for row in encoded],
-            "prompt": [row.prompt for row in rows],
-            "answer": [row.answer for row in rows],
-            "position": positions,
+            "earlier": [
+                None if text.end is None else row.earlier
+                for row, text in zip(encoded, texts, strict=True)
+            ],
+            "prompt": [text.prompt for text in texts],
+            "answer": [text.answer for text in texts],
+            "position": [position(row, seed=0) for row in rows],
         },
         schema=SCHEMA,
     )
 
 
-def encode_rendered(
-    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], *, special: bool
-) -> list[Encoded]:
-    """Token ids of rows that any chat template is already applied to.
+def _texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], chat: bool) -> list[Text]:
+    template = None
+    texts = []
+    for row in rows:
+        if is_empty(row) or not (chat or row.conversation):
+            texts.append(Text(row.prompt, row.answer))
+            continue
+        conversation = row.conversation or _as_conversation(row)
+        template = template or template_of(tokenizer, conversation.place)
+        texts.append(Text(*turns(template, conversation)))
+    return texts
 
-    `special` adds the tokenizer's special tokens. The prompt has the same tokens as alone, as in
-    generation. The answer has those that it has behind its prompt: alone, many tokenizers would
-    put a space before it.
+
+def _as_conversation(row: Row) -> Conversation:
+    asked = {"role": "user", "content": row.prompt}
+    return Conversation((asked, {"role": "assistant", "content": row.answer.lstrip()}))
+
+
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> list[Encoded]:
+    """Token ids of rows.
+
+    The prompt has the same tokens as alone, as in generation. The answer has those that it has
+    behind its prompt: alone, many tokenizers would put a space before it.
     """
-    if not rows:
+    plain = [text.end is None for text in texts]
+    found = {
+        special: iter(
+            _encoded(tokenizer, [t for t, p in zip(texts, plain, strict=True) if p == special])
+        )
+        for special in (False, True)
+    }
+    return [next(found[special]) for special in plain]
+
+
+def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> list[Encoded]:
+    """Token ids of rows that all are with, or all without, a chat template."""
+    if not texts:
         return []
-    end = tokenizer.eos_token_id
-    texts = [text for row in rows for text in (row.prompt, row.prompt + row.answer)]
-    # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
-    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    prompts = [each[:-1] if each[-1:] == [end] else each for each in ids[::2]]
+    end, special = tokenizer.eos_token_id, texts[0].end is None
+    pairs = [t for text in texts for t in (text.prompt, text.prompt + text.answer + _end(text))]
+    ids = tokenizer(pairs, add_special_tokens=special)["input_ids"]
     encoded = []
-    for row, prompt, whole in zip(rows, prompts, ids[1::2], strict=True):
+    for text, prompt, whole in zip(texts, ids[::2], ids[1::2], strict=True):
+        if special and prompt[-1:] == [end]:
+            # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
+            prompt = prompt[:-1]
         follows = whole[: len(prompt)] == prompt
-        answer = whole[len(prompt) :] if follows else _continuation(tokenizer, row.answer)
-        while answer[-1:] == [end]:  # The answer's text may end with it too.
+        answer = (
+            whole[len(prompt) :] if follows else _continuation(tokenizer, text.answer + _end(text))
+        )
+        last = answer[-1] if text.end else end
+        while answer[-1:] == [last]:  # The answer's text may end with it too.
             answer = answer[:-1]
-        encoded.append(Encoded([*prompt, *answer, end], len(prompt)))
+        earlier = _tokens_of(tokenizer, text) if text.earlier else ()
+        encoded.append(Encoded([*prompt, *answer, last], len(prompt), earlier))
     return encoded
+
+
+def _end(text: Text) -> str:
+    return text.end or ""
+
+
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase", text: Text) -> tuple[Span, ...]:
+    """The tokens that start in each span of the prompt's characters."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} tells no places of tokens in the text, "
+            "which conversations of several assistant turns need (tokenizer.json is missing)"
+        )
+    read = tokenizer(text.prompt, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in read["offset_mapping"]]
+    spans = ((bisect_left(starts, a), bisect_left(starts, b)) for a, b in text.earlier)
+    return tuple((first, stop) for first, stop in spans if first < stop)
+
+
+def cut_left(row: Encoded, length: int, special: Collection[int]) -> Encoded | None:
+    """The row without the beginning of its prompt, so that it has at most `length` tokens.
+
+    A special first token (such as BOS) stays. None if the answer and one token of the prompt, or
+    two with a special one, are longer.
+    """
+    surplus = max(0, len(row.input_ids) - length)
+    first = int(row.input_ids[0] in special)
+    if row.prompt_tokens - surplus <= first:
+        return None if surplus else row
+    spans = ((max(first, a - surplus), b - surplus) for a, b in row.earlier)
+    return Encoded(
+        [*row.input_ids[:first], *row.input_ids[first + surplus :]],
+        row.prompt_tokens - surplus,
+        tuple((a, b) for a, b in spans if max(1, a) < b) if surplus else row.earlier,
+    )
 
 
 def _continuation(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
@@ -93,15 +190,6 @@ def _continuation(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     line, behind_line, alone = ids
     return behind_line[len(line) :] if behind_line[: len(line)] == line else alone
-
-
-def _as_message(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
-    return cast(
-        str,
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        ),
-    )
 
 
 class Rows(Protocol):
@@ -117,6 +205,9 @@ class EncodedRows:
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
+        if "earlier" not in self.table.column_names:  # Written before there were conversations.
+            nulls = pa.nulls(len(self.table), SCHEMA.field("earlier").type)
+            self.table = self.table.append_column("earlier", nulls)
 
     def where(self, keep: Sequence[bool]) -> "EncodedRows":
         """The rows for which `keep` is true, in order."""
@@ -128,9 +219,16 @@ class EncodedRows:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> Encoded:
-        return Encoded(
-            self.table["input_ids"][index].as_py(), self.table["prompt_tokens"][index].as_py()
-        )
+        return _row(*(self.table[name][index].as_py() for name in Encoded._fields))
+
+
+def encoded_rows(table: pa.Table) -> Iterator[Encoded]:
+    """The rows of a table of `SCHEMA`."""
+    return map(_row, *(table[name].to_pylist() for name in Encoded._fields))
+
+
+def _row(ids: list[int], prompt_tokens: int, earlier: list[list[int]] | None) -> Encoded:
+    return Encoded(ids, prompt_tokens, tuple((start, stop) for start, stop in earlier or ()))
 
 
 def sample(num_rows: int, count: int, *, seed: int) -> list[int]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from agcl.errors import InputError
 from agcl.tasks import records
+from agcl.tasks.layouts import task_of_records
 from agcl.tasks.records import Records
 from agcl.tasks.task import TEST, Task
-from agcl.tasks.template import task_of_records
 
 _PLAIN = re.compile(r"\.(csv|tsv|json|jsonl|ndjson)(\.gz)?$")
 """Names of files that need no extraction."""
@@ -28,7 +28,7 @@ def task(
     *,
     subset: str | None,
     revision: str | None,
-    **rendering: str,
+    **rendering: Any,
 ) -> Task:
     """A task from a dataset; `splits` maps `train`, optionally `test`, `validation` to its splits.
 

@@ -1,7 +1,9 @@
 """Streams of records (values by column name) from files, each with its location."""
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import math
 import zlib
@@ -12,27 +14,58 @@ from typing import IO, Any, NoReturn, cast
 
 from agcl.errors import InputError
 
+JSON, PARQUET, CSV = "jsonl", "parquet", "csv"
+FORMATS = (JSON, PARQUET, CSV)
+"""Types of files by the name of their format."""
+ANY = "any"
+"""The format that takes each file by the end of its name."""
+_ENDINGS = {
+    JSON: (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+    PARQUET: (".parquet",),
+    CSV: (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+}
+
+
+class Number(str):
+    """A JSON number as it is written, to be rendered so."""
+
+
 Records = Iterator[tuple[str, Mapping[str, Any]]]
 """Pairs of a location for error messages (`FILE, line 3`) and a record."""
 
 
 def read(path: Path, format: str) -> Records:
-    """Stream the records of a file, or of a folder's files with that extension in name order.
+    """Stream the records of a file, or of a folder's files of that format in name order.
 
-    `format` is `jsonl` (one object per line, or a list), `json` (a list of objects, loaded whole)
-    or `parquet`. JSON may be compressed by gzip. Its numbers are text, to be rendered as they are
-    written. Raises `InputError` naming file and row if something cannot be read.
+    `format` is `jsonl` (one object per line, or a list), `json` (a list of objects, loaded whole),
+    `parquet`, `csv` (a header, then text; tab-separated if the name says `.tsv`), or `any`, which
+    goes by the file's name. JSON and CSV may be compressed by gzip. Numbers are text, to be
+    rendered as they are written. Raises `InputError` naming file and row if something cannot be
+    read.
     """
-    reader = _READERS[format]
     files = [path]
     if path.is_dir():  # Archives made on macOS hold a hidden `._NAME` beside every file.
-        files = sorted(f for f in path.glob(f"*.{format}") if not f.name.startswith("."))
+        ends = endings(ANY) if format == ANY else (f".{format}",)
+        files = sorted(f for f in path.iterdir() if f.name.endswith(ends) and f.name[0] != ".")
     if not files:
-        raise InputError(f"{path}: no *.{format} file in this folder")
+        raise InputError(f"{path}: no *{' or *'.join(ends)} file in this folder")
     for file in files:
         if not file.is_file():
             raise InputError(f"no file {file}")
-        yield from reader(file)
+        yield from _READERS[format_of(file) if format == ANY else format](file)
+
+
+def endings(format: str) -> tuple[str, ...]:
+    """The ends of names that files of a format have, the usual one first."""
+    if format == ANY:
+        return tuple(ending for of_format in _ENDINGS.values() for ending in of_format)
+    return _ENDINGS.get(format, (f".{format}",))
+
+
+def format_of(file: Path) -> str:
+    """The format of a file by its name; JSON where the name says nothing."""
+    name = file.name.lower()
+    return next((f for f, ends in _ENDINGS.items() if name.endswith(ends)), JSON)
 
 
 def read_text(file: Path) -> str:
@@ -76,7 +109,7 @@ def text(record: Mapping[str, Any], column: str, place: str) -> str:
     if isinstance(value, int | float | Decimal):
         return str(value)
     if not isinstance(value, str):
-        raise InputError(f"{place}: {column!r} is {_kind(value)}, not text")
+        raise InputError(f"{place}: {column!r} is {kind(value)}, not text")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise InputError(f"{place}: {column!r} contains half a character (a lone surrogate)")
     return value
@@ -105,7 +138,7 @@ _WANTED = "JSON lines have one object per line"
 
 def _parsed(content: str | bytes) -> Any:
     """JSON with the literals of its numbers. Raises `ValueError`, `RecursionError`."""
-    return json.loads(content, parse_float=str, parse_int=str, parse_constant=_no_number)
+    return json.loads(content, parse_float=Number, parse_int=Number, parse_constant=_no_number)
 
 
 def _no_number(word: str) -> NoReturn:
@@ -134,7 +167,7 @@ def _json_lines(file: Path) -> Records:
                     hint = f"; {_WANTED}" if isinstance(error, json.JSONDecodeError) else ""
                     raise InputError(f"{place}: not JSON ({_reason(error)}){hint}") from None
                 if not isinstance(record, dict):
-                    raise InputError(f"{place}: {_kind(record)}, not a JSON object; {_WANTED}")
+                    raise InputError(f"{place}: {kind(record)}, not a JSON object; {_WANTED}")
                 yield place, record
     except _UNREADABLE as error:
         raise InputError(f"{file}: not readable ({_reason(error)})") from None
@@ -147,8 +180,32 @@ def _json_list(file: Path) -> Records:
     for number, record in enumerate(records, start=1):
         place = f"{file}, row {number}"
         if not isinstance(record, dict):
-            raise InputError(f"{place}: {_kind(record)}, not a JSON object")
+            raise InputError(f"{place}: {kind(record)}, not a JSON object")
         yield place, record
+
+
+def _csv(file: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)  # Python's limit of 128 KiB is less than a long text.
+    tabs = ".tsv" in file.suffixes
+    try:
+        with io.TextIOWrapper(cast(Any, _opened(file)), "utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
+            header = next(rows, [])
+            for row in rows:
+                place = f"{file}, line {rows.line_num}"
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise InputError(
+                        f"{place}: {len(row)} fields, but {len(header)} columns in the header"
+                    )
+                yield place, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not UTF-8 text") from None
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not readable ({_reason(error)})") from None
 
 
 def _parquet(file: Path) -> Records:
@@ -168,8 +225,10 @@ def _parquet(file: Path) -> Records:
         raise InputError(f"{file}: not readable as Parquet ({_reason(error)})") from None
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a JSON value is, for error messages."""
     names = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+    names |= dict.fromkeys((Number, int, float), "a number")
     return names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -182,4 +241,5 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     "jsonl": json_records,
     "json": _json_list,
     "parquet": _parquet,
+    "csv": _csv,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from agcl.errors import InputError
 
@@ -11,14 +12,32 @@ _MAX_NAME_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of a chat, to be rendered by the tokenizer's chat template."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """`role` and `content`, perhaps `tool_calls`; the last one is the assistant's, and scored."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the functions that the assistant may call."""
+    context: int = 0
+    """Number of messages at the start whose assistant turns carry no loss."""
+    place: str = field(default="", compare=False)
+    """File and row, for error messages."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One example; the answer starts with the space that separates it from the prompt."""
+    """One example; the answer starts with the space that separates it from the prompt.
+
+    Of a `conversation` they are the texts, for hashes and checks; its messages are what is encoded.
+    """
 
     prompt: str
     answer: str
     fact: str = field(default="", compare=False)
     """What the row asks for, if other rows ask for the same: no share of the rows separates them.
     Empty: prompt and answer."""
+    conversation: Conversation | None = field(default=None, hash=False)
 
 
 RowSource = Callable[[], Iterator[Row]]
@@ -55,12 +74,16 @@ def is_empty(row: Row) -> bool:
     return not row.prompt.strip() or not row.answer.strip()
 
 
-def check_rows(task: Task, split: str) -> int:
-    """Read a split once; return its number of non-empty rows.
+def check_rows(task: Task, split: str, check: Callable[[Row], None] = lambda row: None) -> int:
+    """Read a split once; return its number of non-empty rows, each of which `check` is called with.
 
     Raises `InputError` for a row that cannot be read or a split without rows.
     """
-    num_rows = sum(not is_empty(row) for row in task.splits[split]())
+    num_rows = 0
+    for row in task.splits[split]():
+        if not is_empty(row):
+            check(row)
+            num_rows += 1
     if num_rows == 0:
         raise InputError(f"task {task.name}: the {split} split has no rows with prompt and answer")
     return num_rows

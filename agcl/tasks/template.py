@@ -1,13 +1,11 @@
 """Templates for prompts and answers: text with column names in braces, `{question}\\nAnswer:`."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks.records import Records, text
-from agcl.tasks.task import TEST, TRAIN, Row, Task
+from agcl.tasks.records import text
 
 
 def columns(template: str) -> list[str]:
@@ -35,29 +33,3 @@ def render(template: str, record: Mapping[str, Any], place: str) -> str:
     if values and not any(map(str.strip, values)):
         return ""
     return "".join(literal + (value or "") for literal, value in parts)
-
-
-def task_of_records(
-    name: str,
-    splits: Mapping[str, Callable[[], Records]],
-    *,
-    prompt: str,
-    answer: str,
-    scorer: str = "exact_match",
-) -> Task:
-    """A task from streams of records by split; `prompt` and `answer` are templates.
-
-    Without a test split the training rows are scored.
-    """
-    return Task(
-        name=name,
-        splits={split: partial(_rows, read, prompt, answer) for split, read in splits.items()},
-        scored={TEST: TEST} if TEST in splits else {"memorization": TRAIN},
-        scorer=scorer,
-        memorized=TEST not in splits,
-    )
-
-
-def _rows(read: Callable[[], Records], prompt: str, answer: str) -> Iterator[Row]:
-    for place, record in read():
-        yield Row(render(prompt, record, place), render(answer, record, place))

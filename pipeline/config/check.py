@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from agcl.model import models
 from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
+from agcl.tasks.messages import kinds_of_turns
 from transformers.utils import logging
 
 from pipeline.config.config import Config
@@ -28,7 +29,7 @@ from pipeline.config.sources import (
     sources,
     text_files,
 )
-from pipeline.config.tasks import Source
+from pipeline.config.task_section import Source
 from pipeline.storage.artifact import folder_name
 
 _CHECKED: set[str] = set()
@@ -107,16 +108,10 @@ def _check_model_as_of(folder: Path, files: frozenset[tuple[str, int, int]], cha
         tokenizer = models.check_folder(folder)
     if not chat:
         return
-    if not tokenizer.chat_template:
-        raise InputError(f"tasks.chat_template: the tokenizer in {folder} has no chat template")
     try:
         encode(tokenizer, [Row("What is agcl?", " A package.")], chat=True)
-    except Exception as error:  # The template's own words, or any error of Jinja's.
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"tasks.chat_template: the template in {folder} cannot render one user message: "
-            f"{reason}"
-        ) from None
+    except InputError as error:
+        raise InputError(f"tasks.chat_template: {error}") from None
 
 
 def _open_tasks(config: Config) -> list[Task]:
@@ -146,16 +141,39 @@ def _open_task(config: Config, source: Source, section: str) -> Task:
     chosen = selection(config, source)
     task = open_task(source.settings, source.files, chosen)
     stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
-    _check_rows_once(task, json.dumps([source.settings, chosen, stamps], sort_keys=True))
+    by_template = [config.tasks.chat_template, config.model.path]
+    key = json.dumps([source.settings, chosen, stamps, by_template], sort_keys=True)
+    _check_rows_once(config, task, key)
     return task
 
 
-def _check_rows_once(task: Task, key: str) -> None:
+def _check_rows_once(config: Config, task: Task, key: str) -> None:
     """Check every row of a task, once per process: the runs of a comparison have the same tasks."""
     if key not in _CHECKED:
+        check = _conversation_check(config)
         for split in task.splits:
-            check_rows(task, split)
+            check_rows(task, split, check)
         _CHECKED.add(key)
+
+
+def _conversation_check(config: Config) -> Callable[[Row], None]:
+    """A check whether the chat template renders a row's kinds of turns.
+
+    Once per kind: rendering every row would take as long as preparing them does.
+    """
+    seen: set[str] = set()
+
+    def check(row: Row) -> None:
+        if row.conversation and not seen.issuperset(kinds := kinds_of_turns(row.conversation)):
+            seen.update(kinds)
+            if config.model.is_builtin:
+                raise InputError(
+                    f"{row.conversation.place}: messages need a chat template, which the builtin "
+                    "model's tokenizer does not have; set model.path"
+                )
+            encode(models.load_tokenizer(config.model.folder), [row])
+
+    return check
 
 
 def _stamp(path: Path) -> list[Any]:

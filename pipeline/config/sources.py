@@ -9,7 +9,8 @@ from agcl.errors import InputError
 from agcl.tasks import VALIDATION, Task, choice
 
 from pipeline.config.config import Config, Evaluation
-from pipeline.config.tasks import OPEN, FactsTasks, Source
+from pipeline.config.task_section import Source
+from pipeline.config.tasks import OPEN, FactsTasks
 
 BASE_TASK = "base"
 """Name of the built-in model's generic facts, which are scored in addition to the tasks."""

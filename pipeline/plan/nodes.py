@@ -14,7 +14,7 @@ from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
-from pipeline.config.tasks import Source
+from pipeline.config.task_section import Source
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
@@ -73,6 +73,8 @@ def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -
             "task": source.settings,
             "selection": selection(config, source),
             "max_length": length,
+            # Only where it is not the default, so that rows prepared before it are found.
+            **({"truncate": "left"} if config.tasks.truncate == "left" else {}),
             "chat_template": config.tasks.chat_template,
         },
         inputs={"tokenizer": tokenizer, **files},

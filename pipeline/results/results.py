@@ -96,10 +96,14 @@ LEFT_OUT = {
     "empty": "without prompt or answer",
 }
 """Reasons for leaving out rows, by the name of their count."""
+_CUT = "cut at the beginning of their prompts to tasks.max_length or what the model allows"
 
 
 def left_out(rows: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
-    """One line for each split that lost rows, with the reasons. Takes counts by task and split."""
+    """One line for each split that lost rows, with the reasons, and for each with cut rows.
+
+    Takes counts by task and split.
+    """
     lines = []
     for task, splits in rows.items():
         for split, counts in splits.items():
@@ -108,6 +112,8 @@ def left_out(rows: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
                 lost = sum(counts[key] for key in LEFT_OUT)
                 total = f"{counts['rows'] + lost} {split} rows"
                 lines.append(f"{task}: {lost} of {total} left out: {', '.join(reasons)}")
+            if cut := counts.get("truncated", 0):
+                lines.append(f"{task}: {cut} of {counts['rows']} {split} rows {_CUT}")
     return lines
 
 

@@ -88,15 +88,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return found
 
 
-def _write(
-    texts: Sequence[tuple[list[int], int]], tokenizer: PreTrainedTokenizerBase, out_dir: Path
-) -> None:
-    parts = [(ids[:count], ids[count:]) for ids, count in texts]
+def _write(texts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, out_dir: Path) -> None:
+    parts = [(ids[:count], ids[count:]) for ids, count, _ in texts]
     prompts, answers = (tokenizer.batch_decode(list(each)) for each in zip(*parts, strict=True))
     table = pa.table(
         {
-            "input_ids": [ids for ids, _ in texts],
-            "prompt_tokens": [count for _, count in texts],
+            "input_ids": [text.input_ids for text in texts],
+            "prompt_tokens": [text.prompt_tokens for text in texts],
+            "earlier": [None] * len(texts),
             "prompt": prompts,
             "answer": answers,
             "position": [0.0] * len(texts),

@@ -88,7 +88,7 @@ def _score_task(
                 f"evaluation.validation: {config['validation']} leaves no validation row in {name} "
                 f"of task {task}; choose another share"
             )
-        check_tokens(tokenizer, rows, task, chat=config["chat_template"])
+        check_tokens(tokenizer, rows, task)
         sets = {name: summary["scorer"]}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
         texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
@@ -128,6 +128,7 @@ def _answers(
     One teacher-forced pass finds the exact answers. The others are decoded token by token, or cut
     after their first wrong token if every scorer is exact match. Both texts are those of tokens,
     without the special ones, except for special tokens that an expected answer has, such as labels.
+    Answers end with the end-of-sequence token, or as the chat template ends them.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -137,12 +138,13 @@ def _answers(
         for ids, row in zip(predicted, encoded, strict=True)
     ]
     wrong = [i for i, right in enumerate(exact) if not right]
+    ends = {tokenizer.eos_token_id, *(row.input_ids[-1] for row in encoded)}
     if scorers != {TEACHER_FORCED} and wrong:
         longest = max(len(row.input_ids) - row.prompt_tokens for row in encoded)
         decoded = generate(
             model,
             [encoded[i].input_ids[: encoded[i].prompt_tokens] for i in wrong],
-            end=tokenizer.eos_token_id,
+            end=sorted(ends),
             max_new_tokens=config["max_new_tokens"] or longest,
             **options,
         )
@@ -159,7 +161,7 @@ def _answers(
     answers = [row.input_ids[row.prompt_tokens : -1] for row in encoded]
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
-    skipped = special.difference(*answers) | {tokenizer.eos_token_id}
+    skipped = special.difference(*answers) | ends
     texts, expected = (
         tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
         for each in (predicted, answers)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from agcl.model import models
 from agcl.tasks import SCHEMA, VALIDATION, Row, RowSource, choice, encode, is_empty
+from agcl.tasks.encoding import cut_left, encoded_rows
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
@@ -18,8 +19,9 @@ from pipeline.storage.artifact import write_json
 
 _BLOCK_ROWS, _BLOCK_BYTES = 1024, 2**20
 """Rows read at a time, and bytes of text tokenized at a time. They bound the memory."""
-COUNTS = ("rows", "tokens", "answer_tokens", "too_long", "empty")
-"""Per split: rows and tokens that are kept, and rows that are dropped, by reason."""
+COUNTS = ("rows", "tokens", "answer_tokens", "truncated", "too_long", "empty")
+"""Per split: rows and tokens that are kept, kept rows that were cut, and rows that are dropped, by
+reason. Answer tokens are those with loss, earlier turns of conversations included."""
 FILES = "file/"
 """Prefix of the roles of inputs that are a task's files."""
 
@@ -38,7 +40,8 @@ def prepare(
     """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
     Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
-    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. A task
+    prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. With
+    `truncate: left` the beginning of a long row's prompt is cut instead, if its answer fits. A task
     whose test rows are its training rows gets no validation split: evaluate takes a share of them.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
@@ -49,6 +52,7 @@ def prepare(
         selection["validation"] = 0.0
     task = choice.select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
+    cut = config.get("truncate") == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)
@@ -57,7 +61,12 @@ def prepare(
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):
             for table in encoded(source, tokenizer, chat=config["chat_template"]):
-                writer.write_table(_usable(table, config["max_length"], counts))
+                counts["empty"] += table.num_rows
+                table = _spoken(table)
+                counts["empty"] -= table.num_rows
+                if cut:
+                    table = _cut(table, config["max_length"], tokenizer, counts)
+                writer.write_table(_short(table, config["max_length"], counts))
                 context.log({"rows": counts["rows"]}, counts["rows"])
         if not counts["rows"]:
             raise ValueError(
@@ -100,19 +109,45 @@ def _encoded_by_ray(
         yield table.cast(SCHEMA)
 
 
-def _usable(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
-    """The rows to keep. Adds to the counts."""
+def _spoken(table: pa.Table) -> pa.Table:
+    """The rows with a prompt and an answer."""
     rows = zip(table["prompt"].to_pylist(), table["answer"].to_pylist(), strict=True)
     filled = pa.array([not is_empty(Row(*row)) for row in rows], pa.bool_())
     # A chat template or tokenizer can strip a prompt, or an answer before its end token, to none.
     answers = pc.subtract(pc.list_value_length(table["input_ids"]), table["prompt_tokens"])
     spoken = pc.and_(pc.greater(table["prompt_tokens"], 0), pc.greater(answers, 1))
-    there = table.filter(pc.and_(filled, spoken))
-    kept = there.filter(pc.less_equal(pc.list_value_length(there["input_ids"]), max_length))
-    tokens = pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
+    return table.filter(pc.and_(filled, spoken))
+
+
+def _cut(
+    table: pa.Table, length: int, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]
+) -> pa.Table:
+    """The rows with long prompts cut at their beginning. A row that stays long is left as it is."""
+    special = set(tokenizer.all_special_ids)
+    rows = list(encoded_rows(table))
+    for index, row in enumerate(rows):
+        if len(row.input_ids) > length and (short := cut_left(row, length, special)):
+            rows[index] = short
+            counts["truncated"] += 1
+    by_chat = zip(rows, table["earlier"].to_pylist(), strict=True)
+    columns: dict[str, list[Any]] = {
+        "input_ids": [row.input_ids for row in rows],
+        "prompt_tokens": [row.prompt_tokens for row in rows],
+        "earlier": [None if earlier is None else row.earlier for row, earlier in by_chat],
+    }
+    for name, values in columns.items():
+        field = SCHEMA.field(name)
+        table = table.set_column(
+            table.schema.get_field_index(name), field, pa.array(values, field.type)
+        )
+    return table
+
+
+def _short(table: pa.Table, max_length: int, counts: dict[str, int]) -> pa.Table:
+    """The rows to keep. Adds to the counts."""
+    kept = table.filter(pc.less_equal(pc.list_value_length(table["input_ids"]), max_length))
     counts["rows"] += kept.num_rows
-    counts["tokens"] += tokens
-    counts["answer_tokens"] += tokens - (pc.sum(kept["prompt_tokens"]).as_py() or 0)
-    counts["too_long"] += there.num_rows - kept.num_rows
-    counts["empty"] += table.num_rows - there.num_rows
+    counts["tokens"] += pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
+    counts["answer_tokens"] += sum(row.loss_tokens for row in encoded_rows(kept))
+    counts["too_long"] += table.num_rows - kept.num_rows
     return kept

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from agcl.model import adapter, models
 from agcl.model.forward import Precision, autocast
-from agcl.tasks import Encoded, EncodedRows, Row
-from agcl.tasks.encoding import encode_rendered
+from agcl.tasks import Encoded, EncodedRows
+from agcl.tasks.encoding import Text, cut_left, encode_texts
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.stages.files import ADAPTER
@@ -20,15 +20,18 @@ Verdict = tuple[Encoded, bool]
 """A scored row, and whether the model was found to answer it exactly."""
 
 
-def check_tokens(
-    tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, task: str, *, chat: bool
-) -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, task: str) -> None:
     """Raise `ValueError` if `tokenizer` gives a few rows other tokens than they have."""
-    few = rows.table.slice(0, _ROWS_PER_SET)
-    texts = zip(few["prompt"].to_pylist(), few["answer"].to_pylist(), strict=True)
-    again = encode_rendered(tokenizer, [Row(*text) for text in texts], special=not chat)
-    for number, encoded in enumerate(again):
-        if encoded != rows[number]:
+    few = rows.table.slice(0, _ROWS_PER_SET).to_pylist()
+    texts = []
+    for row in few:
+        by_template = row["earlier"] is not None
+        end = tokenizer.convert_ids_to_tokens(row["input_ids"][-1]) if by_template else None
+        texts.append(Text(row["prompt"], row["answer"], end))
+    for number, again in enumerate(encode_texts(tokenizer, texts)):
+        length = len(rows[number].input_ids)
+        encoded = cut_left(again, length, tokenizer.all_special_ids) or again  # If it was cut.
+        if encoded[:2] != rows[number][:2]:
             raise ValueError(
                 f"task {task}, row {number + 1}: the rows were prepared with token ids "
                 f"{rows[number].input_ids}, but the tokenizer beside the model gives "
@@ -45,25 +48,25 @@ def check_answers(
 ) -> dict[str, int]:
     """Let transformers' `generate` answer rows from the saved files; count them.
 
-    Takes rows by task that were answered right first, from the latest tasks first. Decodes
-    greedily, with the end tokens that the folder's generation config sets, but without its
-    penalties. Raises `ValueError` if it disagrees with more than one of eight verdicts, in bfloat16
-    with more than half: rounding can turn a close one.
+    Takes rows by task that were answered right first, from the latest tasks first; of a
+    conversation, its last turn. Decodes greedily, with the end tokens that the folder's generation
+    config sets, but without its penalties. Raises `ValueError` if it disagrees with more than one
+    of eight verdicts, in bfloat16 with more than half: rounding can turn a close one.
     """
     model = models.load_model(inputs["model"]).to(device).eval()
     ends = model.generation_config.eos_token_id
     if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
         adapter.load(model, inputs["adapter"] / ADAPTER).eval()
-        ends = tokenizer.eos_token_id
+        ends = None
     in_turn = [v for turn in zip_longest(*reversed(verdicts)) for v in turn if v is not None]
     few = sorted(in_turn, key=itemgetter(1), reverse=True)[:ANSWERS]
     wrong = []
-    for (ids, prompt_tokens), right in few:
+    for (ids, prompt_tokens, _), right in few:
         prompt, answer = ids[:prompt_tokens], ids[prompt_tokens:]
         model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=len(answer) + 1,
-            eos_token_id=ends,
+            eos_token_id=ends or sorted({answer[-1], tokenizer.eos_token_id}),
             pad_token_id=tokenizer.eos_token_id,
         )
         with autocast(device, precision), torch.no_grad():

@@ -52,7 +52,8 @@ def train(
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)
     model.requires_grad_(True)
-    models.save(model, models.load_tokenizer(inputs["model"]), out_dir)
+    end = rows[0].input_ids[-1]
+    models.save(model, models.load_tokenizer(inputs["model"]), out_dir, end=end)
     context.hold_model(model, context.folder)
 
 

@@ -69,11 +69,12 @@ def train_adapter(
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
         adapter.save(peft_model, out_dir / ADAPTER, inputs["model"])
-    _finish(peft_model, settings["merge"], inputs["model"], out_dir, context)
+    end = rows[0].input_ids[-1]
+    _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
 
 
 def _finish(
-    peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context
+    peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context, end: int
 ) -> None:
     """Write the merged model, or only the tokenizer, and hold the model for the next stage."""
     tokenizer = models.load_tokenizer(base)
@@ -83,7 +84,7 @@ def _finish(
         context.hold_model(adapter.removed(peft_model), base)
         return
     model = adapter.merged(peft_model)
-    models.save(model, tokenizer, out_dir)
+    models.save(model, tokenizer, out_dir, end=end)
     context.hold_model(model, context.folder)
 
 

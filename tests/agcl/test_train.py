@@ -40,7 +40,7 @@ def losses(logged):
 def answer_loss(model, rows):
     """Mean cross-entropy of the answer tokens, computed row by row and token by token."""
     values = []
-    for ids, prompt_tokens in rows:
+    for ids, prompt_tokens, _ in rows:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0]
         values += [
             float(cross_entropy(logits[t - 1], torch.tensor(ids[t])))
@@ -65,10 +65,10 @@ def test_one_step_equals_plain_sgd_on_that_loss_with_clipping(llama):
     rows = tiny.random_rows(5)
     plain = copy.deepcopy(llama)
     total = torch.zeros(())
-    for ids, prompt_tokens in rows:
+    for ids, prompt_tokens, _ in rows:
         logits = plain(torch.tensor([ids]), use_cache=False).logits[0, prompt_tokens - 1 : -1]
         total = total + cross_entropy(logits, torch.tensor(ids[prompt_tokens:]), reduction="sum")
-    answer_tokens = sum(len(ids) - prompt for ids, prompt in rows)
+    answer_tokens = sum(len(ids) - prompt for ids, prompt, _ in rows)
     (total / answer_tokens).backward()
     norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
     limit = float(norm) / 3

@@ -5,9 +5,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reference import trace_files
+from reference import chat, trace_files
 
+from agcl.tasks import encode, messages
+from agcl.tasks.encoding import encoded_rows
 from jobs import cli
+from jobs.tasks import _example, _parts
 from pipeline.config import loading
 from pipeline.config.check import check_inputs
 
@@ -105,6 +108,10 @@ def test_a_malformed_file_is_named_and_nothing_is_written(
         ("jsonl", {"prompt": "{q"}, "tasks.prompt: "),
         ("huggingface", {"sequence": [{"path": "no body/at all"}]}, "no body/at all"),
         ("huggingface", {"chat_template": True}, "tasks.chat_template: "),
+        ("huggingface", {"layout": "chatml"}, "tasks.layout: "),
+        ("jsonl", {"layout": "alpaca", "prompt": "{q}"}, "tasks.prompt: layout alpaca has no temp"),
+        ("jsonl", {"layout": "alpaca"}, "tasks.sequence.0.prompt: layout alpaca has no templates"),
+        ("jsonl", {"truncate": "right"}, "tasks.truncate: "),
     ],
 )
 def test_a_bad_task_section_is_one_line_and_nothing_is_written(
@@ -112,6 +119,81 @@ def test_a_bad_task_section_is_one_line_and_nothing_is_written(
 ):
     tasks = section(benchmarks, format, **changes)
     assert said in refused({"tasks": tasks, "method": "sequential"})
+
+
+ASKED, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}
+
+
+def conversations(file, *talks, **changes):
+    """A `tasks` section of a file of messages."""
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return {"format": "messages", "sequence": [{"name": "one", "train": str(file)}], **changes}
+
+
+@pytest.mark.parametrize(
+    ("talk", "said"),
+    [
+        ([ASKED], "talks.jsonl, line 2: no assistant message"),
+        ([SAID], "talks.jsonl, line 2: the first turn is the assistant's"),
+        ([ASKED, {"role": "bot", "content": "Me"}], "line 2, message 2: role 'bot' is none of"),
+        ([ASKED, {"role": "assistant", "content": 5}], ""),
+        ([ASKED, {"role": "assistant", "content": ["Me"]}], "line 2, message 2: a part of the"),
+        (
+            [{"role": "system", "content": "Be brief."}, ASKED, SAID],
+            "line 2: the chat template of {folder} cannot render the messages: no system",
+        ),
+        (
+            [ASKED, SAID] * 2,
+            "line 2: the chat template of {folder} renders message 2 and those before it otherwise",
+        ),
+    ],
+)
+def test_a_bad_conversation_is_named_and_nothing_is_written(
+    request, benchmarks, tmp_path, talk, said
+):
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + '\n' }}{% if m.role == 'user' or loop.last %}"
+        "{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    folder = chat.folder(tmp_path / "model", template=template)
+    tasks = conversations(benchmarks / "talks.jsonl", [ASKED, SAID], talk)
+    config = {"tasks": tasks, "method": "sequential", "model": {"path": str(folder)}}
+    if not said:  # A number is text, as everywhere.
+        check_inputs(loading.validate(config))
+        return
+    assert said.format(folder=folder) in request.getfixturevalue("refused")(config)
+
+
+def test_messages_need_a_chat_template(refused, benchmarks, tmp_path):
+    tasks = conversations(benchmarks / "talks.jsonl", [ASKED, SAID])
+    said = refused({"tasks": tasks, "method": "sequential"})
+    assert "talks.jsonl, line 1: messages need a chat template" in said
+    folder = chat.folder(tmp_path / "model", template=None)
+    said = refused({"tasks": tasks, "method": "sequential", "model": {"path": str(folder)}})
+    assert f"talks.jsonl, line 1: the tokenizer in {folder} has no chat template" in said
+
+
+def test_a_format_that_is_a_layout_takes_no_other(refused, benchmarks):
+    tasks = conversations(benchmarks / "talks.jsonl", [ASKED, SAID], layout="alpaca")
+    said = refused({"tasks": tasks, "method": "sequential"})
+    assert "tasks.layout: format messages is a layout itself; leave it out" in said
+
+
+def test_marks_and_colours_show_which_tokens_carry_loss():
+    tokenizer = chat.tokenizer()
+    row = messages.row_of(chat.MESSAGES, None, "x")
+    [encoded] = encoded_rows(encode(tokenizer, [row]))
+    shown = _example(_parts(encoded, tokenizer))
+    assert "assistant\n»In Rome.<|im_end|>«\n<|im_start|>user" in shown.plain
+    assert shown.plain.endswith("assistant\n»In München.<|im_end|>«")
+    green = [shown.plain[span.start : span.end] for span in shown.spans if span.style == "green"]
+    assert [text.strip() for text in green] == [
+        "In Rome.<|im_end|>",
+        "Since 2019.\n<|im_end|>",
+        "In München.<|im_end|>",
+    ]
 
 
 @pytest.mark.ray
@@ -126,7 +208,7 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmark
     assert cli.main(["tasks", str(file)]) == cli.OK
     shown = capsys.readouterr().out
     counts = next(line.split() for line in shown.splitlines() if line.startswith(" one"))
-    assert [counts[i] for i in (0, 1, 2, 5, 6)] == ["one", "train", "9", "1", "1"]
+    assert [counts[i] for i in (0, 1, 2, 6, 7)] == ["one", "train", "9", "1", "1"]
     assert (
         "one: 2 of 11 train rows left out: 1 longer than tasks.max_length or the "
         "model allows, 1 without prompt or "

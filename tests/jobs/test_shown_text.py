@@ -58,7 +58,7 @@ def test_progress_shows_names_as_they_are():
 
 
 def test_escape_sequences_of_a_row_do_not_reach_the_terminal():
-    shown = tasks._example("a\x1b]0;title\x07\x1b[2Jb\n", "\x9bc").plain
+    shown = tasks._example([("a\x1b]0;title\x07\x1b[2Jb\n", False), ("\x9bc", True)]).plain
     assert shown == "a�]0;title��[2Jb\n»�c«"
 
 

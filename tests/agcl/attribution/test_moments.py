@@ -44,6 +44,14 @@ def test_moments_equal_a_loop_over_the_tokens_of_correct_rows(
         )
 
 
+def test_earlier_turns_of_a_conversation_are_attributed_too(llama):
+    """With inputs of length 1, a moment's trace counts the tokens that predict an answer's."""
+    rows = [tiny.Encoded([3, 4, 5, 6, 7, 8], 5, ((0, 2), (3, 4))), tiny.Encoded([3, 4, 5], 2)]
+    options = {"moments": "answer", "entries": False, "correct_only": False}
+    for moment in moments(llama, rows, **options).values():
+        assert float(moment.trace()) == pytest.approx(3 + 1, rel=1e-4)
+
+
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 @pytest.mark.parametrize("weighting", ["relevance", "uniform", "answer"])
 def test_without_entries_the_moments_are_bit_identical(llama, rows, weighting, rules, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_packed_row_sees_no_other_row(architecture):
     before = pack(rows)
     for changed in range(len(rows)):
         other = [*rows]
-        ids, prompt_tokens = rows[changed]
+        ids, prompt_tokens, _ = rows[changed]
         other[changed] = Encoded([(i + 5) % 40 for i in ids], prompt_tokens)
         after = pack(other)
         same = before.input_ids == after.input_ids

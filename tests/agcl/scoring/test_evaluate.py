@@ -109,7 +109,7 @@ def test_a_text_of_one_token_has_no_loss():
 def naive_kl(model, base, rows):
     """KL(base || model) of every answer token, in float64 from all logits, a row at a time."""
     each = []
-    for ids, prompt_tokens in rows:
+    for ids, prompt_tokens, *_ in rows:
         with torch.no_grad():
             of_base, of_model = (
                 m(torch.tensor([ids])).logits[0, prompt_tokens - 1 : -1].double().log_softmax(-1)

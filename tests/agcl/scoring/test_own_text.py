@@ -35,7 +35,7 @@ def written(model, template=None, *, samples=40, tokens=6, seed=0):
 
 
 def test_texts_have_the_asked_number_and_length_and_begin_at_the_start(model):
-    for ids, prompt_tokens in written(model):
+    for ids, prompt_tokens, _ in written(model):
         assert (ids[0], len(ids), prompt_tokens) == (1, 1 + 6, 1)
     assert len(written(model, samples=7)) == 7
 
@@ -47,13 +47,13 @@ def test_a_seed_gives_the_same_texts_and_another_seed_others(model):
     assert written(model) == first
     assert torch.equal(torch.random.get_rng_state(), state)
     assert written(model, seed=1) != first
-    assert len({tuple(ids) for ids, _ in first}) > 30
+    assert len({tuple(ids) for ids, *_ in first}) > 30
 
 
 def test_tokens_are_drawn_from_the_models_distribution(model):
     """First tokens of many texts, against the model's probabilities without their tail."""
     texts = written(model, samples=4000, tokens=1)
-    counts = torch.bincount(torch.tensor([ids[1] for ids, _ in texts]), minlength=40) / len(texts)
+    counts = torch.bincount(torch.tensor([ids[1] for ids, *_ in texts]), minlength=40) / len(texts)
     with torch.no_grad():
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
     order = expected.argsort(descending=True)
@@ -69,14 +69,14 @@ def test_with_a_template_every_second_text_answers_words_that_the_model_made_up(
     talks = [text for text in texts if text.prompt_tokens > 1]
     assert 15 <= len(talks) <= 20
     assert len(texts) == 40
-    for ids, prompt_tokens in talks:
+    for ids, prompt_tokens, _ in talks:
         prompt, answer = ids[:prompt_tokens], ids[prompt_tokens:]
         assert prompt[:2] == BEFORE
         assert prompt[-3:] == AFTER
         assert 1 <= len(prompt[2:-3]) <= 6
         assert not {1, 5} & {*prompt[2:-3], *answer[:-1]}
         assert answer[-1] == 5 or len(answer) == 6  # Cut, it has no end.
-    assert {ids[-1] == 5 for ids, _ in talks} == {True, False}
+    assert {ids[-1] == 5 for ids, *_ in talks} == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -91,15 +91,15 @@ def test_with_a_template_every_second_text_answers_words_that_the_model_made_up(
     ],
 )
 def test_a_template_that_has_no_place_for_the_users_words_gives_texts_only(model, template):
-    assert all(prompt_tokens == 1 for _, prompt_tokens in written(model, template))
+    assert all(prompt_tokens == 1 for _, prompt_tokens, _ in written(model, template))
 
 
 def test_texts_fit_the_models_positions():
     model = families.model("GPT2LMHeadModel", dtype=torch.float32, max_position_embeddings=16)
     texts = written(model, TEMPLATE, tokens=40)
-    assert {len(ids) for ids, prompt_tokens in texts if prompt_tokens == 1} == {16}
-    assert {prompt_tokens > 1 for _, prompt_tokens in texts} == {False, True}
-    assert max(len(ids) for ids, _ in texts) <= 16
+    assert {len(ids) for ids, prompt_tokens, _ in texts if prompt_tokens == 1} == {16}
+    assert {prompt_tokens > 1 for _, prompt_tokens, _ in texts} == {False, True}
+    assert max(len(ids) for ids, *_ in texts) <= 16
 
 
 def test_the_start_is_bos_or_else_the_end_of_text():

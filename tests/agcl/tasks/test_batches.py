@@ -35,6 +35,15 @@ def test_packed_rows_are_consecutive_and_never_predict_the_next_rows_first_token
     assert batch.lengths.tolist() == [10]
 
 
+def test_earlier_turns_of_a_conversation_are_labeled_too():
+    talk = Encoded([7, 8, 9, 2, 1, 3], 5, ((0, 2), (3, 4)))
+    batch = pack([talk, Encoded([4, 5], 1)])
+    x = IGNORED
+    assert batch.labels.tolist() == [[x, 8, x, 2, x, 3, x, 5]]
+    assert collate([talk]).labels.tolist() == [[x, 8, x, 2, x, 3]]
+    assert talk.loss_tokens == len(answer_tokens(collate([talk]))) == 3
+
+
 @pytest.mark.parametrize("longest", [60, 300])
 def test_packed_lines_have_bounded_similar_lengths_and_hold_every_row_once(longest):
     rows = [Encoded([1000 * n + i for i in range(n)], 1) for n in range(20, longest)]

@@ -8,7 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from agcl.model.models import builtin_tokenizer
-from agcl.tasks import SCHEMA, Encoded, EncodedRows, Row, encode
+from agcl.tasks import SCHEMA, Encoded, EncodedRows, Row, encode, messages
+from agcl.tasks.encoding import cut_left, encoded_rows
 
 ROWS = [
     Row("Question: Where does Bako live?\nShort answer:", " Rome"),
@@ -76,7 +77,7 @@ def write(file, *tables):
 def test_prompt_answer_and_end_are_concatenated(tokenizer):
     table = encode(tokenizer, iter(ROWS))
     assert table.schema == SCHEMA
-    for row, (ids, prompt_tokens) in zip(ROWS, encoded(table), strict=True):
+    for row, (ids, prompt_tokens, _) in zip(ROWS, encoded(table), strict=True):
         assert tokenizer.decode(ids[:prompt_tokens]) == row.prompt
         assert tokenizer.decode(ids[prompt_tokens:-1]) == row.answer
         assert ids[-1] == tokenizer.eos_token_id
@@ -88,7 +89,7 @@ def test_prompt_answer_and_end_are_concatenated(tokenizer):
 def test_the_prompt_has_the_same_tokens_as_in_generation(tokenizer):
     """Even where prompt and answer would merge into one token if encoded together."""
     merging = builtin_tokenizer(["abab abab abab"] * 50, vocab_size=280)
-    [(ids, prompt_tokens)] = encoded(encode(merging, [Row("a", "b")]))
+    [(ids, prompt_tokens, _)] = encoded(encode(merging, [Row("a", "b")]))
     assert ids[:prompt_tokens] == merging("a")["input_ids"]
     assert ids != [*merging("ab")["input_ids"], merging.eos_token_id]
 
@@ -97,8 +98,8 @@ def test_the_prompt_has_the_same_tokens_as_in_generation(tokenizer):
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(scheme, chat):
     tokenizer = spaced_tokenizer(scheme)
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    for row, (ids, prompt_tokens) in zip(
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for row, (ids, prompt_tokens, _) in zip(
         SPACED, encoded(encode(tokenizer, SPACED, chat=chat)), strict=True
     ):
         alone = tokenizer(row.prompt, add_special_tokens=not chat)["input_ids"]
@@ -106,6 +107,92 @@ def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(scheme, chat):
         assert (ids[0], ids[-1]) == (ids[0] if chat else 1, 2)
         answer = row.answer.lstrip() if chat else row.answer
         assert tokenizer.decode(ids, skip_special_tokens=True) == row.prompt + answer
+
+
+def word_piece_tokenizer():
+    """Starts a text with [CLS] and ends it with [SEP], as BERT's; splits words into pieces."""
+    texts = [f"{row.prompt} {row.answer}" for row in SPACED]
+    words = Tokenizer(tokenizer_models.WordPiece(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece(cleanup=False)
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    words.train_from_iterator(
+        texts * 20,
+        trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False),
+    )
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]"
+    )
+
+
+def test_pieces_of_words_follow_the_prompt_as_in_the_whole_text():
+    tokenizer = word_piece_tokenizer()
+    for row in (Row("Where does Bako live?", " Rome"), Row("Where?", " Rome (Italy)")):
+        [(ids, prompt_tokens, _)] = encoded(encode(tokenizer, [row]))
+        whole = tokenizer(row.prompt + row.answer)["input_ids"]
+        assert ids == whole
+        assert ids[:prompt_tokens] == tokenizer(row.prompt)["input_ids"][:-1]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "legacy"])
+def test_turns_of_a_conversation_have_the_tokens_of_the_whole_text(scheme):
+    """With a tokenizer that puts spaces before texts, behind special tokens too."""
+    tokenizer = spaced_tokenizer(scheme)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<model>", "<stop>"]})
+    tokenizer.chat_template = (
+        "{{ '<start>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content }}"
+        "{% else %}{{ '<model>' + m.content }}{% endif %}{{ '<stop>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<model>' }}{% endif %}"
+    )
+    talk = [
+        {"role": role, "content": content.strip()}
+        for row in SPACED[:1] + SPACED[3:]
+        for role, content in (("user", row.prompt), ("assistant", row.answer))
+    ]
+    [row] = encoded_rows(encode(tokenizer, [messages.row_of(talk, None, "x")]))
+    assert row.input_ids == tokenizer.apply_chat_template(talk)["input_ids"]
+    asked = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"]
+    assert row.input_ids[: row.prompt_tokens] == asked
+    said = [tokenizer.decode(row.input_ids[a:b]).strip() for a, b in row.spans]
+    assert [text.removesuffix("<stop>") for text in said] == ["Rome", "Rome", "Rome (Italy)"]
+    assert all(text.endswith("<stop>") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("row", "length", "cut"),
+    [
+        (Encoded([9, 4, 5, 6, 7, 8], 4), 6, Encoded([9, 4, 5, 6, 7, 8], 4)),
+        (Encoded([9, 4, 5, 6, 7, 8], 4), 4, Encoded([9, 6, 7, 8], 2)),
+        (Encoded([9, 4, 5, 6, 7, 8], 4), 3, None),  # BOS alone would be no prompt.
+        (Encoded([3, 4, 5, 6, 7, 8], 4), 3, Encoded([6, 7, 8], 1)),
+        (Encoded([3, 4, 5, 6, 7, 8], 4), 2, None),
+        (
+            Encoded([9, 4, 5, 6, 7, 8], 5, ((1, 2), (3, 5))),
+            5,
+            Encoded([9, 5, 6, 7, 8], 4, ((2, 4),)),
+        ),
+        (Encoded([9, 4, 5, 6, 7, 8], 5, ((1, 4),)), 4, Encoded([9, 6, 7, 8], 3, ((1, 2),))),
+        (Encoded([3, 4, 5, 6, 7, 8], 5, ((0, 3),)), 4, Encoded([5, 6, 7, 8], 3)),
+    ],
+)
+def test_a_long_prompt_is_cut_at_its_beginning_behind_a_special_token(row, length, cut):
+    assert cut_left(row, length, {9}) == cut
+
+
+def test_conversations_round_trip_and_older_files_have_none(tmp_path, tokenizer):
+    table = encode(tokenizer, ROWS[:2])
+    spans = pa.array([[[1, 2], [3, 4]], None], SCHEMA.field("earlier").type)
+    place = table.schema.get_field_index("earlier")
+    write(tmp_path / "rows.arrow", table.set_column(place, SCHEMA.field("earlier"), spans))
+    rows = EncodedRows(tmp_path / "rows.arrow")
+    assert [row.earlier for row in rows] == [((1, 2), (3, 4)), ()]
+    older = table.drop_columns("earlier")
+    with pa.OSFile(str(tmp_path / "old"), "wb") as sink, pa.ipc.new_file(sink, older.schema) as old:
+        old.write_table(older)
+    assert list(EncodedRows(tmp_path / "old")) == encoded(table)
 
 
 def test_an_end_token_in_the_answers_text_is_not_doubled(tokenizer, framing_tokenizer):
@@ -116,7 +203,7 @@ def test_an_end_token_in_the_answers_text_is_not_doubled(tokenizer, framing_toke
 
 def test_special_tokens_are_only_before_the_prompt_and_after_the_answer(framing_tokenizer):
     start, end = framing_tokenizer.bos_token_id, framing_tokenizer.eos_token_id
-    for ids, prompt_tokens in encoded(encode(framing_tokenizer, ROWS)):
+    for ids, prompt_tokens, _ in encoded(encode(framing_tokenizer, ROWS)):
         assert ids[0] == start
         assert start not in ids[1:]
         assert ids[-1] == end

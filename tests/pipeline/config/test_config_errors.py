@@ -54,7 +54,7 @@ def problem(tmp_path):
         ("method=[agcl]", "method: "),
         ("tasks.count=0", "tasks.count: "),
         ("tasks.count=101", "tasks.count: "),
-        ("tasks.format=csv", "tasks"),
+        ("tasks.format=xml", "tasks"),
         ("model.pretraining.entities=0", "model.pretraining.entities: "),
         ("importance.top_k=0", "importance.top_k: "),
         ("importance.estimator=guess", "importance.estimator: "),
@@ -168,12 +168,12 @@ def test_a_missing_kind_is_named(problem):
 
 
 def test_every_task_format_is_listed_once_and_can_be_opened(problem):
-    message = problem("", "tasks.format=csv")
+    message = problem("", "tasks.format=xml")
     for section in get_args(TaskFormat):
         for format in get_args(section.model_fields["format"].annotation):
             assert message.count(f"'{format}'") == 1
             assert format in OPEN
-    assert message.endswith("(got 'csv')")
+    assert message.endswith("(got 'xml')")
 
 
 def test_the_types_of_a_search_dimension_are_listed(problem):
@@ -286,7 +286,7 @@ def test_a_key_of_another_library_or_section_is_pointed_to(problem, key, meant):
         (["base.energy=2"], "base.energy: "),
         (["base.samples=0"], "base.samples: "),
         (["base.rows={format: jsonl, sequense: []}"], "base.rows.sequence: "),
-        (["base.rows={format: csv}"], "base.rows.format: must be one of"),
+        (["base.rows={format: xml}"], "base.rows.format: must be one of"),
         (["base.rows={path: x}"], "base.rows.format: must be one of"),
         (["method=lora", "base.protect=self", "protect=[{kind: gate}]"], "base.protect: with an"),
         (["method=sequential", "protect=[{kind: gate}]"], "method: sequential protects nothing"),

@@ -356,7 +356,7 @@ def test_the_page_lists_settings_stages_provenance_and_rows(agcl):
     )
     counts = one.rows["valley"]["test"]
     expected = [str(counts[key]) for key in ("rows", "tokens", "answer_tokens")]
-    assert ["valley", "exact_match", "test", *expected, "0", "0"] in rows
+    assert ["valley", "exact_match", "test", *expected, "0", "0", "0"] in rows
 
 
 def test_without_importances_of_entries_the_page_says_how_to_get_their_figures(agcl):

@@ -80,7 +80,7 @@ def prepared(tmp_path, model_folder):
             rows = EncodedRows(file)
             texts[file.stem] = [
                 (tokenizer.decode(ids[:prompt]), tokenizer.decode(ids[prompt:]))
-                for ids, prompt in map(rows.__getitem__, range(len(rows)))
+                for ids, prompt, _ in map(rows.__getitem__, range(len(rows)))
             ]
         return texts, json.loads((out / "summary.json").read_text())
 
@@ -186,7 +186,7 @@ def test_the_rows_of_equal_sources_are_checked_once_until_a_file_changes(tiny_co
     task = f"tasks={{format: jsonl, sequence: [{{name: a, train: {file}}}]}}"
     with pytest.MonkeyPatch.context() as patch:
         read = []
-        patch.setattr(check, "check_rows", lambda task, split: read.append(split))
+        patch.setattr(check, "check_rows", lambda task, split, check: read.append(split))
         for method in ("sequential", "agcl", "gate"):
             check_inputs(tiny_config(tmp_path, task, method=method))
     assert read == ["train"]

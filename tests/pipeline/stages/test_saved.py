@@ -147,8 +147,8 @@ def test_a_tokenizer_that_gives_other_tokens_fails_the_stage(trained, tmp_path, 
 
 
 def test_saved_weights_that_answer_otherwise_fail_the_stage(trained, tmp_path, monkeypatch):
-    def save_half(model, tokenizer, folder, save=models.save):
-        save(model, tokenizer, folder)
+    def save_half(model, tokenizer, folder, save=models.save, **options):
+        save(model, tokenizer, folder, **options)
         weights = load_file(folder / "model.safetensors")
         halved = {name: weight.flip(0) for name, weight in weights.items()}
         save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,193 @@
+"""Conversations rendered by a tokenizer's chat template, and where its assistant turns are."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from agcl.errors import InputError
+from agcl.tasks.task import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+_MARK = "\N{SNOWMAN}agcl\N{SNOWMAN}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Turns(NamedTuple):
+    """A conversation as text, up to the end of its last assistant turn."""
+
+    prompt: str
+    """What the model sees before it writes the last turn, as in generation."""
+    answer: str
+    end: str
+    """The token by which the template ends the turn; empty if it writes none."""
+    earlier: tuple[Span, ...]
+    """Characters of the prompt that are earlier assistant turns, with their end tokens."""
+
+
+class Template(NamedTuple):
+    """A tokenizer's chat template, and what it writes around an assistant's words."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    header: str
+    """Before them: the generation prompt."""
+    tail: str
+    """Behind them, such as `<|im_end|>` and a line end."""
+    end: str
+    """The part of the tail that the model must write: up to its first special token."""
+    special: re.Pattern[str]
+    """A special token."""
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Template:
+    """The template of a tokenizer. Raises `InputError`, at the place of a row, if it has none."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{place and f'{place}: '}the tokenizer in {tokenizer.name_or_path} has no chat "
+            "template, which messages need"
+        )
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    tokens = {*tokenizer.all_special_tokens, *added}
+    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    asked = [{"role": "user", "content": "?"}]
+    header = tail = ""
+    try:
+        question = _apply(tokenizer, asked)
+        prompt = _apply(tokenizer, asked, add_generation_prompt=True)
+        header = prompt.removeprefix(question) if prompt.startswith(question) else ""
+        tail = _apply(tokenizer, [*asked, {"role": "assistant", "content": _MARK}])
+        tail = tail.rpartition(_MARK)[2] if _MARK in tail else ""
+    except Exception:  # The template's own: it may want a system message. Rows tell by themselves.
+        pass
+    space = len(tail) - len(tail.lstrip())
+    found = special.match(tail, space)
+    return Template(tokenizer, header, tail, tail[: found.end()] if found else "", special)
+
+
+def turns(template: Template, conversation: Conversation) -> Turns:
+    """Render a conversation and find its assistant turns.
+
+    By the template's generation mask (`{% generation %}`) where it has one, otherwise by rendering
+    the messages before each turn and up to it. The last turn starts where the generation prompt
+    ends. Each ends with the token by which the template ends it, without the separator behind that.
+    Raises `InputError` naming the row if the template cannot render it, renders messages otherwise
+    when others follow, or leaves out the answer.
+    """
+    messages = conversation.messages
+    whole = _render(template, conversation, len(messages))
+    prompt = _render(template, conversation, len(messages) - 1, prompt=True)
+    if not whole.startswith(prompt):
+        raise _no_prefix(template, conversation, len(messages) - 1)
+    find = _by_mask if _has_mask(template, conversation) else _by_prefixes
+    earlier = [
+        (start, _ended(template, whole, start, stop)[1])
+        for start, stop in find(template, conversation, whole)
+        if start < len(prompt)
+    ]
+    stop, end = _ended(template, whole, len(prompt), len(whole))
+    if messages[-1]["content"].strip() and not whole[len(prompt) : stop].strip():
+        raise _error(template, conversation, "does not render the assistant's answer")
+    written = template.special.findall(whole[stop:end])
+    return Turns(
+        prompt,
+        whole[len(prompt) : end - len("".join(written))],
+        "".join(written),
+        tuple((start, min(stop, len(prompt))) for start, stop in earlier if start < stop),
+    )
+
+
+def _by_prefixes(template: Template, conversation: Conversation, whole: str) -> list[Span]:
+    found = []
+    for number, message in enumerate(conversation.messages[:-1]):
+        if message["role"] == "assistant" and number >= conversation.context:
+            before = _render(template, conversation, number, prompt=True)
+            up_to = _render(template, conversation, number + 1)
+            if not (whole.startswith(up_to) and up_to.startswith(before)):
+                raise _no_prefix(template, conversation, number)
+            found.append((len(before), len(up_to)))
+    return found
+
+
+def _by_mask(template: Template, conversation: Conversation, whole: str) -> list[Span]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokenizer, tools = template.tokenizer, list(conversation.tools) or None
+    # `apply_chat_template` gives the mask by token, which is ambiguous where a token straddles.
+    _, spans = render_jinja_template(
+        [list(conversation.messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(None, tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    first = 0
+    if conversation.context:
+        context = _render(template, conversation, conversation.context)
+        if not whole.startswith(context):
+            raise _no_prefix(template, conversation, conversation.context)
+        first = len(context)
+    header = template.header
+    return [
+        (start + len(header) if header and whole.startswith(header, start) else start, stop)
+        for start, stop in spans[0]
+        if start >= first
+    ]
+
+
+def _has_mask(template: Template, conversation: Conversation) -> bool:
+    tools = list(conversation.tools) or None
+    return bool(_GENERATION.search(template.tokenizer.get_chat_template(None, tools)))
+
+
+def _ended(template: Template, whole: str, start: int, stop: int) -> Span:
+    """Where the words of a turn stop, and where it ends: behind its end token."""
+    tail, end = template.tail, template.end
+    piece = whole[start:stop]
+    for closing in filter(None, (tail, end)):
+        if piece.endswith(closing):
+            words = stop - len(closing)
+            return words, words + len(end)
+    if end and whole.startswith(end, stop):  # A mask on the words alone.
+        return stop, stop + len(end)
+    # Other kinds of turns, such as calls of tools, may end otherwise.
+    last = next(reversed([*template.special.finditer(piece.rstrip())]), None)
+    if last and last.end() == len(piece.rstrip()):
+        return start + last.start(), start + last.end()
+    return start + len(piece.rstrip()), start + len(piece.rstrip())
+
+
+def _render(
+    template: Template, conversation: Conversation, number: int, *, prompt: bool = False
+) -> str:
+    """The first messages as text; with `prompt`, up to where the assistant's words start."""
+    messages = conversation.messages[:number]
+    tools = list(conversation.tools) or None
+    try:
+        return _apply(template.tokenizer, messages, tools=tools, add_generation_prompt=prompt)
+    except Exception as error:  # The template's own words, or any of Jinja's.
+        reason = " ".join(str(error).split())[:200]
+        raise _error(template, conversation, f"cannot render the messages: {reason}") from None
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], **options: Any
+) -> str:
+    return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def _no_prefix(template: Template, conversation: Conversation, number: int) -> InputError:
+    return _error(
+        template,
+        conversation,
+        f"renders message {number + 1} and those before it otherwise when others follow, so what "
+        "the model would see is not what it learns; give one assistant turn per row, or a template "
+        "that keeps them",
+    )
+
+
+def _error(template: Template, conversation: Conversation, reason: str) -> InputError:
+    place = f"{conversation.place}: " if conversation.place else ""
+    return InputError(f"{place}the chat template of {template.tokenizer.name_or_path} {reason}")

@@ -1,0 +1,110 @@
+"""Conversations as users bring them: checked messages, in one form whatever they came in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any
+
+from agcl.errors import InputError
+from agcl.tasks.records import Number, kind, text
+from agcl.tasks.task import Conversation, Row
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def row_of(messages: Any, tools: Any, place: str, *, context: int = 0) -> Row:
+    """The row of a list of messages, or JSON text of one, up to its last assistant turn.
+
+    `context`: number of messages at the start whose assistant turns carry no loss. Raises
+    `InputError` naming place and message for an unknown role, content that is not text, messages
+    that do not start with the user's (behind a system message), or none of the assistant.
+    """
+    checked = [
+        _message(value, f"{place}, message {number}")
+        for number, value in enumerate(_list(messages, "messages", place), start=1)
+    ]
+    last = max((n for n, m in enumerate(checked) if m["role"] == "assistant"), default=-1)
+    if last < context:
+        raise InputError(f"{place}: no assistant message, so nothing to learn")
+    first = next(m["role"] for m in checked if m["role"] != "system")
+    if first != "user":
+        raise InputError(f"{place}: the first turn is the {first}'s, not the user's")
+    *before, answer = checked[: last + 1]
+    given = tuple(_object(tool, f"{place}: a tool") for tool in _list(tools or [], "tools", place))
+    return Row(
+        "\n".join(message["content"] for message in before),
+        answer["content"]
+        or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False).strip('"'),
+        conversation=Conversation((*before, answer), given, context, place),
+    )
+
+
+def kinds_of_turns(conversation: Conversation) -> set[str]:
+    """What a chat template may treat differently: who follows whom, tools, several answers."""
+    roles = ["", *(message["role"] for message in conversation.messages)]
+    kinds = {f"{before} {after}" for before, after in pairwise(roles)}
+    kinds |= {"tools"} if conversation.tools else set()
+    kinds |= {"calls" for message in conversation.messages if message.get("tool_calls")}
+    return kinds | ({"several"} if roles.count("assistant") > 1 else set())
+
+
+def _list(value: Any, name: str, place: str) -> Sequence[Any]:
+    """A list, or the one that JSON text in a column of CSV or Parquet stands for."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{place}: {name!r} is {kind(value)}, not a list")
+    return value
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """An object with JSON's numbers, without the keys that a table adds to all of a column."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place} is {kind(value)}, not an object")
+    return {key: _plain(each) for key, each in value.items() if each is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value with numbers instead of their text: templates write tools as JSON."""
+    if isinstance(value, Number):
+        with suppress(ValueError):
+            return int(value)
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _message(value: Any, place: str) -> dict[str, Any]:
+    message = _object(value, place)
+    role = message.get("role")
+    if role not in ROLES:
+        raise InputError(f"{place}: role {role!r} is none of {', '.join(ROLES)}")
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [_call(each, place) for each in _list(calls, "tool_calls", place)]
+    content = value.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, place) for part in content)
+    if content is None and (message.get("tool_calls") and role == "assistant"):
+        content = ""
+    return message | {"content": text({"content": content}, "content", place)}
+
+
+def _part(part: Any, place: str) -> str:
+    """The text of one of OpenAI's content parts."""
+    found = _object(part, f"{place}: a part of the content")
+    if found.get("type") != "text":
+        raise InputError(f"{place}: content of type {found.get('type')!r}; only text is supported")
+    return text(found, "text", place)
+
+
+def _call(value: Any, place: str) -> dict[str, Any]:
+    """A call of a tool; OpenAI writes its arguments as JSON text, templates expect an object."""
+    call = _object(value, f"{place}: a tool call")
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(ValueError):
+            call["function"] = function | {"arguments": json.loads(function["arguments"])}
+    return call

@@ -1,0 +1,192 @@
+"""Conversations by chat templates: which tokens carry loss, where turns end, what is refused."""
+
+import pytest
+from reference import chat
+
+from agcl.errors import InputError
+from agcl.tasks import Row, encode, messages
+from agcl.tasks.chat_template import template_of, turns
+from agcl.tasks.encoding import encoded_rows
+
+GEMMA = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+ALWAYS_PROMPTS = LLAMA3.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+MASK_ON_WORDS = chat.QWEN_MASKED.replace(
+    "{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}",
+    "{% generation %}{{- message.content }}{% endgeneration %}{{- '<|im_end|>' }}",
+)
+MASK_WITH_HEADER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def row_of(conversation, tools=None, **options):
+    return messages.row_of(conversation, tools, "chat.jsonl, line 3", **options)
+
+
+def encoded(tokenizer, conversation, tools=None, **options):
+    [row] = encoded_rows(encode(tokenizer, [row_of(conversation, tools, **options)]))
+    return row
+
+
+def learned(tokenizer, row):
+    return [tokenizer.decode(row.input_ids[a:b]) for a, b in row.spans]
+
+
+def test_the_loss_is_on_assistant_turns_up_to_their_end_tokens():
+    tokenizer = chat.tokenizer()
+    row = encoded(tokenizer, chat.MESSAGES)
+    # A token that joins the header's line end with an earlier turn's own carries no loss.
+    said = ["In Rome.<|im_end|>", "Since 2019.\n<|im_end|>", "In München.<|im_end|>"]
+    assert learned(tokenizer, row) == said
+    text = tokenizer.apply_chat_template(chat.MESSAGES, tokenize=False)
+    assert tokenizer.decode(row.input_ids) + "\n" == text
+
+
+@pytest.mark.parametrize("last", [3, 5, 7])
+def test_the_prompt_has_the_tokens_of_generation(last):
+    tokenizer = chat.tokenizer()
+    row = encoded(tokenizer, chat.MESSAGES[:last])
+    asked = tokenizer.apply_chat_template(chat.MESSAGES[: last - 1], add_generation_prompt=True)
+    assert row.input_ids[: row.prompt_tokens] == asked["input_ids"]
+    answer = chat.MESSAGES[last - 1]["content"] + "<|im_end|>"
+    assert tokenizer.decode(row.input_ids[row.prompt_tokens :]) == answer
+
+
+@pytest.mark.parametrize(
+    ("conversation", "tools"),
+    [(chat.MESSAGES, None), (chat.MESSAGES[1:], None), (chat.CALLS, chat.TOOLS)],
+)
+def test_generation_mask_and_rendered_prefixes_agree(conversation, tools):
+    plain, masked = (
+        encoded(chat.tokenizer(template), conversation, tools)
+        for template in (chat.QWEN_PLAIN, chat.QWEN_MASKED)
+    )
+    assert plain == masked
+    assert len(plain.earlier) == sum(m["role"] == "assistant" for m in conversation) - 1
+
+
+def test_the_spans_are_those_of_transformers_own_mask():
+    tokenizer = chat.tokenizer(chat.QWEN_MASKED)
+    conversation = [m | {"content": m["content"].strip()} for m in chat.MESSAGES]
+    row = encoded(tokenizer, conversation)
+    theirs = tokenizer.apply_chat_template(
+        conversation, return_assistant_tokens_mask=True, return_dict=True
+    )
+    places = [i for i, counts in enumerate(theirs["assistant_masks"]) if counts]
+    assert places == [i for a, b in row.spans for i in range(a, b)]
+    assert theirs["input_ids"][:-1] == row.input_ids
+
+
+@pytest.mark.parametrize("template", [MASK_ON_WORDS, MASK_WITH_HEADER])
+def test_a_mask_without_the_end_token_or_with_the_header_gives_the_same_turns(template):
+    row = encoded(chat.tokenizer(template), chat.MESSAGES)
+    text = chat.tokenizer(template)
+    assert learned(text, row)[0] == "In Rome.<|im_end|>"
+    assert learned(text, row)[2] == "In München.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "added", "ends", "answer"),
+    [
+        (GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "In Rome."),
+        (LLAMA2, ["<s>", "</s>"], "</s>", " In Rome. "),
+        (LLAMA3, ["<|head|>", "<|/head|>", "<|eot_id|>"], "<|eot_id|>", "In Rome."),
+        (ALWAYS_PROMPTS, ["<|head|>", "<|/head|>", "<|eot_id|>"], "<|eot_id|>", "In Rome."),
+        (PHI3, ["<|user|>", "<|assistant|>", "<|end|>"], "<|end|>", "In Rome."),
+        (NO_END, [], chat.END_OF_TEXT, "In Rome."),
+    ],
+)
+def test_a_turn_ends_as_its_template_ends_it(template, added, ends, answer):
+    tokenizer = chat.tokenizer(template, eos=chat.END_OF_TEXT)
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    row = encoded(tokenizer, chat.MESSAGES[1:3])
+    assert learned(tokenizer, row) == [answer + ends]
+    assert row.input_ids[-1] == tokenizer.convert_tokens_to_ids(ends)
+    several = turns(template_of(tokenizer), row_of(chat.MESSAGES[1:3]).conversation)
+    assert (several.answer, several.end) == (answer, "" if template == NO_END else ends)
+    if template != ALWAYS_PROMPTS:
+        said = learned(tokenizer, encoded(tokenizer, chat.MESSAGES[1:]))
+        # Without an end token, a line end behind the words may share a token with them.
+        assert said[0].rstrip("\n") == answer + ("" if template == NO_END else ends)
+
+
+def test_prompt_and_answer_are_a_users_message_and_the_assistants():
+    """`chat_template: true`."""
+    tokenizer = chat.tokenizer()
+    [row] = encoded_rows(encode(tokenizer, [Row("Where?", " In Rome.")], chat=True))
+    asked, said = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "In Rome."},
+    ]
+    assert row == encoded(tokenizer, [asked, said])
+    assert row.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_turns_of_the_context_carry_no_loss():
+    for template in (chat.QWEN_PLAIN, chat.QWEN_MASKED):
+        tokenizer = chat.tokenizer(template)
+        row = encoded(tokenizer, chat.MESSAGES, context=4)
+        assert learned(tokenizer, row) == ["Since 2019.\n<|im_end|>", "In München.<|im_end|>"]
+
+
+def test_messages_behind_the_last_answer_are_left_out():
+    tokenizer = chat.tokenizer()
+    assert encoded(tokenizer, chat.MESSAGES[:-1]) == encoded(tokenizer, chat.MESSAGES[:5])
+
+
+def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
+    tokenizer = chat.tokenizer(chat.QWEN3_LIKE)
+    thinking = [m | {"content": f"<think>\nHm.\n</think>\n{m['content']}"} if i % 2 == 0 else m
+                for i, m in enumerate(chat.MESSAGES[1:], start=1)]  # fmt: skip
+    tokenizer.name_or_path = "models/thinker"
+    with pytest.raises(InputError) as error:
+        encoded(tokenizer, thinking)
+    assert str(error.value).startswith(
+        "chat.jsonl, line 3: the chat template of models/thinker renders message 2 and those before"
+    )
+    one = encoded(tokenizer, thinking[:2])
+    assert learned(tokenizer, one) == ["<think>\nHm.\n</think>\nIn Rome.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "has no chat template"),
+        (GEMMA, "line 3: the chat template of x cannot render the messages: System role not supp"),
+        ("{{ messages[0].content }}", "line 3: the chat template of x does not render the ass"),
+        ("{{ messages | length }}", "line 3: the chat template of x renders message 7 and those"),
+        ("{{ messages[0", "line 3: the chat template of x cannot render the messages: unexpected"),
+    ],
+)
+def test_a_template_that_cannot_render_a_row_is_named_with_the_row(template, said):
+    tokenizer = chat.tokenizer(template)
+    tokenizer.name_or_path = "x"
+    with pytest.raises(InputError) as error:
+        encoded(tokenizer, chat.MESSAGES)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
