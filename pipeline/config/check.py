@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from agcl.errors import InputError
@@ -19,6 +19,7 @@ from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
 from transformers.utils import logging
 
+from pipeline.config import hub
 from pipeline.config.config import Config
 from pipeline.config.sources import (
     base_rows,
@@ -88,8 +89,12 @@ def _check_devices(config: Config) -> None:
 
 
 def _check_model(config: Config) -> None:
-    chat, folder = config.tasks.chat_template, config.model.folder
+    chat = config.tasks.chat_template
     if not config.model.is_builtin:
+        if config.model.on_hub:
+            asked, commit = hub.parts(config.model.revision)
+            hub.fetch(config.model.path, cast(str, commit), asked)
+        folder = config.model.folder
         status = (
             {f.name: f.stat() for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
         )

@@ -51,7 +51,7 @@ def first_session(config: Config) -> str:
 def tokenizer_stage(config: Config) -> Stage | External:
     """The stage that trains the built-in model's tokenizer, or the given model's files."""
     if not config.model.is_builtin:
-        return External(config.model.folder, _TOKENIZER_FILES)
+        return External(config.model.folder, _TOKENIZER_FILES, config.model.identity)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
@@ -85,7 +85,7 @@ def base_model_stage(
 ) -> Stage | External:
     """The stage that pretrains the built-in model, or the given model's files."""
     if not config.model.is_builtin:
-        return External(config.model.folder, _MODEL_FILES)
+        return External(config.model.folder, _MODEL_FILES, config.model.identity)
     settings = config.model.pretraining
     return Stage(
         name="pretrain",
