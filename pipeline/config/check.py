@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from pipeline.config.sources import (
     text_files,
 )
 from pipeline.config.tasks import Source
+from pipeline.config.weights import loaded_dtype
 from pipeline.storage.artifact import folder_name
 
 _CHECKED: set[str] = set()
@@ -40,7 +42,10 @@ def check_inputs(config: Config) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
     _check_storage(config.storage.root)
     _check_devices(config)
+    _check_attention(config)
+    _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
     _check_model(config)
+    _check_dtype(config, loaded_dtype(config.model))
     tasks = _open_tasks(config)
     for task in tasks:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
@@ -85,6 +90,37 @@ def _check_devices(config: Config) -> None:
     if config.resources.gpus_per_worker and local and found < wanted:
         raise InputError(
             f"resources.gpus_per_worker: {wanted} workers need a GPU each, torch finds {found} here"
+        )
+
+
+def _check_attention(config: Config) -> None:
+    if config.model.attention != "flash_attention_2":
+        return
+    of = {"training": config.training.precision, "evaluation": config.evaluation.precision}
+    slow = [f"{key}.precision=bfloat16" for key, used in of.items() if used == "float32"]
+    for lacking, remedy in (
+        (find_spec("flash_attn") is None, "the package flash_attn, which is not installed here"),
+        (not config.resources.gpus_per_worker, "a GPU (resources.gpus_per_worker=1)"),
+        (config.model.dtype == "float32" and slow, f"half precision ({' and '.join(slow)})"),
+    ):
+        if lacking:
+            raise InputError(
+                f"model.attention: flash_attention_2 needs {remedy}; or choose model.attention=sdpa"
+            )
+
+
+def _check_dtype(config: Config, dtype: str) -> None:
+    """Refuse weights too coarse for what the config would do with them."""
+    if dtype == "float16":
+        raise InputError(
+            f"model.dtype: auto is float16 for {config.model.path}, in which AdamW cannot train; "
+            "choose bfloat16 or float32"
+        )
+    if dtype == "bfloat16" and config.protect:
+        raise InputError(
+            f"model.dtype: weights in bfloat16 can be neither attributed nor protected, as method "
+            f"{config.method} does; choose model.dtype=float32 (training.precision=bfloat16 still "
+            "computes in bfloat16) or a method without protect"
         )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from agcl.errors import InputError
 
 from pipeline.config import hub, loading
-from pipeline.config.config import Config, Model
+from pipeline.config.config import Config
+from pipeline.config.model import Model
 
 
 def pinned(config: Config, begun: Iterable[Path]) -> Config:

@@ -1,6 +1,6 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys.
+All stages of one kind have the same config keys, but for `loading`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,14 @@ from agcl.model.models import positions
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
+from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.tasks import Source
+from pipeline.config.weights import loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
+from pipeline.stages.context import LOADING
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
@@ -46,6 +49,16 @@ def measures_solos(config: Config) -> bool:
 def first_session(config: Config) -> str:
     """The session that trains the base model; a separate one if solo models start from it too."""
     return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
+
+
+def loading(config: Config) -> dict[str, Any]:
+    """The config key of stages that load the model, if it is not loaded in float32 with sdpa.
+
+    Absent by default: a setting that changes nothing must not change a fingerprint.
+    """
+    chosen = {"dtype": loaded_dtype(config.model), "attention": config.model.attention}
+    changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
+    return {LOADING: changed} if changed else {}
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
@@ -116,6 +129,7 @@ def training_settings(config: Config, index: int) -> dict[str, Any]:
         "replay": 0.0,
         "freeze": None,
         "adapter": config.adapter and config.adapter.model_dump(),
+        **loading(config),
     }
 
 
@@ -210,6 +224,7 @@ def attribute_stage(
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
+            **loading(config),
         },
         inputs=inputs,
         session=session,
@@ -259,6 +274,7 @@ def evaluate_stage(
             "chat_template": config.tasks.chat_template,
             "saved": last and not in_trial,
             "new": list(new),
+            **loading(config),
         },
         inputs=inputs,
         session=session,

@@ -40,7 +40,7 @@ def train_adapter(
     """
     settings = config["adapter"]
     peft_model = adapter.attach(
-        context.take_model(inputs["model"]),
+        context.take_model(inputs["model"], config),
         rank=settings["rank"],
         alpha=settings["alpha"],
         seed=config["seed"],

@@ -14,7 +14,7 @@ from agcl.errors import InputError
 from agcl.model import models
 from jobs import cli
 from pipeline.config import hub, loading
-from pipeline.config.config import Model
+from pipeline.config.model import Model
 from pipeline.config.revision import pinned
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import plan
