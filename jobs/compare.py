@@ -13,7 +13,9 @@ from jobs.tables import table
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.config.naming import method_name
+from pipeline.config.revision import pinned
 from pipeline.plan.plan import Run
+from pipeline.results.run_folder import CONFIG_FILE
 from pipeline.run import open_run
 from pipeline.search.search import VALIDATION
 from pipeline.search.trial import undecided
@@ -29,6 +31,9 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     if arguments.trials > 1 and not first.evaluation.validation:
         settings.append(f"evaluation.validation={VALIDATION}")
     folder = first.storage.root / f"{first.name}-compare"
+    if first.model.on_hub:  # Once for all runs: the branch may move in between.
+        begun = sorted(folder.glob(f"*/{CONFIG_FILE}"))
+        settings.append(f"model.revision={pinned(first, begun).model.revision}")
 
     def load(more: list[str], method: str) -> Config:
         return loading.load(arguments.config, [*settings, *more], method=method)

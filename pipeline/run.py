@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipeline.config.check import check_inputs
 from pipeline.config.config import Config
+from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import check_address
 from pipeline.execution.scheduler import run_with_progress
@@ -54,12 +55,14 @@ REPORTS_EACH = 4
 
 
 def open_run(config: Config, folder: Path | None = None) -> Run:
-    """Check a config's inputs and resolve its stages. Writes nothing but a bucket's cache.
+    """Check a config's inputs and resolve its stages. Writes nothing but caches.
 
-    Raises `InputError` for bad input, and if the folder holds a run of another config.
+    A model on the hub is downloaded, at the commit that the run in the folder began with. Raises
+    `InputError` for bad input, and if the folder holds a run of another config.
     """
     folder = folder or config.storage.root / config.name
     config.storage.check()
+    config = pinned(config, [folder / CONFIG_FILE])
     check_inputs(config)
     check_folder(config, folder / CONFIG_FILE)
     planned = plan(config)

@@ -16,13 +16,14 @@ from agcl.parallel import distributed
 from agcl.scoring.own_text import own_texts, start_token
 from agcl.tasks import Row
 from agcl.tasks.batches import IGNORED, Batch, by_length, collate, in_order
-from agcl.tasks.encoding import encode_rendered
+from agcl.tasks.encoding import encode, encoded_rows
+from agcl.tasks.layouts import LAYOUTS
 
 _MASKS = ("completion_mask", "assistant_masks")
 _ANSWERS = ("answer", "completion")
 _KINDS = (
-    "a text, a Row, or a dict with 'text', 'prompt' and 'answer' (or 'completion'), or "
-    "'input_ids' and perhaps 'labels'"
+    "a text, a Row, or a dict with 'text', 'messages', 'prompt' and 'answer' (or 'completion'), "
+    "or 'input_ids' and perhaps 'labels'"
 )
 
 
@@ -35,6 +36,8 @@ def tokenize_rows(
     - a text, or a dict with `text`: every token but the first counts,
     - a `Row`, or a dict with `prompt` and `answer` or `completion`: the answer and one
       end-of-sequence token count, as in agcl's own runs,
+    - a dict with `messages`, and perhaps `tools`: the assistant's turns count, rendered by the
+      tokenizer's chat template,
     - a dict with `input_ids`, as of a tokenized dataset: tokens count where `labels` are not -100,
       or where `completion_mask` and `assistant_masks` are 1; without any of them all do.
 
@@ -130,15 +133,14 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, row: Any, number: int) -> dic
     if isinstance(text, str):
         ids = [start_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
-    if _has_answer(row):
-        (found,) = encode_rendered(tokenizer, [_as_row(row)], special=True)
-        ids, masked = found.input_ids, found.prompt_tokens
-        return {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
+    if _has_answer(row) or _is_conversation(row):
+        (found,) = encoded_rows(encode(tokenizer, [_as_row(row, number)]))
+        labels = [IGNORED] * len(found.input_ids)
+        for start, stop in found.spans:
+            labels[start:stop] = found.input_ids[start:stop]
+        return {"input_ids": found.input_ids, "labels": labels}
     content = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-    hint = ""
-    if isinstance(row, Mapping) and "messages" in row:
-        hint = "; tokenize conversations first, such as with TRL, and pass its dataset"
-    raise ValueError(f"row {number} ({content}) is not {_KINDS}{hint}")
+    raise ValueError(f"row {number} ({content}) is not {_KINDS}")
 
 
 def _labels(row: Mapping[str, Any], ids: list[int]) -> list[int]:
@@ -158,9 +160,15 @@ def _has_answer(row: Any) -> bool:
     return any(isinstance(row.get(key), str) for key in _ANSWERS)
 
 
-def _as_row(row: Any) -> Row:
+def _is_conversation(row: Any) -> bool:
+    return isinstance(row, Mapping) and "messages" in row
+
+
+def _as_row(row: Any, number: int) -> Row:
     if isinstance(row, Row):
         return row
+    if _is_conversation(row):
+        return LAYOUTS["messages"](row, f"row {number}")
     return Row(row["prompt"], next(row[key] for key in _ANSWERS if isinstance(row.get(key), str)))
 
 

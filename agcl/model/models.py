@@ -71,12 +71,14 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Load a causal language model in float32. No remote code, safetensors only, no dropout.
+def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
+    """Load a causal language model. No remote code, safetensors only, no dropout.
 
-    Raises `InputError` if the files lack a weight; transformers would initialize it randomly.
+    `dtype` is a name of torch's, `attention` one of transformers' implementations; a model without
+    `sdpa` has `eager`. Raises `InputError` if the files lack a weight; transformers would
+    initialize it randomly.
     """
-    model = _open(folder)
+    model = _open(folder, dtype=dtype, attention=attention)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -85,10 +87,14 @@ def load_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _open(folder: Path, device: str = "cpu") -> PreTrainedModel:
+def _open(
+    folder: Path, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
+) -> PreTrainedModel:
     loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
+        # sdpa is transformers' own choice, which falls back to eager; asked for, it may raise.
+        attn_implementation=None if attention == "sdpa" else attention,
         device_map=None if device == "cpu" else device,
         use_safetensors=True,
         trust_remote_code=False,
@@ -164,7 +170,7 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def save_in(dtype: torch.dtype, file: Path, target: Path) -> None:
-    """Copy `config.json` or a weight file of a model saved in float32, changed to `dtype`."""
+    """Copy `config.json` or a weight file of a saved model, changed to `dtype`."""
     if file.suffix == ".json":
         config = json.loads(file.read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -52,6 +52,7 @@ def _records(path: str, subset: str | None, revision: str | None, split: str) ->
     """Stream a split, in the notation of `datasets`. Never runs a dataset's script."""
     import datasets
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
     datasets.disable_progress_bars()
@@ -68,9 +69,11 @@ def _records(path: str, subset: str | None, revision: str | None, split: str) ->
     except (ValueError, TypeError, RuntimeError, OSError, DatasetsError) as error:
         absent = isinstance(error, ConnectionError | FileNotFoundError | HFValidationError)
         if absent and not Path(path).is_dir():
+            offline = constants.is_offline_mode()
+            remedy = "HF_HUB_OFFLINE is set" if offline else "check the name, the network, HF_TOKEN"
             raise InputError(
                 f"{path}: no such folder, and not available from the Hub ({_reason(error)}); "
-                "set HF_HUB_OFFLINE=0 to allow downloads"
+                f"{remedy}"
             ) from None
         raise InputError(f"{path}, {split}: {_reason(error)}") from None
 

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from agcl.errors import InputError
@@ -20,6 +21,7 @@ from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
 from agcl.tasks.messages import kinds_of_turns
 from transformers.utils import logging
 
+from pipeline.config import hub
 from pipeline.config.config import Config
 from pipeline.config.sources import (
     base_rows,
@@ -30,6 +32,7 @@ from pipeline.config.sources import (
     text_files,
 )
 from pipeline.config.task_section import Source
+from pipeline.config.weights import loaded_dtype
 from pipeline.storage.artifact import folder_name
 
 _CHECKED: set[str] = set()
@@ -40,7 +43,10 @@ def check_inputs(config: Config) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
     _check_storage(config.storage.root)
     _check_devices(config)
+    _check_attention(config)
+    _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
     _check_model(config)
+    _check_dtype(config, loaded_dtype(config.model))
     tasks = _open_tasks(config)
     for task in tasks:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
@@ -88,9 +94,44 @@ def _check_devices(config: Config) -> None:
         )
 
 
+def _check_attention(config: Config) -> None:
+    if config.model.attention != "flash_attention_2":
+        return
+    of = {"training": config.training.precision, "evaluation": config.evaluation.precision}
+    slow = [f"{key}.precision=bfloat16" for key, used in of.items() if used == "float32"]
+    for lacking, remedy in (
+        (find_spec("flash_attn") is None, "the package flash_attn, which is not installed here"),
+        (not config.resources.gpus_per_worker, "a GPU (resources.gpus_per_worker=1)"),
+        (config.model.dtype == "float32" and slow, f"half precision ({' and '.join(slow)})"),
+    ):
+        if lacking:
+            raise InputError(
+                f"model.attention: flash_attention_2 needs {remedy}; or choose model.attention=sdpa"
+            )
+
+
+def _check_dtype(config: Config, dtype: str) -> None:
+    """Refuse weights too coarse for what the config would do with them."""
+    if dtype == "float16":
+        raise InputError(
+            f"model.dtype: auto is float16 for {config.model.path}, in which AdamW cannot train; "
+            "choose bfloat16 or float32"
+        )
+    if dtype == "bfloat16" and config.protect:
+        raise InputError(
+            f"model.dtype: weights in bfloat16 can be neither attributed nor protected, as method "
+            f"{config.method} does; choose model.dtype=float32 (training.precision=bfloat16 still "
+            "computes in bfloat16) or a method without protect"
+        )
+
+
 def _check_model(config: Config) -> None:
-    chat, folder = config.tasks.chat_template, config.model.folder
+    chat = config.tasks.chat_template
     if not config.model.is_builtin:
+        if config.model.on_hub:
+            asked, commit = hub.parts(config.model.revision)
+            hub.fetch(config.model.path, cast(str, commit), asked)
+        folder = config.model.folder
         status = (
             {f.name: f.stat() for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
         )

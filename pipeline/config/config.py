@@ -2,12 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
 from pydantic import (
-    AfterValidator,
     Field,
     SerializationInfo,
     field_serializer,
@@ -24,6 +22,7 @@ from pipeline.config.method import (
     Project,
     Replay,
 )
+from pipeline.config.model import Model
 from pipeline.config.search import Search
 from pipeline.config.section import (
     Place,
@@ -33,7 +32,6 @@ from pipeline.config.section import (
     Seed,
     Share,
     StoragePlace,
-    absolute,
 )
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.secrets import masked
@@ -43,41 +41,7 @@ RESERVED_NAMES = ("stages", "mlflow.db", "mlartifacts")
 """Names in the storage folder that are not runs."""
 CREDENTIALS = {"credentials": True}
 """Context of `model_dump` for a config that is used, not written: keeps the credentials."""
-_BUILTIN = "builtin"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-def _model_place(path: str) -> str:
-    return path if path == _BUILTIN else str(absolute(Path(path)))
-
-
-class Pretraining(Section):
-    """How the built-in model learns generic facts before the sequence."""
-
-    entities: Positive = 120
-    """People in the generic facts, four facts each."""
-    epochs: Positive = 16
-    learning_rate: float = Field(2e-3, gt=0)
-    batch_size: Positive = 32
-
-
-class Model(Section):
-    """The model to train."""
-
-    path: Annotated[str, AfterValidator(_model_place)] = _BUILTIN
-    """`builtin`, or the folder of a Hugging Face causal language model in safetensors."""
-    pretraining: Pretraining = Pretraining()
-    """For `builtin` only."""
-
-    @property
-    def is_builtin(self) -> bool:
-        """Whether this is the built-in model."""
-        return self.path == _BUILTIN
-
-    @property
-    def folder(self) -> Path:
-        """The folder of a model that is not built in."""
-        return Path(self.path)
 
 
 class Training(Section):

@@ -159,7 +159,7 @@ class HuggingFaceTask(OwnTask):
     """One task from a dataset that the library `datasets` loads."""
 
     path: Annotated[str, AfterValidator(_folder_or_name)]
-    """Folder, or name on the hub (set HF_HUB_OFFLINE=0 for the first download)."""
+    """Folder, or name on the hub (`HF_TOKEN` opens private ones)."""
     name: str | None = None
     """Null takes the last part of the path."""
     subset: str | None = None

@@ -36,8 +36,9 @@ def check_places(config: Config) -> None:
     for file in config.evaluation.probes:
         if not file.is_file():
             raise InputError(f"evaluation.probes: no file {file}")
-    if not config.model.is_builtin and not config.model.folder.is_dir():
-        raise InputError(f"model.path: no folder {config.model.folder}")
+    model = config.model
+    if not model.is_builtin and not model.on_hub and not model.folder.is_dir():
+        raise InputError(f"model.path: no folder {model.folder}")
 
 
 def held_out_sources(config: Config) -> list[Source]:

@@ -22,7 +22,6 @@ has, as in `{"count": 8, "CPU": 16, "GPU": 1}`. Ray itself does not report this.
 WORKER_ENVIRONMENT = {
     "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
     "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

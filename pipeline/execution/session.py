@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agcl.parallel import distributed
 
+from pipeline.config.hub import on_this_machine
 from pipeline.execution.failures import explain, is_peer_loss
 from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
@@ -42,7 +43,8 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         emit([{"artifact": stage.folder.name, "state": "started"}])
     with _emitting_failure(stage, emit):
         fetched = {
-            role: stage.storage.fetch(path, stage.reads) for role, path in stage.inputs.items()
+            role: stage.storage.fetch(on_this_machine(path), stage.reads)
+            for role, path in stage.inputs.items()
         }
         stage = replace(stage, inputs=fetched)
         _verify_inputs(stage, verified)

@@ -1,6 +1,6 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys.
+All stages of one kind have the same config keys, but for `loading`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,14 @@ from agcl.model.models import positions
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
+from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.task_section import Source
+from pipeline.config.weights import loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
+from pipeline.stages.context import LOADING
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
@@ -48,10 +51,20 @@ def first_session(config: Config) -> str:
     return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
 
 
+def loading(config: Config) -> dict[str, Any]:
+    """The config key of stages that load the model, if it is not loaded in float32 with sdpa.
+
+    Absent by default: a setting that changes nothing must not change a fingerprint.
+    """
+    chosen = {"dtype": loaded_dtype(config.model), "attention": config.model.attention}
+    changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
+    return {LOADING: changed} if changed else {}
+
+
 def tokenizer_stage(config: Config) -> Stage | External:
     """The stage that trains the built-in model's tokenizer, or the given model's files."""
     if not config.model.is_builtin:
-        return External(config.model.folder, _TOKENIZER_FILES)
+        return External(config.model.folder, _TOKENIZER_FILES, config.model.identity)
     return Stage(
         name="tokenizer",
         fn=make_tokenizer,
@@ -87,7 +100,7 @@ def base_model_stage(
 ) -> Stage | External:
     """The stage that pretrains the built-in model, or the given model's files."""
     if not config.model.is_builtin:
-        return External(config.model.folder, _MODEL_FILES)
+        return External(config.model.folder, _MODEL_FILES, config.model.identity)
     settings = config.model.pretraining
     return Stage(
         name="pretrain",
@@ -118,6 +131,7 @@ def training_settings(config: Config, index: int) -> dict[str, Any]:
         "replay": 0.0,
         "freeze": None,
         "adapter": config.adapter and config.adapter.model_dump(),
+        **loading(config),
     }
 
 
@@ -212,6 +226,7 @@ def attribute_stage(
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
+            **loading(config),
         },
         inputs=inputs,
         session=session,
@@ -261,6 +276,7 @@ def evaluate_stage(
             "chat_template": config.tasks.chat_template,
             "saved": last and not in_trial,
             "new": list(new),
+            **loading(config),
         },
         inputs=inputs,
         session=session,

@@ -24,6 +24,8 @@ class External:
 
     path: Path
     patterns: tuple[str, ...] = ("*",)
+    identity: str | None = None
+    """Stands for the contents in fingerprints, such as a commit; None hashes the files."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStag
     def input_fingerprint(source: Stage | External) -> str:
         if isinstance(source, Stage):
             return visit(source).fingerprint
+        if source.identity:
+            return source.identity
         if source not in hashes:
             hashes[source] = artifact.content_hash(source.path, source.patterns)
         return hashes[source]

@@ -9,7 +9,7 @@ from agcl.model.models import positions
 
 from pipeline.config.config import Config
 from pipeline.config.sources import BASE_TASK, base_rows, sources
-from pipeline.plan.nodes import attribute_stage, first_session, prepare_stage
+from pipeline.plan.nodes import attribute_stage, first_session, loading, prepare_stage
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.base_text import cut_text, write_own_text
 
@@ -29,7 +29,7 @@ def base_importance_stages(
             stage = Stage(
                 name="own_text",
                 fn=write_own_text,
-                config={**texts, "precision": config.evaluation.precision},
+                config={**texts, "precision": config.evaluation.precision, **loading(config)},
                 inputs={"model": base},
                 session=first_session(config),
                 train=True,

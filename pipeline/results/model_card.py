@@ -1,6 +1,5 @@
 """The final model's folder, which plain transformers loads, and the model card in it."""
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -11,6 +10,7 @@ from agcl.model import models
 
 from pipeline.config.config import Config
 from pipeline.config.naming import method_description, method_name
+from pipeline.config.weights import loaded_dtype, stored_dtype
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import METRIC_TITLES, RunResult, base_measures, base_title
@@ -27,10 +27,10 @@ _METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
 def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> None:
     """Give the run's folder its final model, from the files of the artifact, and a card.
 
-    The weights have the dtype of the base model's: they are hard links if that is float32, and
-    copies where the file system has no hard links. With a bucket they are symbolic links into its
-    cache, beside a text file with the model's URI. Replaces an earlier folder; a new one is
-    complete before it gets its name.
+    The weights have the dtype of the base model's: they are hard links if they were trained in
+    it, and copies where the file system has no hard links. With a bucket they are symbolic links
+    into its cache, beside a text file with the model's URI. Replaces an earlier folder; a new one
+    is complete before it gets its name.
     """
     folder, model = run.folder / MODEL, run.resolved[run.plan.final_model]
     if run.config.tracking.register_model:
@@ -39,9 +39,11 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    dtype = _dtype(run.config)
+    dtype = stored_dtype(run.config.model)
     there = model.folder.exists()
     files = [f for f in model.folder.iterdir() if f.is_file()] if there else []
+    trained = loaded_dtype(run.config.model)
+    change = dtype if str(dtype) != f"torch.{trained}" else None
     if adapter_alone(model) and there:
         files += (model.folder / ADAPTER).iterdir()
     for file in files:
@@ -50,8 +52,10 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
         if uri:
             (aside / file.name).symlink_to(os.path.relpath(file, folder))
         else:
-            _place(file, aside / file.name, dtype)
-    text = card(run.config, result, mlflow_run, adapter=adapter_alone(model), dtype=dtype)
+            _place(file, aside / file.name, change)
+    text = card(
+        run.config, result, mlflow_run, adapter=adapter_alone(model), dtype=dtype, trained=trained
+    )
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
     if uri:
@@ -62,10 +66,10 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
     aside.rename(folder)
 
 
-def _place(file: Path, target: Path, dtype: torch.dtype) -> None:
-    """Put a file of the final model's artifact, which is in float32, into the run's folder."""
+def _place(file: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Put a file of the final model's artifact into the run's folder, changed to a `dtype`."""
     is_weights = file.match("model*.safetensors")
-    if dtype != torch.float32 and (is_weights or file.name == "config.json"):
+    if dtype is not None and (is_weights or file.name == "config.json"):
         models.save_in(dtype, file, target)
         target.chmod(file.stat().st_mode)
         return
@@ -75,15 +79,6 @@ def _place(file: Path, target: Path, dtype: torch.dtype) -> None:
             target.hardlink_to(file)
             return
     shutil.copyfile(file, target)
-
-
-def _dtype(config: Config) -> torch.dtype:
-    """The dtype of the base model's weights."""
-    if config.model.is_builtin:
-        return torch.float32
-    return models.stored_dtype(
-        json.loads((config.model.folder / "config.json").read_text(encoding="utf-8"))
-    )
 
 
 def adapter_alone(model: ResolvedStage) -> bool:
@@ -98,6 +93,7 @@ def card(
     *,
     adapter: bool = False,
     dtype: torch.dtype = torch.float32,
+    trained: str = "float32",
 ) -> str:
     """Render the model card: Markdown with the YAML header that the Hugging Face Hub reads."""
     return render(
@@ -109,6 +105,7 @@ def card(
         description=method_description(config),
         adapter=adapter,
         dtype=str(dtype).removeprefix("torch."),
+        trained=trained,
         run=result,
         base_measures={base_title(key): of for key, of in base_measures(result).items()},
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},

@@ -167,8 +167,8 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
 
 def _weights(run: Run) -> int | None:
     """Number of weights in the base model's files: safetensors start with a header of shapes."""
-    path = run.config.model.path
-    folder = run.resolved["pretrain"].folder if path == "builtin" else Path(path)
+    model = run.config.model
+    folder = run.resolved["pretrain"].folder if model.is_builtin else model.folder
     total = 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
@@ -60,9 +61,10 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     """
     if config.method in ("joint", "solo"):
         raise InputError(f"method: {config.method} is a bound and no sequence; there is no search")
-    config = only_validation(config)
+    folder = config.storage.root / f"{config.name}-search"
+    config = only_validation(pinned(config, [folder / SEARCH_FILE]))
     space = space_of(config)
-    search = Search(config, config.storage.root / f"{config.name}-search", num_trials, space)
+    search = Search(config, folder, num_trials, space)
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
     if num_tasks < 2 and config.search.objective != "average":
         raise InputError("search.objective: one task alone has nothing to retain")

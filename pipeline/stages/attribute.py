@@ -30,7 +30,7 @@ def attribute(
     loss rose.
     """
     folders = [path for role, path in inputs.items() if role.startswith("rows")]
-    with context.borrowed_model(inputs) as model:
+    with context.borrowed_model(inputs, config) as model:
         try:
             importance = _importance(model, config, folders, context)
         except NoCorrectAnswer as error:

@@ -27,7 +27,7 @@ def write_own_text(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
     """Let `model` write texts of its own: `texts.jsonl` to read, rows as of a task to attribute."""
-    with context.borrowed_model(inputs) as model:
+    with context.borrowed_model(inputs, config) as model:
         tokenizer = models.load_tokenizer(inputs["model"])
         texts = own_texts(
             model,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from agcl.files.checkpoint import Checkpoint
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from pipeline.stages.files import ADAPTER
 
+LOADING = "loading"
+"""Key of a stage's config: keywords of `load_model` that are not its defaults."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
@@ -46,14 +49,18 @@ class Context:
         """Whether this is rank 0, which writes the artifacts."""
         return distributed.rank() == 0
 
-    def take_model(self, folder: Path) -> PreTrainedModel:
+    def take_model(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
         """The model of an artifact, from memory if the last stage left it there.
 
-        The caller may change it; `hold_model` returns it.
+        Loaded as the stage's `config` says. The caller may change it; `hold_model` returns it.
         """
         model = self.held.pop(folder, None)
         self.held.clear()
-        return model if model is not None else self.placed(models.load_model(folder))
+        return model if model is not None else self.loaded(folder, config)
+
+    def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+        """A model from its files, with `dtype` and `attention` of a stage's `config`."""
+        return self.placed(models.load_model(folder, **config.get(LOADING, {})))
 
     def placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Move a new model to this worker's device, sharded if the session shards models."""
@@ -66,9 +73,11 @@ class Context:
         self.held[folder] = model
 
     @contextmanager
-    def borrowed_model(self, inputs: Mapping[str, Path]) -> Iterator[PreTrainedModel]:
+    def borrowed_model(
+        self, inputs: Mapping[str, Path], config: Mapping[str, Any]
+    ) -> Iterator[PreTrainedModel]:
         """The input `model`, with the input `adapter` on it if there is one, to read only."""
-        model, peft_model = self.take_model(inputs["model"]), None
+        model, peft_model = self.take_model(inputs["model"], config), None
         if "adapter" in inputs:
             peft_model = adapter.load(model, inputs["adapter"] / ADAPTER)
         yield peft_model.get_base_model() if peft_model else model

@@ -47,7 +47,7 @@ def evaluate(
     tables: list[pa.Table] = []
     verdicts: list[list[Verdict]] = []
     tasks = named("rows/", inputs)
-    with context.borrowed_model(inputs) as model:
+    with context.borrowed_model(inputs, config) as model:
         tokenizer = models.load_tokenizer(inputs.get("adapter", inputs["model"]))
         for number, (task, folder) in enumerate(tasks.items(), start=1):
             scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
@@ -61,9 +61,7 @@ def evaluate(
             found: dict[str, Any] = {"skipped": "the model is sharded"}
             if not context.shard_model:
                 context.held.clear()  # No later stage needs it, and two models may not fit.
-                found = check_answers(
-                    inputs, tokenizer, verdicts, context.device, config["precision"]
-                )
+                found = check_answers(inputs, tokenizer, verdicts, config, context)
             write_json(out_dir / SAVED, found)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from agcl.errors import InputError
-from agcl.model import models
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss, text_loss_and_kl
 from agcl.tasks import Encoded, EncodedRows, sample
@@ -45,7 +44,7 @@ def measure(
     if "base" in inputs:
         # An unmerged adapter is on the base model itself, and switched off for the comparison.
         same = inputs["base"] == inputs["model"]
-        base = model if same else context.placed(models.load_model(inputs["base"]))
+        base = model if same else context.loaded(inputs["base"], config)
         found["kl_answers"] = answer_kl(model, base, _answers(config["new"], inputs), **options)
     elif config["validation"] is None:
         found["kl_answers"] = 0.0

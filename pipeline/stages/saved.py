@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from agcl.model import adapter, models
-from agcl.model.forward import Precision, autocast
+from agcl.model.forward import autocast
 from agcl.tasks import Encoded, EncodedRows
 from agcl.tasks.encoding import Text, cut_left, encode_texts
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.stages.context import LOADING, Context
 from pipeline.stages.files import ADAPTER
 
 _ROWS_PER_SET, ANSWERS = 8, 8
@@ -43,8 +45,8 @@ def check_answers(
     inputs: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     verdicts: Sequence[Sequence[Verdict]],
-    device: torch.device,
-    precision: Precision,
+    config: Mapping[str, Any],
+    context: Context,
 ) -> dict[str, int]:
     """Let transformers' `generate` answer rows from the saved files; count them.
 
@@ -53,7 +55,8 @@ def check_answers(
     config sets, but without its penalties. Raises `ValueError` if it disagrees with more than one
     of eight verdicts, in bfloat16 with more than half: rounding can turn a close one.
     """
-    model = models.load_model(inputs["model"]).to(device).eval()
+    device, loading = context.device, config.get(LOADING, {})
+    model = models.load_model(inputs["model"], **loading).to(device).eval()
     ends = model.generation_config.eos_token_id
     if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
         adapter.load(model, inputs["adapter"] / ADAPTER).eval()
@@ -69,11 +72,13 @@ def check_answers(
             eos_token_id=ends or sorted({answer[-1], tokenizer.eos_token_id}),
             pad_token_id=tokenizer.eos_token_id,
         )
-        with autocast(device, precision), torch.no_grad():
+        with autocast(device, config["precision"]), torch.no_grad():
             given = model.generate(torch.tensor([prompt], device=device))[0, prompt_tokens:]
         if (given.tolist() == answer) is not right:
             wrong.append((tokenizer.decode(prompt), tokenizer.decode(given)))
-    if len(wrong) > len(few) // (2 if precision == "bfloat16" else ANSWERS):
+    if len(wrong) > len(few) // (
+        2 if "bfloat16" in (config["precision"], loading.get("dtype")) else ANSWERS
+    ):
         raise ValueError(
             f"the model saved in {inputs.get('adapter', inputs['model'])} does not answer as it "
             f"was scored: transformers' generate() disagrees on {len(wrong)} of {len(few)} rows, "

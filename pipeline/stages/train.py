@@ -46,7 +46,7 @@ def train(
     if config["adapter"]:
         train_adapter(config, inputs, out_dir, context, rows)
         return
-    model = context.take_model(inputs["model"])
+    model = context.take_model(inputs["model"], config)
     protection = protect(model, past_importances(inputs), config, base_importance(inputs))
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from reference import tiny
+from reference import chat, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -125,6 +125,17 @@ def test_a_models_wrappers_flags_and_mode_do_not_matter(llama, tokenizer):
     )
 
 
+def test_the_assistants_turns_of_a_conversation_count():
+    vocabulary = chat.tokenizer()
+    (row,) = tokenize_rows(vocabulary, [{"messages": chat.MESSAGES}])
+    whole = vocabulary.apply_chat_template(chat.MESSAGES, tokenize=False)
+    assert whole.startswith(vocabulary.decode(row["input_ids"]))
+    counted = vocabulary.decode([label for label in row["labels"] if label != -100])
+    turns = [m["content"] for m in chat.MESSAGES if m["role"] == "assistant"]
+    assert len(turns) > 1
+    assert counted == "".join(turn + chat.END for turn in turns)
+
+
 def test_rows_without_a_token_that_counts_are_left_out(llama, tokenizer):
     empty = {"input_ids": [5, 6], "labels": [-100, -100]}
     found = attribute_dataset(llama, tokenizer, [*TOKENIZED, empty])
@@ -136,7 +147,7 @@ def test_rows_without_a_token_that_counts_are_left_out(llama, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": []}, r"row 1 \(\['messages'\]\).*tokenize conversations first"),
+        ({"messages": []}, "row 1: no assistant message"),
         ({"question": "w5"}, r"row 1 \(\['question'\]\) is not a text"),
         (3, r"row 1 \(int\) is not"),
         ({"prompt": [{"role": "user"}], "completion": []}, "row 1"),

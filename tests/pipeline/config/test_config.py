@@ -307,6 +307,7 @@ def test_a_mapping_may_be_merged_into_another(tmp_path):
 
 def test_relative_paths_are_made_absolute_once(tmp_path, monkeypatch):
     (tmp_path / "saved").mkdir()
+    (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     text = """
 model: {path: models/mine}

@@ -6,67 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import families
-from reference.record_run import recorded
+from reference.sums import ANSWERS, QUESTIONS, base_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.lrp.families import FAMILIES
 from agcl.model import models
-from pipeline.config.check import check_inputs
-from pipeline.config.loading import validate
-from pipeline.execution.session import run_stages
-from pipeline.results.model_card import write_model_folder
-from pipeline.run import open_run
-from pipeline.stages.context import Context
-
-CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-QUESTIONS = [f"What is {i} and {i + 30}?" for i in range(6)]
-ANSWERS = [f" the number {31 * i}" for i in range(6)]
-
-
-def base_folder(folder, architecture, dtype=torch.float32):
-    """A tiny model of the family beside a plain byte-level tokenizer, which merges digits."""
-    texts = [q + a for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-    tokenizer = models.builtin_tokenizer(texts * 4, vocab_size=300)
-    tokenizer.chat_template = CHAT
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "initializer_range": 0.1}
-    model = families.model(architecture, dtype=dtype, eos_token_id=0, **sizes)
-    models.save(model, tokenizer, folder)
-    return folder
-
-
-@pytest.fixture
-def trained(tmp_path):
-    """Runs one task on a base folder without Ray, in the test's own storage; the final folder."""
-
-    def run(base, *, chat=False, **sections):
-        lines = [
-            json.dumps({"q": q, "a": a}) + "\n" for q, a in zip(QUESTIONS, ANSWERS, strict=True)
-        ]
-        (tmp_path / "rows.jsonl").write_text("".join(lines))
-        item = {"name": "sums", "train": str(tmp_path / "rows.jsonl")}
-        item |= {"prompt": "{q}", "answer": "{a}"}
-        config = validate(
-            {
-                "name": base.name,
-                "storage": str(tmp_path / "storage"),
-                "method": "sequential",
-                "model": {"path": str(base)},
-                "tasks": {"format": "jsonl", "sequence": [item], "chat_template": chat},
-                "training": {"epochs": 60, "batch_size": 6, "learning_rate": 1e-2},
-                **sections,
-            }
-        )
-        check_inputs(config)
-        opened = open_run(config)
-        works = list(opened.resolved.values())
-        run_stages(works, Context(ray_data=False), lambda records: None)
-        opened.folder.mkdir()
-        write_model_folder(opened, recorded("gate-seed0"), None)
-        return opened.resolved
-
-    return run
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
