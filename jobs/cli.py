@@ -140,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"agcl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    sub = _add(commands, "init", "write a commented config for your model and data")
+    sub.add_argument("model", help="folder, or id on the Hugging Face hub")
+    sub.add_argument(
+        "data",
+        nargs="+",
+        help="one task each, in training order: a file (.jsonl, .json, .parquet, .csv; also .gz), "
+        "or a folder with train and perhaps test and validation files",
+    )
+    sub.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    sub.add_argument(
+        "--output", type=Path, default=Path("config.yaml"), help="(default: %(default)s)"
+    )
     _add(commands, "run", "one method over one sequence", config=True)
     sub = _add(commands, "compare", "several methods side by side", config=True)
     sub.add_argument(

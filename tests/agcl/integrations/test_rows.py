@@ -70,7 +70,7 @@ def test_of_a_text_every_token_but_the_start_counts_and_long_ones_are_cut(tokeni
 def test_importances_equal_those_of_attribute(llama, tokenizer):
     rows = tiny.answered_rows(llama, 9, wrong=(2,))
     expected = attribute(llama, [collate(rows)], moments="answer", entries=True)
-    given = [{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in rows]
+    given = [{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n, _ in rows]
     for batch_size in (2, 16):
         found = attribute_dataset(
             llama, tokenizer, Dataset.from_list(given), batch_size=batch_size, correct_only=True,

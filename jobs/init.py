@@ -1,0 +1,111 @@
+"""`agcl init`: write a commented config for a model and data files, after looking at them."""
+
+import argparse
+import re
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import jinja2
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils import logging
+
+from agcl.errors import InputError
+from agcl.model import models
+from pipeline.config import hub, loading
+from pipeline.config.check import check_inputs
+from pipeline.config.model import Model
+from pipeline.config.revision import pinned
+from pipeline.config.starter import look_at
+from pipeline.config.usual import usual
+
+_TEMPLATE = Path(__file__).with_suffix(".yaml.j2")
+_EXPENSIVE = 4096
+"""Tokens. If a few rows are longer, they are left out rather than every batch made for them."""
+
+_LONG_ANSWER = 16
+"""Tokens. Nobody writes a longer answer exactly, so its likeness is scored."""
+
+
+def main(arguments: argparse.Namespace, command: str) -> None:
+    """Look at the model and the data, write the config, and check it as `agcl run` would.
+
+    Raises `InputError` for what cannot be read, for data of several formats, and if the file
+    exists.
+    """
+    file: Path = arguments.output
+    if file.exists():
+        raise InputError(f"{file} exists; name another with --output")
+    model = _model(arguments.model, arguments.revision)
+    logging.disable_progress_bar()
+    tokenizer = models.check_folder(model.folder)
+    chat, positions = bool(tokenizer.chat_template), models.positions(model.folder)
+    data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
+    for other in data[1:]:
+        if (other.format, other.templates) != (data[0].format, data[0].templates):
+            raise InputError(
+                f"{other.files['train']} has another format than {data[0].files['train']} "
+                f"({other.said} and {data[0].said}); the tasks of a sequence share one"
+            )
+    lengths = sorted(length for each in data for length in each.lengths)
+    long = median(length for each in data for length in each.answers) > _LONG_ANSWER
+    gpu, num_weights = torch.cuda.is_available(), models.num_weights(model.folder)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        file=file,
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", data[-1].name).strip("-._") or "run",
+        model=arguments.model,
+        revision=arguments.revision,
+        num_weights=num_weights,
+        chat=chat,
+        data=data,
+        lengths=lengths,
+        scorer="rouge_l" if long else "exact_match",
+        other_scorer="exact_match" if long else "rouge_l",
+        max_length=min(positions, _max_length(lengths)),
+        usual=usual(num_weights, lora=False),
+        precision="bfloat16" if gpu else "float32",
+        gpus=int(gpu),
+    )
+    with TemporaryDirectory() as scratch:
+        aside = Path(scratch) / "config.yaml"
+        aside.write_text(text, encoding="utf-8")
+        check_inputs(pinned(loading.load(aside), ()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    console = Console(highlight=False, soft_wrap=True)
+    for each in data:
+        files = ", ".join(each.files)
+        console.print(f"  {escape(each.name)}: {escape(each.said)}; {files}")
+    console.print(f"wrote {escape(str(file))}; read it, then: agcl tasks {escape(str(file))}")
+
+
+def _model(path: str, revision: str | None) -> Model:
+    """The model, downloaded if it is on the hub."""
+    config = loading.validate({"method": "sequential", "model": _given(path, revision)})
+    model = pinned(config, ()).model
+    if model.is_builtin:
+        raise InputError("the builtin model has the config facts: agcl run facts")
+    if model.on_hub:
+        asked, commit = hub.parts(model.revision)
+        hub.fetch(model.path, str(commit), asked)
+    return model
+
+
+def _given(path: str, revision: str | None) -> dict[str, str]:
+    return {"path": path, **({"revision": revision} if revision else {})}
+
+
+def _max_length(lengths: list[int]) -> int:
+    """A limit that all rows fit in, or nearly all if some are expensively long."""
+    longest = lengths[-1]
+    if longest > _EXPENSIVE:
+        longest = max(_EXPENSIVE, lengths[int(0.99 * (len(lengths) - 1))])
+    return -(-longest // 64) * 64

@@ -1,0 +1,105 @@
+"""What a data file tells about itself: its format, templates and lengths, for a config to start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from agcl.errors import InputError
+from agcl.tasks import encode, files, is_empty, records
+from agcl.tasks.encoding import encoded_rows
+from agcl.tasks.layouts import LAYOUTS, task_of_records
+from transformers import PreTrainedTokenizerBase
+
+_LOOKED_AT = 1000
+"""Rows per task that are tokenized, to find their lengths."""
+_BY_COLUMNS = (
+    ("messages", {"messages"}),
+    ("sharegpt", {"conversations"}),
+    ("prompt_completion", {"prompt", "completion"}),
+    ("alpaca", {"instruction", "output"}),
+)
+"""Layouts by the columns that they need; the first match counts."""
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "text", "sentence", "source")
+_ANSWERS = ("answer", "response", "completion", "output", "label", "target")
+
+
+@dataclass(frozen=True)
+class Data:
+    """One task's files, and what its rows look like."""
+
+    name: str
+    files: Mapping[str, str]
+    """Paths as given, by split."""
+    format: str
+    """A layout, or the type of the files."""
+    templates: Mapping[str, str]
+    """`prompt` and `answer`, if the format is a type of files."""
+    lengths: list[int]
+    """Tokens of the rows looked at."""
+    answers: list[int]
+    """Tokens of their answers."""
+
+    @property
+    def said(self) -> str:
+        """What was found, for the user."""
+        return ", ".join(
+            [f"format {self.format}", *(f"{key} {text!r}" for key, text in self.templates.items())]
+        )
+
+
+def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Data:
+    """Look at one task: a file, or a folder with `train` and perhaps `test` and `validation` files.
+
+    Beside a file called `train`, its `test` and `validation` files are taken too. `chat` renders
+    rows with the tokenizer's chat template. Raises `InputError` for what cannot be read, and for
+    columns that tell no prompt and answer.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise InputError(f"no file or folder {path}")
+    stem = given.name.partition(".")[0]
+    beside = given if given.is_dir() else given.parent
+    found = files.in_folder(beside, records.ANY) if given.is_dir() or stem == "train" else {}
+    splits = {split: str(file) for split, file in found.items()}
+    if not given.is_dir():
+        splits["train"] = path
+    train = Path(splits["train"])
+    first = next((record for _, record in records.read(train, records.ANY)), None)
+    if first is None:
+        raise InputError(f"{train}: no rows")
+    layout = next((name for name, needed in _BY_COLUMNS if needed <= first.keys()), None)
+    templates = {} if layout else _templates(first, train)
+    settings: dict[str, Any] = {"layout": layout} if layout else dict(templates)
+    if layout == "alpaca":
+        settings["chat"] = chat
+    read = {"train": lambda: records.read(train, records.ANY)}
+    rows = task_of_records("", read, **settings).splits["train"]()
+    looked_at = [row for row in islice(rows, _LOOKED_AT) if not is_empty(row)]
+    if not looked_at:
+        raise InputError(f"{train}: no row has a prompt and an answer")
+    encoded = list(encoded_rows(encode(tokenizer, looked_at, chat=chat)))
+    return Data(
+        name=beside.resolve().name if given.is_dir() or stem == "train" else stem,
+        files=splits,
+        format=layout or records.format_of(train),
+        templates=templates,
+        lengths=[len(row.input_ids) for row in encoded],
+        answers=[len(row.input_ids) - row.prompt_tokens for row in encoded],
+    )
+
+
+def _templates(record: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Templates of prompt and answer by the names of a record's columns."""
+    prompt = next((column for column in _PROMPTS if column in record), None)
+    answer = next((column for column in _ANSWERS if column in record), None)
+    if prompt is None or answer is None:
+        raise InputError(
+            f"{file}: the columns {', '.join(record)} tell no prompt and answer; write a config "
+            "with templates (tasks.prompt, tasks.answer; agcl/tasks/README.md), or bring one of "
+            f"the layouts {', '.join(LAYOUTS)}"
+        )
+    separated = str(record[answer])[:1].isspace() or str(record[prompt])[-1:].isspace()
+    space = "" if separated else " "
+    return {"prompt": f"{{{prompt}}}", "answer": f"{space}{{{answer}}}"}

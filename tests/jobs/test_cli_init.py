@@ -1,0 +1,120 @@
+"""`agcl init`: a config that `agcl run` takes as it is, from a model and data files."""
+
+import csv
+import json
+
+import pytest
+from reference import chat
+
+from jobs import cli
+from pipeline.config import loading
+from pipeline.run import open_run
+
+TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+SHARED = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+LONG = "It is a long answer that nobody would write in the very same words again, whoever it was."
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    return chat.folder(tmp_path_factory.mktemp("chat"))
+
+
+def written(file, rows):
+    file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".csv":
+        with file.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("talk.jsonl", {"messages": TURNS}, {"format": "messages"}),
+        ("talk.json", {"conversations": SHARED}, {"format": "sharegpt"}),
+        ("a.json", {"instruction": "Add", "input": "1", "output": "2"}, {"format": "alpaca"}),
+        ("p.jsonl", {"prompt": "Who?", "completion": " Me"}, {"format": "prompt_completion"}),
+        (
+            "q.csv",
+            {"id": "7", "question": "Who?", "response": "Me"},
+            {"format": "csv", "prompt": "{question}", "answer": " {response}"},
+        ),
+        (
+            "t.jsonl",
+            {"text": "Who?\n", "label": LONG},
+            {"format": "jsonl", "prompt": "{text}", "answer": "{label}", "scorer": "rouge_l"},
+        ),
+    ],
+)
+def test_a_config_tells_what_the_columns_are(agcl, chat_folder, name, row, expected):
+    written(agcl.place / name, [row] * 9)
+    assert agcl("init", chat_folder, name) == (cli.OK, [])
+    file = agcl.place / "config.yaml"
+    config = loading.load(file)
+    tasks = config.tasks.model_dump()
+    expected = {"scorer": "exact_match", **expected}
+    assert {key: tasks[key] for key in expected} == expected
+    assert config.name == name.partition(".")[0]
+    longest = int(file.read_text().partition("the longest ")[2].partition(".")[0])
+    assert longest <= config.tasks.max_length < longest + 64
+    open_run(config)  # As `agcl run` does before any work.
+    assert {path.name for path in agcl.place.iterdir()} == {name, "config.yaml"}
+
+
+def test_a_folder_has_its_splits_and_every_file_is_a_task(agcl, model_folder):
+    rows = [{"prompt": "Who?", "answer": "Me"}] * 9
+    for split in ("train", "test"):
+        written(agcl.place / "first" / f"{split}.jsonl", rows)
+    written(agcl.place / "second" / "train.jsonl", rows)
+    code, (line,) = agcl("init", model_folder, "first", "second", "--output", "own/start.yaml")
+    assert (code, "every task needs a test file, or none" in line) == (cli.BAD_INPUT, True)
+    assert not (agcl.place / "own").exists()
+    written(agcl.place / "second" / "test.jsonl", rows)
+    arguments = ("first", "second/train.jsonl", "--output", "own/start.yaml")
+    assert agcl("init", model_folder, *arguments)[0] == cli.OK
+    config = loading.load(agcl.place / "own" / "start.yaml")
+    first, second = config.tasks.sequence
+    assert (first.name, first.test) == ("first", agcl.place / "first" / "test.jsonl")
+    assert (second.name, second.test) == ("second", agcl.place / "second" / "test.jsonl")
+    assert not config.tasks.chat_template  # The model has none.
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"a": "1", "b": "2"}], "columns a, b tell no prompt and answer"),
+        ([], "no rows"),
+        ([{"prompt": " ", "answer": ""}], "no row has a prompt and an answer"),
+        ([{"messages": TURNS}], "chat template"),
+        ([{"messages": [{"role": "user", "content": "Who?"}]}], "line 1: no assistant message"),
+    ],
+)
+def test_data_that_tells_nothing_is_named_and_nothing_written(agcl, model_folder, rows, said):
+    written(agcl.place / "d.jsonl", rows)
+    code, (line,) = agcl("init", model_folder, "d.jsonl")
+    assert code == cli.BAD_INPUT
+    assert said in line
+    assert [path.name for path in agcl.place.iterdir()] == ["d.jsonl"]
+
+
+def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_folder):
+    written(agcl.place / "a.jsonl", [{"prompt": "Who?", "answer": "Me"}] * 9)
+    written(agcl.place / "b.jsonl", [{"question": "Who?", "answer": "Me"}] * 9)
+    code, (line,) = agcl("init", model_folder, "a.jsonl", "b.jsonl")
+    assert (code, "b.jsonl has another format than a.jsonl" in line) == (cli.BAD_INPUT, True)
+    code, (line,) = agcl("init", agcl.place / "none", "a.jsonl")
+    assert (code, "no folder" in line) == (cli.BAD_INPUT, True)
+    code, (line,) = agcl("init", model_folder, "c.jsonl")
+    assert (code, "no file or folder c.jsonl" in line) == (cli.BAD_INPUT, True)
+    code, (line,) = agcl("init", "builtin", "a.jsonl")
+    assert (code, "agcl run facts" in line) == (cli.BAD_INPUT, True)
+    assert agcl("init", model_folder, "a.jsonl")[0] == cli.OK
+    code, (line,) = agcl("init", model_folder, "a.jsonl")
+    assert (code, "config.yaml exists" in line) == (cli.BAD_INPUT, True)
