@@ -64,7 +64,10 @@ def _rows(
     read: Callable[[], Records], row: Callable[[Mapping[str, Any], str], Row]
 ) -> Iterator[Row]:
     for place, record in read():
-        yield row(record, place)
+        try:
+            yield row(record, place)
+        except RecursionError:
+            raise InputError(f"{place}: nested too deeply") from None
 
 
 def _of_template(record: Mapping[str, Any], place: str, *, prompt: str, answer: str) -> Row:
@@ -125,7 +128,7 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise InputError(f"{place} is {kind(turn)}, not an object")
     role = turn.get("from")
-    if role not in _SHAREGPT_ROLES:
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise InputError(f"{place}: from {role!r} is none of {', '.join(_SHAREGPT_ROLES)}")
     return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value")}
 

@@ -32,12 +32,23 @@ def row_of(messages: Any, tools: Any, place: str, *, context: int = 0) -> Row:
         raise InputError(f"{place}: the first turn is the {first}'s, not the user's")
     *before, answer = checked[: last + 1]
     given = tuple(_object(tool, f"{place}: a tool") for tool in _list(tools or [], "tools", place))
+    _check_json([*before, answer, *given], place)
     return Row(
         "\n".join(message["content"] for message in before),
         answer["content"]
         or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False).strip('"'),
         conversation=Conversation((*before, answer), given, context, place),
     )
+
+
+def _check_json(values: list[Any], place: str) -> None:
+    """Raise `InputError` for what a template could not write as JSON, or a tokenizer not read."""
+    try:
+        text({"messages": json.dumps(values, ensure_ascii=False)}, "messages", place)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{place}: not JSON ({error})") from None
 
 
 def kinds_of_turns(conversation: Conversation) -> set[str]:

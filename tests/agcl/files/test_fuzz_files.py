@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from reference.mutations import JUNK, damaged
+from reference import chat
+from reference.mutations import JUNK, _places, damaged
 
 from agcl.errors import InputError
 from agcl.importance import Importance, check_file
 from agcl.tasks import TRAIN, Row, cl_benchmark, concept1k, files, trace
+from agcl.tasks.layouts import LAYOUTS
 
 fuzz = settings(suppress_health_check=list(HealthCheck), deadline=None)
 
@@ -24,6 +26,11 @@ FACTS = "".join(
 PAIRS = [{"prompt": f"Wo ist {i}?", "answer": f"Da, {i} é"} for i in range(3)]
 LABELLED = [{"label": "Good", "sentence": "fine"}, {"label": "-", "sentence": "hm"}]
 JSON_VALUES = JUNK.map(lambda value: json.loads(json.dumps(value, default=str)))
+TALKS = [{"messages": chat.MESSAGES}, {"messages": chat.CALLS, "tools": chat.TOOLS}]
+SHARED = (
+    "sharegpt",
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+)
 
 
 def parquet(rows):
@@ -74,6 +81,8 @@ def rows_of(folder, kind, content):
             return list(trace.task("FOMC", {TRAIN: file}).splits[TRAIN]())
         case _:
             rendering = {"format": kind, "prompt": "{prompt}", "answer": "{answer}"}
+            if kind in LAYOUTS:
+                rendering = {"format": "jsonl", "layout": kind}
             return list(files.task("mine", {TRAIN: file}, **rendering).splits[TRAIN]())
 
 
@@ -96,6 +105,8 @@ WHOLE = {
     "train": json.dumps(LABELLED).encode(),
     "labels": b'["Good", "Bad"]',
     "instructions": b'{"SC": [{"instruction": "Which?"}]}',
+    "csv": b'prompt,answer\n"Wo, ""hier""?",Da\nWann?,Jetzt\n',
+    "messages": "".join(json.dumps(record) + "\n" for record in TALKS).encode(),
 }
 
 
@@ -121,6 +132,25 @@ def test_a_file_with_arbitrary_content_is_read_or_named(folder, kind, content):
     if not isinstance(content, bytes):
         content = json.dumps([content] if kind != "instructions" else content).encode()
     check(folder, kind, content)
+
+
+@st.composite
+def odd_records(draw):
+    """A good conversation with a value somewhere in it exchanged."""
+    layout, record = draw(st.sampled_from([("messages", r) for r in TALKS] + [SHARED]))
+    record = json.loads(json.dumps(record))
+    *path, key = draw(st.sampled_from([place for place in _places(record) if place]))
+    parent = record
+    for step in path:
+        parent = parent[step]
+    parent[key] = draw(JSON_VALUES)
+    return layout, json.dumps(record).encode()
+
+
+@fuzz
+@given(odd_records())
+def test_a_conversation_with_odd_values_is_read_or_named(folder, found):
+    check(folder, *found)
 
 
 @fuzz

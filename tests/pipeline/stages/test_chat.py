@@ -224,3 +224,9 @@ def test_a_run_may_be_checked_again_after_rows_were_cut(ran, tmp_path):
     resolved = ran({**tasks, "max_length": 60, "truncate": "left"})
     counts = json.loads(resolved["prepare/mine"].read("summary.json"))["splits"]["train"]
     assert (counts["rows"], counts["truncated"]) == (4, 4)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_learns_conversations_too(ran, talks, merge):
+    resolved = ran(talks, method="lora", adapter={"rank": 8, "merge": merge})
+    assert json.loads(resolved["evaluate/1-mine"].read("saved.json")) == {"rows": 4, "agree": 4}
