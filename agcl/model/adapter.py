@@ -55,10 +55,14 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def save(peft_model: PeftModel, folder: Path, base: Path) -> None:
-    """Write an ordinary PEFT adapter whose config names the model in `base`."""
-    peft_model.peft_config["default"].base_model_name_or_path = str(base)
-    peft_model.save_pretrained(str(folder), safe_serialization=True)
+def save(
+    peft_model: PeftModel, folder: Path, base: Path | str, revision: str | None = None
+) -> None:
+    """Write an ordinary PEFT adapter whose config names its `base`, a folder or a hub id."""
+    config = peft_model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = str(base), revision
+    # Embeddings are never trained. By default PEFT would ask the hub whether they were resized.
+    peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 def merged(peft_model: PeftModel) -> PreTrainedModel:

@@ -89,13 +89,22 @@ def fetch(model: str, commit: str, revision: str | None = None) -> Path:
 def on_this_machine(path: Path) -> Path:
     """A snapshot in another machine's cache, found or downloaded in this one's.
 
-    Other paths, and those that exist here, are returned unchanged. The hub's cache names folders by
-    model and commit, so the path says what to fetch. Raises `InputError` as `fetch` does.
+    Other paths, and those that exist here, are returned unchanged. Raises `InputError` as `fetch`
+    does.
+    """
+    named = name_of(path)
+    return fetch(*named) if named and not path.exists() else path
+
+
+def name_of(path: Path) -> tuple[str, str] | None:
+    """The id and the commit of a snapshot's folder in any machine's cache; None for other paths.
+
+    The hub's cache names folders `models--org--name/snapshots/COMMIT`; ids have no double hyphen.
     """
     *_, name, snapshots, commit = ("", "", *path.parts)
-    if path.exists() or snapshots != "snapshots" or not _COMMIT.fullmatch(commit):
-        return path
-    return fetch("/".join(name.split("--")[1:]), commit)
+    if snapshots != "snapshots" or not _COMMIT.fullmatch(commit):
+        return None
+    return "/".join(name.split("--")[1:]), commit
 
 
 @contextmanager

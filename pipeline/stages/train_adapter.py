@@ -11,6 +11,7 @@ from agcl.tasks import Rows
 from peft import PeftModel
 from torch import Tensor
 
+from pipeline.config import hub
 from pipeline.stages.context import Context
 from pipeline.stages.files import ADAPTER, named
 from pipeline.stages.protection import (
@@ -68,7 +69,8 @@ def train_adapter(
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
-        adapter.save(peft_model, out_dir / ADAPTER, inputs["model"])
+        base = inputs["model"]
+        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(base) or (base,)))
     _finish(peft_model, settings["merge"], inputs["model"], out_dir, context)
 
 

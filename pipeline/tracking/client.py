@@ -1,4 +1,7 @@
-"""Client of MLflow: runs, metrics, artifacts, models. The only file that imports mlflow."""
+"""Client of MLflow: runs, metrics, artifacts.
+
+Besides it, only `registry` and `flavor` import mlflow.
+"""
 
 import json
 import logging
@@ -204,7 +207,7 @@ class Tracker:
 
         timestamp = _milliseconds(time.time() if at is None else at)
         metrics = [
-            Metric(re.sub(r"[^\w\-. /]", "_", key), float(value), timestamp, record.get("step", 0))
+            Metric(metric_name(key), float(value), timestamp, record.get("step", 0))
             for record in records
             for key, value in record.items()
             if key != "step" and not key.startswith("of_") and isinstance(value, int | float)
@@ -229,20 +232,6 @@ class Tracker:
                 else:
                     file.write_bytes(content if isinstance(content, bytes) else content.encode())
             self.client.log_artifacts(run_id, scratch)
-
-    def register(self, run_id: str, name: str, folder: Path) -> None:
-        """Register the model in a folder as the next version of `name`, once per run."""
-        if "registered_version" in self.client.get_run(run_id).data.tags:
-            return
-        model = self.client.create_logged_model(self.experiment, name, source_run_id=run_id)
-        self.client.log_model_artifacts(model.model_id, str(folder))
-        self.client.finalize_logged_model(model.model_id, "READY")
-        if not self.client.search_registered_models(f"name = '{name}'"):
-            self.client.create_registered_model(name)
-        version = self.client.create_model_version(
-            name, source=model.artifact_location, run_id=run_id, model_id=model.model_id
-        )
-        self.client.set_tag(run_id, "registered_version", f"{name}/{version.version}")
 
     def end(
         self, run_id: str, status: str = "FINISHED", error: str = "", at: float | None = None
@@ -290,6 +279,11 @@ def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def metric_name(key: str) -> str:
+    """A name as MLflow allows it."""
+    return re.sub(r"[^\w\-. /]", "_", key)
 
 
 def _milliseconds(at: float | None) -> int | None:

@@ -1,8 +1,9 @@
 """What MLflow shows of one run: a run of its own, with one child per stage."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Literal
@@ -15,8 +16,11 @@ from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, KEPT, LOG_FILE, SCORES, SUMMARY
 from pipeline.tracking.client import Content, Tracker
+from pipeline.tracking.registry import Scored, register
 
 _LARGEST_COPY = 256 * 2**20
+_MODEL_NAME = re.compile(r"[/:.%\"']+")
+"""Characters that MLflow refuses in the name of a LoggedModel."""
 
 
 class MirroredRun:
@@ -171,6 +175,17 @@ class MirroredRun:
             row[f"base/probes/{name}"] = of_probe["acc_norm"]
         return {"step": index, **row}
 
+    def _models(self) -> Iterator[Scored]:
+        """The models after each task, or after all at once, with their scores."""
+        for stage, work in self.resolved.items():
+            step = _task_index(stage) if stage.startswith("evaluate/") else 0
+            if step:
+                model = work.inputs.get("adapter", work.inputs["model"])
+                scores = self._scores(work, step)
+                scores.pop("step")
+                name = _MODEL_NAME.sub("-", stage.partition("/")[2])
+                yield Scored(name, step, scores, _times(work)[1], work.storage.place(model))
+
     def end(
         self,
         metrics: Mapping[str, float],
@@ -186,7 +201,9 @@ class MirroredRun:
         self.tracker.artifacts(self.id, files)
         name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
         if name and model.is_dir():
-            self.tracker.register(self.id, name, model)
+            of_base = self.run.config.model
+            base = self.run.resolved["pretrain"].folder if of_base.is_builtin else of_base.folder
+            register(self.tracker, self.id, name, model, base, list(self._models()))
         self.tracker.end(self.id, status, error)
 
     def abort(self, status: str, error: str) -> None:

@@ -22,7 +22,7 @@ def model(architecture, dtype=torch.float32, more_tokens=0, **config):
     """A tiny model of the family that embeds the tokenizer's tokens, and more."""
     sizes = {"vocab_size": len(tokenizer()) + more_tokens, "hidden_size": 32}
     sizes |= {"initializer_range": 0.1, "eos_token_id": 0}
-    return families.model(architecture, dtype=dtype, **sizes, **config)
+    return families.model(architecture, dtype=dtype, **{**sizes, **config})
 
 
 def base_folder(folder, architecture, dtype=torch.float32):

@@ -1,11 +1,19 @@
-"""What MLflow holds when processes are killed, or two start at the same time."""
+"""What MLflow holds when processes are killed, or two start at the same time, and of models."""
 
+import json
 import shutil
 
+import mlflow
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from reference import sums
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agcl.model import adapter, models
 from pipeline.storage.artifact import write_json
 from pipeline.tracking import client as tracking
+from pipeline.tracking.registry import Scored, register
 
 
 @pytest.mark.parametrize("written", [0, 1])
@@ -39,20 +47,6 @@ def test_two_runs_make_one_database_where_a_third_was_killed_while_making_it(rac
     assert raced.files == [raced.file]
 
 
-def test_a_models_folder_is_registered_once_per_run(raced, tmp_path):
-    shutil.copy(raced.file, tmp_path)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "README.md").write_text("card")
-    tracker = tracking.Tracker(tmp_path, None)
-    runs = [tracker.start(name, {}, None) for name in ("one", "two")]
-    for run in (*runs, *runs):
-        tracker.register(run, "sequence", model)
-    versions = tracker.client.search_model_versions("name = 'sequence'")
-    assert sorted(int(version.version) for version in versions) == [1, 2]
-    assert sorted(version.run_id for version in versions) == sorted(runs)
-
-
 def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_path):
     def locked(*args, **options):
         raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
@@ -61,3 +55,106 @@ def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_
     with pytest.raises(tracking.TrackingFailed, match="keeps its database locked") as caught:
         found._guarded(locked)()
     assert caught.value.no_answer
+
+
+TASKS = [
+    Scored("1-one", 1, {"test/one": 0.5, "test/two": 0.0}, 1000.0, "/stages/one"),
+    Scored("2-two", 2, {"test/one": 0.25, "test/two": 0.75}, 2000.0, "/stages/two"),
+]
+
+
+@pytest.fixture
+def tracker(raced, tmp_path, monkeypatch):
+    """A new database, which MLflow's own functions use too."""
+    shutil.copy(raced.file, tmp_path)
+    tracker = tracking.Tracker(tmp_path, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    return tracker
+
+
+@pytest.fixture
+def base(tmp_path):
+    return sums.base_folder(tmp_path / "base", "LlamaForCausalLM", torch.bfloat16)
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A final folder with several weight files."""
+    folder = tmp_path / "model"
+    model = sums.model("LlamaForCausalLM", initializer_range=1.0)
+    models.save(model, sums.tokenizer(), folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "README.md").write_text("---\ntags: [agcl]\n---\n# card\n")
+    return folder
+
+
+@pytest.fixture
+def alone(tmp_path, base):
+    """A final folder with an adapter that changes the answers."""
+    folder = tmp_path / "model"
+    peft_model = adapter.attach(models.load_model(base), rank=4, alpha=8.0, seed=0)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    adapter.save(peft_model, folder, base)
+    sums.tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\ntags: [agcl]\n---\n# card\n")
+    return folder
+
+
+def answer(model, tokenizer):
+    ids = tokenizer(sums.QUESTIONS[0], return_tensors="pt")["input_ids"]
+    out = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    return tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["full", "alone"])
+def test_mlflow_opens_and_serves_the_registered_model(tracker, base, request, kind):
+    folder = request.getfixturevalue(kind)
+    run = tracker.start("one", {}, None)
+    register(tracker, run, "sums", folder, base, TASKS)
+    opens = AutoModelForCausalLM if kind == "full" else AutoPeftModelForCausalLM
+    expected = answer(opens.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    pipe = mlflow.transformers.load_model("models:/sums/1")
+    assert answer(pipe.model, pipe.tokenizer) == expected
+    served = mlflow.pyfunc.load_model("models:/sums/1")
+    (said,) = served.predict([sums.QUESTIONS[0]], params={"max_new_tokens": 12})
+    assert said.strip() == expected.strip()
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert expected != answer(plain, AutoTokenizer.from_pretrained(folder))
+
+
+def test_every_task_has_a_model_with_its_scores_and_the_last_one_is_registered(tracker, base, full):
+    runs = [tracker.start(name, {}, None) for name in ("one", "two")]
+    for run in (*runs, *runs):
+        register(tracker, run, "sums", full, base, TASKS)
+    versions = tracker.client.search_model_versions("name = 'sums'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    found = tracker.client.search_logged_models([tracker.experiment])
+    assert sorted(model.name for model in found) == ["1-one", "1-one", "2-two", "2-two"]
+    for model in found:
+        task = next(task for task in TASKS if task.name == model.name)
+        assert model.status == "READY"
+        assert model.tags["artifact"] == task.place
+        assert {m.key: (m.value, m.step) for m in model.metrics} == {
+            key: (value, task.step) for key, value in task.scores.items()
+        }
+    outputs = tracker.client.get_run(runs[0]).outputs.model_outputs
+    assert [each.step for each in outputs] == [1, 2]
+    last = {model.model_id for model in found if model.name == "2-two"}
+    assert {version.source.removeprefix("models:/") for version in versions} == last
+
+
+def test_a_folder_that_mlflow_cannot_describe_fails_in_one_line_and_a_later_try_goes_on(
+    tracker, base, full
+):
+    run = tracker.start("one", {}, None)
+    config = full / "config.json"
+    text = config.read_text()
+    config.write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(tracking.TrackingFailed, match="cannot register sums"):
+        register(tracker, run, "sums", full, base, TASKS)
+    config.write_text(text)
+    register(tracker, run, "sums", full, base, TASKS)
+    assert len(tracker.client.search_logged_models([tracker.experiment])) == 2
