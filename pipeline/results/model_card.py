@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from agcl.model import models
 
+from pipeline.config import hub
 from pipeline.config.config import Config
 from pipeline.config.naming import method_description, method_name
 from pipeline.config.weights import loaded_dtype, stored_dtype
@@ -21,6 +22,8 @@ from pipeline.storage import artifact
 MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
 """The final model's folder in a run folder, the card in it, and the file with a bucket's URI."""
 _OWN_FILES = {artifact.MANIFEST, "log.jsonl", "checks.json"}
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""That vLLM takes as the maximum rank of adapters."""
 _METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
 
 
@@ -100,10 +103,13 @@ def card(
         "model_card.md.j2",
         escape=False,  # The card is not HTML: the filter `code` protects it instead.
         config=config,
-        base=None if config.model.path == "builtin" else Path(config.model.path).name,
+        base=None if config.model.is_builtin else Path(config.model.path).name,
+        on_hub=config.model.path if config.model.on_hub else None,
+        commit=hub.parts(config.model.revision)[1],
         method=method_name(config),
         description=method_description(config),
         adapter=adapter,
+        lora_rank=config.adapter and next(r for r in _RANKS if r >= min(config.adapter.rank, 512)),
         dtype=str(dtype).removeprefix("torch."),
         trained=trained,
         run=result,

@@ -54,7 +54,7 @@ def register(
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     version = client.create_model_version(
-        name, source=f"models:/{final.model_id}", run_id=run_id, model_id=final.model_id
+        name, source=final.artifact_location, run_id=run_id, model_id=final.model_id
     )
     client.set_tag(run_id, "registered_version", f"{name}/{version.version}")
 

@@ -33,3 +33,15 @@ def test_an_adapter_is_loaded_with_peft(tiny_config, tmp_path):
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "peft"
     assert "from peft import AutoPeftModelForCausalLM" in text.splitlines()
     assert "- MLflow run: not recorded" in text.splitlines()
+    assert "--enable-lora --max-lora-rank 8 --lora-modules tiny=FOLDER" in text
+    assert "pretrained=BASE,peft=FOLDER,tokenizer=FOLDER" in text
+
+
+def test_the_card_says_how_to_serve_and_evaluate_the_model(tiny_config, tmp_path):
+    settings = ["tracking.register_model=mine", "model.path=org/tiny", f"model.revision={'a' * 40}"]
+    text = card(tiny_config(tmp_path, *settings), recorded("gate-seed0"), None)
+    lines = text.splitlines()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "org/tiny"
+    assert "vllm serve FOLDER" in lines
+    assert "lm_eval --model hf --model_args pretrained=FOLDER --tasks arc_easy" in lines
+    assert "mlflow models serve --model-uri models:/mine/VERSION --env-manager local" in lines
