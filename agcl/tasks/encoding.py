@@ -205,9 +205,6 @@ class EncodedRows:
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        if "earlier" not in self.table.column_names:  # Written before there were conversations.
-            nulls = pa.nulls(len(self.table), SCHEMA.field("earlier").type)
-            self.table = self.table.append_column("earlier", nulls)
 
     def where(self, keep: Sequence[bool]) -> "EncodedRows":
         """The rows for which `keep` is true, in order."""

@@ -273,8 +273,6 @@ def evaluate_stage(
         config={
             **settings.model_dump(mode="json", exclude={"rows", "set", "text", "probes"}),
             "validation": settings.validation if in_trial else None,
-            # Rows tell by themselves; stays so that earlier evaluations are found.
-            "chat_template": config.tasks.chat_template,
             "saved": last and not in_trial,
             "new": list(new),
             **loading(config),
