@@ -182,17 +182,13 @@ def test_a_long_prompt_is_cut_at_its_beginning_behind_a_special_token(row, lengt
     assert cut_left(row, length, {9}) == cut
 
 
-def test_conversations_round_trip_and_older_files_have_none(tmp_path, tokenizer):
+def test_conversations_round_trip(tmp_path, tokenizer):
     table = encode(tokenizer, ROWS[:2])
     spans = pa.array([[[1, 2], [3, 4]], None], SCHEMA.field("earlier").type)
     place = table.schema.get_field_index("earlier")
     write(tmp_path / "rows.arrow", table.set_column(place, SCHEMA.field("earlier"), spans))
     rows = EncodedRows(tmp_path / "rows.arrow")
     assert [row.earlier for row in rows] == [((1, 2), (3, 4)), ()]
-    older = table.drop_columns("earlier")
-    with pa.OSFile(str(tmp_path / "old"), "wb") as sink, pa.ipc.new_file(sink, older.schema) as old:
-        old.write_table(older)
-    assert list(EncodedRows(tmp_path / "old")) == encoded(table)
 
 
 def test_an_end_token_in_the_answers_text_is_not_doubled(tokenizer, framing_tokenizer):
