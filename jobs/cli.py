@@ -145,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "data",
         nargs="+",
-        help="one task each, in training order: a file (.jsonl, .json, .parquet, .csv; also .gz), "
-        "or a folder with train and perhaps test and validation files",
+        help="one task each, in training order: a file (.jsonl, .json, .parquet, .csv, .tsv; also "
+        ".gz), or a folder with train and perhaps test and validation files",
     )
     sub.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     sub.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,8 +19,9 @@ from pipeline.config import hub, loading
 from pipeline.config.check import check_inputs
 from pipeline.config.model import Model
 from pipeline.config.revision import pinned
-from pipeline.config.starter import look_at
-from pipeline.config.usual import usual
+from pipeline.config.starter import Data, look_at
+from pipeline.config.usual import rate_text, usual
+from pipeline.tracking.sync import warn
 
 _TEMPLATE = Path(__file__).with_suffix(".yaml.j2")
 _EXPENSIVE = 4096
@@ -43,13 +45,14 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     tokenizer = models.check_folder(model.folder)
     chat, positions = bool(tokenizer.chat_template), models.positions(model.folder)
     data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
-    for other in data[1:]:
-        if (other.format, other.templates) != (data[0].format, data[0].templates):
-            raise InputError(
-                f"{other.files['train']} has another format than {data[0].files['train']} "
-                f"({other.said} and {data[0].said}); the tasks of a sequence share one"
-            )
+    _check_together(data)
     lengths = sorted(length for each in data for length in each.lengths)
+    limit = min(positions, _max_length(lengths))
+    if lengths[0] > limit:
+        raise InputError(
+            f"all rows have more tokens than the model has positions, {limit}: the shortest has "
+            f"{lengths[0]}"
+        )
     long = median(length for each in data for length in each.answers) > _LONG_ANSWER
     gpu, num_weights = torch.cuda.is_available(), models.num_weights(model.folder)
     environment = jinja2.Environment(
@@ -58,6 +61,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["rate"] = rate_text
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         file=file,
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", data[-1].name).strip("-._") or "run",
@@ -69,7 +73,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         lengths=lengths,
         scorer="rouge_l" if long else "exact_match",
         other_scorer="exact_match" if long else "rouge_l",
-        max_length=min(positions, _max_length(lengths)),
+        max_length=limit,
         usual=usual(num_weights, lora=False),
         precision="bfloat16" if gpu else "float32",
         gpus=int(gpu),
@@ -82,9 +86,38 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     file.write_text(text, encoding="utf-8")
     console = Console(highlight=False, soft_wrap=True)
     for each in data:
+        if too_long := sum(length > limit for length in each.lengths):
+            warn(
+                console,
+                f"{each.name}: {too_long} of the {len(each.lengths)} rows looked at have more than "
+                f"{limit} tokens and would be left out: tasks.truncate=left cuts their prompts",
+            )
         files = ", ".join(each.files)
         console.print(f"  {escape(each.name)}: {escape(each.said)}; {files}")
     console.print(f"wrote {escape(str(file))}; read it, then: agcl tasks {escape(str(file))}")
+
+
+def _check_together(data: Sequence[Data]) -> None:
+    """Raise `InputError` for tasks that cannot be in one sequence, in terms of their files."""
+    first, *others = data
+    for other in others:
+        one, another = first.files["train"], other.files["train"]
+        if (other.format, other.templates) != (first.format, first.templates):
+            raise InputError(
+                f"{another} has another format than {one} ({other.said} and {first.said}); the "
+                "tasks of a sequence share one"
+            )
+        if ("test" in first.files) != ("test" in other.files):
+            with_test, without = (one, another) if "test" in first.files else (another, one)
+            raise InputError(f"{with_test} has a test file beside it, but {without} has none")
+    by_name: dict[str, str] = {}
+    for each in data:
+        if each.name in by_name:
+            raise InputError(
+                f"{by_name[each.name]} and {each.files['train']} both give a task named "
+                f"{each.name}; rename one"
+            )
+        by_name[each.name] = each.files["train"]
 
 
 def _model(path: str, revision: str | None) -> Model:

@@ -191,6 +191,8 @@ def _csv(file: Path) -> Records:
         with io.TextIOWrapper(cast(Any, _opened(file)), "utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
             header = next(rows, [])
+            if "".join(header).lstrip().startswith(("{", "[")):
+                raise InputError(f"{file}: not CSV: it begins like JSON")
             for row in rows:
                 place = f"{file}, line {rows.line_num}"
                 if not row:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from agcl.schedule import Schedule
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializationInfo,
     field_serializer,
@@ -171,7 +172,10 @@ class Tracking(Section):
     enabled: bool = True
     experiment: str = Field("agcl", min_length=1, max_length=250)
     """MLflow experiment of all runs, created if there is none."""
-    report_to: tuple[Literal["jsonl", "tensorboard"], ...] = ()
+    report_to: Annotated[
+        tuple[Literal["jsonl", "tensorboard"], ...],
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    ] = ()
     """Metrics as plain files in the run's folder too, with or without MLflow: `metrics.jsonl`, and
     event files in `tensorboard/`."""
     register_model: str | None = Field(None, pattern=_NAME, max_length=100)

@@ -223,7 +223,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _OF_OTHERS.get(parts[-1]) or _closest(parts)
         return f"{key}: unknown key" + (f" (did you mean {meant!r}?)" if meant else "")
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if error["type"] == "value_error":
         # The messages of our own validators begin with the field's name.
         return f"{key}.{message}" if key else message

@@ -64,6 +64,10 @@ class Rendering(Section):
         format = str(getattr(self, "format", ""))
         return self.layout or (format if format in LAYOUTS else TEMPLATE)
 
+    def are_conversations(self, tasks: Sequence["OwnTask"]) -> bool:
+        """Whether a task's layout is always one of conversations."""
+        return any((task.layout or self._layout) in ("messages", "sharegpt") for task in tasks)
+
     def check_layouts(self, tasks: Sequence["OwnTask"]) -> None:
         """Raise `ValueError` for a template that no layout uses, or a layout against the format."""
         format = str(getattr(self, "format", ""))
@@ -135,6 +139,11 @@ class FileTasks(TaskSection, Rendering):
         self.check_layouts(self.sequence)
         return self
 
+    @property
+    def has_conversations(self) -> bool:
+        """By the chat template, or by a task's layout."""
+        return self.chat_template or self.are_conversations(self.sequence)
+
     def sources(self, config: "Config") -> Iterator[Source]:
         """Each task has a folder, or a file per split."""
         for task in self.sequence:
@@ -184,6 +193,11 @@ class HuggingFaceTasks(TaskSection, Rendering):
     def _consistent(self) -> "HuggingFaceTasks":
         self.check_layouts(self.sequence)
         return self
+
+    @property
+    def has_conversations(self) -> bool:
+        """By the chat template, or by a task's layout."""
+        return self.chat_template or self.are_conversations(self.sequence)
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """A local folder is an input, whose contents count; a name on the hub is a setting."""

@@ -38,14 +38,14 @@ def unusual(config: Config, num_weights: int) -> list[str]:
     lora = config.adapter is not None
     others = usual(num_weights, lora=lora)
     rate, epochs = config.training.learning_rate, config.training.epochs
-    what = f"{'LoRA' if lora else 'full fine-tuning'} of {num_weights / 1e9:.2g} billion weights"
+    what = f"{'LoRA' if lora else 'full fine-tuning'} of {_count(num_weights)} weights"
     found = []
     (low, high), (_, most) = others.rates, others.epochs
     if not low / 2 <= rate <= 2 * high:
         than = "above" if rate > high else "below"
         found.append(
-            f"training.learning_rate: {rate:g} is {than} what others use for {what}, "
-            f"{low:g} to {high:g} ({others.by})"
+            f"training.learning_rate: {rate_text(rate)} is {than} what others use for {what}, "
+            f"{rate_text(low)} to {rate_text(high)} ({others.by})"
         )
     if epochs > most:
         found.append(
@@ -53,3 +53,16 @@ def unusual(config: Config, num_weights: int) -> list[str]:
             f"({others.by})"
         )
     return found
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as in a config: 2e-5, not 2e-05 or 0.00002."""
+    mantissa, _, exponent = f"{rate:e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _count(number: int) -> str:
+    for size, name in ((1_000_000_000, "billion"), (1_000_000, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:,}"

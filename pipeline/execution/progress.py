@@ -16,6 +16,7 @@ _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "tokens_per_second": "{:,.0f} tokens/s".format,
     "mfu": "{:.0%} of peak".format,
     "peak_memory_gb": "{:.1f} GB".format,
+    "seconds_left": lambda seconds: f"{_duration(seconds)} left",
 }
 """The metrics of a step that are shown while a stage runs."""
 
@@ -79,11 +80,7 @@ class StageProgress:
         self.bars.update(
             bar, completed=float(record["step"]), total=float(total) if total else None
         )
-        parts = [show(record[key]) for key, show in _SHOWN.items() if key in record]
-        task = next(task for task in self.bars.tasks if task.id == bar)
-        if task.time_remaining:
-            parts.append(f"{_duration(task.time_remaining)} left")
-        detail = ", ".join(parts)
+        detail = ", ".join(show(record[key]) for key, show in _SHOWN.items() if key in record)
         self.bars.update(bar, detail=detail)
         if not self.console.is_terminal:
             self._say_now_and_then(artifact, f"{record['step']}/{total or '?'} {detail}")
@@ -92,7 +89,8 @@ class StageProgress:
         """Print the progress of a long stage occasionally."""
         if time.monotonic() - self.said >= _SECONDS_BETWEEN_LINES:
             self.said = time.monotonic()
-            self.console.print(f"       {self.titles[artifact]} {detail}", highlight=False)
+            line = f"       {self.titles[artifact]} {detail}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _end(self, artifact: str, state: str) -> None:
         bar, started = self.running.pop(artifact, (None, time.monotonic()))

@@ -70,7 +70,7 @@ def crowded(runs: Sequence[RunResult]) -> list[str]:
                 (f"{group.label}: " if len(by_method) > 1 else "")
                 + "protection leaves less than half of the input directions of "
                 f"{count} of {len(shares)} layers for later tasks (most: "
-                f"{most.removesuffix('.weight')}, {shares[most]:.2f}); "
+                f"{most.removesuffix('.weight')}, {shares[most]:.0%} taken); "
                 f"lower {' or '.join(_energies(group.runs[0]))}"
             )
     return lines

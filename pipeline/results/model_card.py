@@ -112,6 +112,7 @@ def card(
         lora_rank=config.adapter and next(r for r in _RANKS if r >= min(config.adapter.rank, 512)),
         dtype=str(dtype).removeprefix("torch."),
         trained=trained,
+        chat=config.tasks.has_conversations,
         run=result,
         base_measures={base_title(key): of for key, of in base_measures(result).items()},
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},

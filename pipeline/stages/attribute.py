@@ -30,15 +30,17 @@ def attribute(
     loss rose.
     """
     folders = [path for role, path in inputs.items() if role.startswith("rows")]
+    logged: dict[str, int] = {}
     with context.borrowed_model(inputs, config) as model:
         try:
-            importance = _importance(model, config, folders, context)
+            importance = _importance(model, config, folders, context, logged)
         except NoCorrectAnswer as error:
             reason = str(error).partition(";")[0]
             _check_learned(reason, inputs.get("adapter", inputs["model"]) / LOG_FILE)
             if context.is_first_worker:
                 context.warn(f"{reason}, so the importance is measured on all of them")
-            importance = _importance(model, {**config, "correct_only": False}, folders, context)
+            every = {**config, "correct_only": False}
+            importance = _importance(model, every, folders, context, logged)
     importance.check_finite()
     if importance.is_zero():
         raise ValueError("every importance is zero: no relevance reached any weight")
@@ -58,9 +60,16 @@ def _check_learned(reason: str, log: Path) -> None:
 
 
 def _importance(
-    model: PreTrainedModel, config: Mapping[str, Any], folders: Sequence[Path], context: Context
+    model: PreTrainedModel,
+    config: Mapping[str, Any],
+    folders: Sequence[Path],
+    context: Context,
+    logged: dict[str, int],
 ) -> Importance:
-    """Attribute the rows of prepared tasks, then apply the control that the config asks for."""
+    """Attribute the rows of prepared tasks, then apply the control that the config asks for.
+
+    `logged` has the number of rows that progress was logged for.
+    """
     parts: list[Any] = [EncodedRows(folder / rows_file(TRAIN)) for folder in folders]
     rows: Rows = ConcatDataset(parts)
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
@@ -70,6 +79,13 @@ def _importance(
     split: Split = "layers" if context.shard_model else config["split"]
     mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
     estimator = config["estimator"]
+
+    def log(done: int) -> None:
+        # A second pass, on all rows, is no second curve.
+        if done > logged.get("rows", 0):
+            logged["rows"] = done
+            context.log({"rows": done, "of_rows": len(chosen)}, done)
+
     importance = attribute_batches(
         model,
         (collate([rows[chosen[i]] for i in indices]) for indices in mine),
@@ -84,7 +100,7 @@ def _importance(
         correct_only=config["correct_only"] and right_or_wrong,
         split=split,
         running_values=config["running_values"],
-        log=lambda done: context.log({"rows": done, "of_rows": len(chosen)}, done),
+        log=log,
     )
     if estimator == "magnitude":
         importance = magnitude(importance, attributed_linears(model))

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +85,10 @@ class Context:
         self.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
 
 
+_PACE_STEPS = 20
+"""Last steps by whose pace the time left is estimated."""
+
+
 class StageLog:
     """Metrics of one stage: written to a JSON-lines file in its artifact and sent while it runs.
 
@@ -95,15 +100,24 @@ class StageLog:
         self.lines = file.open("a", encoding="utf-8")
         self.waiting: list[Record] = []
         self.started = self.sent = time.monotonic()
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_PACE_STEPS)
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         """Record metrics of one step, with `seconds` since the stage started."""
         now = time.monotonic()
+        self.recent.append((step, now))
         line = {"step": step, **metrics, "seconds": round(now - self.started, 4)}
+        if (total := metrics.get("of_steps")) and (left := self._seconds_left(total)) is not None:
+            line["seconds_left"] = round(left, 1)
         self.lines.write(json.dumps(line) + "\n")
         self.waiting.append({"artifact": self.name, **line})
         if now - self.sent >= self.interval:
             self._send()
+
+    def _seconds_left(self, total: float) -> float | None:
+        """By the pace of the last steps; None after the first one."""
+        (first, since), (last, now) = self.recent[0], self.recent[-1]
+        return (total - last) * (now - since) / (last - first) if last > first else None
 
     def _send(self) -> None:
         self.lines.flush()

@@ -52,6 +52,7 @@ def prepare(
         selection["validation"] = 0.0
     task = choice.select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
+    done = 0
     cut = config.get("truncate") == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
@@ -66,8 +67,10 @@ def prepare(
                 counts["empty"] -= table.num_rows
                 if cut:
                     table = _cut(table, config["max_length"], tokenizer, counts)
-                writer.write_table(_short(table, config["max_length"], counts))
-                context.log({"rows": counts["rows"]}, counts["rows"])
+                table = _short(table, config["max_length"], counts)
+                writer.write_table(table)
+                done += table.num_rows
+                context.log({"rows": done}, done)
         if not counts["rows"]:
             raise ValueError(
                 f"task {task.name}: no {split} row has at most {config['max_length']} tokens "

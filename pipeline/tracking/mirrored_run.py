@@ -35,6 +35,8 @@ class MirroredRun:
         self.reused = frozenset(self.complete)
         self.ending: Callable[[], None] | None = None
         """`end`, with what the run is to be closed with."""
+        self.registered = ""
+        """`NAME/VERSION` of its model in MLflow, once it is there."""
         self.tracker: Tracker
         self.forget()
 
@@ -182,7 +184,9 @@ class MirroredRun:
         if name and model.is_dir():
             of_base = self.run.config.model
             base = self.run.resolved["pretrain"].folder if of_base.is_builtin else of_base.folder
-            register(self.tracker, self.id, name, model, base, list(self._models()))
+            self.registered = register(
+                self.tracker, self.id, name, model, base, list(self._models())
+            )
         self.tracker.end(self.id, status, error)
 
     def abort(self, status: str, error: str) -> None:

@@ -28,16 +28,16 @@ class Scored(NamedTuple):
 
 def register(
     tracker: Tracker, run_id: str, name: str, folder: Path, base: Path, tasks: Sequence[Scored]
-) -> None:
-    """Register the model in a folder as the next version of `name`, once per run.
+) -> str:
+    """Register the model in a folder as the next version of `name`, once per run; `NAME/VERSION`.
 
     Every model of `tasks` becomes a LoggedModel with its scores. The last one is that in the
     folder, whose files are copied, with MLflow's transformers flavor; the others name the place of
     their artifact. `base` is the folder with the base model's config. Raises `TrackingFailed`.
     """
     client = tracker.client
-    if "registered_version" in client.get_run(run_id).data.tags:
-        return
+    if known_version := client.get_run(run_id).data.tags.get("registered_version"):
+        return str(known_version)
     mine = f"source_run_id = '{run_id}'"
     found = client.search_logged_models([tracker.experiment], mine, max_results=_MOST_MODELS)
     known = {model.name: model for model in found}  # Of an attempt that was interrupted.
@@ -56,7 +56,9 @@ def register(
     version = client.create_model_version(
         name, source=final.artifact_location, run_id=run_id, model_id=final.model_id
     )
-    client.set_tag(run_id, "registered_version", f"{name}/{version.version}")
+    registered = f"{name}/{version.version}"
+    client.set_tag(run_id, "registered_version", registered)
+    return registered
 
 
 def _logged(tracker: Tracker, run_id: str, task: Scored) -> Any:

@@ -122,8 +122,12 @@ class Mirror:
                     self._open_own()
             if self._tracker:
                 for each in labels:
-                    if self._runs[each].sync(self._tracker, self.own or self.above):
+                    run = self._runs[each]
+                    if run.sync(self._tracker, self.own or self.above):
                         del self._runs[each]
+                        if run.registered:
+                            line = f"registered  models:/{run.registered}"
+                            self.console.print(line, highlight=False)
                 if self._is_behind:
                     self._is_behind = False
                     self.console.print("  MLflow is back; recorded what it missed", highlight=False)

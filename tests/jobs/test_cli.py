@@ -262,8 +262,8 @@ def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder
     config = loading.validate({"method": "sequential", "training": training})
     large = config.model_copy(update={"model": Model(path=str(tmp_path))})
     rate, epochs = unusual(large, 1_100_000_000)
-    assert "training.learning_rate: 0.0001 is above what others use for full fine-tuning" in rate
-    assert "1.1 billion weights, 5e-06 to 2e-05" in rate
+    assert "training.learning_rate: 1e-4 is above what others use for full fine-tuning" in rate
+    assert "1.1 billion weights, 5e-6 to 2e-5" in rate
     assert "training.epochs: 8 is more" in epochs
     assert not unusual(large, 135_000_000)
     assert not unusual(config, 1_100_000_000)  # The built-in model.
@@ -276,7 +276,7 @@ def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder
     settings += [f"tasks.sequence.0.train={file}", "--no-probe"]
     assert cli.main(["plan", "fine_tune", *settings]) == cli.OK
     shown = capsys.readouterr().out
-    assert "warning training.learning_rate: 0.1 is above what others use" in shown
+    assert "warning training.learning_rate: 1e-1 is above what others use" in shown
     assert not list(agcl.place.iterdir())
 
 

@@ -74,7 +74,8 @@ def test_a_folder_has_its_splits_and_every_file_is_a_task(agcl, model_folder):
         written(agcl.place / "first" / f"{split}.jsonl", rows)
     written(agcl.place / "second" / "train.jsonl", rows)
     code, (line,) = agcl("init", model_folder, "first", "second", "--output", "own/start.yaml")
-    assert (code, "every task needs a test file, or none" in line) == (cli.BAD_INPUT, True)
+    assert code == cli.BAD_INPUT
+    assert "first/train.jsonl has a test file beside it, but second/train.jsonl has none" in line
     assert not (agcl.place / "own").exists()
     written(agcl.place / "second" / "test.jsonl", rows)
     arguments = ("first", "second/train.jsonl", "--output", "own/start.yaml")
@@ -104,11 +105,25 @@ def test_data_that_tells_nothing_is_named_and_nothing_written(agcl, model_folder
     assert [path.name for path in agcl.place.iterdir()] == ["d.jsonl"]
 
 
+def test_rows_longer_than_the_model_takes_are_counted_or_refused(agcl, capsys, model_folder):
+    long = {"prompt": "Who? " * 600, "answer": "Me"}
+    written(agcl.place / "long.jsonl", [long] * 3)
+    code, (line,) = agcl("init", model_folder, "long.jsonl")
+    assert code == cli.BAD_INPUT
+    assert "all rows have more tokens than the model has positions, 512" in line
+    written(agcl.place / "some.jsonl", [long, *[{"prompt": "Who?", "answer": "Me"}] * 5])
+    assert cli.main(["init", str(model_folder), "some.jsonl"]) == cli.OK
+    assert "some: 1 of the 6 rows looked at have more than 512 tokens" in capsys.readouterr().out
+
+
 def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_folder):
     written(agcl.place / "a.jsonl", [{"prompt": "Who?", "answer": "Me"}] * 9)
     written(agcl.place / "b.jsonl", [{"question": "Who?", "answer": "Me"}] * 9)
     code, (line,) = agcl("init", model_folder, "a.jsonl", "b.jsonl")
     assert (code, "b.jsonl has another format than a.jsonl" in line) == (cli.BAD_INPUT, True)
+    written(agcl.place / "sub" / "a.json", [{"prompt": "Who?", "answer": "Me"}] * 9)
+    code, (line,) = agcl("init", model_folder, "a.jsonl", "sub/a.json")
+    assert code == cli.BAD_INPUT
     code, (line,) = agcl("init", agcl.place / "none", "a.jsonl")
     assert (code, "no folder" in line) == (cli.BAD_INPUT, True)
     code, (line,) = agcl("init", model_folder, "c.jsonl")
