@@ -109,9 +109,7 @@ def compare(model: Path, scratch: Path, words: int, settings: Sequence[str]) -> 
         shape_of(models.empty_model(model)), run.config, _longest(run), _share_protected(run)
     )
     predicted = peaks(setting)
-    return [
-        Found(name, size, predicted[name.partition("/")[0]]) for name, size in measured.items()
-    ]
+    return [Found(name, size, predicted[name.partition("/")[0]]) for name, size in measured.items()]
 
 
 def _row(number: int, words: int, task: str) -> dict[str, str]:
@@ -137,9 +135,7 @@ def _peak(stages: list[ResolvedStage]) -> int:
 
 def _longest(run: Run) -> Row:
     rows = list(_prepared(run))
-    return Row(
-        max(len(row.input_ids) for row in rows), max(row.loss_tokens for row in rows)
-    )
+    return Row(max(len(row.input_ids) for row in rows), max(row.loss_tokens for row in rows))
 
 
 def _prepared(run: Run) -> Iterator[Any]:
