@@ -133,9 +133,10 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     half = config.training.precision == "bfloat16" and size == _FLOAT
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
     checkpointing = config.training.activation_checkpointing
-    activations = kept * shape.layers
+    # The backward pass begins with gradients of what its first layer kept.
+    activations = kept * (shape.layers + 1)
     if checkpointing:
-        activations = kept + _FLOAT * tokens * shape.width * shape.layers
+        activations = 2 * kept + _FLOAT * tokens * shape.width * shape.layers
     activations += 3 * _FLOAT * tokens * shape.width  # Embeddings and the last norm.
     held = [
         *_model(setting, gathered=True),
@@ -259,7 +260,7 @@ def attribute_peak(setting: Setting) -> Parts:
         [
             (
                 *held,
-                Part("activations", layer * shape.layers),
+                Part("activations", layer * (shape.layers + bool(backward))),
                 last,
                 Part("logits", _logits(shape, answers, 2)),
             ),

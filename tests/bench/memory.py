@@ -1,7 +1,8 @@
 """`PYTHONPATH=tests python -m bench.memory`: what stages take, beside what the formula says.
 
 Each stage runs alone in a new process. Its peak is that of the resident memory beyond what a
-process has that imported torch, transformers and agcl.
+process has that imported torch, transformers and agcl. Set MALLOC_MMAP_THRESHOLD_=200000: otherwise
+malloc keeps what was freed.
 """
 
 import argparse

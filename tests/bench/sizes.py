@@ -93,7 +93,7 @@ def _verdict(setting: Setting, memory: int) -> str:
         if said is None or "method=" in said or "num_workers" in said:
             lacking.append(kind)
         else:
-            changes += [f"`{part.partition('.')[2]}`" for part in said.split()]
+            changes += [f"`{each}`" for each in said.split()]
     if lacking:
         return f"no: {', '.join(lacking)}"
     return ", ".join(changes) or "yes"
