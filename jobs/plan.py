@@ -17,7 +17,8 @@ from pipeline.config.row_lengths import longest_row
 from pipeline.config.usual import unusual
 from pipeline.estimate import Needs, estimate
 from pipeline.plan.fitting import USABLE, fits, on_device, remedy
-from pipeline.plan.memory import Part, Row, Setting, disk_per_task, peaks, total
+from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.setting import Part, Row, Setting, total
 from pipeline.plan.shape import shape_of
 from pipeline.run import open_run
 from pipeline.tracking.sync import warn

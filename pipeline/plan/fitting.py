@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.method import Adapter, Base, Project
-from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, Setting, peaks, total
+from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
+from pipeline.plan.setting import Setting, total
 
 USABLE = 0.9
 """Share of a GPU's memory that tensors can have: the rest is the CUDA context and fragments."""

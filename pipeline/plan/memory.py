@@ -5,90 +5,17 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from pipeline.config.config import Config
 from pipeline.config.method import Project
-from pipeline.config.weights import loaded_dtype
+from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries, squares, total
 from pipeline.plan.shape import Shape
 
 TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
-_FLOAT, _HALF = 4, 2
-_DIRECTIONS = 0.5
-"""Share of a layer's input directions that are protected, which depends on the data. No run in
-`agcl/RESULTS.md` protected more."""
 _CHUNK = 2**24
 """Weights of a protected step at a time on a GPU (`agcl/modulation/step.py`)."""
 _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 """Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One term of a stage's peak."""
-
-    name: str
-    size: int
-    """Bytes."""
-    on_host: bool = False
-    """Whether it lies in main memory even if the model is on a GPU."""
-
-
-Parts = tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The longest row: all its tokens, and those of its answer."""
-
-    tokens: int
-    answer: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a prediction is made for."""
-
-    shape: Shape
-    config: Config
-    row: Row
-    directions: float = _DIRECTIONS
-
-    @property
-    def ranks(self) -> int:
-        """Workers."""
-        return self.config.resources.num_workers
-
-    @property
-    def shards(self) -> int:
-        """Workers that share the model."""
-        return self.ranks if self.config.resources.shard_model else 1
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether workers have a GPU."""
-        return self.config.resources.gpus_per_worker > 0
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of a weight in memory."""
-        return _HALF if loaded_dtype(self.config.model) == "bfloat16" else _FLOAT
-
-    @property
-    def protected(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of the weights that are attributed and protected: LoRA's factors, if any."""
-        adapter = self.config.adapter
-        if adapter is None or adapter.fresh:  # Measured on the merged model.
-            return self.shape.linears
-        return self.factors
-
-    @property
-    def factors(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of LoRA's factors A and B of every layer."""
-        rank = self.config.adapter.rank if self.config.adapter else 0
-        pairs = (((rank, width), (out, rank)) for out, width in self.shape.linears)
-        return tuple(factor for pair in pairs for factor in pair)
 
 
 def peaks(setting: Setting) -> dict[str, Parts]:
@@ -97,11 +24,6 @@ def peaks(setting: Setting) -> dict[str, Parts]:
     if setting.config.protect:
         found[ATTRIBUTE] = attribute_peak(setting)
     return found | {EVALUATE: evaluate_peak(setting)}
-
-
-def total(parts: Iterable[Part], *, on_gpu: bool) -> int:
-    """Bytes of a worker's memory, or of its GPU's."""
-    return sum(part.size for part in parts if not (on_gpu and part.on_host))
 
 
 def train_peak(setting: Setting) -> Parts:
@@ -117,7 +39,7 @@ def train_peak(setting: Setting) -> Parts:
 def trained_weights(setting: Setting, *, protects: bool) -> int:
     """Weights with a gradient and Adam's two moments."""
     if setting.config.adapter:
-        return _entries(setting.factors)
+        return entries(setting.factors)
     only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
     return setting.shape.linear_weights if only else setting.shape.weights
 
@@ -126,25 +48,25 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     """The end of a forward pass, of a backward pass, and the optimizer's step."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
-    of_trained = _FLOAT if config.adapter else size  # PEFT's factors are float32.
+    of_trained = FLOAT if config.adapter else size  # PEFT's factors are float32.
     frozen = trained != shape.weights
     rows, passes = _pass(setting)
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
-    half = config.training.precision == "bfloat16" and size == _FLOAT
+    half = config.training.precision == "bfloat16" and size == FLOAT
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
     checkpointing = config.training.activation_checkpointing
     # The backward pass begins with gradients of what its first layer kept.
     activations = kept * (shape.layers + 1)
     if checkpointing:
-        activations = 2 * kept + _FLOAT * tokens * shape.width * shape.layers
-    activations += 3 * _FLOAT * tokens * shape.width  # Embeddings and the last norm.
+        activations = 2 * kept + FLOAT * tokens * shape.width * shape.layers
+    activations += 3 * FLOAT * tokens * shape.width  # Embeddings and the last norm.
     held = [
         *_model(setting, gathered=True),
         Part("Adam", 2 * of_trained * trained // setting.shards),
         *(_protection(setting) if protects else ()),
     ]
     if half:
-        held.append(Part("bfloat16 copies", _HALF * _cast(setting, checkpointing)))
+        held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
     gradients = Part("gradients", of_trained * trained // setting.shards)
     passing = [Part("activations", activations), Part("logits", _logits(shape, answers, 3))]
     several = passes > 1
@@ -159,7 +81,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         (*held, *passing, *((gradients,) if several else ())),
         (*held, gradients, *layer),
         (*held, gradients, Part("gradients summed over workers", of_trained * summed)),
-        (*held, gradients, Part("copies of a step", 2 * _FLOAT * copies)),
+        (*held, gradients, Part("copies of a step", 2 * FLOAT * copies)),
     ]
 
 
@@ -187,7 +109,7 @@ def _model(setting: Setting, *, gathered: bool) -> list[Part]:
     shape, size = setting.shape, setting.weight_bytes
     parts = [Part("weights", size * shape.weights // setting.shards)]
     if setting.config.adapter:
-        parts.append(Part("adapter", _FLOAT * _entries(setting.factors)))
+        parts.append(Part("adapter", FLOAT * entries(setting.factors)))
     if setting.shards > 1:
         # This layer and the next, and embeddings and head; with gradients as large.
         largest = 2 * shape.layer_weights + shape.embeddings
@@ -198,7 +120,7 @@ def _model(setting: Setting, *, gathered: bool) -> list[Part]:
 
 def _protection(setting: Setting) -> list[Part]:
     """What the items of `protect` hold while a task is trained."""
-    parts, count = [], _entries(setting.protected)
+    parts, count = [], entries(setting.protected)
     kinds = {item.kind for item in setting.config.protect}
     if "project" in kinds:
         bases = _bases(setting)
@@ -206,11 +128,11 @@ def _protection(setting: Setting) -> list[Part]:
         parts += [Part("bases in main memory", bases, on_host=True)] * setting.on_gpu
     if "gate" in kinds:
         parts.append(Part("gates", count // setting.shards))
-        parts.append(Part("gates in main memory", _FLOAT * count, on_host=True))
+        parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
     if "penalty" in kinds:
-        parts.append(Part("anchors and importance", 2 * _FLOAT * count // setting.shards))
+        parts.append(Part("anchors and importance", 2 * FLOAT * count // setting.shards))
     if kinds - {"penalty"}:
-        parts.append(Part("weights before the task", _FLOAT * _projected(setting), on_host=True))
+        parts.append(Part("weights before the task", FLOAT * _projected(setting), on_host=True))
     return parts
 
 
@@ -233,28 +155,28 @@ def attribute_peak(setting: Setting) -> Parts:
     sharing = setting.ranks if setting.shards > 1 or importance.split == "layers" else 1
     shares = [setting.protected[rank::sharing] for rank in range(sharing)]
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
-    moments = max(map(_squares, shares)) if projection else 0
-    own = max(map(_entries, shares)) if config.measures_entries else 0
-    per_value = _HALF if importance.running_values == "bfloat16" else _FLOAT
+    moments = max(map(squares, shares)) if projection else 0
+    own = max(map(entries, shares)) if config.measures_entries else 0
+    per_value = HALF if importance.running_values == "bfloat16" else FLOAT
     averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")
-    running = per_value * (importance.top_k or 1) * own if averages else _FLOAT * own
+    running = per_value * (importance.top_k or 1) * own if averages else FLOAT * own
     tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
     hooks = shape.held_by_hooks(tokens)
     layer = shape.kept_by_attribution(tokens, row.tokens) + hooks
     held = [
         *_model(setting, gathered=False),
-        Part("moments", _FLOAT * moments),
+        Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
     # The last batch's graph is alive, with all that it keeps if no backward pass emptied it.
     backward = own or (projection and projection.weighting == "relevance")
     before = (hooks if backward else layer) * shape.layers
     last = Part("activations of the last batch", before)
-    results = Part("results", _FLOAT * (moments + own))
+    results = Part("results", FLOAT * (moments + own))
     whole = 0
     if sharing > 1:  # Every worker gets all layers' results, in main memory.
-        whole = _FLOAT * _squares(setting.protected) * bool(projection)
-        whole += _FLOAT * _entries(setting.protected) * bool(own)
+        whole = FLOAT * squares(setting.protected) * bool(projection)
+        whole += FLOAT * entries(setting.protected) * bool(own)
     return _largest(
         setting,
         [
@@ -272,9 +194,9 @@ def attribute_peak(setting: Setting) -> Parts:
 def evaluate_peak(setting: Setting) -> Parts:
     """Scoring the tasks, or comparing with the base model, a second model in memory."""
     shape, config, row = setting.shape, setting.config, setting.row
-    half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == _FLOAT
+    half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
-    cast = _HALF * (shape.linear_weights + shape.vocabulary * shape.width) * half
+    cast = HALF * (shape.linear_weights + shape.vocabulary * shape.width) * half
     model = [*_model(setting, gathered=False), Part("bfloat16 copies", cast)]
     compared = max(_KL_TOKENS, row.tokens)
     shares_base = config.adapter is not None and not config.adapter.merge
@@ -306,12 +228,12 @@ def disk_per_task(setting: Setting) -> Parts:
     saves_model = not config.adapter or config.adapter.merge
     trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
     moments = any(isinstance(item, Project) for item in config.protect)
-    importance = _FLOAT * _squares(setting.protected) * moments
-    importance += _HALF * _entries(setting.protected) * config.measures_entries
-    size = _FLOAT if config.adapter else setting.weight_bytes
+    importance = FLOAT * squares(setting.protected) * moments
+    importance += HALF * entries(setting.protected) * config.measures_entries
+    size = FLOAT if config.adapter else setting.weight_bytes
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
-        Part("adapter", _FLOAT * _entries(setting.factors)),
+        Part("adapter", FLOAT * entries(setting.factors)),
         Part("importance", importance * bool(config.protect)),
         Part("checkpoint", 3 * size * trained * bool(config.resources.checkpoint_minutes)),
     )
@@ -328,23 +250,15 @@ def _bases(setting: Setting) -> int:
     of = setting.protected
     if setting.config.adapter and setting.config.adapter.fresh:
         of = setting.factors[::2]
-    return int(_FLOAT * setting.directions * _squares(of))
+    return int(FLOAT * setting.directions * squares(of))
 
 
 def _projected(setting: Setting) -> int:
     """Weights that a gate or a projection acts on: of fresh factors only A."""
     adapter = setting.config.adapter
-    return _entries(setting.factors[::2] if adapter and adapter.fresh else setting.protected)
-
-
-def _squares(linears: Iterable[tuple[int, int]]) -> int:
-    return sum(width**2 for _, width in linears)
-
-
-def _entries(linears: Iterable[tuple[int, int]]) -> int:
-    return sum(out * width for out, width in linears)
+    return entries(setting.factors[::2] if adapter and adapter.fresh else setting.protected)
 
 
 def _logits(shape: Shape, answers: int, copies: int) -> int:
     """Bytes of logits of answer tokens, with so many copies alive in float32."""
-    return _FLOAT * answers * shape.vocabulary * (copies + shape.capped_logits)
+    return FLOAT * answers * shape.vocabulary * (copies + shape.capped_logits)

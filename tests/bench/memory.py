@@ -25,8 +25,9 @@ from agcl.tasks import TRAIN, EncodedRows
 from pipeline.config import loading
 from pipeline.estimate import peak_memory
 from pipeline.execution.session import run_stages
-from pipeline.plan.memory import Part, Row, Setting, peaks, total
+from pipeline.plan.memory import peaks
 from pipeline.plan.plan import Run
+from pipeline.plan.setting import Part, Row, Setting, total
 from pipeline.plan.shape import shape_of
 from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run

@@ -5,7 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import loading
 from pipeline.plan.fitting import fits, remedy
-from pipeline.plan.memory import Row, Setting, disk_per_task, peaks, total
+from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.setting import Row, Setting, total
 from pipeline.plan.shape import Shape, shape_of
 
 _COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}

@@ -8,7 +8,8 @@ from bench.sizes import METHODS, setting_of, shape_named, table
 
 import agcl
 from pipeline.plan.fitting import fits, on_device, remedy
-from pipeline.plan.memory import Row, Setting, disk_per_task, peaks, total
+from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.setting import Row, Setting, total
 
 GB = 10**9
 SPEED = Path(agcl.__file__).with_name("SPEED.md")
