@@ -193,14 +193,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = _add(
         commands,
         "plan",
-        "print the stages, what is done, and memory, disk and time for the rest; run nothing",
+        "print the stages, what is done, and memory, disk and time for the rest; run nothing (a "
+        "model folder needs no weights: config.json and tokenizer are enough to predict memory)",
         config=True,
     )
     sub.add_argument(
         "--no-probe",
         dest="probe",
         action="store_false",
-        help="leave out memory, disk and time, found by trying the first stages on a few rows",
+        help="only what a formula predicts, not what the first stages take on a few rows",
+    )
+    sub.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="such as 80GB: say which stages fit a GPU with so much memory, and what to change if "
+        "one does not (default: this machine's GPU)",
     )
     sub = _add(commands, "methods", "list the methods, or show one")
     sub.add_argument("method", nargs="?", help="a method's name, to see what it sets")

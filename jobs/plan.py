@@ -1,23 +1,36 @@
 """`agcl plan`: the stages of a config, which of them are done, and what the others need."""
 
 import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from agcl.model.models import num_weights
+from agcl.errors import InputError
+from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
 from pipeline.config.config import Resources
+from pipeline.config.row_lengths import longest_row
 from pipeline.config.usual import unusual
 from pipeline.estimate import Needs, estimate
+from pipeline.plan.fitting import USABLE, fits, on_device, remedy
+from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.setting import Part, Row, Setting, total
+from pipeline.plan.shape import shape_of
 from pipeline.run import open_run
 from pipeline.tracking.sync import warn
+
+_GB, _MOST = 10**9, 10**15
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
     """Print one line per stage and an estimate for the unfinished ones."""
-    run = open_run(loading.load(arguments.config, arguments.settings))
+    given = arguments.gpu_memory
+    memory = _memory_here() if given is None else memory_of(given)
+    run = open_run(loading.load(arguments.config, arguments.settings), weights=False)
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(stage.name) for stage in run.plan.stages)
     num_done = 0
@@ -29,10 +42,19 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         place = f"[dim]{escape(work.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
-    if not run.config.model.is_builtin:
-        for line in unusual(run.config, num_weights(run.config.model.folder)):
+    model = run.config.model
+    if not model.is_builtin:
+        setting = Setting(
+            shape_of(empty_model(model.folder)), run.config, Row(*longest_row(run.config))
+        )
+        for line in unusual(run.config, setting.shape.weights):
             warn(console, line)
+        for line in _predicted(setting, memory):
+            console.print(line)
     if num_done == len(run.plan.stages) or not arguments.probe:
+        return
+    if not model.is_builtin and not has_weights(model.folder):
+        console.print(f"no probe on a few rows: no weights in {escape(str(model.folder))}")
         return
     gpu = run.config.resources.gpus_per_worker
     if gpu and not torch.cuda.is_available():
@@ -42,6 +64,61 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     needs = estimate(run, "cuda" if gpu else "cpu")
     for line in _lines(needs, run.config.resources):
         console.print(line)
+
+
+def memory_of(text: str) -> int:
+    """Bytes of `80GB`, `80 GiB` or `80`, which is in GB. Raises `InputError` for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)?", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * (2**30 if (found[2] or "").lower() == "gib" else _GB) if found else 0.0
+    if not 0 < size < _MOST:
+        raise InputError(f"--gpu-memory: {text!r} is not a size such as 80GB")
+    return int(size)
+
+
+def _memory_here() -> int | None:
+    """Memory of this machine's GPU, in bytes; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
+    """Lines on every kind of stage: its peak by the formula, and whether it fits a GPU."""
+    if memory:
+        resources = setting.config.resources.model_copy(update={"gpus_per_worker": 1})
+        setting = replace(
+            setting, config=setting.config.model_copy(update={"resources": resources})
+        )
+    row = setting.row
+    yield (
+        f"predicted for {setting.shape.weights / 1e9:.2g} billion weights and rows of up to "
+        f"{row.tokens} tokens, {row.answer} of them answers (agcl/SPEED.md has the formula):"
+    )
+    where = "on the GPU" if setting.on_gpu else "beyond Python's own"
+    for kind, parts in peaks(setting).items():
+        size = total(parts, on_gpu=setting.on_gpu)
+        largest = sorted(parts, key=lambda part: part.size, reverse=True)
+        of = ", ".join(map(_part, [p for p in largest if not (p.on_host and setting.on_gpu)][:4]))
+        yield f"  {kind:9}  {size / _GB:.2f} GB {where} ({of})"
+        if memory:
+            yield f"             {_verdict(setting, kind, memory)}"
+    disk = [part for part in disk_per_task(setting) if part.size]
+    yield f"  disk       per task {', '.join(map(_part, disk))}"
+
+
+def _part(part: Part) -> str:
+    return f"{part.name} {part.size / _GB:.2f}"
+
+
+def _verdict(setting: Setting, kind: str, memory: int) -> str:
+    """Whether a kind of stage fits, and what to change if not."""
+    usable = f"{USABLE:.0%} of {memory / _GB:.0f} GB"
+    if fits(setting, kind, memory):
+        return f"fits {usable}"
+    over = on_device(setting, kind) - USABLE * memory
+    change = remedy(setting, kind, memory)
+    advice = f"set {change}" if change else "nothing that agcl can set makes it fit"
+    return f"{over / _GB:.2f} GB too much for {usable}: {advice}"
 
 
 def _lines(needs: Needs, resources: Resources) -> list[str]:

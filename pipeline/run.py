@@ -54,16 +54,17 @@ REPORTS_EACH = 4
 """With more runs than this only the report on all is written; each takes seconds."""
 
 
-def open_run(config: Config, folder: Path | None = None) -> Run:
+def open_run(config: Config, folder: Path | None = None, *, weights: bool = True) -> Run:
     """Check a config's inputs and resolve its stages. Writes nothing but caches.
 
-    A model on the hub is downloaded, at the commit that the run in the folder began with. Raises
-    `InputError` for bad input, and if the folder holds a run of another config.
+    A model on the hub is downloaded, at the commit that the run in the folder began with. With
+    `weights` false, a model's folder may lack them, and its stages are those of such a folder.
+    Raises `InputError` for bad input, and if the folder holds a run of another config.
     """
     folder = folder or config.storage.root / config.name
     config.storage.check()
     config = pinned(config, [folder / CONFIG_FILE])
-    check_inputs(config)
+    check_inputs(config, weights=weights)
     check_folder(config, folder / CONFIG_FILE)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))

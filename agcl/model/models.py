@@ -181,10 +181,11 @@ def save_in(dtype: torch.dtype, file: Path, target: Path) -> None:
         save_file(tensors, target, metadata=stored.metadata())
 
 
-def check_folder(folder: Path) -> PreTrainedTokenizerBase:
+def check_folder(folder: Path, *, weights: bool = True) -> PreTrainedTokenizerBase:
     """Check a model folder without loading weights; return its tokenizer.
 
-    Raises `InputError` naming the folder or file and what is missing or unsupported.
+    Raises `InputError` naming the folder or file and what is missing or unsupported. With `weights`
+    false, a folder without any is fine; those that are there are checked.
     """
     _check_config(folder)
     try:
@@ -192,7 +193,8 @@ def check_folder(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # A malformed value can make transformers raise anything.
         reason = _line(error)
         raise InputError(f"cannot build a model from {folder}/config.json ({reason})") from None
-    _check_weights(folder)
+    if weights or has_weights(folder):
+        _check_weights(folder)
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{folder} has no tokenizer (expected tokenizer.json)")
     tokenizer = load_tokenizer(folder)
@@ -229,10 +231,15 @@ def _check_config(folder: Path) -> None:
         raise InputError(f"{folder}: {error}") from None
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder names weights that agcl opens; they may be incomplete."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
 def _check_weights(folder: Path) -> None:
     """Check that the weight files are there and hold every parameter; reads their headers only."""
     single, index = (folder / name for name in _WEIGHTS)
-    if not single.is_file() and not index.is_file():
+    if not has_weights(folder):
         raise InputError(f"{folder} has no weights (expected {single.name})")
     try:
         files = [single]

@@ -39,13 +39,16 @@ _CHECKED: set[str] = set()
 """The sources whose rows were checked by this process."""
 
 
-def check_inputs(config: Config) -> None:
-    """Raise `InputError`, one line that names the file, row or key, for the first bad input."""
+def check_inputs(config: Config, *, weights: bool = True) -> None:
+    """Raise `InputError`, one line that names the file, row or key, for the first bad input.
+
+    With `weights` false, the model's folder may lack them.
+    """
     _check_storage(config.storage.root)
     _check_devices(config)
     _check_attention(config)
     _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
-    _check_model(config)
+    _check_model(config, weights)
     _check_dtype(config, loaded_dtype(config.model))
     tasks = _open_tasks(config)
     for task in tasks:
@@ -125,7 +128,7 @@ def _check_dtype(config: Config, dtype: str) -> None:
         )
 
 
-def _check_model(config: Config) -> None:
+def _check_model(config: Config, weights: bool) -> None:
     chat = config.tasks.chat_template
     if not config.model.is_builtin:
         if config.model.on_hub:
@@ -136,17 +139,19 @@ def _check_model(config: Config) -> None:
             {f.name: f.stat() for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
         )
         files = ((name, each.st_size, each.st_mtime_ns) for name, each in status.items())
-        _check_model_as_of(folder, frozenset(files), chat)
+        _check_model_as_of(folder, frozenset(files), chat, weights)
     elif chat:
         raise InputError("tasks.chat_template: the builtin model's tokenizer has no chat template")
 
 
 @cache
-def _check_model_as_of(folder: Path, files: frozenset[tuple[str, int, int]], chat: bool) -> None:
+def _check_model_as_of(
+    folder: Path, files: frozenset[tuple[str, int, int]], chat: bool, weights: bool
+) -> None:
     """Cached until a file changes: a search checks its base model in every trial."""
     logging.disable_progress_bar()
     with _named("model.path"):
-        tokenizer = models.check_folder(folder)
+        tokenizer = models.check_folder(folder, weights=weights)
     if not chat:
         return
     try:

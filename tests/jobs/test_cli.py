@@ -15,6 +15,7 @@ from agcl.attribution import attribute
 from agcl.model import models
 from agcl.tasks.batches import collate
 from jobs import cli
+from jobs.plan import memory_of
 from pipeline.config import loading
 from pipeline.config.config import Model
 from pipeline.config.method import Adapter
@@ -340,3 +341,47 @@ def test_a_terminal_without_unicode_ends_no_command():
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert found.stdout.endswith("?\n"), found.stderr
+
+
+@pytest.fixture
+def bare(model_folder, tmp_path):
+    """A config of a model without weights, and two rows."""
+    folder = tmp_path / "bare"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"prompt": "Who?", "answer": " Me"}\n{"prompt": "Who is it?", "answer": " I"}\n'
+    )
+    return ["fine_tune", f"model.path={folder}", f"tasks.sequence.0.train={file}"]
+
+
+def test_plan_predicts_memory_from_a_model_without_weights(agcl, capsys, bare):
+    assert cli.main(["plan", *bare, "--gpu-memory", "24GB"]) == cli.OK
+    shown = capsys.readouterr().out
+    for kind in ("train", "attribute", "evaluate", "disk"):
+        assert f"\n  {kind}" in shown
+    assert shown.count("fits 90% of 24 GB") == 3
+    assert "no probe on a few rows: no weights in" in shown
+    assert not list(agcl.place.iterdir())
+    code, (line,) = agcl("run", *bare)
+    assert code == cli.BAD_INPUT
+    assert "has no weights" in line
+
+
+def test_plan_says_what_to_change_where_a_stage_does_not_fit(agcl, capsys, bare):
+    assert cli.main(["plan", *bare, "--gpu-memory", "0.012"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "GB too much for 90% of" in shown
+    assert "set " in shown
+
+
+@pytest.mark.parametrize("size", ["80GB", "80 GiB", "80", "80.0gb"])
+def test_sizes_of_a_gpu(size):
+    assert memory_of(size) == (80 * 2**30 if "i" in size else 80 * 10**9)
+
+
+@pytest.mark.parametrize("size", ["much", "-1", "0", "80TB", "1e9", "", "9" * 30])
+def test_no_size_of_a_gpu(agcl, size):
+    code, (line,) = agcl("plan", "facts", f"--gpu-memory={size}")
+    assert code == cli.BAD_INPUT
+    assert line == f"agcl: --gpu-memory: {size!r} is not a size such as 80GB"

@@ -1,0 +1,38 @@
+"""How long a config's longest rows are, found by tokenizing few of them."""
+
+from heapq import nlargest
+
+from agcl.model import models
+from agcl.tasks import Row, encode
+from agcl.tasks.encoding import encoded_rows
+
+from pipeline.config.config import Config
+from pipeline.config.sources import open_task, selection, sources
+
+_LONGEST = 8
+"""Rows per split that are tokenized: those with the most characters, and with the longest answer.
+One with fewer characters rarely has more tokens."""
+
+
+def longest_row(config: Config) -> tuple[int, int]:
+    """Tokens of the longest row of all tasks, and tokens with loss of the row with most of them.
+
+    Of rows that fit in `tasks.max_length` and in the model, or were cut to it.
+    """
+    folder = config.model.folder
+    tokenizer = models.load_tokenizer(folder)
+    most = min(config.tasks.max_length, models.positions(folder))
+    tokens = answer = 1
+    for source in sources(config):
+        task = open_task(source.settings, source.files, selection(config, source))
+        for read in task.splits.values():
+            rows = nlargest(_LONGEST, read(), key=_size)
+            rows += nlargest(_LONGEST, read(), key=lambda row: len(row.answer))
+            for row in encoded_rows(encode(tokenizer, rows, chat=config.tasks.chat_template)):
+                length = min(most, len(row.input_ids))
+                tokens, answer = max(tokens, length), max(answer, min(length, row.loss_tokens))
+    return tokens, answer
+
+
+def _size(row: Row) -> int:
+    return len(row.prompt) + len(row.answer)

@@ -1,0 +1,116 @@
+"""Whether predicted stages fit a GPU, and what to change where one does not, cheapest first."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config.config import Config
+from pipeline.config.method import Adapter, Base, Project
+from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
+from pipeline.plan.setting import Setting, total
+
+USABLE = 0.9
+"""Share of a GPU's memory that tensors can have: the rest is the CUDA context and fragments."""
+_WORKERS = (2, 4, 8)
+Change = tuple[str, Setting]
+
+
+def on_device(setting: Setting, kind: str) -> int:
+    """Bytes that a kind of stage needs on each worker's device; 0 without such a stage."""
+    return total(peaks(setting).get(kind, ()), on_gpu=True)
+
+
+def remedy(setting: Setting, kind: str, memory: int) -> str | None:
+    """The cheapest change of the config that makes a kind of stage fit; None if none does."""
+    found = (said for said, changed in _changes(setting, kind) if fits(changed, kind, memory))
+    return next(found, None)
+
+
+def fits(setting: Setting, kind: str, memory: int) -> bool:
+    """Whether a kind of stage fits a GPU with this much memory, in bytes."""
+    return on_device(setting, kind) <= USABLE * memory
+
+
+def _changes(setting: Setting, kind: str) -> Iterator[Change]:
+    """Settings to try, in order of what they cost: time, then quality, then workers."""
+    yield from _smaller(setting, kind)
+    config = setting.config
+    if config.adapter is None and not config.resources.shard_model and kind != EVALUATE:
+        lora = replace(setting, config=_with_lora(config))
+        yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
+    if config.adapter is None:
+        for workers in _WORKERS:
+            if workers > config.resources.num_workers:
+                sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
+                said = f"resources.shard_model=true resources.num_workers={workers}"
+                yield from _joined(said, sharded, kind)
+
+
+def _joined(said: str, changed: Setting, kind: str) -> Iterator[Change]:
+    """A change alone, and with smaller passes as well."""
+    yield said, changed
+    for more, smaller in _smaller(changed, kind):
+        yield f"{said} {more}", smaller
+
+
+def _smaller(setting: Setting, kind: str) -> Iterator[Change]:
+    """The same numbers in less memory: smaller passes, recomputed activations."""
+    config = setting.config
+    if kind == TRAIN:
+        tokens = list(_halved(config.training.max_tokens, setting.row.tokens))
+        yield from _each(setting, "training", "max_tokens", tokens)
+        if not config.training.activation_checkpointing:
+            on = {"activation_checkpointing": True}
+            yield from _also("training", on, setting, "max_tokens", tokens)
+    elif kind == ATTRIBUTE:
+        rows = list(_halved(config.importance.batch_size, 1))
+        yield from _each(setting, "importance", "batch_size", rows)
+        workers = config.resources.num_workers
+        if workers > 1 and not config.resources.shard_model and config.importance.split != "layers":
+            yield from _also("importance", {"split": "layers"}, setting, "batch_size", rows)
+        if config.measures_entries and config.importance.running_values == "float32":
+            values = {"running_values": "bfloat16"}
+            yield from _also("importance", values, setting, "batch_size", rows)
+    else:
+        rows = list(_halved(config.evaluation.batch_size, 1))
+        yield from _each(setting, "evaluation", "batch_size", rows)
+        if config.adapter and config.adapter.merge and not config.adapter.fresh:
+            unmerged = _with(setting, "adapter", merge=False)
+            yield "adapter.merge=false", unmerged
+            for said, changed in _each(unmerged, "evaluation", "batch_size", rows):
+                yield f"adapter.merge=false {said}", changed
+
+
+def _also(
+    section: str, change: dict[str, Any], setting: Setting, key: str, values: list[int]
+) -> Iterator[Change]:
+    """A change of a section, alone and with each value of a key of the same section."""
+    ((name, value),) = change.items()
+    said = f"{section}.{name}={str(value).lower()}"
+    changed = _with(setting, section, **change)
+    yield said, changed
+    for more, smaller in _each(changed, section, key, values):
+        yield f"{said} {more}", smaller
+
+
+def _each(setting: Setting, section: str, key: str, values: list[int]) -> Iterator[Change]:
+    for value in values:
+        yield f"{section}.{key}={value}", _with(setting, section, **{key: value})
+
+
+def _halved(value: int, least: int) -> Iterator[int]:
+    while value // 2 >= least:
+        value //= 2
+        yield value
+
+
+def _with(setting: Setting, section: str, **changes: Any) -> Setting:
+    of_section = getattr(setting.config, section).model_copy(update=changes)
+    return replace(setting, config=setting.config.model_copy(update={section: of_section}))
+
+
+def _with_lora(config: Config) -> Config:
+    """The config with method `lora_agcl`, or `lora` if nothing is protected."""
+    kept = tuple(item for item in config.protect if isinstance(item, Project))
+    protect = kept or ((Project(kind="project"),) if config.protect else ())
+    return config.model_copy(update={"adapter": Adapter(), "base": Base(), "protect": protect})

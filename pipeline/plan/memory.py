@@ -1,0 +1,264 @@
+"""Memory and disk that a config needs, by a formula, from its model's shape alone.
+
+Every term is what the code allocates (float32 has 4 bytes a number): `agcl/SPEED.md` states them.
+Not counted: Python and torch themselves, the CUDA context, and what an allocator cannot use again.
+"""
+
+import math
+from collections.abc import Sequence
+
+from pipeline.config.method import Project
+from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries, squares, total
+from pipeline.plan.shape import Shape
+
+TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
+_CHUNK = 2**24
+"""Weights of a protected step at a time on a GPU (`agcl/modulation/step.py`)."""
+_KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
+"""Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
+
+
+def peaks(setting: Setting) -> dict[str, Parts]:
+    """The parts of each kind of stage's peak; only of kinds that the config has."""
+    found = {TRAIN: train_peak(setting)}
+    if setting.config.protect:
+        found[ATTRIBUTE] = attribute_peak(setting)
+    return found | {EVALUATE: evaluate_peak(setting)}
+
+
+def train_peak(setting: Setting) -> Parts:
+    """The worst moment of the worst task: the first one, or a later one with all protections."""
+    config = setting.config
+    always = config.protect and config.base.protect != "none"
+    moments = [] if always else _training(setting, protects=False)
+    if config.protect:
+        moments += [*_training(setting, protects=True), _deciding(setting)]
+    return _largest(setting, moments)
+
+
+def trained_weights(setting: Setting, *, protects: bool) -> int:
+    """Weights with a gradient and Adam's two moments."""
+    if setting.config.adapter:
+        return entries(setting.factors)
+    only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
+    return setting.shape.linear_weights if only else setting.shape.weights
+
+
+def _training(setting: Setting, *, protects: bool) -> list[Parts]:
+    """The end of a forward pass, of a backward pass, and the optimizer's step."""
+    shape, config = setting.shape, setting.config
+    trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
+    of_trained = FLOAT if config.adapter else size  # PEFT's factors are float32.
+    frozen = trained != shape.weights
+    rows, passes = _pass(setting)
+    tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
+    half = config.training.precision == "bfloat16" and size == FLOAT
+    kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
+    checkpointing = config.training.activation_checkpointing
+    # The backward pass begins with gradients of what its first layer kept.
+    activations = kept * (shape.layers + 1)
+    if checkpointing:
+        activations = 2 * kept + FLOAT * tokens * shape.width * shape.layers
+    activations += 3 * FLOAT * tokens * shape.width  # Embeddings and the last norm.
+    held = [
+        *_model(setting, gathered=True),
+        Part("Adam", 2 * of_trained * trained // setting.shards),
+        *(_protection(setting) if protects else ()),
+    ]
+    if half:
+        held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
+    gradients = Part("gradients", of_trained * trained // setting.shards)
+    passing = [Part("activations", activations), Part("logits", _logits(shape, answers, 3))]
+    several = passes > 1
+    temporary = max(out * width for out, width in shape.linears)
+    if not frozen:  # A tied matrix gets two gradients, which are added in a third.
+        temporary = max(temporary, (1 + several) * shape.vocabulary * shape.width)
+    layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
+    copies = max(out * width for out, width in setting.protected) if protects else 0
+    copies += _CHUNK * (setting.on_gpu and protects)
+    summed = trained if setting.ranks > 1 and setting.shards == 1 else 0
+    return [
+        (*held, *passing, *((gradients,) if several else ())),
+        (*held, gradients, *layer),
+        (*held, gradients, Part("gradients summed over workers", of_trained * summed)),
+        (*held, gradients, Part("copies of a step", 2 * FLOAT * copies)),
+    ]
+
+
+def _pass(setting: Setting) -> tuple[int, int]:
+    """Rows of the largest forward pass of a training step, and passes of a worker per step."""
+    training, ranks = setting.config.training, setting.ranks
+    rows = min(training.batch_size, max(1, training.max_tokens // setting.row.tokens))
+    rows = min(rows, training.micro_batch_size or math.ceil(training.batch_size / ranks))
+    return rows, math.ceil(training.batch_size / (rows * ranks))
+
+
+def _cast(setting: Setting, checkpointing: bool) -> int:
+    """Weights that autocast copies: those of every linear layer, on each worker.
+
+    They are kept for the backward pass, and those of trained weights while autocast lasts.
+    """
+    shape = setting.shape
+    if setting.config.adapter and checkpointing:
+        return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
+    return shape.linear_weights + shape.vocabulary * shape.width
+
+
+def _model(setting: Setting, *, gathered: bool) -> list[Part]:
+    """The model: a shard of it and, of a sharded one, what a worker gathers while it computes."""
+    shape, size = setting.shape, setting.weight_bytes
+    parts = [Part("weights", size * shape.weights // setting.shards)]
+    if setting.config.adapter:
+        parts.append(Part("adapter", FLOAT * entries(setting.factors)))
+    if setting.shards > 1:
+        # This layer and the next, and embeddings and head; with gradients as large.
+        largest = 2 * shape.layer_weights + shape.embeddings
+        parts.append(Part("gathered layers", (1 + gathered) * size * largest))
+        parts.append(Part("the whole model while it loads", size * shape.weights, on_host=True))
+    return parts
+
+
+def _protection(setting: Setting) -> list[Part]:
+    """What the items of `protect` hold while a task is trained."""
+    parts, count = [], entries(setting.protected)
+    kinds = {item.kind for item in setting.config.protect}
+    if "project" in kinds:
+        bases = _bases(setting)
+        parts.append(Part("bases", bases))
+        parts += [Part("bases in main memory", bases, on_host=True)] * setting.on_gpu
+    if "gate" in kinds:
+        parts.append(Part("gates", count // setting.shards))
+        parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
+    if "penalty" in kinds:
+        parts.append(Part("anchors and importance", 2 * FLOAT * count // setting.shards))
+    if kinds - {"penalty"}:
+        parts.append(Part("weights before the task", FLOAT * _projected(setting), on_host=True))
+    return parts
+
+
+def _deciding(setting: Setting) -> Parts:
+    """Before a task: the moments of one layer are summed and decomposed, in float64 and float32."""
+    projects = any(isinstance(item, Project) for item in setting.config.protect)
+    widest = max(width for _, width in setting.protected) if projects else 0
+    known = _bases(setting) if setting.config.base.protect != "none" else 0
+    return (
+        *_model(setting, gathered=False),
+        Part("bases", known + _bases(setting), on_host=True),
+        Part("moments of a layer", (36 if known else 28) * widest**2),
+    )
+
+
+def attribute_peak(setting: Setting) -> Parts:
+    """The end of a forward pass, or the end, when results are beside what they are made from."""
+    shape, config = setting.shape, setting.config
+    importance, row = config.importance, setting.row
+    sharing = setting.ranks if setting.shards > 1 or importance.split == "layers" else 1
+    shares = [setting.protected[rank::sharing] for rank in range(sharing)]
+    projection = next((p for p in config.protect if isinstance(p, Project)), None)
+    moments = max(map(squares, shares)) if projection else 0
+    own = max(map(entries, shares)) if config.measures_entries else 0
+    per_value = HALF if importance.running_values == "bfloat16" else FLOAT
+    averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")
+    running = per_value * (importance.top_k or 1) * own if averages else FLOAT * own
+    tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
+    hooks = shape.held_by_hooks(tokens)
+    layer = shape.kept_by_attribution(tokens, row.tokens) + hooks
+    held = [
+        *_model(setting, gathered=False),
+        Part("moments", FLOAT * moments),
+        Part("running values", running),
+    ]
+    # The last batch's graph is alive, with all that it keeps if no backward pass emptied it.
+    backward = own or (projection and projection.weighting == "relevance")
+    before = (hooks if backward else layer) * shape.layers
+    last = Part("activations of the last batch", before)
+    results = Part("results", FLOAT * (moments + own))
+    whole = 0
+    if sharing > 1:  # Every worker gets all layers' results, in main memory.
+        whole = FLOAT * squares(setting.protected) * bool(projection)
+        whole += FLOAT * entries(setting.protected) * bool(own)
+    return _largest(
+        setting,
+        [
+            (
+                *held,
+                Part("activations", layer * (shape.layers + bool(backward))),
+                last,
+                Part("logits", _logits(shape, answers, 2)),
+            ),
+            (*held, last, results, Part("results of all workers", whole, on_host=True)),
+        ],
+    )
+
+
+def evaluate_peak(setting: Setting) -> Parts:
+    """Scoring the tasks, or comparing with the base model, a second model in memory."""
+    shape, config, row = setting.shape, setting.config, setting.row
+    half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
+    rows = config.evaluation.batch_size
+    cast = HALF * (shape.linear_weights + shape.vocabulary * shape.width) * half
+    model = [*_model(setting, gathered=False), Part("bfloat16 copies", cast)]
+    compared = max(_KL_TOKENS, row.tokens)
+    shares_base = config.adapter is not None and not config.adapter.merge
+    base = [] if shares_base else _model(setting, gathered=False)[:1]
+    comparing = _logits(shape, 2 * _KL_ANSWERS + 4 * _KL_PART, 1)
+    second = [Part("the base model", part.size) for part in base]
+    second += [Part("its bfloat16 copies", cast)] * bool(base)
+    return _largest(
+        setting,
+        [
+            (
+                *model,
+                Part("activations", shape.passing(rows * row.tokens, half=half)),
+                Part("logits", _logits(shape, rows * row.answer, 1)),
+            ),
+            (
+                *model,
+                *second,
+                Part("activations", shape.passing(compared, half=half)),
+                Part("logits", comparing),
+            ),
+        ],
+    )
+
+
+def disk_per_task(setting: Setting) -> Parts:
+    """What a task leaves in the storage, and a checkpoint while it is trained."""
+    config = setting.config
+    saves_model = not config.adapter or config.adapter.merge
+    trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
+    moments = any(isinstance(item, Project) for item in config.protect)
+    importance = FLOAT * squares(setting.protected) * moments
+    importance += HALF * entries(setting.protected) * config.measures_entries
+    size = FLOAT if config.adapter else setting.weight_bytes
+    return (
+        Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
+        Part("adapter", FLOAT * entries(setting.factors)),
+        Part("importance", importance * bool(config.protect)),
+        Part("checkpoint", 3 * size * trained * bool(config.resources.checkpoint_minutes)),
+    )
+
+
+def _largest(setting: Setting, moments: Sequence[Parts]) -> Parts:
+    """The moment with the largest total; its parts that are not zero."""
+    largest = max(moments, key=lambda parts: total(parts, on_gpu=setting.on_gpu))
+    return tuple(part for part in largest if part.size)
+
+
+def _bases(setting: Setting) -> int:
+    """Bytes of the protected directions: `directions` x in² of every projected weight."""
+    of = setting.protected
+    if setting.config.adapter and setting.config.adapter.fresh:
+        of = setting.factors[::2]
+    return int(FLOAT * setting.directions * squares(of))
+
+
+def _projected(setting: Setting) -> int:
+    """Weights that a gate or a projection acts on: of fresh factors only A."""
+    adapter = setting.config.adapter
+    return entries(setting.factors[::2] if adapter and adapter.fresh else setting.protected)
+
+
+def _logits(shape: Shape, answers: int, copies: int) -> int:
+    """Bytes of logits of answer tokens, with so many copies alive in float32."""
+    return FLOAT * answers * shape.vocabulary * (copies + shape.capped_logits)

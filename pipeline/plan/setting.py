@@ -1,0 +1,96 @@
+"""What a prediction of memory is made for, and the parts that it is made of."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.config.config import Config
+from pipeline.config.weights import loaded_dtype
+from pipeline.plan.shape import Shape
+
+FLOAT, HALF = 4, 2
+"""Bytes of a number."""
+_DIRECTIONS = 0.5
+"""Share of a layer's input directions that are protected, which depends on the data. An upper
+guess: the most that `agcl/RESULTS.md` states is a third, the base model alone at energy 0.9."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a stage's peak."""
+
+    name: str
+    size: int
+    """Bytes."""
+    on_host: bool = False
+    """Whether it lies in main memory even if the model is on a GPU."""
+
+
+Parts = tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The longest row: all its tokens, and those of its answer."""
+
+    tokens: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a prediction is made for."""
+
+    shape: Shape
+    config: Config
+    row: Row
+    directions: float = _DIRECTIONS
+
+    @property
+    def ranks(self) -> int:
+        """Workers."""
+        return self.config.resources.num_workers
+
+    @property
+    def shards(self) -> int:
+        """Workers that share the model."""
+        return self.ranks if self.config.resources.shard_model else 1
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers have a GPU."""
+        return self.config.resources.gpus_per_worker > 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight in memory."""
+        return HALF if loaded_dtype(self.config.model) == "bfloat16" else FLOAT
+
+    @property
+    def protected(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of the weights that are attributed and protected: LoRA's factors, if any."""
+        adapter = self.config.adapter
+        if adapter is None or adapter.fresh:  # Measured on the merged model.
+            return self.shape.linears
+        return self.factors
+
+    @property
+    def factors(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of LoRA's factors A and B of every layer."""
+        rank = self.config.adapter.rank if self.config.adapter else 0
+        pairs = (((rank, width), (out, rank)) for out, width in self.shape.linears)
+        return tuple(factor for pair in pairs for factor in pair)
+
+
+def total(parts: Iterable[Part], *, on_gpu: bool) -> int:
+    """Bytes of a worker's memory, or of its GPU's."""
+    return sum(part.size for part in parts if not (on_gpu and part.on_host))
+
+
+def squares(linears: Iterable[tuple[int, int]]) -> int:
+    """Σ in² of (out, in)."""
+    return sum(width**2 for _, width in linears)
+
+
+def entries(linears: Iterable[tuple[int, int]]) -> int:
+    """Weights of layers of (out, in)."""
+    return sum(out * width for out, width in linears)

@@ -1,0 +1,124 @@
+"""Memory by the formula: what its terms are, and what to change where a stage does not fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench.sizes import METHODS, setting_of, shape_named, table
+
+import agcl
+from pipeline.plan.fitting import fits, on_device, remedy
+from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.setting import Row, Setting, total
+
+GB = 10**9
+SPEED = Path(agcl.__file__).with_name("SPEED.md")
+
+
+@pytest.fixture(scope="module")
+def large():
+    return shape_named("Llama-3.2-1B")
+
+
+def sizes(setting, kind):
+    return {part.name: part.size for part in peaks(setting)[kind]}
+
+
+def with_section(setting, section, **changes):
+    of_section = getattr(setting.config, section).model_copy(update=changes)
+    return replace(setting, config=setting.config.model_copy(update={section: of_section}))
+
+
+def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
+    assert large.weights == 1_235_814_400
+    setting = with_section(setting_of(large, "sequential"), "training", batch_size=64)
+    parts = sizes(setting, "train")
+    assert parts["weights"] + parts["gradients"] + parts["Adam"] == 16 * large.weights
+    assert parts["bfloat16 copies"] == 2 * (large.linear_weights + 128256 * 2048)
+
+
+def test_moments_take_four_bytes_per_pair_of_inputs_and_twice_that_at_the_end(large):
+    setting = replace(setting_of(large, "agcl"), row=Row(8, 2))
+    parts, moments = sizes(setting, "attribute"), 4 * 16 * (6 * 2048**2 + 8192**2)
+    assert parts["moments"] == parts["results"] == moments
+    assert {part.name: part.size for part in disk_per_task(setting)}["importance"] == moments
+
+
+def test_entries_take_top_k_values_per_weight(large):
+    setting = with_section(setting_of(large, "gate"), "importance", top_k=4)
+    assert sizes(setting, "attribute")["running values"] == 16 * large.linear_weights
+    halved = with_section(setting, "importance", running_values="bfloat16")
+    assert sizes(halved, "attribute")["running values"] == 8 * large.linear_weights
+
+
+def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):
+    parts = sizes(setting_of(large, "lora"), "train")
+    factors = sum(8 * (out + width) for out, width in large.linears)
+    assert parts["Adam"] == 8 * factors
+    assert parts["adapter"] == 4 * factors
+    assert parts["weights"] == 4 * large.weights
+
+
+def test_workers_share_weights_gradients_and_adam_of_a_sharded_model(large):
+    one, eight = (sizes(setting_of(large, "sequential", n), "train") for n in (1, 8))
+    assert eight["weights"] == one["weights"] // 8
+    assert eight["Adam"] == one["Adam"] // 8
+    assert "gathered layers" in eight
+
+
+def test_recomputed_activations_and_smaller_passes_take_less(large):
+    setting = setting_of(large, "sequential")
+    at_once = sizes(setting, "train")["activations"]
+    smaller = with_section(setting, "training", max_tokens=2048)
+    assert sizes(smaller, "train")["activations"] == at_once // 4
+    recomputed = with_section(setting, "training", activation_checkpointing=True)
+    assert on_device(recomputed, "train") < on_device(setting, "train") - at_once // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_advised_fits_and_the_cheapest_is_advised_first(large, method):
+    setting = setting_of(large, method)
+    for kind in peaks(setting):
+        for size in (8, 16, 24, 40, 80):
+            if fits(setting, kind, size * GB):
+                continue
+            said = remedy(setting, kind, size * GB)
+            if said and "method=" not in said:
+                changed = setting
+                for each in said.split():
+                    key, _, value = each.partition("=")
+                    section, _, name = key.partition(".")
+                    known = {"true": True, "false": False}
+                    given = known.get(value, int(value) if value.isdecimal() else value)
+                    changed = with_section(changed, section, **{name: given})
+                assert fits(changed, kind, size * GB), said
+    train = on_device(setting, "train")
+    assert remedy(setting, "train", train).startswith("training.max_tokens=4096")
+
+
+def test_a_model_too_large_for_one_gpu_is_shared_by_as_few_workers_as_it_takes():
+    setting = setting_of(shape_named("Llama-3.1-8B"), "sequential")
+    said = remedy(setting, "evaluate", 60 * GB)
+    assert said.startswith("resources.shard_model=true resources.num_workers=4")
+    assert not fits(setting, "train", 80 * GB)
+    assert fits(setting_of(setting.shape, "sequential", 8), "train", 80 * GB)
+    # Nothing is cheaper than an adapter where smaller passes do not help.
+    assert remedy(setting, "train", 70 * GB).startswith("method=lora ")
+
+
+def test_a_gpu_holds_only_what_lies_on_it(large):
+    setting = setting_of(large, "agcl")
+    for parts in peaks(setting).values():
+        host = sum(part.size for part in parts if part.on_host)
+        assert total(parts, on_gpu=False) == total(parts, on_gpu=True) + host
+
+
+def test_longer_rows_take_more(large):
+    setting = setting_of(large, "agcl")
+    short = Setting(large, setting.config, Row(64, 16))
+    for kind in ("train", "attribute"):  # Comparing with the base model has a limit of its own.
+        assert on_device(short, kind) < on_device(setting, kind)
+
+
+def test_the_table_in_the_documents_is_what_the_formula_gives():
+    assert table() in SPEED.read_text(encoding="utf-8")
