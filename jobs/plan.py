@@ -14,7 +14,7 @@ from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
 from pipeline.config.config import Resources
 from pipeline.config.row_lengths import longest_row
-from pipeline.config.usual import unusual
+from pipeline.config.usual import count_text, unusual
 from pipeline.estimate import Needs, estimate
 from pipeline.plan.fitting import USABLE, fits, on_device, remedy
 from pipeline.plan.memory import disk_per_task, peaks
@@ -91,7 +91,7 @@ def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
         )
     row = setting.row
     yield (
-        f"predicted for {setting.shape.weights / 1e9:.2g} billion weights and rows of up to "
+        f"predicted for {count_text(setting.shape.weights)} weights and rows of up to "
         f"{row.tokens} tokens, {row.answer} of them answers (agcl/SPEED.md has the formula):"
     )
     where = "on the GPU" if setting.on_gpu else "beyond Python's own"

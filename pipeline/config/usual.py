@@ -38,7 +38,7 @@ def unusual(config: Config, num_weights: int) -> list[str]:
     lora = config.adapter is not None
     others = usual(num_weights, lora=lora)
     rate, epochs = config.training.learning_rate, config.training.epochs
-    what = f"{'LoRA' if lora else 'full fine-tuning'} of {_count(num_weights)} weights"
+    what = f"{'LoRA' if lora else 'full fine-tuning'} of {count_text(num_weights)} weights"
     found = []
     (low, high), (_, most) = others.rates, others.epochs
     if not low / 2 <= rate <= 2 * high:
@@ -61,7 +61,8 @@ def rate_text(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _count(number: int) -> str:
+def count_text(number: int) -> str:
+    """A number of weights: 134 million, 1.24 billion."""
     for size, name in ((1_000_000_000, "billion"), (1_000_000, "million")):
         if number >= size:
             return f"{number / size:.3g} {name}"
