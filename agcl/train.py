@@ -80,7 +80,6 @@ def train_task(
                 max_rows=micro_batch_size,
                 max_tokens=max_tokens,
                 packing=packing,
-                ranks=distributed.world_size(),
             )
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()

@@ -98,16 +98,13 @@ def micro_batches(
     max_rows: int | None = None,
     max_tokens: int | None = None,
     packing: bool = False,
-    ranks: int = 1,
 ) -> list[list[int]]:
     """Row indices of a batch's forward passes; rows of similar length share one.
 
     A pass has at most `max_rows` rows and `max_tokens` tokens, counting the padding unless rows are
-    packed; a longer row is alone. Without `max_rows` there are as many passes as `ranks`, if there
-    are so many rows, so that no rank is idle.
+    packed; a longer row is alone. The number of ranks has no part in it: other passes would round
+    otherwise, and the same config would give other numbers on other machines.
     """
-    if max_rows is None:
-        max_rows = math.ceil(len(lengths) / ranks)
     passes: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):

@@ -61,11 +61,10 @@ class Training(Section):
     """Rows per optimizer step, over all workers."""
     max_tokens: Positive = 8192
     """Maximum tokens per forward pass of a worker, padding included; a longer row is alone. Sets
-    how much memory activations take. Changes results by rounding only."""
+    how much memory activations take. Workers take a batch's micro-batches in turn, so with W
+    workers keep it below a W-th of a batch. Changes results by rounding only."""
     micro_batch_size: Positive | None = None
-    """Maximum rows per forward pass as well; null: as many as `max_tokens` allow, and on several
-    workers at least one micro-batch for each. With a number, results do not depend on the number of
-    workers even by rounding."""
+    """Maximum rows per forward pass as well; null: as many as `max_tokens` allow."""
     weight_decay: float = Field(0.01, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     precision: Precision = "float32"

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from agcl.model import models
+from agcl.parallel import distributed
 from agcl.tasks import TRAIN, EncodedRows, Rows, sample
+from agcl.tasks.batches import micro_batches, shuffled
 from torch.utils.data import ConcatDataset, Subset
 
 from pipeline.stages.context import Context
@@ -43,6 +45,7 @@ def train(
     of the weights.
     """
     rows = _rows(config, inputs)
+    _warn_of_idle_workers(config, rows, context)
     if config["adapter"]:
         train_adapter(config, inputs, out_dir, context, rows)
         return
@@ -55,6 +58,24 @@ def train(
     end = rows[0].input_ids[-1]
     models.save(model, models.load_tokenizer(inputs["model"]), out_dir, end=end)
     context.hold_model(model, context.folder)
+
+
+def _warn_of_idle_workers(config: Mapping[str, Any], rows: Rows, context: Context) -> None:
+    workers = distributed.world_size()
+    if workers == 1 or not context.is_first_worker:
+        return
+    first = next(shuffled(len(rows), config["batch_size"], seed=config["seed"], epoch=0))
+    passes = micro_batches(
+        [len(rows[i].input_ids) for i in first],
+        max_rows=config["micro_batch_size"],
+        max_tokens=config["max_tokens"],
+        packing=config["packing"],
+    )
+    if len(passes) < workers:
+        context.warn(
+            f"a batch is {len(passes)} micro-batches, so only as many of the {workers} workers "
+            "compute: lower training.max_tokens or training.micro_batch_size"
+        )
 
 
 def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:

@@ -122,12 +122,11 @@ def test_micro_batches_by_tokens_train_alike_and_stay_below_the_maximum(monkeypa
     assert losses(second) == pytest.approx(losses(first), rel=1e-5)
 
 
-def test_a_row_longer_than_the_maximum_is_alone_and_every_rank_has_a_micro_batch():
+def test_a_row_longer_than_the_maximum_is_alone():
     assert micro_batches([9, 2, 3, 2], max_tokens=6) == [[1, 3], [2], [0]]
     assert micro_batches([9, 2, 3, 2], max_tokens=7, packing=True) == [[1, 3, 2], [0]]
-    assert micro_batches([1, 1, 1, 1, 1], ranks=2) == [[0, 1, 2], [3, 4]]
-    assert micro_batches([1, 1], ranks=3) == [[0], [1]]
-    assert micro_batches([3, 1, 2], max_rows=2, ranks=3) == [[1, 2], [0]]
+    assert micro_batches([3, 1, 2], max_rows=2) == [[1, 2], [0]]
+    assert micro_batches([3, 1, 2]) == [[1, 2, 0]]
 
 
 def test_every_step_has_its_speed_and_memory(llama):

@@ -526,7 +526,7 @@ def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page):
     of_agcl = [run(seed=0, checks=checks, config_yaml="protect: [{kind: gate}, {kind: project}]",
                    **FEW)]  # fmt: skip
     line = ("protection leaves less than half of the input directions of 2 of 3 layers for later "
-            "tasks (most: lm_head, 0.70); lower protect.1.energy")  # fmt: skip
+            "tasks (most: lm_head, 70% taken); lower protect.1.energy")  # fmt: skip
     assert crowded(of_agcl) == [line]
     seen = page(*of_agcl)
     assert f"Warning: {line}." in seen.text
