@@ -117,7 +117,7 @@ def _explained(model: str, revision: str) -> Iterator[None]:
 
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Its transport's errors have no common type.
         # A full disk is an OSError with a number, and no matter of the hub.
         of_hub = isinstance(error, OSError) and error.errno is None
         of_hub |= isinstance(error, HfHubHTTPError | HFValidationError | RevisionResolutionError)

@@ -188,9 +188,16 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
         node = node[place]
         if not isinstance(node, dict | list):
             raise InputError(f"{key}: {part} is not a section")
-    if isinstance(node, dict) and last in _KINDS and node.get(last, value) != value:
+    if isinstance(node, dict) and last in _KINDS and not _alike(last, node.get(last, value), value):
         node.clear()  # The other keys belong to the old kind.
     node[_place(node, last, key)] = value
+
+
+def _alike(key: str, old: Any, new: Any) -> bool:
+    """Whether two kinds have the same section, so that its other keys fit both."""
+    fields = (section.model_fields.get(key) for section in _sections())
+    kinds = [get_args(field.annotation) for field in fields if field]
+    return old == new or any(old in each and new in each for each in kinds)
 
 
 def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:

@@ -1,6 +1,6 @@
 """The sections of tasks that users bring: files, or what the library `datasets` loads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,26 +64,6 @@ class Rendering(Section):
         format = str(getattr(self, "format", ""))
         return self.layout or (format if format in LAYOUTS else TEMPLATE)
 
-    def are_conversations(self, tasks: Sequence["OwnTask"]) -> bool:
-        """Whether a task's layout is always one of conversations."""
-        return any((task.layout or self._layout) in ("messages", "sharegpt") for task in tasks)
-
-    def check_layouts(self, tasks: Sequence["OwnTask"]) -> None:
-        """Raise `ValueError` for a template that no layout uses, or a layout against the format."""
-        format = str(getattr(self, "format", ""))
-        if format in LAYOUTS and self._layout != format:
-            raise ValueError(f"layout: format {format} is a layout itself; leave it out")
-        layouts = [task.layout or self._layout for task in tasks]
-        for key in ("prompt", "answer"):
-            changed = getattr(self, key) != Rendering.model_fields[key].default
-            if changed and TEMPLATE not in layouts:
-                raise ValueError(f"{key}: layout {layouts[0]} has no templates; leave it out")
-            for number, (task, layout) in enumerate(zip(tasks, layouts, strict=True)):
-                if getattr(task, key) is not None and layout != TEMPLATE:
-                    raise ValueError(
-                        f"sequence.{number}.{key}: layout {layout} has no templates; leave it out"
-                    )
-
 
 class OwnTask(Section):
     """One task. Its layout, prompt, answer and scorer default to those of the section."""
@@ -92,6 +72,37 @@ class OwnTask(Section):
     prompt: Template | None = None
     answer: Template | None = None
     scorer: str | None = None
+
+
+class OwnTasks(TaskSection, Rendering):
+    """Tasks that users bring."""
+
+    sequence: tuple[OwnTask, ...] = Field(min_length=1)
+    """Tasks in training order."""
+
+    @property
+    def has_conversations(self) -> bool:
+        """By the chat template, or by a task's layout."""
+        layouts = (task.layout or self._layout for task in self.sequence)
+        return self.chat_template or any(name in ("messages", "sharegpt") for name in layouts)
+
+    @model_validator(mode="after")
+    def _check_layouts(self) -> "OwnTasks":
+        """Refuse a template that no layout uses, and a layout against the format."""
+        format = str(getattr(self, "format", ""))
+        if format in LAYOUTS and self._layout != format:
+            raise ValueError(f"layout: format {format} is a layout itself; leave it out")
+        layouts = [task.layout or self._layout for task in self.sequence]
+        for key in ("prompt", "answer"):
+            changed = getattr(self, key) != Rendering.model_fields[key].default
+            if changed and TEMPLATE not in layouts:
+                raise ValueError(f"{key}: layout {layouts[0]} has no templates; leave it out")
+            for number, (task, layout) in enumerate(zip(self.sequence, layouts, strict=True)):
+                if getattr(task, key) is not None and layout != TEMPLATE:
+                    raise ValueError(
+                        f"sequence.{number}.{key}: layout {layout} has no templates; leave it out"
+                    )
+        return self
 
 
 class FileTask(OwnTask):
@@ -124,7 +135,7 @@ class FileTask(OwnTask):
         return {split: path for split, path in given.items() if path is not None}
 
 
-class FileTasks(TaskSection, Rendering):
+class FileTasks(OwnTasks):
     """Your own tasks in files, by the type of file, or by the layout of their records.
 
     `jsonl` is one object per line, or one list. With a layout the file's name tells its type.
@@ -133,16 +144,6 @@ class FileTasks(TaskSection, Rendering):
     format: Literal[(*records.FORMATS, *LAYOUTS)]  # type: ignore[valid-type]
     sequence: tuple[FileTask, ...] = Field(min_length=1)
     """Tasks in training order."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "FileTasks":
-        self.check_layouts(self.sequence)
-        return self
-
-    @property
-    def has_conversations(self) -> bool:
-        """By the chat template, or by a task's layout."""
-        return self.chat_template or self.are_conversations(self.sequence)
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """Each task has a folder, or a file per split."""
@@ -182,22 +183,12 @@ class HuggingFaceTask(OwnTask):
     validation: str | None = None
 
 
-class HuggingFaceTasks(TaskSection, Rendering):
+class HuggingFaceTasks(OwnTasks):
     """Datasets from the Hugging Face hub or from local folders."""
 
     format: Literal["huggingface"]
     sequence: tuple[HuggingFaceTask, ...] = Field(min_length=1)
     """Tasks in training order."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "HuggingFaceTasks":
-        self.check_layouts(self.sequence)
-        return self
-
-    @property
-    def has_conversations(self) -> bool:
-        """By the chat template, or by a task's layout."""
-        return self.chat_template or self.are_conversations(self.sequence)
 
     def sources(self, config: "Config") -> Iterator[Source]:
         """A local folder is an input, whose contents count; a name on the hub is a setting."""

@@ -6,6 +6,7 @@ from agcl.errors import InputError
 from pipeline.config import loading, yaml12
 from pipeline.config.method import Base, Gate, Project
 from pipeline.config.presets import METHODS
+from pipeline.config.tasks import FactsTasks
 
 FULL = """
 name: mine
@@ -351,3 +352,16 @@ def test_braces_without_quotes_are_explained(tmp_path):
     text = "tasks: {format: jsonl, sequence: [{path: a}], answer: {answer}}\n"
     with pytest.raises(InputError, match=r"tasks.answer: .*braces needs quotes in YAML"):
         loading.load(write(tmp_path, text))
+
+
+def test_another_format_of_files_keeps_the_sequence_and_a_benchmark_does_not(tmp_path):
+    file = tmp_path / "config.yaml"
+    task = {"name": "mine", "train": "rows.json"}
+    tasks = {"format": "jsonl", "max_length": 99, "sequence": [task]}
+    file.write_text(yaml.safe_dump({"method": "sequential", "tasks": tasks}))
+    changed = loading.load(file, ["tasks.format=alpaca"]).tasks
+    assert (changed.format, changed.max_length, changed.sequence[0].name) == ("alpaca", 99, "mine")
+    assert loading.load(file, ["tasks.format=facts"]).tasks == FactsTasks()
+    for value in ("[alpaca]", "{a: 1}"):
+        with pytest.raises(InputError, match=r"tasks\.format: must be one of"):
+            loading.load(file, [f"tasks.format={value}"])
