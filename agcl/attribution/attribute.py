@@ -28,6 +28,10 @@ Split = Literal["samples", "layers"]
 """How attribution is distributed over ranks."""
 
 
+SKETCH = 4096
+"""Columns of a wide input's sketch."""
+
+
 class NoCorrectAnswer(ValueError):
     """The model answers no row correctly, and only correct answers were asked for."""
 
@@ -47,7 +51,7 @@ def attribute(
     running_values: Precision = "float32",
     precision: Precision = "float32",
     keep: float = 0.95,
-    sketch: int = 4096,
+    sketch: int = SKETCH,
     log: Callable[[int], None] = lambda rows_done: None,
 ) -> Importance:
     """Attribute the answers in all ranks' batches to the weights of the linear layers.

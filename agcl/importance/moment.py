@@ -78,6 +78,11 @@ def of_factor(factor: Tensor, trace: float, *, keep: float) -> Moment:
     return _cut(vectors, values[:real], trace, keep)
 
 
+def most_directions(width: int) -> int:
+    """How many directions of an input are kept at most, unless all are."""
+    return max(_FEWEST, width // 4)
+
+
 def summed(moments: Sequence[Moment], *, keep: float) -> Moment:
     """The sum of moments of one input, cut again. The errors of the parts and of the cut add up.
 
@@ -125,8 +130,7 @@ def _cut(directions: Tensor, energies: Tensor, trace: float, keep: float) -> Mom
     trace = max(trace, float(energies.sum()))  # Unequal by rounding.
     rank = len(energies)
     if keep < 1:
-        most = max(_FEWEST, len(directions) // 4)
-        rank = min(_fewest(energies, keep * trace), most)
+        rank = min(_fewest(energies, keep * trace), most_directions(len(directions)))
     return Moment(directions[:, :rank].contiguous(), energies[:rank].contiguous(), trace)
 
 

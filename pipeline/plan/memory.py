@@ -8,7 +8,18 @@ import math
 from collections.abc import Sequence
 
 from pipeline.config.method import Project
-from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries, squares, total
+from pipeline.plan.nodes import sums_moments
+from pipeline.plan.setting import (
+    FLOAT,
+    HALF,
+    Part,
+    Parts,
+    Setting,
+    entries,
+    kept_columns,
+    summed_columns,
+    total,
+)
 from pipeline.plan.shape import Shape
 
 TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
@@ -137,14 +148,15 @@ def _protection(setting: Setting) -> list[Part]:
 
 
 def _deciding(setting: Setting) -> Parts:
-    """Before a task: the moments of one layer are summed and decomposed, in float64 and float32."""
+    """Before a task: each input's moment loses the base's directions, in float64."""
     projects = any(isinstance(item, Project) for item in setting.config.protect)
-    widest = max(width for _, width in setting.protected) if projects else 0
+    widest = max(setting.inputs) if projects else 0
+    kept = kept_columns(widest, setting.config.importance.keep)
     known = _bases(setting) if setting.config.base.protect != "none" else 0
     return (
         *_model(setting, gathered=False),
         Part("bases", known + _bases(setting), on_host=True),
-        Part("moments of a layer", (36 if known else 28) * widest**2),
+        Part("an input's moment", 2 * FLOAT * (5 if known else 1) * widest * kept),
     )
 
 
@@ -154,41 +166,55 @@ def attribute_peak(setting: Setting) -> Parts:
     importance, row = config.importance, setting.row
     sharing = setting.ranks if setting.shards > 1 or importance.split == "layers" else 1
     shares = [setting.protected[rank::sharing] for rank in range(sharing)]
+    of_rank = [setting.inputs[rank::sharing] for rank in range(sharing)]
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
-    moments = max(map(squares, shares)) if projection else 0
+    moments = max(map(_summed, of_rank)) if projection else 0
     own = max(map(entries, shares)) if config.measures_entries else 0
     per_value = HALF if importance.running_values == "bfloat16" else FLOAT
     averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")
     running = per_value * (importance.top_k or 1) * own if averages else FLOAT * own
     tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
-    hooks = shape.held_by_hooks(tokens)
-    layer = shape.kept_by_attribution(tokens, row.tokens) + hooks
+    hooks = shape.held_by_hooks(tokens, entries=bool(own))
+    backward = own or (projection and projection.weighting == "relevance")
+    layer = shape.passing(tokens, half=False)
+    if backward:
+        layer = shape.kept_by_attribution(tokens, row.tokens) + hooks
+    activations = layer * (shape.layers + 1) if backward else layer
+    if not backward and importance.correct_only:  # Inputs wait until it is known which rows count.
+        activations += hooks * shape.layers
     held = [
         *_model(setting, gathered=False),
         Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
-    # The last batch's graph is alive, with all that it keeps if no backward pass emptied it.
-    backward = own or (projection and projection.weighting == "relevance")
-    before = (hooks if backward else layer) * shape.layers
-    last = Part("activations of the last batch", before)
-    results = Part("results", FLOAT * (moments + own))
-    whole = 0
-    if sharing > 1:  # Every worker gets all layers' results, in main memory.
-        whole = FLOAT * squares(setting.protected) * bool(projection)
-        whole += FLOAT * entries(setting.protected) * bool(own)
+    directions = FLOAT * _kept(setting) * bool(projection)
+    results = [Part("results", FLOAT * own), Part("directions", directions, on_host=True)]
+    if sharing > 1 and own:  # Every worker gets all layers' results, in main memory.
+        whole = FLOAT * entries(setting.protected)
+        results.append(Part("results of all workers", whole, on_host=True))
+    widest = max(map(summed_columns, setting.inputs)) if projection else 0
     return _largest(
         setting,
         [
             (
                 *held,
-                Part("activations", layer * (shape.layers + bool(backward))),
-                last,
+                Part("activations", activations),
                 Part("logits", _logits(shape, answers, 2)),
             ),
-            (*held, last, results, Part("results of all workers", whole, on_host=True)),
+            (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),
         ],
     )
+
+
+def _summed(widths: Sequence[int]) -> int:
+    """Numbers that attribution sums for inputs."""
+    return sum(width * summed_columns(width) for width in widths)
+
+
+def _kept(setting: Setting) -> int:
+    """Numbers of all inputs' directions, at most."""
+    keep = setting.config.importance.keep
+    return sum(width * kept_columns(width, keep) for width in setting.inputs)
 
 
 def evaluate_peak(setting: Setting) -> Parts:
@@ -228,7 +254,8 @@ def disk_per_task(setting: Setting) -> Parts:
     saves_model = not config.adapter or config.adapter.merge
     trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
     moments = any(isinstance(item, Project) for item in config.protect)
-    importance = FLOAT * squares(setting.protected) * moments
+    files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
+    importance = files * HALF * _kept(setting) * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
     size = FLOAT if config.adapter else setting.weight_bytes
     return (
@@ -246,11 +273,8 @@ def _largest(setting: Setting, moments: Sequence[Parts]) -> Parts:
 
 
 def _bases(setting: Setting) -> int:
-    """Bytes of the protected directions: `directions` x in² of every projected weight."""
-    of = setting.protected
-    if setting.config.adapter and setting.config.adapter.fresh:
-        of = setting.factors[::2]
-    return int(FLOAT * setting.directions * squares(of))
+    """Bytes of the protected directions: `directions` x in² of every input."""
+    return int(FLOAT * setting.directions * sum(width**2 for width in setting.inputs))
 
 
 def _projected(setting: Setting) -> int:

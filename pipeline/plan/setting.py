@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from agcl.attribution.attribute import SKETCH
+from agcl.importance.moment import most_directions
+
 from pipeline.config.config import Config
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.shape import Shape
@@ -74,6 +77,15 @@ class Setting:
         return self.factors
 
     @property
+    def inputs(self) -> tuple[int, ...]:
+        """Widths of the inputs that these weights read, those that several read once."""
+        widths = self.shape.inputs * self.shape.layers
+        adapter = self.config.adapter
+        if adapter is None or adapter.fresh:
+            return widths
+        return (*widths, *(adapter.rank for _ in self.shape.linears))  # B reads what A makes.
+
+    @property
     def factors(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of LoRA's factors A and B of every layer."""
         rank = self.config.adapter.rank if self.config.adapter else 0
@@ -86,9 +98,14 @@ def total(parts: Iterable[Part], *, on_gpu: bool) -> int:
     return sum(part.size for part in parts if not (on_gpu and part.on_host))
 
 
-def squares(linears: Iterable[tuple[int, int]]) -> int:
-    """Σ in² of (out, in)."""
-    return sum(width**2 for _, width in linears)
+def summed_columns(width: int) -> int:
+    """Columns of what attribution sums for an input: its moment, or a sketch of a wide one."""
+    return SKETCH if width > 2 * SKETCH else width
+
+
+def kept_columns(width: int, keep: float) -> int:
+    """The most directions that are kept of an input's moment."""
+    return width if keep == 1 else min(width, most_directions(width))
 
 
 def entries(linears: Iterable[tuple[int, int]]) -> int:

@@ -94,10 +94,19 @@ class Shape:
         kept += (1 + self.is_gated) * self.inner
         return 4 * tokens * kept
 
-    def held_by_hooks(self, tokens: int) -> int:
-        """Bytes of the inputs and outputs of a layer's linear layers, which attribution holds."""
-        inputs = 2 * self.width + self.query + self.inner
-        return 4 * tokens * (inputs + sum(out for out, _ in self.of_layer))
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Widths of a layer's distinct inputs: of attention, its output, the MLP, its output."""
+        return (self.width, self.query, self.width, self.inner)
+
+    def held_by_hooks(self, tokens: int, *, entries: bool) -> int:
+        """Bytes of a layer's inputs, and of outputs: for entries all, else those of products."""
+        outputs = sum(out for out, _ in self.of_layer)
+        if not entries:  # The value, or the whole that it is a part of, and the MLP's branches.
+            whole = (1 + self.is_rotary) * self.query + 2 * self.key
+            outputs = whole if self.is_fused else self.key
+            outputs += self.is_gated * (1 + self.is_fused) * self.inner
+        return 4 * tokens * (sum(self.inputs) + outputs)
 
     def passing(self, tokens: int, *, half: bool) -> int:
         """Bytes that one layer needs for a moment in a forward pass without a backward pass."""

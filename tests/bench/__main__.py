@@ -22,6 +22,8 @@ from bench.measure import Figure, Setting, prepared_rows, random_rows
 SINGLE = {
     "attribute": figures.attribution_against_training,
     "moments": figures.moments_against_training,
+    "uniform": figures.uniform_against_forward,
+    "decompose": figures.decomposition,
     "attribute_loop": figures.attribution_against_a_loop,
     "gated_step": figures.gated_step,
     "projected_step": figures.projected_step,

@@ -295,3 +295,16 @@ def test_a_key_of_another_library_or_section_is_pointed_to(problem, key, meant):
 )
 def test_the_section_base_says_what_is_wrong(problem, settings, start):
     assert problem("", *settings).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("protect.0.energy=0.99",), "protect.0.energy: 0.99"),
+        (("base.protect=self", "base.energy=0.97"), "base.energy: 0.97"),
+        (("importance.keep=0.75", "base.energy=0.6"), "protect.0.energy: 0.8"),
+    ],
+)
+def test_more_energy_than_is_stored_is_named(problem, tmp_path, overrides, key):
+    assert f"{key} is more than importance.keep" in problem("method: agcl", *overrides)
+    assert loading.load(tmp_path / "config.yaml", [*overrides, "importance.keep=1"])

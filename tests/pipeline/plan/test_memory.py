@@ -37,11 +37,21 @@ def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
     assert parts["bfloat16 copies"] == 2 * (large.linear_weights + 128256 * 2048)
 
 
-def test_moments_take_four_bytes_per_pair_of_inputs_and_twice_that_at_the_end(large):
+def test_a_moment_takes_four_bytes_per_pair_of_inputs_and_a_quarter_of_its_directions_is_kept(
+    large,
+):
     setting = replace(setting_of(large, "agcl"), row=Row(8, 2))
-    parts, moments = sizes(setting, "attribute"), 4 * 16 * (6 * 2048**2 + 8192**2)
-    assert parts["moments"] == parts["results"] == moments
-    assert {part.name: part.size for part in disk_per_task(setting)}["importance"] == moments
+    parts, pairs = sizes(setting, "attribute"), 16 * (3 * 2048**2 + 8192**2)
+    assert parts["moments"] == 4 * pairs
+    assert parts["directions"] == pairs
+    # In float16, twice: the task's own, and the sum of all so far.
+    assert {part.name: part.size for part in disk_per_task(setting)}["importance"] == pairs
+
+
+def test_a_wide_input_takes_a_sketch():
+    setting = setting_of(shape_named("Llama-3.1-8B"), "agcl")
+    parts = sizes(replace(setting, row=Row(8, 2)), "attribute")
+    assert parts["moments"] == 4 * 32 * (3 * 4096**2 + 14336 * 4096)
 
 
 def test_entries_take_top_k_values_per_weight(large):

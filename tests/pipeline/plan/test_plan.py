@@ -67,7 +67,7 @@ def inputs(works, name):
     return {role: folders[folder] for role, folder in works[name].inputs.items()}
 
 
-def test_each_task_starts_from_the_last_model_and_all_importances_so_far(stages):
+def test_each_task_starts_from_the_last_model_and_the_sum_of_moments_so_far(stages):
     works = stages("tasks.count=3")
     assert inputs(works, "train/1-harbour") == {
         "model": "pretrain",
@@ -78,10 +78,10 @@ def test_each_task_starts_from_the_last_model_and_all_importances_so_far(stages)
         "model": "train/2-valley",
         "rows": "prepare/island",
         "base_importance": "attribute/0-base",
-        "importance/harbour": "attribute/1-harbour",
-        "importance/valley": "attribute/2-valley",
+        "past": "attribute/2-valley",
     }
     assert inputs(works, "attribute/2-valley") == {
+        "past": "attribute/1-harbour",
         "model": "train/2-valley",
         "rows": "prepare/valley",
     }

@@ -11,9 +11,12 @@ from agcl.model import adapter, models
 from agcl.tasks import EncodedRows
 from pipeline.config.sources import text_files
 from pipeline.stages.base_text import pieces_of
-from pipeline.stages.files import IMPORTANCE_FILE, TEXTS
+from pipeline.stages.files import IMPORTANCE_FILE, PAST_FILE, TEXTS
 
-FEW = ("base.samples=2", "base.tokens=5", "base.energy=1", "training.epochs=2")
+FEW = (
+    *("base.samples=2", "base.tokens=5", "training.epochs=2"),
+    *("base.energy=1", "importance.keep=1"),
+)
 """At most twelve input directions of 128: all of them can be protected, and others trained."""
 
 
@@ -181,3 +184,19 @@ def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(InputError, match=f"no text in {tmp_path}"):
         text_files(tmp_path)
+
+
+def test_a_later_task_reads_one_file_with_the_moments_of_all_earlier_ones(run):
+    """The running sum: of three tasks it holds what the three artifacts hold together."""
+    works = run("base.protect=none", "tasks.count=4", "training.epochs=1", "importance.keep=1")
+    folders = [w.folder for name, w in works.items() if name.startswith("attribute/")][:3]
+    assert not (folders[0] / PAST_FILE).exists()
+    parts = [Importance.load(folder / IMPORTANCE_FILE) for folder in folders]
+    total = Importance.load(folders[2] / PAST_FILE)
+    assert total.header["tasks"] == 3
+    assert total.inputs == parts[0].inputs
+    for name, moment in total.moments.items():
+        expected = sum(part.moments[name].matrix() for part in parts)
+        scale = float(expected.diagonal().max())
+        torch.testing.assert_close(moment.matrix(), expected, rtol=0, atol=2e-3 * scale)
+        assert moment.trace == pytest.approx(sum(part.moments[name].trace for part in parts))

@@ -44,6 +44,8 @@ ATTRIBUTION = {
     "top_k": 1,
     "running_values": "float32",
     "permuted": False,
+    "precision": "float32",
+    "keep": 0.95,
     "entries": True,
     "split": "samples",
     "samples": None,
