@@ -6,10 +6,12 @@ rows' gradient (ZeRO stage 3, Rajbhandari 2020). Forward and backward passes are
 """
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
@@ -23,7 +25,9 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     Besides its share, a device holds at most one layer, or embeddings and head. Needs an
     initialized process group.
     """
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    # Not `init_device_mesh`, which may make another group, with torch's default timeout.
+    group = cast(dist.ProcessGroup, dist.group.WORLD)
+    mesh = DeviceMesh.from_group(group, device.type)
     for module in model.modules():
         if isinstance(module, nn.ModuleList):  # The layers, in every family.
             for layer in module:

@@ -144,8 +144,8 @@ class Resources(Section):
     three times the model's size; written less often if that would cost more than 5 % of the time.
     0 turns checkpoints off."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """How long a worker waits for another one in a collective before it counts as lost. Must be
-    longer than writing a checkpoint takes."""
+    """How long a worker waits for another one in a collective before it counts as lost. Waiting for
+    files does not count: downloads, uploads, checkpoints, or an artifact that another run makes."""
 
     @model_validator(mode="after")
     def _gpus_can_be_allocated(self) -> "Resources":
