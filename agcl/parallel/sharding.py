@@ -77,6 +77,23 @@ def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(tensor.to(parameter.device), mesh, [Replicate()], run_check=False)
 
 
+def first_row(tensor: Tensor) -> int:
+    """The index in the whole tensor of the first row that this rank holds; 0 if not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    own = local(placed_like(torch.arange(len(tensor)), tensor))
+    return int(own[0]) if len(own) else len(tensor)
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, rows: Tensor, first: int) -> None:
+    """Copy rows of the whole tensor, from row `first` on, into those of `target` on this rank."""
+    own, start = local(target.detach()), first_row(target)
+    low, high = max(first, start), min(first + len(rows), start + len(own))
+    if low < high:
+        own[low - start : high - start].copy_(rows[low - first : high - first])
+
+
 def on_rank_zero(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors on the CPU of rank 0; nothing on other ranks.
 
