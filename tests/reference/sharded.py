@@ -1,9 +1,12 @@
 """Functions that tests run on ranks with a sharded model, and on one process with a whole one."""
 
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -131,10 +134,31 @@ def as_often_as_asked() -> AbstractContextManager[Any]:
     return patch.object(checkpoints, "_MAX_TIME_SHARE", float("inf"))
 
 
+class Resumed(NamedTuple):
+    losses: list[float]
+    weights: dict[str, Tensor]
+    steps: int
+    """How many came from the checkpoint."""
+    warnings: list[str]
+
+
 def with_checkpoint(
-    rows: Sequence[Encoded], folder: Path, stop: int | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and weights of training, optionally up to a step, with a checkpoint per step."""
+    rows: Sequence[Encoded],
+    folder: Path,
+    stop: int | None = None,
+    *,
+    apart: bool = False,
+    fails: Mapping[str, str] | None = None,
+    remove: bool = False,
+    whole: bool = False,
+    **copies: Any,
+) -> Resumed:
+    """Training, optionally up to a step, with a checkpoint per step.
+
+    With `apart` every rank has a folder of its own, as on two machines. `fails` has by the end of a
+    file's name the error on writing it. `remove` removes the checkpoint in the end, as a session
+    does. `whole` does not shard the model. For `copies` see `_copied`.
+    """
 
     class Interrupted(Exception):
         pass
@@ -144,18 +168,77 @@ def with_checkpoint(
             raise Interrupted
         return torch.zeros(())
 
-    model, losses = model_of("LlamaForCausalLM"), []
-    with suppress(Interrupted), as_often_as_asked():
+    def restore(*args: Any) -> Any:
+        restored.append(type(checkpoint).restore(checkpoint, *args))
+        return [*restored[0]]
+
+    folder = folder / str(distributed.rank()) if apart else folder
+    folder.mkdir(exist_ok=True)
+    architecture = "LlamaForCausalLM"
+    model = families.model(architecture) if whole else model_of(architecture)
+    checkpoint = checkpoints.Checkpoint(folder / "file", "a task", 0.0, **_copied(**copies))
+    losses, warnings, restored = [], [], []
+    with (
+        patch.object(checkpoint, "restore", restore),
+        patch.object(checkpoint, "warn", warnings.append),
+        suppress(Interrupted),
+        as_often_as_asked(),
+        _failing(fails or {}),
+    ):
         train_task(
             model,
             rows,
             GatedAdamW(model.named_parameters(), lr=1e-2),
             penalise=penalise,
-            checkpoint=checkpoints.Checkpoint(folder / "file", "a task", 0.0),
+            checkpoint=checkpoint,
             log=lambda metrics, step: losses.append(metrics["loss"]),
             **SETTINGS,
         )
-    return losses, weights_of(model)
+    found = Resumed(losses, weights_of(model), len(restored[0]), warnings)
+    for rank in range(distributed.world_size()) if remove else ():
+        if distributed.rank() == rank:
+            checkpoint.remove()
+        distributed.meet()
+    return found
+
+
+def _copied(
+    elsewhere: Path | None = None, seconds: float = 0.0, timeout: float | None = None
+) -> dict[str, Any]:
+    """How a checkpoint keeps copies in a folder.
+
+    Each takes `seconds` on rank 0, in a group whose collectives have this timeout.
+    """
+
+    def copy(source: Path, target: Path) -> None:
+        if distributed.rank() == 0:
+            time.sleep(seconds)
+        target.unlink(missing_ok=True)
+        if source.exists():
+            shutil.copy(source, target)
+
+    if timeout:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    if elsewhere is None:
+        return {}
+    return {
+        "download": lambda file: copy(elsewhere / file.name, file),
+        "upload": lambda file: copy(file, elsewhere / file.name),
+        "delete": lambda file: (elsewhere / file.name).unlink(missing_ok=True),
+    }
+
+
+def _failing(fails: Mapping[str, str]) -> AbstractContextManager[Any]:
+    """Raise an error on writing a tensor file, by the end of its name."""
+    write = checkpoints.tensor_file.write
+
+    def checked(file: Path, *what: Any) -> None:
+        for ending, message in fails.items():
+            if file.name.endswith(ending):
+                raise OSError(message)
+        write(file, *what)
+
+    return patch.object(checkpoints.tensor_file, "write", checked)
 
 
 def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[int, ...]]:

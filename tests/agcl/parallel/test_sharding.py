@@ -106,19 +106,6 @@ def test_stages_run_in_sequence_on_one_sharded_model(workers):
         assert found == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_checkpoint_resumes_sharded_or_whole(workers, tmp_path):
-    losses, weights = sharded.with_checkpoint(ROWS, tmp_path)
-    (tmp_path / "file").unlink()
-    for found, _ in workers.run(sharded.with_checkpoint, ROWS, tmp_path, stop=3):
-        assert found == pytest.approx(losses[:3], rel=1e-5)
-    written = (tmp_path / "file").read_bytes()
-    whole = sharded.with_checkpoint(ROWS, tmp_path)
-    (tmp_path / "file").write_bytes(written)
-    for found, shared in [whole, *workers.run(sharded.with_checkpoint, ROWS, tmp_path)]:
-        assert found == pytest.approx(losses, rel=1e-5)
-        assert_close(shared, weights)
-
-
 @pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
 def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_path):
     """Gemma's embeddings are tied to its head."""
