@@ -12,14 +12,15 @@ from unittest.mock import patch
 import torch
 from reference import families, tiny
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from agcl.attribution import attribute
 from agcl.files import checkpoint as checkpoints
 from agcl.importance import Importance
 from agcl.lrp import stored_transposed
-from agcl.model import models
+from agcl.model import adapter, models
 from agcl.model.forward import activation_checkpointing
-from agcl.modulation import GatedAdamW, quadratic_penalty
+from agcl.modulation import GatedAdamW, quadratic_penalty, random_bases
 from agcl.parallel import distributed, sharding
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
@@ -75,6 +76,60 @@ def task(
             **SETTINGS,
         )
     return steps, weights_of(model)
+
+
+class Adapted(NamedTuple):
+    losses: list[float]
+    factors: dict[str, Tensor]
+    entries: dict[str, Tensor]
+    """Importance of the factors."""
+    merged: dict[str, Tensor]
+    sharded: set[str]
+    """Parameters of which this rank holds some rows only."""
+
+
+def adapted(
+    architecture: str,
+    rows: Sequence[Encoded],
+    *,
+    protected: bool = False,
+    start: Path | None = None,
+    save: Path | None = None,
+    checkpointing: bool = False,
+) -> Adapted:
+    """Training of an adapter, its importance, and the model it is merged into.
+
+    With `protected` the factors have a gate, A a basis too. In float64, see `task`.
+    """
+    peft_model = adapter.attach(
+        model_of(architecture, torch.float64), rank=2, alpha=4.0, seed=1, start=start
+    )
+    model, losses = peft_model.get_base_model().double(), []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator, protection = torch.Generator().manual_seed(2), {}
+    if protected:
+        ofs = {name: p.shape for name, p in trained.items()}
+        protection = {
+            "gate": {n: torch.rand(shape, generator=generator) for n, shape in ofs.items()},
+            "basis": random_bases(
+                {n: torch.empty(s[1], 3) for n, s in ofs.items() if ".lora_A" in n}, seed=3
+            ),
+        }
+    with activation_checkpointing(model, checkpointing):
+        train_task(
+            model,
+            rows,
+            GatedAdamW(trained.items(), lr=1e-2, **protection),
+            log=lambda metrics, step: losses.append(metrics["loss"]),
+            **SETTINGS,
+        )
+    factors = {name: p.detach().clone() for name, p in trained.items()}
+    sharded = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    found = attribute(model, [collate(rows)], correct_only=False, split="layers")
+    if save and distributed.rank() == 0:
+        adapter.save(peft_model, save, "base")
+    merged = weights_of(adapter.merged(peft_model))
+    return Adapted(losses, factors, dict(found.entries), merged, sharded)
 
 
 def scores(
