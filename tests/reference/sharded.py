@@ -1,5 +1,6 @@
 """Functions that tests run on ranks with a sharded model, and on one process with a whole one."""
 
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -206,13 +207,15 @@ def with_checkpoint(
     fails: Mapping[str, str] | None = None,
     remove: bool = False,
     whole: bool = False,
+    bucket: str | None = None,
     **copies: Any,
 ) -> Resumed:
     """Training, optionally up to a step, with a checkpoint per step.
 
     With `apart` every rank has a folder of its own, as on two machines. `fails` has by the end of a
     file's name the error on writing it. `remove` removes the checkpoint in the end, as a session
-    does. `whole` does not shard the model. For `copies` see `_copied`.
+    does. `whole` does not shard the model. A storage in a `bucket` has its cache in the folder. For
+    other `copies` see `_copied`.
     """
 
     class Interrupted(Exception):
@@ -231,7 +234,11 @@ def with_checkpoint(
     folder.mkdir(exist_ok=True)
     architecture = "LlamaForCausalLM"
     model = families.model(architecture) if whole else model_of(architecture)
-    checkpoint = checkpoints.Checkpoint(folder / "file", "a task", 0.0, **_copied(**copies))
+    checkpoint = (
+        _in_bucket(bucket, folder)
+        if bucket
+        else checkpoints.Checkpoint(folder / "file", "a task", 0.0, **_copied(**copies))
+    )
     losses, warnings, restored = [], [], []
     with (
         patch.object(checkpoint, "restore", restore),
@@ -255,6 +262,15 @@ def with_checkpoint(
             checkpoint.remove()
         distributed.meet()
     return found
+
+
+def _in_bucket(uri: str, cache: Path) -> checkpoints.Checkpoint:
+    from pipeline.storage.bucket import CACHE, Bucket
+
+    os.environ[CACHE] = str(cache)  # Asked for again with every file.
+    stage = Bucket(uri).root / "stages" / "train"
+    stage.parent.mkdir(parents=True, exist_ok=True)
+    return Bucket(uri).checkpoint(stage, "a task", 0.0)
 
 
 def _copied(
