@@ -7,6 +7,7 @@ from typing import Any
 
 from agcl.model import adapter, models
 from agcl.modulation import lora
+from agcl.parallel import distributed
 from agcl.tasks import Rows
 from peft import PeftModel
 from torch import Tensor
@@ -71,6 +72,7 @@ def train_adapter(
     if context.is_first_worker:
         base = inputs["model"]
         adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(base) or (base,)))
+    distributed.meet()  # Rank 0 writes alone; saving a sharded model is collective.
     end = rows[0].input_ids[-1]
     _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
 
