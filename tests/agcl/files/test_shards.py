@@ -8,6 +8,9 @@ from reference import sharded, tiny
 from reference.workers import Workers
 from safetensors import safe_open
 
+from agcl.files import shards, tensor_file
+from agcl.files.checkpoint import Checkpoint
+
 ROWS = tiny.random_rows(11)
 STOP = 3
 FILES = ["file", "file-0-0", "file-0-1"]
@@ -176,3 +179,32 @@ def test_ranks_wait_for_copies_longer_than_collectives_may_take(tmp_path, whole)
     finally:
         own.close()
     assert [each.steps for each in found] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"parts": n} for n in (-1, 10**9, "2", 2.0, True, None)] + [{"slot": "/../x", "parts": 1}],
+)
+def test_a_header_with_an_impossible_number_of_parts_is_ignored(tmp_path, header):
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    named = dict(model.named_parameters())
+    tensors = {f"weight/{name}": torch.zeros_like(p) for name, p in named.items()}
+    tensors["steps"] = torch.tensor(list(b'[[{"loss": 1.0}, 1]]'), dtype=torch.uint8)
+    for more, steps in (({}, 1), (header, 0)):
+        file = tmp_path / f"file{steps}"
+        tensor_file.write(file, tensors, "checkpoint", {"identity": "a task", **more})
+        assert len(Checkpoint(file, "a task", 0.0).restore(named, optimizer)) == steps
+
+
+def test_parts_whose_rows_overlap_or_leave_a_gap_are_not_whole():
+    shapes = {"weight/a": torch.Size((4, 2))}
+
+    def of(*rows):
+        parts = [{"weight/a": shards.Rows(f, (n, 2), torch.float32)} for f, n in rows]
+        return shards.are_whole(parts, shapes)
+
+    assert of((0, 4))
+    assert of((2, 2), (0, 2))
+    for rows in [((0, 3),), ((0, 2), (3, 1)), ((0, 3), (2, 2)), ((-1, 5),), ((0, 5),), ()]:
+        assert not of(*rows)
