@@ -27,7 +27,7 @@ _MAX_TIME_SHARE = 1 / 20
 """Maximum fraction of the time spent writing checkpoints."""
 
 _MAX_PARTS = 2**16
-_WRITTEN, _FAILED, _FULL_DISK = range(3)
+_WRITTEN, _NOT_COPIED, _FAILED, _FULL_DISK = range(4)
 """How writing ended on a rank; the worst one counts."""
 
 Steps = list[tuple[dict[str, float], int]]
@@ -151,8 +151,8 @@ class Checkpoint:
             text = bytearray(json.dumps(steps).encode())
             tensors["steps"] = torch.frombuffer(text, dtype=torch.uint8)
             ended = self._try(lambda: tensor_file.write(self.file, tensors, _KIND, header))
-            if ended == _WRITTEN:
-                self._elsewhere(self.upload, self.file)
+            if ended == _WRITTEN and not self._elsewhere(self.upload, self.file):
+                ended = _NOT_COPIED
         ended = _worst(ended, device)
         if ended == _FULL_DISK:
             self.remove()  # Free the space: the stage's result needs it.
@@ -160,11 +160,12 @@ class Checkpoint:
                 self.warn("no space left for a checkpoint; the last one was deleted")
             return
         unused = parts
-        if ended == _WRITTEN:
+        if ended < _FAILED:
             unused, self.slot, self.parts = self.parts, slot, parts
         for part in unused[rank::count]:
             part.unlink(missing_ok=True)
-            self._elsewhere(self.delete, part)
+            if ended != _NOT_COPIED:  # Else the copy elsewhere is still that of the last write.
+                self._elsewhere(self.delete, part)
 
     def _try(self, write: Callable[[], None]) -> int:
         """Call a function that writes a file; say what went wrong."""

@@ -99,7 +99,12 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
         checkpoint.warn = context.warn
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
-        yield Path(os.devnull)
+        try:
+            yield Path(os.devnull)
+        except ArithmeticError:
+            if checkpoint:
+                checkpoint.remove()
+            raise
         return
     with artifact.writing(stage.folder, stage.record) as out_dir:
         log = StageLog(stage.folder.name, out_dir / LOG_FILE, emit)

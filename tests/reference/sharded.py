@@ -274,14 +274,20 @@ def _in_bucket(uri: str, cache: Path) -> checkpoints.Checkpoint:
 
 
 def _copied(
-    elsewhere: Path | None = None, seconds: float = 0.0, timeout: float | None = None
+    elsewhere: Path | None = None,
+    seconds: float = 0.0,
+    timeout: float | None = None,
+    refused: str = "",
 ) -> dict[str, Any]:
     """How a checkpoint keeps copies in a folder.
 
-    Each takes `seconds` on rank 0, in a group whose collectives have this timeout.
+    Each takes `seconds` on rank 0, in a group whose collectives have this timeout. A file of the
+    name `refused` is not copied.
     """
 
     def copy(source: Path, target: Path) -> None:
+        if source.name == refused:
+            raise OSError(f"no copy of {refused}")
         if distributed.rank() == 0:
             time.sleep(seconds)
         target.unlink(missing_ok=True)

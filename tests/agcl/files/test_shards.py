@@ -208,3 +208,23 @@ def test_parts_whose_rows_overlap_or_leave_a_gap_are_not_whole():
     assert of((2, 2), (0, 2))
     for rows in [((0, 3),), ((0, 2), (3, 1)), ((0, 3), (2, 2)), ((-1, 5),), ((0, 5),), ()]:
         assert not of(*rows)
+
+
+def test_a_file_that_does_not_arrive_elsewhere_leaves_the_last_copy_complete(workers, tmp_path):
+    disks, bucket = tmp_path / "disks", tmp_path / "bucket"
+    disks.mkdir()
+    bucket.mkdir()
+    where = {"elsewhere": bucket, "apart": True}
+    workers.run(sharded.with_checkpoint, ROWS, disks, STOP, **where)
+    found = workers.run(sharded.with_checkpoint, ROWS, disks, STOP + 1, refused=FILES[0], **where)
+    assert "the checkpoint's copy: no copy of file" in found[0].warnings
+    assert sum(len(names(disks / rank)) for rank in "01") == len(FILES)
+    shutil.copytree(bucket, tmp_path / "copy")
+    assert workers.run(sharded.with_checkpoint, ROWS, disks, STOP + 2, **where)[0].steps == STOP + 1
+    shutil.rmtree(disks)
+    shutil.rmtree(bucket)
+    disks.mkdir()
+    shutil.copytree(tmp_path / "copy", bucket)
+    found = workers.run(sharded.with_checkpoint, ROWS, disks, remove=True, **where)
+    assert [each.steps for each in found] == [STOP, STOP]
+    assert names(bucket) == []
