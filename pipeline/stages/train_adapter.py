@@ -70,8 +70,8 @@ def train_adapter(
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
-        base = inputs["model"]
-        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(base) or (base,)))
+        folder = inputs["model"]
+        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
     distributed.meet()  # Rank 0 writes alone; saving a sharded model is collective.
     end = rows[0].input_ids[-1]
     _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
