@@ -183,7 +183,9 @@ def test_collectives_are_the_identity_in_a_single_process():
 def test_a_meeting_waits_longer_than_the_timeout_of_collectives(tmp_path):
     own = remote.Workers(tmp_path)
     try:
-        assert min(own.run(remote.wait_for_a_slow_rank, "meet", 1.5, 0.5)) > 1.4
+        assert (
+            min(own.run(remote.wait_for_a_slow_rank, "meet", 1.5, 0.5)) > 1.0
+        )  # Ranks leave a meeting 0.2 s apart.
         assert max(own.run(remote.wait_for_a_slow_rank, "meet", 0.0, 0.5)) < 1.0
     finally:
         own.close()
@@ -195,7 +197,7 @@ def test_a_collective_fails_after_the_timeout_of_the_group(tmp_path, wait):
     """It is not Ray's or torch's default of half an hour, and a longer one is waited for."""
     own = remote.Workers(tmp_path)
     try:
-        assert min(own.run(remote.wait_for_a_slow_rank, wait, 1.5, 10)) > 1.4
+        assert min(own.run(remote.wait_for_a_slow_rank, wait, 1.5, 10)) > 1.0
         with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed"):
             own.run(remote.wait_for_a_slow_rank, wait, 4, 1)
     finally:
