@@ -16,12 +16,16 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from agcl.errors import InputError
 from agcl.lrp import attributed_linears, stored_transposed
+from agcl.parallel import sharding
 
+_ADAPTER = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -59,7 +63,7 @@ def save(
     peft_model: PeftModel, folder: Path, base: Path | str, revision: str | None = None
 ) -> None:
     """Write an ordinary PEFT adapter whose config names its `base`, a folder or a hub id."""
-    config = peft_model.peft_config["default"]
+    config = peft_model.peft_config[_ADAPTER]
     config.base_model_name_or_path, config.revision = str(base), revision
     # Embeddings are never trained. By default PEFT would ask the hub whether they were resized.
     peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
@@ -67,7 +71,15 @@ def save(
 
 def merged(peft_model: PeftModel) -> PreTrainedModel:
     """The model with the adapter merged into its weights."""
-    return cast(PreTrainedModel, peft_model.merge_and_unload()).requires_grad_(True)
+    if not sharding.is_sharded(peft_model.get_base_model()):
+        return cast(PreTrainedModel, peft_model.merge_and_unload()).requires_grad_(True)
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            # PEFT would add the whole update to each rank's rows.
+            weight = cast(Tensor, layer.get_base_layer().weight).detach()
+            update = cast(Tensor, layer.get_delta_weight(_ADAPTER)).detach()
+            sharding.local(weight).add_(sharding.local(sharding.placed_like(update, weight)))
+    return removed(peft_model)
 
 
 def removed(peft_model: PeftModel) -> PreTrainedModel:
@@ -93,7 +105,7 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 def factor_a(name: str) -> str:
     """The parameter name of a weight's factor A."""
-    return name.removesuffix(".weight") + ".lora_A.default.weight"
+    return name.removesuffix(".weight") + f".lora_A.{_ADAPTER}.weight"
 
 
 def _check(folder: Path, rank: int) -> None:

@@ -12,6 +12,8 @@ from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 _meetings = count()
+_BUCKET_BYTES = 25 * 2**20
+"""Of a message that sums small tensors; long enough for the network, as torch's DDP found."""
 
 
 def world_size() -> int:
@@ -53,15 +55,31 @@ def in_turn(count: int) -> Iterator[tuple[int, bool]]:
 
 
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place, in one flat message per dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors if world_size() > 1 else ():
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for same in by_dtype.values():
-        flat = torch.cat([t.reshape(-1) for t in same])
+    """Sum each tensor over all ranks, in place.
+
+    Small tensors share a message, a bucket, which is the extra memory that this needs; one that
+    fills a bucket is sent as it is. Every rank must pass the same dtypes and shapes in one order.
+    """
+    for bucket in _buckets(tensors if world_size() > 1 else ()):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat)
-        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype with at most `_BUCKET_BYTES` together, or one that has more."""
+    filling: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = filling.setdefault(tensor.dtype, [])
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket = filling[tensor.dtype] = []
+        bucket.append(tensor)
+    yield from filling.values()
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
@@ -80,9 +98,9 @@ def broadcast(tensor: Tensor, source: int) -> Tensor:
     return tensor
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank. It must be picklable."""
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The value of rank `source`, on every rank. It must be picklable."""
     values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, source)
     return values[0]

@@ -6,10 +6,12 @@ rows' gradient (ZeRO stage 3, Rajbhandari 2020). Forward and backward passes are
 """
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
@@ -23,7 +25,9 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     Besides its share, a device holds at most one layer, or embeddings and head. Needs an
     initialized process group.
     """
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    # Not `init_device_mesh`, which may make another group, with torch's default timeout.
+    group = cast(dist.ProcessGroup, dist.group.WORLD)
+    mesh = DeviceMesh.from_group(group, device.type)
     for module in model.modules():
         if isinstance(module, nn.ModuleList):  # The layers, in every family.
             for layer in module:
@@ -71,6 +75,23 @@ def replicated_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor.to(parameter.device)
     mesh = parameter.device_mesh
     return DTensor.from_local(tensor.to(parameter.device), mesh, [Replicate()], run_check=False)
+
+
+def first_row(tensor: Tensor) -> int:
+    """The index in the whole tensor of the first row that this rank holds; 0 if not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    own = local(placed_like(torch.arange(len(tensor)), tensor))
+    return int(own[0]) if len(own) else len(tensor)
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, rows: Tensor, first: int) -> None:
+    """Copy rows of the whole tensor, from row `first` on, into those of `target` on this rank."""
+    own, start = local(target.detach()), first_row(target)
+    low, high = max(first, start), min(first + len(rows), start + len(own))
+    if low < high:
+        own[low - start : high - start].copy_(rows[low - first : high - first])
 
 
 def on_rank_zero(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

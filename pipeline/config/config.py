@@ -137,15 +137,15 @@ class Resources(Section):
     """Shard the model across the workers (FSDP2), if it does not fit on one device with its
     gradients and optimizer state. Each worker stores a shard of every weight, its Adam state and
     its gate, gathers a layer while it computes, and needs main memory for the whole model while it
-    loads. Slower; changes results by rounding only. Attribution is then split by layers. No effect
-    with one worker."""
+    loads. An adapter's factors are not sharded, only the weights below them. Slower; changes
+    results by rounding only. Attribution is then split by layers. No effect with one worker."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """How often to checkpoint within a task, so that losing a worker costs minutes. A checkpoint is
     three times the model's size; written less often if that would cost more than 5 % of the time.
     0 turns checkpoints off."""
     timeout_minutes: float = Field(60.0, gt=0)
-    """How long a worker waits for another one in a collective before it counts as lost. Must be
-    longer than writing a checkpoint takes."""
+    """How long a worker waits for another one in a collective before it counts as lost. Waiting for
+    files does not count: downloads, uploads, checkpoints, or an artifact that another run makes."""
 
     @model_validator(mode="after")
     def _gpus_can_be_allocated(self) -> "Resources":
@@ -236,9 +236,8 @@ class Config(Section):
     def _conflicts(self) -> Iterator[str]:
         if self.name in RESERVED_NAMES:
             yield f"name: {self.name!r} is reserved in the storage folder"
-        if self.resources.shard_model and (self.adapter or self.training.compile):
-            other = "an adapter" if self.adapter else "training.compile"
-            yield f"resources.shard_model: cannot be combined with {other}"
+        if self.resources.shard_model and self.training.compile:
+            yield "resources.shard_model: cannot be combined with training.compile"
         if self.tracking.enabled and not (self.tracking.uri or self.storage.tracking_uri):
             yield (
                 "tracking.uri: required if storage is an object store, which cannot hold MLflow's "

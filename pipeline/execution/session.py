@@ -53,6 +53,8 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
             stage.fn(stage.config, stage.inputs, out_dir, context)
     verified.add(stage.folder)
     distributed.meet()  # Rank 0 writes and uploads the artifact.
+    if context.checkpoint and not context.is_first_worker:
+        context.checkpoint.remove()  # This machine's parts of it.
     if context.is_first_worker:
         emit([{"artifact": stage.folder.name, "state": "finished"}])
 
@@ -97,7 +99,12 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
         checkpoint.warn = context.warn
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
-        yield Path(os.devnull)
+        try:
+            yield Path(os.devnull)
+        except ArithmeticError:
+            if checkpoint:
+                checkpoint.remove()
+            raise
         return
     with artifact.writing(stage.folder, stage.record) as out_dir:
         log = StageLog(stage.folder.name, out_dir / LOG_FILE, emit)

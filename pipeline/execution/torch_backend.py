@@ -1,4 +1,4 @@
-"""The network interface through which the workers of a group connect."""
+"""The process group of a group of workers: backend, timeout, network interface."""
 
 import os
 from typing import Any
@@ -8,7 +8,21 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from pipeline.config.config import Resources
+
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+def config_of(resources: Resources) -> "ReachableConfig":
+    """What Ray Train hands to torch's `init_process_group`.
+
+    The timeout is that of every collective, since all run in the default group: Ray's default is
+    30 minutes, and a group that torch made itself would have torch's, 10 minutes with nccl.
+    """
+    return ReachableConfig(
+        backend="nccl" if resources.gpus_per_worker else "gloo",
+        timeout_s=max(1, round(60 * resources.timeout_minutes)),
+    )
 
 
 class ReachableConfig(TorchConfig):

@@ -127,7 +127,7 @@ def _on_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer, get_device
 
-    from pipeline.execution.torch_backend import ReachableConfig
+    from pipeline.execution.torch_backend import config_of
 
     def loop() -> None:
         import torch
@@ -156,10 +156,7 @@ def _on_workers(
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=needs(resources),
         ),
-        torch_config=ReachableConfig(
-            backend="nccl" if resources.gpus_per_worker else "gloo",
-            timeout_s=round(60 * resources.timeout_minutes),
-        ),
+        torch_config=config_of(resources),
         run_config=RunConfig(
             name=f"group-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),

@@ -60,8 +60,13 @@ class Context:
         return model if model is not None else self.loaded(folder, config)
 
     def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-        """A model from its files, with `dtype` and `attention` of a stage's `config`."""
-        return self.placed(models.load_model(folder, **config.get(LOADING, {})))
+        """A model from its files, with `dtype` and `attention` of a stage's `config`.
+
+        Collective: call on every rank.
+        """
+        model = models.load_model(folder, **config.get(LOADING, {}))
+        distributed.meet()  # Ranks may read it from disks of different speed.
+        return self.placed(model)
 
     def placed(self, model: PreTrainedModel) -> PreTrainedModel:
         """Move a new model to this worker's device, sharded if the session shards models."""

@@ -13,7 +13,7 @@ from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
 from agcl.modulation.checks import check
-from agcl.parallel import sharding
+from agcl.parallel import distributed, sharding
 from agcl.tasks import Rows
 from agcl.throughput import meter
 from agcl.train import train_task
@@ -234,15 +234,15 @@ def write_checks(
 ) -> None:
     """Measure whether gate and projection held, if there are any. Collective; rank 0 writes."""
     after = dict(protection.protected(model))
-    if not after:
-        return
-    found = check(
-        protection.before,
-        after,
-        gate=protection.gate,
-        on=protection.on,
-        basis=protection.basis,
-        steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
-        transposed=stored_transposed(model),
-    )
-    write_json(out_dir / CHECKS, found)
+    if after:
+        found = check(
+            protection.before,
+            after,
+            gate=protection.gate,
+            on=protection.on,
+            basis=protection.basis,
+            steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
+            transposed=stored_transposed(model),
+        )
+        write_json(out_dir / CHECKS, found)
+    distributed.meet()  # Rank 0 checks every weight alone; saving a sharded model is collective.

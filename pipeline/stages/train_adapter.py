@@ -7,6 +7,7 @@ from typing import Any
 
 from agcl.model import adapter, models
 from agcl.modulation import lora
+from agcl.parallel import distributed
 from agcl.tasks import Rows
 from peft import PeftModel
 from torch import Tensor
@@ -72,8 +73,9 @@ def train_adapter(
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
-        start = inputs["model"]
-        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(start) or (start,)))
+        folder = inputs["model"]
+        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
+    distributed.meet()  # Rank 0 writes alone; saving a sharded model is collective.
     end = rows[0].input_ids[-1]
     _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
 

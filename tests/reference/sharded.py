@@ -1,23 +1,28 @@
 """Functions that tests run on ranks with a sharded model, and on one process with a whole one."""
 
+import os
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from reference import families, tiny
 from reference.moments import matrices
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from agcl.attribution import attribute
 from agcl.files import checkpoint as checkpoints
 from agcl.importance import Importance
 from agcl.lrp import stored_transposed
-from agcl.model import models
+from agcl.model import adapter, models
 from agcl.model.forward import activation_checkpointing
-from agcl.modulation import GatedAdamW, quadratic_penalty
+from agcl.modulation import GatedAdamW, quadratic_penalty, random_bases
 from agcl.parallel import distributed, sharding
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
@@ -73,6 +78,60 @@ def task(
             **SETTINGS,
         )
     return steps, weights_of(model)
+
+
+class Adapted(NamedTuple):
+    losses: list[float]
+    factors: dict[str, Tensor]
+    entries: dict[str, Tensor]
+    """Importance of the factors."""
+    merged: dict[str, Tensor]
+    sharded: set[str]
+    """Parameters of which this rank holds some rows only."""
+
+
+def adapted(
+    architecture: str,
+    rows: Sequence[Encoded],
+    *,
+    protected: bool = False,
+    start: Path | None = None,
+    save: Path | None = None,
+    checkpointing: bool = False,
+) -> Adapted:
+    """Training of an adapter, its importance, and the model it is merged into.
+
+    With `protected` the factors have a gate, A a basis too. In float64, see `task`.
+    """
+    peft_model = adapter.attach(
+        model_of(architecture, torch.float64), rank=2, alpha=4.0, seed=1, start=start
+    )
+    model, losses = peft_model.get_base_model().double(), []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator, protection = torch.Generator().manual_seed(2), {}
+    if protected:
+        ofs = {name: p.shape for name, p in trained.items()}
+        protection = {
+            "gate": {n: torch.rand(shape, generator=generator) for n, shape in ofs.items()},
+            "basis": random_bases(
+                {n: torch.empty(s[1], 3) for n, s in ofs.items() if ".lora_A" in n}, seed=3
+            ),
+        }
+    with activation_checkpointing(model, checkpointing):
+        train_task(
+            model,
+            rows,
+            GatedAdamW(trained.items(), lr=1e-2, **protection),
+            log=lambda metrics, step: losses.append(metrics["loss"]),
+            **SETTINGS,
+        )
+    factors = {name: p.detach().clone() for name, p in trained.items()}
+    sharded = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    found = attribute(model, [collate(rows)], correct_only=False, split="layers")
+    if save and distributed.rank() == 0:
+        adapter.save(peft_model, save, "base")
+    merged = weights_of(adapter.merged(peft_model))
+    return Adapted(losses, factors, dict(found.entries), merged, sharded)
 
 
 def scores(
@@ -132,10 +191,33 @@ def as_often_as_asked() -> AbstractContextManager[Any]:
     return patch.object(checkpoints, "_MAX_TIME_SHARE", float("inf"))
 
 
+class Resumed(NamedTuple):
+    losses: list[float]
+    weights: dict[str, Tensor]
+    steps: int
+    """How many came from the checkpoint."""
+    warnings: list[str]
+
+
 def with_checkpoint(
-    rows: Sequence[Encoded], folder: Path, stop: int | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and weights of training, optionally up to a step, with a checkpoint per step."""
+    rows: Sequence[Encoded],
+    folder: Path,
+    stop: int | None = None,
+    *,
+    apart: bool = False,
+    fails: Mapping[str, str] | None = None,
+    remove: bool = False,
+    whole: bool = False,
+    bucket: str | None = None,
+    **copies: Any,
+) -> Resumed:
+    """Training, optionally up to a step, with a checkpoint per step.
+
+    With `apart` every rank has a folder of its own, as on two machines. `fails` has by the end of a
+    file's name the error on writing it. `remove` removes the checkpoint in the end, as a session
+    does. `whole` does not shard the model. A storage in a `bucket` has its cache in the folder. For
+    other `copies` see `_copied`.
+    """
 
     class Interrupted(Exception):
         pass
@@ -145,18 +227,96 @@ def with_checkpoint(
             raise Interrupted
         return torch.zeros(())
 
-    model, losses = model_of("LlamaForCausalLM"), []
-    with suppress(Interrupted), as_often_as_asked():
+    def restore(*args: Any) -> Any:
+        restored.append(type(checkpoint).restore(checkpoint, *args))
+        return [*restored[0]]
+
+    folder = folder / str(distributed.rank()) if apart else folder
+    folder.mkdir(exist_ok=True)
+    architecture = "LlamaForCausalLM"
+    model = families.model(architecture) if whole else model_of(architecture)
+    checkpoint = (
+        _in_bucket(bucket, folder)
+        if bucket
+        else checkpoints.Checkpoint(folder / "file", "a task", 0.0, **_copied(**copies))
+    )
+    losses, warnings, restored = [], [], []
+    with (
+        patch.object(checkpoint, "restore", restore),
+        patch.object(checkpoint, "warn", warnings.append),
+        suppress(Interrupted),
+        as_often_as_asked(),
+        _failing(fails or {}),
+    ):
         train_task(
             model,
             rows,
             GatedAdamW(model.named_parameters(), lr=1e-2),
             penalise=penalise,
-            checkpoint=checkpoints.Checkpoint(folder / "file", "a task", 0.0),
+            checkpoint=checkpoint,
             log=lambda metrics, step: losses.append(metrics["loss"]),
             **SETTINGS,
         )
-    return losses, weights_of(model)
+    found = Resumed(losses, weights_of(model), len(restored[0]), warnings)
+    for rank in range(distributed.world_size()) if remove else ():
+        if distributed.rank() == rank:
+            checkpoint.remove()
+        distributed.meet()
+    return found
+
+
+def _in_bucket(uri: str, cache: Path) -> checkpoints.Checkpoint:
+    from pipeline.storage.bucket import CACHE, Bucket
+
+    os.environ[CACHE] = str(cache)  # Asked for again with every file.
+    stage = Bucket(uri).root / "stages" / "train"
+    stage.parent.mkdir(parents=True, exist_ok=True)
+    return Bucket(uri).checkpoint(stage, "a task", 0.0)
+
+
+def _copied(
+    elsewhere: Path | None = None,
+    seconds: float = 0.0,
+    timeout: float | None = None,
+    refused: str = "",
+) -> dict[str, Any]:
+    """How a checkpoint keeps copies in a folder.
+
+    Each takes `seconds` on rank 0, in a group whose collectives have this timeout. A file of the
+    name `refused` is not copied.
+    """
+
+    def copy(source: Path, target: Path) -> None:
+        if source.name == refused:
+            raise OSError(f"no copy of {refused}")
+        if distributed.rank() == 0:
+            time.sleep(seconds)
+        target.unlink(missing_ok=True)
+        if source.exists():
+            shutil.copy(source, target)
+
+    if timeout:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    if elsewhere is None:
+        return {}
+    return {
+        "download": lambda file: copy(elsewhere / file.name, file),
+        "upload": lambda file: copy(file, elsewhere / file.name),
+        "delete": lambda file: (elsewhere / file.name).unlink(missing_ok=True),
+    }
+
+
+def _failing(fails: Mapping[str, str]) -> AbstractContextManager[Any]:
+    """Raise an error on writing a tensor file, by the end of its name."""
+    write = checkpoints.tensor_file.write
+
+    def checked(file: Path, *what: Any) -> None:
+        for ending, message in fails.items():
+            if file.name.endswith(ending):
+                raise OSError(message)
+        write(file, *what)
+
+    return patch.object(checkpoints.tensor_file, "write", checked)
 
 
 def saved(architecture: str, tokenizer: Any, folder: Path) -> dict[str, tuple[int, ...]]:

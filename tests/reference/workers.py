@@ -212,17 +212,54 @@ def generated(prompts: Any, model: dict[str, Any], **options: Any) -> list[list[
 
 
 def wait_for_a_slow_rank(wait: str, seconds: float, timeout: float) -> float:
-    """Rank 0 comes `seconds` late to a meeting or a barrier of a group with this timeout."""
+    """Rank 0 comes `seconds` late to a meeting or a collective of a group with this timeout."""
     from datetime import timedelta
+
+    from reference import tiny
+
+    from agcl.parallel import distributed, sharding
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    weight = sharding.shard(tiny.llama(), torch.device("cpu")).lm_head.weight
+    rank, tensor = distributed.rank(), torch.ones(2)
+    waits: dict[str, Callable[[], Any]] = {
+        "meet": distributed.meet,
+        "sum": lambda: distributed.sum_in_place([tensor]),
+        "gather": lambda: distributed.gather(tensor),
+        "broadcast": lambda: distributed.broadcast(tensor, 0),
+        "object": lambda: distributed.broadcast_object("word"),
+        "sharded": lambda: sharding.whole(weight),
+    }
+    distributed.meet()
+    started = time.monotonic()
+    if rank == 0:
+        time.sleep(seconds)
+    waits[wait]()
+    return time.monotonic() - started
+
+
+def sums_in_buckets(bucket_bytes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Sums over ranks of tensors of many shapes, in buckets and in one flat message per dtype."""
+    from unittest.mock import patch
 
     from agcl.parallel import distributed
 
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
-    started = time.monotonic()
-    if distributed.rank() == 0:
-        time.sleep(seconds)
-    {"meet": distributed.meet, "barrier": dist.barrier}[wait]()
-    return time.monotonic() - started
+    generator = torch.Generator().manual_seed(distributed.rank())
+    shapes = [(), (3, 4), (20,), (0, 5), (2, 3, 2), (7,), (1, 30)]
+    tensors = [torch.randn(s, generator=generator) for s in shapes]
+    tensors.append(torch.randn(4, 6, generator=generator).T)
+    tensors.append(torch.randn(5, generator=generator).double())
+    tensors.insert(3, torch.randn(6, generator=generator).bfloat16())
+    found = [tensor.clone() for tensor in tensors]
+    with patch.object(distributed, "_BUCKET_BYTES", bucket_bytes):
+        distributed.sum_in_place(found)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # In one order on all ranks.
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.all_reduce(flat)
+        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    return found, tensors
 
 
 def trained_by_a_trainer(way: str, folder: Path) -> Any:

@@ -106,17 +106,27 @@ def test_stages_run_in_sequence_on_one_sharded_model(workers):
         assert found == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_checkpoint_resumes_sharded_or_whole(workers, tmp_path):
-    losses, weights = sharded.with_checkpoint(ROWS, tmp_path)
-    (tmp_path / "file").unlink()
-    for found, _ in workers.run(sharded.with_checkpoint, ROWS, tmp_path, stop=3):
-        assert found == pytest.approx(losses[:3], rel=1e-5)
-    written = (tmp_path / "file").read_bytes()
-    whole = sharded.with_checkpoint(ROWS, tmp_path)
-    (tmp_path / "file").write_bytes(written)
-    for found, shared in [whole, *workers.run(sharded.with_checkpoint, ROWS, tmp_path)]:
-        assert found == pytest.approx(losses, rel=1e-5)
-        assert_close(shared, weights)
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+@pytest.mark.parametrize("settings", [{}, {"protected": True}, {"checkpointing": True}])
+def test_an_adapter_on_a_sharded_model_is_that_on_a_whole_one(
+    workers, architecture, settings, tmp_path
+):
+    """Every rank has all factors; the weights below them stay sharded."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    alone = [sharded.adapted(architecture, ROWS, save=first, **settings)]
+    alone.append(sharded.adapted(architecture, ROWS, start=first, **settings))
+    shared = [workers.run(sharded.adapted, architecture, ROWS, save=again, **settings)]
+    shared.append(workers.run(sharded.adapted, architecture, ROWS, start=again, **settings))
+    weights = sharded.weights_of(families.model(architecture))
+    for expected, ranks in zip(alone, shared, strict=True):
+        for found in ranks:
+            assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+            assert_close(found.factors, expected.factors, 1e-6)
+            assert_close(found.entries, expected.entries, 1e-6)
+            assert_close(found.merged, expected.merged, 1e-6)
+            assert found.merged.keys() == weights.keys()
+            assert len(found.sharded) == len(weights)
+            assert not any("lora" in name for name in found.sharded)
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
