@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 _meetings = count()
-_BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES = 25 * 2**20
 """Of a message that sums small tensors; long enough for the network, as torch's DDP found."""
 
 
@@ -71,11 +71,11 @@ def sum_in_place(tensors: Iterable[Tensor]) -> None:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype with at most `_BUCKET_BYTES` together, or one that has more."""
+    """Tensors of one dtype with at most `BUCKET_BYTES` together, or one that has more."""
     filling: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         bucket = filling.setdefault(tensor.dtype, [])
-        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > _BUCKET_BYTES:
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
             yield bucket
             bucket = filling[tensor.dtype] = []
         bucket.append(tensor)

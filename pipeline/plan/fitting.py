@@ -38,12 +38,11 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
     if config.adapter is None and not config.resources.shard_model and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
         yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
-    if config.adapter is None:
-        for workers in _WORKERS:
-            if workers > config.resources.num_workers:
-                sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
-                said = f"resources.shard_model=true resources.num_workers={workers}"
-                yield from _joined(said, sharded, kind)
+    for workers in _WORKERS:
+        if workers > config.resources.num_workers:
+            sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
+            said = f"resources.shard_model=true resources.num_workers={workers}"
+            yield from _joined(said, sharded, kind)
 
 
 def _joined(said: str, changed: Setting, kind: str) -> Iterator[Change]:

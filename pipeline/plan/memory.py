@@ -7,6 +7,8 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 import math
 from collections.abc import Sequence
 
+from agcl.parallel.distributed import BUCKET_BYTES
+
 from pipeline.config.method import Project
 from pipeline.plan.nodes import sums_moments
 from pipeline.plan.setting import (
@@ -73,12 +75,12 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     activations += 3 * FLOAT * tokens * shape.width  # Embeddings and the last norm.
     held = [
         *_model(setting, gathered=True),
-        Part("Adam", 2 * of_trained * trained // setting.shards),
+        Part("Adam", 2 * of_trained * trained // _shards(setting)),
         *(_protection(setting) if protects else ()),
     ]
     if half:
         held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
-    gradients = Part("gradients", of_trained * trained // setting.shards)
+    gradients = Part("gradients", of_trained * trained // _shards(setting))
     passing = [Part("activations", activations), Part("logits", _logits(shape, answers, 3))]
     several = passes > 1
     temporary = max(out * width for out, width in shape.linears)
@@ -87,13 +89,18 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
     copies = max(out * width for out, width in setting.protected) if protects else 0
     copies += _CHUNK * (setting.on_gpu and protects)
-    summed = trained if setting.ranks > 1 and setting.shards == 1 else 0
+    summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
     return [
         (*held, *passing, *((gradients,) if several else ())),
         (*held, gradients, *layer),
-        (*held, gradients, Part("gradients summed over workers", of_trained * summed)),
+        (*held, gradients, Part("gradients summed over workers", summed)),
         (*held, gradients, Part("copies of a step", 2 * FLOAT * copies)),
     ]
+
+
+def _shards(setting: Setting) -> int:
+    """Workers that share what is trained: every worker has all of an adapter's factors."""
+    return 1 if setting.config.adapter else setting.shards
 
 
 def _pass(setting: Setting) -> tuple[int, int]:
@@ -138,10 +145,10 @@ def _protection(setting: Setting) -> list[Part]:
         parts.append(Part("bases", bases))
         parts += [Part("bases in main memory", bases, on_host=True)] * setting.on_gpu
     if "gate" in kinds:
-        parts.append(Part("gates", count // setting.shards))
+        parts.append(Part("gates", count // _shards(setting)))
         parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
     if "penalty" in kinds:
-        parts.append(Part("anchors and importance", 2 * FLOAT * count // setting.shards))
+        parts.append(Part("anchors and importance", 2 * FLOAT * count // _shards(setting)))
     if kinds - {"penalty"}:
         parts.append(Part("weights before the task", FLOAT * _projected(setting), on_host=True))
     return parts

@@ -51,11 +51,10 @@ def shape_named(name: str) -> Shape:
 
 def setting_of(shape: Shape, method: str, workers: int = 1) -> Setting:
     """A method at its defaults in bfloat16, on GPUs; several workers share the model."""
-    sharded = workers > 1 and method != "lora_agcl"
     settings = {
         "training": {"precision": "bfloat16"},
         "evaluation": {"precision": "bfloat16", "batch_size": 16},
-        "resources": {"num_workers": workers, "gpus_per_worker": 1, "shard_model": sharded},
+        "resources": {"num_workers": workers, "gpus_per_worker": 1, "shard_model": workers > 1},
     }
     config = loading.validate(loading.with_preset(method, settings))
     return Setting(shape, config, ROW)

@@ -251,7 +251,7 @@ def sums_in_buckets(bucket_bytes: int) -> tuple[list[torch.Tensor], list[torch.T
     tensors.append(torch.randn(5, generator=generator).double())
     tensors.insert(3, torch.randn(6, generator=generator).bfloat16())
     found = [tensor.clone() for tensor in tensors]
-    with patch.object(distributed, "_BUCKET_BYTES", bucket_bytes):
+    with patch.object(distributed, "BUCKET_BYTES", bucket_bytes):
         distributed.sum_in_place(found)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # In one order on all ranks.
         same = [tensor for tensor in tensors if tensor.dtype == dtype]

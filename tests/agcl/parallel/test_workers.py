@@ -162,7 +162,7 @@ def test_a_sum_needs_a_bucket_of_extra_memory(monkeypatch):
     """Messages of 2 small tensors each, but a large one as it is."""
     sent = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "_BUCKET_BYTES", 100)
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 100)
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda t: sent.append(t.mul_(2)))
     large, turned = torch.ones(50), torch.ones(8, 5).T
     small = [torch.ones(12) for _ in range(5)]
