@@ -16,7 +16,7 @@ from agcl.importance import Importance
 from agcl.lrp import stored_transposed
 from agcl.model import models
 from agcl.model.forward import activation_checkpointing
-from agcl.modulation import GatedAdamW, quadratic_penalty
+from agcl.modulation import GatedAdamW, quadratic_penalty, rounding
 from agcl.parallel import distributed, sharding
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
@@ -72,6 +72,30 @@ def task(
             **SETTINGS,
         )
     return steps, weights_of(model)
+
+
+def rounded_steps(
+    architecture: str, gate: Mapping[str, Tensor], basis: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """bfloat16 weights after steps on given gradients, protected, in small pieces."""
+    model = model_of(architecture, torch.bfloat16)
+    transposed = stored_transposed(model)
+    optimizer = GatedAdamW(
+        model.named_parameters(),
+        gate=gate,
+        basis=basis,
+        transposed=transposed,
+        lr=1e-3,
+        rounding="stochastic",
+    )
+    with patch.object(rounding, "_BLOCK_ENTRIES", 100):
+        for step in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * number + step)
+                slope = torch.randn(parameter.shape, generator=generator).bfloat16()
+                parameter.grad = sharding.placed_like(slope, parameter)
+            optimizer.step()
+    return weights_of(model)
 
 
 def scores(

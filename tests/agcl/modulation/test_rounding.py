@@ -1,15 +1,20 @@
 """bfloat16 weights: steps below their precision count, and protection holds but for rounding."""
 
 import copy
+import math
+from contextlib import suppress
 
 import pytest
 import torch
 from reference import tiny
 from torch import nn
 
+from agcl.files import checkpoint as checkpoints
+from agcl.files.checkpoint import Checkpoint
 from agcl.lrp import attributed_linears
 from agcl.modulation import GatedAdamW, rounding
 from agcl.modulation.rounding import noise, round_into, rounding_noise
+from agcl.modulation.step import copies
 from agcl.train import train_task
 
 HALF = torch.bfloat16
@@ -221,3 +226,56 @@ def test_a_run_resumes_bit_for_bit_from_its_state(tmp_path):
     second.load_state_dict(copy.deepcopy(stored["optimizer"]))
     steps(resumed, second, first=4, last=8)
     assert_same(dict(resumed.named_parameters()), dict(whole.named_parameters()))
+
+
+def test_training_resumes_bit_for_bit_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_MAX_TIME_SHARE", math.inf)
+
+    class Interrupted(BaseException):
+        pass
+
+    def train(checkpoint=None, stop=None):
+        model = tiny.llama(dtype=HALF)
+        gate, basis = {UP: torch.full((24, 16), 0.4)}, {UP: torch.eye(16)[:, :3]}
+        optimizer = GatedAdamW(
+            model.named_parameters(), gate=gate, basis=basis, rounding="stochastic"
+        )
+
+        def log(metrics, step):
+            if step == stop:
+                raise Interrupted
+
+        with suppress(Interrupted):
+            train_task(
+                model,
+                tiny.random_rows(8),
+                optimizer,
+                epochs=4,
+                batch_size=4,
+                seed=0,
+                checkpoint=checkpoint,
+                log=log,
+            )
+        return dict(model.named_parameters()), optimizer
+
+    whole, _ = train()
+    train(Checkpoint(tmp_path / "file", "a task", 0.0), stop=5)
+    resumed, optimizer = train(Checkpoint(tmp_path / "file", "a task", 0.0))
+    assert_same(resumed, whole)
+    states = optimizer.state[resumed[UP]]
+    assert {states["exp_avg"].dtype, states["exp_avg_sq"].dtype} == {torch.float32}
+
+
+def test_a_protected_step_copies_no_more_than_a_piece(monkeypatch):
+    sizes = []
+
+    def counted(tensors, *, like):
+        sizes.extend(each.numel() for each in like)
+        return copies(tensors, like=like)
+
+    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 100)
+    monkeypatch.setattr("agcl.modulation.optimizer.copies", counted)
+    basis = {name: torch.eye(each.shape[1])[:, :3] for name, each in filled(1.0).items()}
+    for dtype in (torch.float32, HALF):
+        trained(model=tiny.llama(dtype=dtype), basis=basis, gate={UP: torch.rand(24, 16)}, last=1)
+    assert max(sizes) == 96  # Six rows of sixteen.
