@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agcl.attribution.collector import Collector, Estimator, MomentWeighting, Selection
+from agcl.attribution.collector import Collector, Estimator, Selection
+from agcl.attribution.inputs import (
+    InputMoment,
+    MomentWeighting,
+    collected,
+    shared_inputs,
+    test_matrix,
+)
 from agcl.importance import Importance
-from agcl.lrp import RuleSet, attributed_linears, relevance_backward, weight_of
+from agcl.lrp import RuleSet, attributed_linears, evaluating, relevance_backward, weight_of
 from agcl.lrp.families import architecture_of
-from agcl.model.forward import Precision, answer_logits
+from agcl.model.forward import Precision, answer_logits, autocast, fast_products
 from agcl.parallel import distributed, sharding
 from agcl.scoring.evaluate import answered_correctly
 from agcl.tasks.batches import Batch, answer_places, answer_tokens
@@ -38,6 +45,9 @@ def attribute(
     correct_only: bool = True,
     split: Split = "samples",
     running_values: Precision = "float32",
+    precision: Precision = "float32",
+    keep: float = 0.95,
+    sketch: int = 4096,
     log: Callable[[int], None] = lambda rows_done: None,
 ) -> Importance:
     """Attribute the answers in all ranks' batches to the weights of the linear layers.
@@ -48,10 +58,14 @@ def attribute(
     collects only moments, which is all a projection needs, and runs a backward pass only for
     `moments="relevance"`.
 
-    Moments: per layer Σ_t r_t x_t x_tᵀ over the samples' tokens. r_t is |Σ_j z_tj g_tj| scaled to
-    mean 1 (`relevance`), 1 (`uniform`), or 1 on tokens that predict an answer token and 0 on
-    others (`answer`). With `unit_inputs` every x_t is scaled to length 1; otherwise a few tokens
-    with massive activations (Sun 2024, arXiv 2402.17762) dominate a layer's moment.
+    Moments: per input Σ_t r_t x_t x_tᵀ over the samples' tokens, where layers that read the same
+    tensor (query, key and value) have one input. r_t is the relevance |Σ_i x_ti g_ti| that arrives
+    at the input from all of them, scaled to mean 1 (`relevance`), 1 (`uniform`), or 1 on tokens
+    that predict an answer token and 0 on others (`answer`). With `unit_inputs` every x_t is scaled
+    to length 1; otherwise a few tokens with massive activations (Sun 2024, arXiv 2402.17762)
+    dominate a moment. Of each moment the fewest leading directions that hold the share `keep` of
+    its trace are returned, at most a quarter of the input's width or 256; `keep=1` returns all.
+    Inputs wider than twice `sketch` are summed as a sketch of that many columns (`of_sketch`).
 
     Other estimators use the ordinary gradient and ignore `rules`. `grad_x_param`: the same
     formula. `fisher`: mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the empirical
@@ -63,6 +77,8 @@ def attribute(
     layers, which are merged at the end. `split="layers"`, required for a sharded model: all ranks
     pass the same batches, and each keeps running values (`top_k` per weight) only for its share of
     the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
+    `precision="bfloat16"` runs the passes under autocast and rounds the factors of other products
+    (to TF32 on a GPU); sums stay in float32.
 
     The result does not depend on batch size, row order or number of ranks, up to rounding. Raises
     `NoCorrectAnswer` if `correct_only` leaves no sample, and `ValueError` without batches, for an
@@ -73,57 +89,67 @@ def attribute(
     backward = entries or moments == "relevance"
     if not (backward or moments):
         raise ValueError("nothing to collect: request entries, moments or both")
-    by_relevance = estimator in ("lrp", "grad_x_param")
+    by_likelihood = estimator in ("fisher", "das")
     rules = rules if estimator == "lrp" else "gradient"
-    top_k = top_k if by_relevance else None
+    top_k = None if by_likelihood else top_k
     linears = attributed_linears(model)
+    names = list(linears) if entries else []
     collectors = {
-        n: Collector(
-            linears[n], estimator, top_k, moments, unit_inputs, running_values, entries=entries
-        )
-        for n in _layers_of_rank(model, list(linears), split)
+        n: Collector(linears[n], estimator, top_k, running_values)
+        for n in _layers_of_rank(model, names, split)
     }
-    seen = used = 0
-    with torch.set_grad_enabled(backward), relevance_backward(model, rules), ExitStack() as hooks:
+    reads = shared_inputs(model, linears) if moments else {}
+    widths = {n: weight_of(linears[n]).shape[1] for n in dict.fromkeys(reads.values())}
+    inputs = {
+        n: InputMoment(linears[n], moments, unit_inputs, _test_matrix(model, widths[n], sketch))
+        for n in _layers_of_rank(model, list(widths), split)
+        if moments
+    }
+    counts = torch.zeros(2, dtype=torch.long, device=model.device)
+    with ExitStack() as hooks:
+        hooks.enter_context(relevance_backward(model, rules) if backward else evaluating(model))
+        hooks.enter_context(fast_products(precision))
         for name, collector in collectors.items():
             hooks.enter_context(linears[name].register_forward_hook(collector.hook))
+        for name, moment in inputs.items():
+            hooks.enter_context(linears[name].register_forward_hook(moment.hook))
         for batch in batches:
-            batch = batch.to(model.device)
-            logits = answer_logits(model, batch)
-            every = torch.ones_like(batch.lengths, dtype=torch.bool)
-            keep = answered_correctly(logits, batch) if correct_only else every
-            selection = _select(batch, keep, moments)
-            for collector in collectors.values():
-                collector.start(selection)
-            if len(selection.rows) and backward:
-                _target(logits, batch, keep, likelihood=not by_relevance).backward()
-            seen += len(keep)
-            used += len(selection.rows)
-            log(seen)
-    counts = torch.tensor([seen, used], device=model.device)
+            counts += _attribute_batch(
+                model,
+                batch.to(model.device),
+                [*collectors.values()],
+                [*inputs.values()],
+                target=(_log_likelihood if by_likelihood else _logits) if backward else None,
+                weighting=moments,
+                correct_only=correct_only,
+                precision=precision,
+            )
+            log(int(counts[0]))
     if split == "samples":
         distributed.sum_in_place([counts])
     _check_counts(*counts.tolist())
     for collector in collectors.values():
         collector.finish(merge=split == "samples")
-    relevances = {n: c.entries() for n, c in collectors.items()} if entries else {}
-    second_moments = {n: c.second_moment() for n, c in collectors.items()} if moments else {}
+    relevances = {n: c.entries() for n, c in collectors.items()}
     if split == "layers":
-        shapes = {n: cast(Tensor, m.weight).shape for n, m in linears.items()} if entries else {}
-        widths = {n: weight_of(m).shape[1] for n, m in linears.items()} if moments else {}
+        shapes = {n: cast(Tensor, linears[n].weight).shape for n in names}
         relevances = _from_owners(relevances, shapes, model)
-        second_moments = _from_owners(second_moments, {n: (w, w) for n, w in widths.items()}, model)
+    second_moments = collected(inputs, widths, _like(model), keep=keep, merge=split == "samples")
     return Importance(
         entries=relevances,
         moments=second_moments,
+        inputs=reads,
         header={
             "architecture": architecture_of(model),
             "estimator": estimator,
             "rules": rules,
             "top_k": top_k,
             "running_values": running_values,
+            "precision": precision,
             "moments": moments,
             "unit_inputs": unit_inputs,
+            "keep": keep,
+            "kept": round(min((m.kept for m in second_moments.values()), default=1.0), 3),
             "correct_only": correct_only,
             "rows": int(counts[0]),
             "rows_attributed": int(counts[1]),
@@ -179,26 +205,71 @@ def _layers_of_rank(model: PreTrainedModel, layers: Sequence[str], split: Split)
     return layers
 
 
+def _like(model: PreTrainedModel) -> Tensor:
+    """An empty tensor of what sums are kept in: float32, or float64 for a float64 model."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return torch.empty(0, dtype=dtype, device=model.device)
+
+
+def _test_matrix(model: PreTrainedModel, width: int, columns: int) -> Tensor | None:
+    """What a wide input's sketch is taken with; None for a narrow one."""
+    return test_matrix(width, columns, _like(model)) if width > 2 * columns else None
+
+
 def _from_owners(
     own: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel
 ) -> dict[str, Tensor]:
     """Every layer's tensor on every rank. On the CPU, since a device may not hold them all."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
     return {
         name: distributed.broadcast(
-            own[name] if name in own else torch.empty(*shape, dtype=dtype, device=model.device),
+            own[name] if name in own else _like(model).new_empty(*shape),
             number % distributed.world_size(),
         ).cpu()
         for number, (name, shape) in enumerate(shapes.items())
     }
 
 
-def _target(logits: Tensor, batch: Batch, keep: Tensor, *, likelihood: bool) -> Tensor:
-    """Sum of the answer tokens' logits, or log-probabilities, over the rows in the mask `keep`."""
-    logits = logits.log_softmax(-1) if likelihood else logits
-    of_answers = logits.gather(-1, answer_tokens(batch).unsqueeze(-1)).squeeze(-1)
-    rows = answer_places(batch).nonzero()[:, 0]
-    return of_answers[keep[rows]].sum()
+def _attribute_batch(
+    model: PreTrainedModel,
+    batch: Batch,
+    collectors: Sequence[Collector],
+    inputs: Sequence[InputMoment],
+    *,
+    target: Callable[[Tensor], Tensor] | None,
+    weighting: MomentWeighting | None,
+    correct_only: bool,
+    precision: Precision,
+) -> Tensor:
+    """Pass a batch forward, and backward from a `target`: numbers of rows seen and attributed."""
+    keep = torch.ones_like(batch.lengths, dtype=torch.bool)
+    selection = _select(batch, keep, weighting)
+    # Without a backward pass inputs are added as they come, if it is known by then which count.
+    ahead = target is None and not correct_only
+    for each in inputs:
+        each.tokens = selection.tokens if ahead else None
+    with autocast(model.device, precision):
+        logits = answer_logits(model, batch)
+    if correct_only:
+        keep = answered_correctly(logits, batch)
+        selection = _select(batch, keep, weighting)
+    for collector in collectors:
+        collector.start(selection)
+    if len(selection.rows) and target:
+        values = target(logits.to(_like(model).dtype))
+        of_answers = values.gather(-1, answer_tokens(batch).unsqueeze(-1)).squeeze(-1)
+        of_answers[keep[answer_places(batch).nonzero()[:, 0]]].sum().backward()
+    for each in inputs:
+        each.tokens = selection.tokens
+        each.add()
+    return torch.tensor([len(keep), len(selection.rows)], device=keep.device)
+
+
+def _logits(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _log_likelihood(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1)
 
 
 def _select(batch: Batch, keep: Tensor, weighting: MomentWeighting | None) -> Selection:

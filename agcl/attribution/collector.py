@@ -1,4 +1,4 @@
-"""State that attribution keeps per linear layer: running values, sums and moments."""
+"""State that attribution keeps per linear layer: running values and sums of relevance."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,6 @@ from agcl.lrp import weight_of
 from agcl.model.forward import Precision
 from agcl.parallel import distributed
 
-MomentWeighting = Literal["relevance", "uniform", "answer"]
 Estimator = Literal["lrp", "grad_x_param", "fisher", "das"]
 """The value of an entry: relevance by LRP or by the ordinary gradient, diagonal Fisher information,
 or standardized gradient."""
@@ -40,69 +39,34 @@ class Collector:
         layer: nn.Module,
         estimator: Estimator,
         top_k: int | None,
-        moments: MomentWeighting | None,
-        unit_inputs: bool,
         running_values: Precision,
-        *,
-        entries: bool = True,
     ) -> None:
         weight = weight_of(layer).detach()
         self.transposed = isinstance(layer, Conv1D)
-        self.layer, self.device, self.weighting = layer, weight.device, moments
-        self.estimator, self.unit_inputs = estimator, unit_inputs
+        self.layer, self.device, self.estimator = layer, weight.device, estimator
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         stored_dtype = torch.bfloat16 if running_values == "bfloat16" else dtype
-        self.has_entries = entries
-        self.top = TopK(top_k, weight.to(dtype), stored_dtype) if top_k and entries else None
-        summed = entries and not top_k
-        self.sum = torch.zeros(weight.shape if summed else (), dtype=dtype, device=self.device)
+        self.dtype = dtype
+        self.top = TopK(top_k, weight.to(dtype), stored_dtype) if top_k else None
+        self.sum = torch.zeros(() if top_k else weight.shape, dtype=dtype, device=self.device)
         self.count = 0
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        width = weight.shape[1] if moments else 0
-        self.moment = torch.zeros(width, width, dtype=dtype, device=self.device)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        """Sum of r_t, number of tokens."""
-        self.inputs: Tensor | None = None
-        self.unweighted: Tensor | None = None
 
     def hook(self, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         """The layer's forward hook: x and z are (rows, tokens, in) and (rows, tokens, out)."""
-        inputs = args[0].detach()
-        self.inputs = inputs
         if output.requires_grad:
-            values = output.detach()
+            inputs, values = args[0].detach(), output.detach()
             output.register_hook(lambda gradient: self._backward(inputs, values, gradient))
 
     def start(self, selection: Selection) -> None:
         """Set the selection for the last forward pass. Call before its backward pass."""
-        self._add_unweighted()
         self.selection = selection
         self.count += len(selection.rows)
-        inputs, self.inputs = self.inputs, None
-        if self.weighting and inputs is not None:
-            self.unweighted = inputs.flatten(0, 1)
-            self.totals[1] += len(selection.tokens)
-
-    def _add_unweighted(self) -> None:
-        """Add the last batch's tokens with equal weights if they were not added by relevance."""
-        # No backward pass, or none that reached this layer: the rule set cp cuts some layers off.
-        if self.unweighted is not None:
-            tokens = self.unweighted[self.selection.tokens]
-            self._add_moment(tokens, torch.ones_like(tokens[:, 0]))
-        self.unweighted = None
 
     def _backward(self, x: Tensor, z: Tensor, g: Tensor) -> None:
         """x (rows, tokens, in), z and g (rows, tokens, out); g is 0 outside the selected rows."""
-        x, z, g = (self.selection.of(tensor) for tensor in (x, z, g))
-        relevance = z * g
-        if self.has_entries:
-            self._add_entries(x, g, relevance)
-        if self.weighting == "relevance":
-            self._add_moment(x.flatten(0, 1), relevance.sum(-1).abs().flatten())
-            self.unweighted = None
-
-    def _add_entries(self, x: Tensor, g: Tensor, relevance: Tensor) -> None:
+        x, z, g = (self.selection.of(tensor).to(self.dtype) for tensor in (x, z, g))
         match self.estimator:
             case "fisher":
                 for x_row, g_row in zip(x, g, strict=True):
@@ -110,15 +74,7 @@ class Collector:
             case "das":
                 self.sum += g.flatten(0, 1).T @ x.flatten(0, 1)
             case _:
-                self._add_relevance(x, g, relevance)
-
-    def _add_moment(self, tokens: Tensor, weights: Tensor) -> None:
-        """tokens (tokens, in), weights (tokens,)."""
-        self.totals[0] += weights.sum()
-        if self.unit_inputs:
-            squares = tokens.square().sum(-1)
-            weights = torch.where(squares > 0, weights / squares, 0)
-        self.moment.addmm_(tokens.T, tokens * weights.unsqueeze(1))
+                self._add_relevance(x, g, z * g)
 
     def _add_relevance(self, x: Tensor, g: Tensor, relevance: Tensor) -> None:
         weight = weight_of(self.layer).detach()  # FSDP has unsharded it for the backward pass.
@@ -132,8 +88,7 @@ class Collector:
             self.top.insert_products(weight, x, g_scaled)
 
     def finish(self, *, merge: bool) -> None:
-        """Add the last batch's moments. With `merge`, reduce over ranks (different batches)."""
-        self._add_unweighted()
+        """With `merge`, reduce over ranks, which had different batches."""
         if self.top is not None and not self.finite:
             # NaN compares false, so top-K never kept it; mark the layer.
             self.top.values.fill_(torch.nan)
@@ -149,7 +104,6 @@ class Collector:
             for other, values in enumerate(parts):
                 if other != distributed.rank():
                     self.top.merge(values, counts[other])
-        distributed.sum_in_place([self.moment, self.totals])
 
     def entries(self) -> Tensor:
         """The importance of every entry, in the parameter's own shape."""
@@ -159,8 +113,3 @@ class Collector:
             values = (values - values.mean()) / values.std().clamp(min=1e-30)
             values = values.tanh().abs()
         return values.T.contiguous() if self.transposed else values
-
-    def second_moment(self) -> Tensor:
-        """Σ_t r_t x_t x_tᵀ with r_t scaled to mean 1, (in, in)."""
-        relevance, tokens = self.totals.tolist()
-        return self.moment * (tokens / relevance) if relevance else self.moment

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from agcl.importance.importance import Importance
+from agcl.importance.moment import summed
 
 
 def scaled(entries: Tensor, log_scale: float) -> Tensor:
@@ -21,6 +22,25 @@ def scaled(entries: Tensor, log_scale: float) -> Tensor:
     return torch.log1p(positive / largest * log_scale) / torch.log1p(
         torch.tensor(log_scale, device=entries.device)
     )
+
+
+def running_sum(importances: Sequence[Importance], *, keep: float) -> Importance:
+    """What several tasks relied on, as one importance: their summed moments, without entries.
+
+    Each moment is cut again as in `attribute`. Raises `ValueError` without importances, or if one
+    has no moments.
+    """
+    if not importances or not all(i.moments for i in importances):
+        raise ValueError("nothing to sum: an importance has no input moments")
+    first = importances[0]
+    by_input = {first.input_of(name): name for name in reversed(first.weights)}
+    moments = {
+        key: summed([i.moments[i.input_of(name)] for i in importances], keep=keep)
+        for key, name in reversed(by_input.items())
+    }
+    kept = min(moment.kept for moment in moments.values())
+    header = {"tasks": sum(i.header.get("tasks", 1) for i in importances), "kept": round(kept, 3)}
+    return Importance({}, moments, header, first.inputs)
 
 
 def overlap(importances: Sequence[Importance], share: float = 0.01) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """Control importances that ignore the data: baselines that a real estimator has to beat."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,14 +17,15 @@ def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Impor
         name: sharding.whole(cast(Tensor, layer.weight).detach()).abs()
         for name, layer in linears.items()
     }
-    return Importance(entries, importance.moments, {**importance.header, "estimator": "magnitude"})
+    header = {**importance.header, "estimator": "magnitude"}
+    return replace(importance, entries=entries, header=header)
 
 
 def random(importance: Importance, *, seed: int) -> Importance:
     """The importance with entries uniform in [0, 1) and the same moments."""
     generator = torch.Generator().manual_seed(seed)
     entries = {n: torch.rand(e.shape, generator=generator) for n, e in importance.entries.items()}
-    return Importance(entries, importance.moments, {**importance.header, "estimator": "random"})
+    return replace(importance, entries=entries, header={**importance.header, "estimator": "random"})
 
 
 def permuted(importance: Importance, *, seed: int) -> Importance:
@@ -34,8 +36,5 @@ def permuted(importance: Importance, *, seed: int) -> Importance:
         order = torch.randperm(entries.numel(), generator=generator).to(entries.device)
         return entries.flatten()[order].view_as(entries)
 
-    return Importance(
-        {name: shuffle(entries) for name, entries in importance.entries.items()},
-        importance.moments,
-        {**importance.header, "permuted": True},
-    )
+    entries = {name: shuffle(entries) for name, entries in importance.entries.items()}
+    return replace(importance, entries=entries, header={**importance.header, "permuted": True})

@@ -1,20 +1,24 @@
 """The importance artifact: relevance of every weight for one task, and its file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from agcl.errors import InputError
 from agcl.files import tensor_file
+from agcl.importance.moment import Moment, orthonormal
 from agcl.lrp import weight_of
 
 _KIND = "importance"
-_ENTRIES, _MOMENTS = "entries/", "moments/"
+_ENTRIES, _DIRECTIONS, _ENERGIES = "entries/", "directions/", "energies/"
+_INPUTS, _TRACES = "inputs", "traces"
+_MOMENTS = "moments/"
+"""Prefix of whole moments, in files of agcl 0.8 and earlier."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,24 @@ class Importance:
     entries: Mapping[str, Tensor]
     """Per weight, in its shape: unscaled, signed mean of the top-K relevances over samples. Empty
     if only moments were collected."""
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per weight, (in, in): second moment of the layer's inputs, normalized to length 1 or raw,
+    moments: Mapping[str, Moment] = field(default_factory=dict)
+    """Per input: second moment of the vectors that its layers read, normalized to length 1 or raw,
     summed over tokens with weights of mean 1. Empty if not collected."""
     header: Mapping[str, Any] = field(default_factory=dict)
     """JSON: the settings it was made with (estimator, rules, top_k, ...) and the row counts."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Per weight, the key of its layer's input in `moments`: the first weight that reads it. If
+    empty, every weight has its own."""
 
     def save(self, file: Path | str) -> None:
-        """Write the file atomically: entries in bfloat16, moments in float32."""
+        """Write the file atomically: entries in bfloat16, directions in float16."""
         tensors = {_ENTRIES + k: v.to("cpu", torch.bfloat16) for k, v in self.entries.items()}
-        tensors |= {_MOMENTS + k: v.to("cpu", torch.float32) for k, v in self.moments.items()}
-        tensor_file.write(Path(file), tensors, _KIND, self.header)
+        for name, moment in self.moments.items():
+            tensors[_DIRECTIONS + name] = moment.directions.to("cpu", torch.float16)
+            tensors[_ENERGIES + name] = moment.energies.cpu()
+        traces = {name: moment.trace for name, moment in self.moments.items()}
+        parts = {_INPUTS: dict(self.inputs), _TRACES: traces} if traces else {}
+        tensor_file.write(Path(file), tensors, _KIND, {**self.header, **parts})
 
     @classmethod
     def load(cls, file: Path | str, *, verify: bool = True) -> "Importance":
@@ -49,43 +60,80 @@ class Importance:
             keys = sorted(stored.keys())
         if verify:
             tensor_file.verify(file, _KIND)
-        return cls(_Stored(file, _ENTRIES, keys), _Stored(file, _MOMENTS, keys), header)
+        _refuse_old(file, keys)
+        traces, inputs = header.pop(_TRACES, {}), header.pop(_INPUTS, {})
+        return cls(_Entries(file, keys), _Moments(file, keys, traces), header, inputs)
 
     @property
     def weights(self) -> list[str]:
         """Names of the weights it covers."""
-        return list(self.entries or self.moments)
+        return list(self.entries or self.inputs or self.moments)
+
+    def input_of(self, weight: str) -> str:
+        """The key in `moments` of what a weight's layer reads."""
+        return self.inputs.get(weight, weight)
 
     def is_zero(self) -> bool:
         """Whether all values are zero."""
-        return not any(bool(tensor.any()) for tensor in (self.entries or self.moments).values())
+        if self.entries:
+            return not any(bool(tensor.any()) for tensor in self.entries.values())
+        return not any(moment.trace for moment in self.moments.values())
 
     def check_finite(self) -> None:
         """Raise `ValueError` naming the first tensor with a NaN or infinite value."""
-        for name, tensor in [*self.entries.items(), *self.moments.items()]:
+        energies = [(name, moment.energies) for name, moment in self.moments.items()]
+        for name, tensor in [*self.entries.items(), *energies]:
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"importance of {name} is not finite")
 
 
-class _Stored(Mapping[str, Tensor]):
-    """The tensors in a file whose keys start with a prefix."""
+T = TypeVar("T")
+
+
+class _Stored(Mapping[str, T]):
+    """What a file holds per name, read on access."""
 
     def __init__(self, file: Path, prefix: str, keys: list[str]) -> None:
         self.file = file
-        self.key_by_name = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
+        self.names = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
 
-    def __getitem__(self, name: str) -> Tensor:
-        key = self.key_by_name[name]
+    def _read(self, key: str) -> Tensor:
         # Reopened for each tensor: while a file is open, everything read from it stays in memory.
         stored, _ = tensor_file.open_file(self.file, _KIND)
         with stored:
             return cast(Tensor, stored.get_tensor(key))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.key_by_name)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.key_by_name)
+        return len(self.names)
+
+
+class _Entries(_Stored[Tensor]):
+    def __init__(self, file: Path, keys: list[str]) -> None:
+        super().__init__(file, _ENTRIES, keys)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self._read(_ENTRIES + name)
+
+
+class _Moments(_Stored[Moment]):
+    def __init__(self, file: Path, keys: list[str], traces: Mapping[str, float]) -> None:
+        super().__init__(file, _DIRECTIONS, keys)
+        self.traces = traces
+
+    def __getitem__(self, name: str) -> Moment:
+        trace = self.traces[name]
+        directions = orthonormal(self._read(_DIRECTIONS + name))
+        return Moment(directions, self._read(_ENERGIES + name), trace)
+
+
+def _refuse_old(file: Path, keys: Iterable[str]) -> None:
+    if any(key.startswith(_MOMENTS) for key in keys):
+        raise InputError(f"{file}: written by agcl 0.8 or earlier; measure the importance again")
 
 
 def check_file(
@@ -97,9 +145,15 @@ def check_file(
     Reads one tensor at a time; each file's checksum is verified once per process. Raises
     `InputError` naming the file and the first weight that is missing or differs in shape.
     """
-    stored, _ = tensor_file.open_file(file, _KIND)
+    stored, header = tensor_file.open_file(file, _KIND)
+    status = file.stat()
+    _verify_once(file, status.st_size, status.st_mtime_ns)
     with stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    _refuse_old(file, shapes)
+    inputs = header.get(_INPUTS) or {name: name for name in header.get(_TRACES, {})}
+    for name, key in inputs.items():
+        shapes[_MOMENTS + name] = shapes[_DIRECTIONS + key][:1]
     parts = (
         (_ENTRIES, entries, "relevance of single weights, which gate and penalty need"),
         (_MOMENTS, moments, "input moments, which a projection needs"),
@@ -117,14 +171,12 @@ def check_file(
                     f"{in_file.get(name) or 'absent'} in the file, {expected or 'absent'} in the "
                     "model)"
                 )
-    status = file.stat()
-    _verify_once(file, status.st_size, status.st_mtime_ns)
 
 
 def _shape(layer: nn.Module, part: str) -> tuple[int, ...]:
     if part == _ENTRIES:
         return tuple(cast(Tensor, layer.weight).shape)
-    return (weight_of(layer).shape[1],) * 2
+    return (weight_of(layer).shape[1],)
 
 
 @cache

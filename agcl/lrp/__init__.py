@@ -1,6 +1,6 @@
 """Layer-wise relevance propagation (LRP) as an ordinary backward pass with modified rules."""
 
-from agcl.lrp.composite import relevance_backward
+from agcl.lrp.composite import evaluating, relevance_backward
 from agcl.lrp.families import FAMILIES, attributed_linears, stored_transposed, weight_of
 from agcl.lrp.rules import RuleSet
 
@@ -8,6 +8,7 @@ __all__ = [
     "FAMILIES",
     "RuleSet",
     "attributed_linears",
+    "evaluating",
     "relevance_backward",
     "stored_transposed",
     "weight_of",

@@ -63,6 +63,15 @@ def relevance_backward(model: PreTrainedModel, rules: RuleSet = "attnlrp") -> It
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Forward passes in eval mode, without a graph."""
+    with ExitStack() as undo:
+        _freeze_and_eval(model, undo)
+        undo.enter_context(torch.no_grad())
+        yield
+
+
 def _freeze_and_eval(model: nn.Module, undo: ExitStack) -> None:
     training = [(module, module.training) for module in model.modules()]
     required = [(p, p.requires_grad) for p in model.parameters()]

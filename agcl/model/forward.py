@@ -27,6 +27,25 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 @contextmanager
+def fast_products(precision: Precision) -> Iterator[None]:
+    """With `bfloat16`, round the factors of float32 matrix products: to TF32, on a CPU to bfloat16.
+
+    Products are summed in float32. No effect on hardware that has no faster way.
+    """
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [each.fp32_precision for each in settings]
+    if precision == "bfloat16":
+        for each, value in zip(settings, ("tf32", "bf16"), strict=True):
+            each.fp32_precision = value
+    try:
+        yield
+    finally:
+        for each, value in zip(settings, before, strict=True):
+            each.fp32_precision = value
+
+
+@contextmanager
 def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
     """Recompute each layer's activations in the backward pass instead of storing them.
 

@@ -233,6 +233,7 @@ class Config(Section):
         for conflict in (
             *self._conflicts(),
             *self._method_conflicts(),
+            *self._energy_conflicts(),
             *(self._adapter_conflicts() if self.adapter else ()),
         ):
             raise ValueError(conflict)
@@ -274,6 +275,21 @@ class Config(Section):
             yield "protect: at most one item of each kind, and project last"
         if self.importance.entries is False and (needing := self._needing_entries()):
             yield f"importance.entries: must be true for {needing[0]}"
+
+    def _energy_conflicts(self) -> Iterator[str]:
+        asked = [
+            (f"protect.{number}.energy", item.energy)
+            for number, item in enumerate(self.protect)
+            if isinstance(item, Project)
+        ]
+        if asked and self.base.protect != "none":
+            asked.append(("base.energy", self.base.energy))
+        for key, energy in asked:
+            if energy > self.importance.keep:
+                yield (
+                    f"{key}: {energy:g} is more than importance.keep ({self.importance.keep:g}) "
+                    "stores of a moment; raise it to as much"
+                )
 
     def _adapter_conflicts(self) -> Iterator[str]:
         if self.adapter and self.adapter.fresh and {i.kind for i in self.protect} - {"project"}:

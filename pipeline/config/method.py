@@ -27,6 +27,11 @@ class Importance(Section):
     running_values: Precision = "float32"
     """Type of the running `top_k` values. `bfloat16` halves the memory of attribution, from 4 to 2
     times `top_k` bytes per weight, and rounds each value once."""
+    precision: Precision = "float32"
+    """`bfloat16` attributes under autocast and with TF32 on a GPU; sums stay float32."""
+    keep: float = Field(0.95, gt=0, le=1)
+    """Share of an input's second moment that is stored, as its leading directions: at most a
+    quarter of the input's width, or 256. A projection cannot protect more. 1 stores all of it."""
     entries: bool | None = None
     """Measure the importance of every weight, not only the moments of the layers' inputs. Null does
     so if something needs it: a gate, a penalty, `permuted`, or estimator `magnitude` or `random`. A
@@ -77,7 +82,8 @@ class Project(Protection):
 
     kind: Literal["project"]
     energy: Share = 0.8
-    """Share of the earlier inputs' second moment to protect; 0 means no projection."""
+    """Share of the earlier inputs' second moment to protect, at most `importance.keep`; 0 means no
+    projection."""
     weighting: Literal["relevance", "uniform", "answer"] = "relevance"
     """Weight of each token's input: its relevance, the same for all, or the same for tokens that
     predict an answer token and 0 for others."""
@@ -106,7 +112,8 @@ class Base(Section):
     chat template) as answers to a user's words that it makes up too. `text`: on a text of yours.
     `rows`: on rows of yours."""
     energy: Share = 0.7
-    """Share of the base model's second moment that a projection protects; tasks have their own."""
+    """Share of the base model's second moment that a projection protects, at most
+    `importance.keep`; tasks have their own."""
     weighting: Literal["uniform", "relevance", "answer"] = "uniform"
     """Weight of each token's input, as in a projection. `uniform` needs forward passes only."""
     samples: Positive = 96

@@ -11,7 +11,7 @@ from pipeline.config.presets import METHODS
 CHANGES = "+changes"
 _TUNABLE = {
     *("entries", "top_k", "running_values", "samples", "batch_size", "split", "past"),
-    "correct_only",
+    *("correct_only", "keep", "precision"),
 }
 """Keys of `importance` that no method is known by; like any number that is not 0."""
 _OF_BASE = {"base.protect"}

@@ -33,7 +33,7 @@ class Method:
 
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
 _STRENGTH = Knob("protect.0.strength", 1e1, 1e7)
-_ENERGY = Knob("protect.0.energy", 0.5, 0.98, logarithmic=False)
+_ENERGY = Knob("protect.0.energy", 0.5, 0.95, logarithmic=False)
 
 
 def _gate(description: str, *, controls: tuple[str, ...] = (), **importance: Any) -> Method:

@@ -162,13 +162,11 @@ def train_stage(
     settings = training_settings(config, index)
     inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
     if config.protect:
-        for i, file in enumerate(config.importance.past):
-            inputs[f"importance/past-{i}"] = External(file)
-        inputs |= {f"importance/{name}": stage for name, stage in importances.items()}
+        inputs |= _protected_tasks(config, importances)
         inputs |= _protected_base(config, settings, of_base)
         if len(inputs) > 2:
             settings["protect"] = [item.model_dump() for item in config.protect]
-            if not any(role.startswith("importance/") for role in inputs):
+            if not any(role.startswith(("importance/", "past")) for role in inputs):
                 settings["protect"] = _on_base_alone(settings["protect"])
     earlier = list(rows)[: len(models)]
     if config.replay.fraction and models:
@@ -192,6 +190,25 @@ def train_stage(
         session="sequence",
         train=True,
     )
+
+
+def sums_moments(config: Config) -> bool:
+    """Whether attribute stages keep a running sum, since only moments of the sequence count."""
+    kinds = {item.kind for item in config.protect}
+    return kinds == {"project"} and not measures_solos(config)
+
+
+def past_files(config: Config, role: str) -> Inputs:
+    """The user's importance files, by roles that begin with this one."""
+    return {f"{role}{i}": External(file) for i, file in enumerate(config.importance.past)}
+
+
+def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs:
+    """The inputs of a train stage that protect earlier tasks: their sum, or each one's."""
+    if sums_moments(config) and importances:
+        return {"past": list(importances.values())[-1]}
+    each = {f"importance/{name}": stage for name, stage in importances.items()}
+    return {**past_files(config, "importance/past-"), **each}
 
 
 def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | None) -> Inputs:

@@ -12,9 +12,11 @@ from pipeline.plan.nodes import (
     base_model_stage,
     evaluate_stage,
     first_session,
+    past_files,
     prepare_stage,
     report_stage,
     solo_stages,
+    sums_moments,
     tokenizer_stage,
     train_stage,
 )
@@ -98,6 +100,9 @@ def _sequence(
             on_factors = config.adapter is not None and not config.adapter.fresh
             inputs = adapter_on(base, model) if on_factors else {"model": measured}
             inputs["rows"] = rows[task]
+            if sums_moments(config):
+                earlier = list(importances.values())[-1:]
+                inputs |= {"past": earlier[0]} if earlier else past_files(config, "past/")
             importances[task] = attribute_stage(config, index, task, measured.session, inputs)
             chain.append(importances[task])
         last = index == len(tasks)

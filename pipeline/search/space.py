@@ -66,7 +66,7 @@ def default_space(config: Config) -> dict[str, Dimension]:
                     "importance.top_k": Choice(type="choice", values=(1, 4, 16, None)),
                 }
             case Project():
-                space[f"{at}.energy"] = Float(type="uniform", low=0.5, high=0.98)
+                space[f"{at}.energy"] = Float(type="uniform", low=0.5, high=0.95)
             case Penalty():
                 space[f"{at}.strength"] = _log_scale(1e1, 1e7)
     return space

@@ -7,7 +7,7 @@ from typing import Any
 
 from agcl.attribution import attribute as attribute_batches
 from agcl.attribution.attribute import NoCorrectAnswer, Split
-from agcl.importance import Importance, magnitude, permuted, random
+from agcl.importance import Importance, magnitude, permuted, random, running_sum
 from agcl.lrp import attributed_linears
 from agcl.parallel import distributed
 from agcl.scoring.scorers import RIGHT_OR_WRONG
@@ -17,7 +17,14 @@ from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY, rows_file
+from pipeline.stages.files import (
+    IMPORTANCE_FILE,
+    LOG_FILE,
+    PAST_FILE,
+    SUMMARY,
+    named,
+    rows_file,
+)
 
 
 def attribute(
@@ -25,7 +32,8 @@ def attribute(
 ) -> None:
     """Write the importance of `model` on the training rows of `rows`, or of all `rows/...`.
 
-    With the input `adapter`, the importance is that of the adapter's factors. A model that answers
+    With the input `adapter`, the importance is that of the adapter's factors. With inputs named
+    `past`, or `past/...`, also write the sum of their moments and this task's. A model that answers
     no row correctly is attributed on all rows, with a warning; raises `ValueError` if its training
     loss rose.
     """
@@ -46,6 +54,21 @@ def attribute(
         raise ValueError("every importance is zero: no relevance reached any weight")
     if context.is_first_worker:
         importance.save(out_dir / IMPORTANCE_FILE)
+        if earlier := past_moments(inputs):
+            both = running_sum([*earlier, importance], keep=config["keep"])
+            both.save(out_dir / PAST_FILE)
+
+
+def past_moments(inputs: Mapping[str, Path]) -> list[Importance]:
+    """The summed moments of earlier tasks, in the input `past`, and files in inputs `past/...`.
+
+    Artifacts were verified when they were fetched; files of the user are verified here.
+    """
+    found = [Importance.load(file) for file in named("past/", inputs).values()]
+    if folder := inputs.get("past"):
+        file = next(f for f in (folder / PAST_FILE, folder / IMPORTANCE_FILE) if f.is_file())
+        found.append(Importance.load(file, verify=False))
+    return found
 
 
 def _check_learned(reason: str, log: Path) -> None:
@@ -100,6 +123,8 @@ def _importance(
         correct_only=config["correct_only"] and right_or_wrong,
         split=split,
         running_values=config["running_values"],
+        precision=config["precision"],
+        keep=config["keep"],
         log=log,
     )
     if estimator == "magnitude":

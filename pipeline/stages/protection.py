@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from agcl.train import train_task
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.stages.attribute import past_moments
 from pipeline.stages.context import ROUNDING, Context
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, named
 from pipeline.storage.artifact import write_json
@@ -56,9 +57,10 @@ class Protection:
 def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
     """The importances of earlier tasks: artifacts of stages, or files of the user.
 
-    Artifacts were verified when they were fetched; files are verified here.
+    Where only moments count, this is one importance, their sum. Artifacts were verified when they
+    were fetched; files are verified here.
     """
-    return [
+    return [*past_moments(inputs)] or [
         Importance.load(path / IMPORTANCE_FILE, verify=False)
         if path.is_dir()
         else Importance.load(path)
@@ -71,6 +73,26 @@ def base_importance(inputs: Mapping[str, Path]) -> Importance | None:
     if "base_importance" not in inputs:
         return None
     return Importance.load(inputs["base_importance"] / IMPORTANCE_FILE, verify=False)
+
+
+def warn_of_missing(
+    config: Mapping[str, Any],
+    past: Sequence[Importance],
+    base: Importance | None,
+    warn: Callable[[str], None],
+) -> None:
+    """Say so if a projection asks for more energy than the importances kept of some input."""
+    projections = [item for item in config["protect"] if item["kind"] == "project"]
+    asked = [("protect energy", item["energy"], past) for item in projections if past]
+    if projections and base:
+        asked.append(("base.energy", config["base_energy"], [base]))
+    for name, energy, importances in asked:
+        kept = min(importance.header.get("kept", 1.0) for importance in importances)
+        if kept < energy:
+            warn(
+                f"{name} {energy:g}: of some inputs importance.keep stored no more directions than "
+                f"hold {kept:g}, so all of these are protected; importance.keep=1 stores all"
+            )
 
 
 def protect(

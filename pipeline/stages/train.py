@@ -19,6 +19,7 @@ from pipeline.stages.protection import (
     freeze,
     past_importances,
     protect,
+    warn_of_missing,
     write_checks,
 )
 from pipeline.stages.train_adapter import train_adapter
@@ -40,7 +41,7 @@ def train(
 ) -> None:
     """Train `model` on `rows` and write it.
 
-    Inputs named `importance/...`, and `base_importance`, are what to protect, those named
+    Inputs named `importance/...` or `past`, and `base_importance`, are what to protect, those named
     `replay/...` are mixed into the rows. With `adapter` in the config, train LoRA factors instead
     of the weights.
     """
@@ -50,7 +51,10 @@ def train(
         train_adapter(config, inputs, out_dir, context, rows)
         return
     model = context.take_model(inputs["model"], config)
-    protection = protect(model, past_importances(inputs), config, base_importance(inputs))
+    past, base = past_importances(inputs), base_importance(inputs)
+    if context.is_first_worker:
+        warn_of_missing(config, past, base, context.warn)
+    protection = protect(model, past, config, base)
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection)
     write_checks(model, protection, config, len(rows), out_dir)

@@ -23,6 +23,7 @@ from pipeline.stages.protection import (
     freeze,
     past_importances,
     protect,
+    warn_of_missing,
     write_checks,
 )
 
@@ -48,8 +49,10 @@ def train_adapter(
         start=inputs["adapter"] / ADAPTER if "adapter" in inputs else None,
     )
     model = peft_model.get_base_model()
-    past = past_importances(inputs)
-    of_base = base_directions(base_importance(inputs), config, model.device)
+    past, base = past_importances(inputs), base_importance(inputs)
+    if context.is_first_worker:
+        warn_of_missing(config, past, base, context.warn)
+    of_base = base_directions(base, config, model.device)
     if settings["fresh"] and (past or of_base):
         # The only protection a fresh adapter can have is a projection: its factors are new, so no
         # importance of earlier factors applies to them, only the inputs that earlier tasks used.

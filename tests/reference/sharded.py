@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 from reference import families, tiny
+from reference.moments import matrices
 from torch import Tensor
 
 from agcl.attribution import attribute
@@ -128,7 +129,7 @@ def importance(architecture: str, rows: Sequence[Encoded], **options: Any) -> An
     found = attribute(model, batches, correct_only=False, **options)
     same = all(torch.equal(w, before[name]) for name, w in weights_of(model).items())
     same &= all(parameter.requires_grad for parameter in model.parameters())
-    return dict(found.entries), dict(found.moments), dict(found.header), same
+    return dict(found.entries), matrices(found.moments), dict(found.header), same
 
 
 def stages(rows: Sequence[Encoded]) -> list[float]:

@@ -7,7 +7,8 @@ import torch
 from reference.explicit_lrp import explain
 from torch import Tensor
 
-CUT_OFF_BY_CP = ("q_proj", "k_proj", "gate_proj")
+READERS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+"""Layers that read one input; the others have one each."""
 
 
 def importance(
@@ -33,16 +34,22 @@ def second_moments(
     rules: str = "attnlrp",
     unit_inputs: bool = True,
 ) -> dict[str, Tensor]:
-    """Σ r x xᵀ over all but each row's last token, r scaled to mean 1, x optionally to length 1."""
+    """Σ r x xᵀ over all but each row's last token, r scaled to mean 1, x optionally to length 1.
+
+    Keyed by the first weight that reads an input; r is what arrives through all that do.
+    """
     explanations = [explain(model, row, rules) for row in rows]
     result = {}
     for name, inputs in explanations[0].inputs.items():
-        if name == "lm_head.weight":
+        kind = name.split(".")[-2]
+        readers = READERS.get(kind, (kind,))
+        if name == "lm_head.weight" or any(kind in later[1:] for later in READERS.values()):
             continue
         vectors, shares = [], []
         for row, explanation in zip(rows, explanations, strict=True):
             first = row.prompt_tokens - 1 if weighting == "answer" else 0
-            arriving = explanation.outputs[name].sum(1).abs()
+            parts = [explanation.outputs[name.replace(kind, reader)] for reader in readers]
+            arriving = sum(part.sum(1) for part in parts).abs()
             vectors += list(explanation.inputs[name][first:-1])
             shares += arriving[first:-1].tolist()
         if weighting != "relevance" or not any(shares):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from reference.moments import matrices
 
 PATIENCE = 120
 """Timeout for a result, in seconds."""
@@ -115,7 +116,7 @@ def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **optio
     importance = attribute(
         tiny.llama(**model), (collate([rows[i] for i in b]) for b in batches), **options
     )
-    return dict(importance.entries), dict(importance.moments), dict(importance.header)
+    return dict(importance.entries), matrices(importance.moments), dict(importance.header)
 
 
 def train_rows(

@@ -12,8 +12,13 @@ WRONG = (2, 3, 4)
 
 
 def moments(model, rows, batch_size=3, **options):
+    """The moments as matrices, of which nothing is cut off."""
     batches = [collate([rows[i] for i in b]) for b in in_order(len(rows), batch_size)]
-    return attribute(model, batches, **options).moments
+    found = attribute(model, batches, keep=1, **options).moments
+    for name, moment in found.items():
+        assert moment.kept == pytest.approx(1, abs=1e-5), name
+        assert moment.trace == pytest.approx(float(moment.energies.sum()), rel=1e-5)
+    return {name: moment.matrix() for name, moment in found.items()}
 
 
 @pytest.fixture
@@ -63,8 +68,10 @@ def test_without_entries_the_moments_are_bit_identical(llama, rows, weighting, r
     alone = attribute(llama, batches, entries=False, **options)
     assert len(calls) == (2 if weighting == "relevance" else 0)
     assert alone.entries == {}
-    assert alone.weights == whole.weights == list(whole.moments)
-    assert all(torch.equal(alone.moments[n], moment) for n, moment in whole.moments.items())
+    assert alone.weights == whole.weights == list(whole.inputs)
+    for name, moment in whole.moments.items():
+        assert torch.equal(alone.moments[name].directions, moment.directions)
+        assert torch.equal(alone.moments[name].energies, moment.energies)
     assert not alone.is_zero()
     assert alone.header == whole.header
 
@@ -87,12 +94,21 @@ def test_with_unit_inputs_every_token_counts_equally(llama, right):
         assert float(moment.trace()) != pytest.approx(tokens, rel=1e-2), name
 
 
-def test_under_cp_layers_without_relevance_weight_tokens_equally(llama, rows):
-    weighted = moments(llama, rows, moments="relevance", rules="cp")
-    uniform = moments(llama, rows, moments="uniform", rules="cp")
-    for name in uniform:
-        cut = any(part in name for part in slow_importance.CUT_OFF_BY_CP)
-        assert torch.allclose(weighted[name], uniform[name], rtol=1e-5) == cut, name
+def test_layers_that_read_one_tensor_share_its_moment(llama, rows):
+    found = attribute(llama, [collate(rows)], moments="uniform", entries=False)
+    layer = "model.layers.1."
+    assert {n: key for n, key in found.inputs.items() if n.startswith(layer)} == {
+        f"{layer}{name}.weight": f"{layer}{key}.weight"
+        for name, key in {
+            "self_attn.q_proj": "self_attn.q_proj",
+            "self_attn.k_proj": "self_attn.q_proj",
+            "self_attn.v_proj": "self_attn.q_proj",
+            "self_attn.o_proj": "self_attn.o_proj",
+            "mlp.gate_proj": "mlp.gate_proj",
+            "mlp.up_proj": "mlp.gate_proj",
+            "mlp.down_proj": "mlp.down_proj",
+        }.items()
+    }
 
 
 def test_moments_of_two_sets_of_rows_add_up(llama, right):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reference import chat
+from reference.moments import matrices, whole
 from reference.mutations import JUNK, _places, damaged
 
 from agcl.errors import InputError
@@ -161,15 +162,16 @@ def test_a_damaged_parquet_file_is_read_or_named(folder, content):
 
 SAVED = Importance(
     {"a.weight": torch.tensor([[1.5, -2.0], [0.25, 3.0]]), "b.weight": torch.ones(1, 3)},
-    {"a.weight": torch.eye(2)},
+    {"a.weight": whole(torch.eye(2))},
     {"rules": "attnlrp", "top_k": 4, "rows_attributed": 7},
 )
 
 
 def same(one, other):
+    mine, theirs = ((dict(i.entries), matrices(i.moments)) for i in (one, other))
     return one.header == other.header and all(
-        mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
-        for mine, theirs in ((one.entries, other.entries), (one.moments, other.moments))
+        ours.keys() == others.keys() and all(torch.equal(ours[k], others[k]) for k in ours)
+        for ours, others in zip(mine, theirs, strict=True)
     )
 
 

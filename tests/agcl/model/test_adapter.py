@@ -141,7 +141,7 @@ def test_projection_preserves_the_factors_outputs_for_old_inputs():
     inner = peft_model.get_base_model()
     batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
     batch.labels[:, 4:] = IDS[:, 4:]
-    importance = attribute(inner, [batch], moments="uniform", correct_only=False)
+    importance = attribute(inner, [batch], moments="uniform", keep=1, correct_only=False)
     basis = bases([importance], energy=1 - 1e-9)
     free = [p for p in inner.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in free]
@@ -165,7 +165,7 @@ def test_a_new_adapter_kept_away_outputs_zero_for_old_inputs():
     model = tiny.llama()
     batch = Batch(IDS, torch.full_like(IDS, IGNORED), torch.tensor([IDS.shape[1] + 1]))
     batch.labels[:, 4:] = IDS[:, 4:]
-    importance = attribute(model, [batch], moments="uniform", correct_only=False)
+    importance = attribute(model, [batch], moments="uniform", keep=1, correct_only=False)
     peft_model = adapter.attach(model, rank=3, alpha=6.0, seed=0)
     inner = peft_model.get_base_model()
     basis = lora.keep_away(peft_model, bases([importance], energy=1 - 1e-9))

@@ -4,6 +4,7 @@ from math import log
 
 import pytest
 import torch
+from reference.moments import whole
 
 from agcl.importance import Importance
 from agcl.modulation import gates
@@ -62,7 +63,7 @@ def test_arguments_out_of_range_are_refused(wrong):
         gates(past([1.0]), **options)
 
 
-@pytest.mark.parametrize("importances", [[], [Importance({}, {NAME: torch.eye(2)})]])
+@pytest.mark.parametrize("importances", [[], [Importance({}, {NAME: whole(torch.eye(2))})]])
 def test_a_gate_needs_entries(importances):
     with pytest.raises(ValueError, match="with entries"):
         gates(importances, strength=1.0, exponent=1.0, log_scale=1e5)

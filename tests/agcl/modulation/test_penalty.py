@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import tiny
+from reference.moments import whole
 from torch import nn
 
 from agcl.importance import Importance
@@ -115,7 +116,7 @@ def test_a_large_strength_keeps_weights_in_place_during_training(strength):
 
 
 def test_a_penalty_needs_entries_and_a_strength(parameters, past):
-    for importances in ([], [Importance({}, {"a": torch.eye(4)})]):
+    for importances in ([], [Importance({}, {"a": whole(torch.eye(4))})]):
         with pytest.raises(ValueError, match="with entries"):
             quadratic_penalty(parameters, importances, strength=1.0)
     with pytest.raises(ValueError, match="strength must be at least 0"):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from reference.moments import whole
 from torch import nn
 
 from agcl.errors import InputError
 from agcl.importance import Importance
+from agcl.importance.moment import leading
 from agcl.modulation import GatedAdamW, bases, load_bases, random_bases, save_bases
-from agcl.modulation.projection import leading_directions, projected_part
+from agcl.modulation.projection import projected_part
 
 SPECTRUM = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
 
@@ -41,25 +43,24 @@ def test_projection_is_idempotent_and_orthogonal_to_the_basis():
 )
 def test_the_fewest_leading_directions_holding_the_energy(energy, rank):
     vectors = orthonormal(4, 4)
-    found = leading_directions(moment(vectors), energy)
+    found = leading(whole(moment(vectors)), energy).float()
     assert found.shape == (4, rank)
-    assert found.dtype == torch.float32
     expected = vectors[:, :rank] @ vectors[:, :rank].T
     torch.testing.assert_close((found @ found.T).double(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.T @ found, torch.eye(rank), atol=1e-6, rtol=0)
 
 
 def test_a_zero_moment_has_no_directions():
-    assert leading_directions(torch.zeros(3, 3), 0.9).shape == (3, 0)
+    assert leading(whole(torch.zeros(3, 3)), 0.9).shape == (3, 0)
 
 
 def test_eigenvalues_rounded_below_zero_do_not_count():
     spectrum = torch.tensor([4.0, 1.0, -1e-9, -1e-9], dtype=torch.float64)
-    assert leading_directions(moment(orthonormal(4, 4), spectrum), 0.7).shape == (4, 1)
+    assert leading(whole(moment(orthonormal(4, 4), spectrum)), 0.7).shape == (4, 1)
 
 
 def past(*moments):
-    return [Importance({"w": torch.ones(2, 4)}, {"w": m.float()}) for m in moments]
+    return [Importance({"w": torch.ones(2, 4)}, {"w": whole(m.float())}) for m in moments]
 
 
 def test_bases_span_what_all_past_tasks_used():
@@ -82,7 +83,7 @@ def test_bases_need_moments():
 
 @pytest.mark.parametrize("energy", [80, -0.1, float("nan")])
 def test_an_energy_that_is_no_fraction_is_refused(energy):
-    past = [Importance({}, {"w": torch.eye(3)})]
+    past = [Importance({}, {"w": whole(torch.eye(3))})]
     with pytest.raises(ValueError, match=r"energy is a fraction in \[0, 1\], not"):
         bases(past, energy=energy)
 
@@ -161,7 +162,7 @@ def test_known_directions_come_first_and_what_they_hold_counts():
 def test_a_basis_with_known_directions_holds_them_and_the_energy_and_is_orthonormal():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 12, generator=generator, dtype=torch.float64)
-    task = Importance({}, {"w": (inputs.T @ inputs).float()})
+    task = Importance({}, {"w": whole((inputs.T @ inputs).float())})
     known = orthonormal(12, 4, seed=3)
     found = bases([task], energy=0.9, known={"w": known.float()})["w"].double()
     torch.testing.assert_close(
@@ -176,7 +177,7 @@ def test_a_basis_with_known_directions_holds_them_and_the_energy_and_is_orthonor
 
 
 def test_weights_without_known_directions_are_as_before():
-    task = [Importance({}, {"w": moment(orthonormal(4, 4)).float()})]
+    task = [Importance({}, {"w": whole(moment(orthonormal(4, 4)).float())})]
     expected = bases(task, energy=0.7)["w"]
     for known in ({}, {"other": torch.eye(4)}, {"w": torch.zeros(4, 0)}):
         assert torch.equal(bases(task, energy=0.7, known=known)["w"], expected)
@@ -189,7 +190,7 @@ def test_bases_come_back_from_a_file_and_another_file_is_refused(tmp_path):
     found = load_bases(str(file))
     assert found.keys() == basis.keys()
     assert all(torch.equal(found[name], basis[name]) for name in basis)
-    Importance({}, {"a": torch.eye(2)}).save(tmp_path / "importance")
+    Importance({}, {"a": whole(torch.eye(2))}).save(tmp_path / "importance")
     with pytest.raises(InputError, match="not an agcl bases file"):
         load_bases(tmp_path / "importance")
     content = bytearray(file.read_bytes())

@@ -87,7 +87,8 @@ def test_a_rank_without_correct_rows_changes_nothing(workers, llama, top_k):
     for other in workers.run(remote.attribute_batches, rows, 3, MODEL, **options):
         for name, tensor in entries.items():
             assert torch.equal(other[0][name], tensor), name
-            torch.testing.assert_close(other[1][name], moments[name], rtol=1e-5, atol=1e-5)
+        for name, tensor in moments.items():
+            torch.testing.assert_close(other[1][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_rank_without_rows_changes_nothing(workers, llama):

@@ -80,7 +80,7 @@ def test_own_texts_can_be_read_and_are_what_was_measured(run):
     assert importance.header["rows"] == 2
     moment = importance.moments["model.layers.0.self_attn.q_proj.weight"]
     # Unit inputs, equal weights: the trace is the number of tokens that predict one.
-    assert float(moment.trace()) == pytest.approx(2 * 5, rel=1e-5)
+    assert moment.trace == pytest.approx(2 * 5, rel=1e-5)
 
 
 def test_a_gate_and_a_penalty_protect_the_base_in_the_first_task(run):

@@ -1,0 +1,137 @@
+"""Second moments of layer inputs, kept as their leading directions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+_FEWEST = 256
+"""An input may keep this many directions, or a quarter of its width if that is more."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment C = Σ_t r_t d_t d_tᵀ (in, in) of an input, cut to its leading directions.
+
+    What is kept is below C (C minus it is positive semidefinite), so the error in the nuclear norm
+    is `trace` minus the sum of `energies`, exactly; that of an untruncated sketch up to rounding.
+    """
+
+    directions: Tensor
+    """(in, r), orthonormal columns, leading first."""
+    energies: Tensor
+    """(r,), float64, descending: how much of C each direction holds."""
+    trace: float
+    """Of C itself, not of what is kept."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the trace that the directions hold; 1 for C = 0."""
+        return float(self.energies.sum()) / self.trace if self.trace else 1.0
+
+    def matrix(self) -> Tensor:
+        """What is kept of C, (in, in)."""
+        scaled = self.directions * self.energies.to(self.directions)
+        return scaled @ self.directions.T
+
+    def to(self, device: torch.device | str) -> "Moment":
+        """The moment on another device."""
+        return Moment(self.directions.to(device), self.energies.to(device), self.trace)
+
+
+def of_matrix(matrix: Tensor, trace: float, *, keep: float) -> Moment:
+    """Cut a symmetric positive semidefinite matrix, for `keep` see `attribute`."""
+    ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(matrix)
+    values, vectors = ascending[0].flip(0), ascending[1].flip(1)
+    # Eigenvalues that are nothing but rounding would count where `keep` is 1.
+    least = values[0].clamp(min=0) * len(matrix) * torch.finfo(values.dtype).eps
+    real = int((values > least).sum())
+    return _cut(vectors[:, :real], values[:real].double(), trace, keep)
+
+
+def of_sketch(sketch: Tensor, test: Tensor, trace: float, *, keep: float) -> Moment:
+    """Cut a matrix C of which only `sketch` = C `test` is known; both are (in, columns).
+
+    Nyström's approximation C T (Tᵀ C T)⁺ (C T)ᵀ (Tropp 2017, "Fixed-rank approximation of a
+    positive-semidefinite matrix from streaming data"): exact if the rank of C is at most the number
+    of columns s. Otherwise the best rank k of it misses, in expectation and in the nuclear norm, at
+    most 1 + k / (s - k - 1) times what the best rank k of C does (theorem 4.1).
+    """
+    core = test.T.double() @ sketch.double()
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    # Dividing by eigenvalues that are nothing but the sketch's rounding would amplify it.
+    real = values > values[-1].clamp(min=0) * 10 * torch.finfo(sketch.dtype).eps
+    factor = sketch @ (vectors[:, real] * values[real].rsqrt()).to(sketch)
+    return of_factor(factor, trace, keep=keep)
+
+
+def of_factor(factor: Tensor, trace: float, *, keep: float) -> Moment:
+    """Cut F Fᵀ for a factor F (in, columns)."""
+    gram = factor.double().T @ factor.double()
+    ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(gram)
+    values, vectors = ascending[0].flip(0), ascending[1].flip(1)
+    least = values[:1].clamp(min=0) * len(factor) * torch.finfo(factor.dtype).eps
+    real = int((values > least).sum())
+    vectors = (factor.double() @ (vectors[:, :real] * values[:real].rsqrt())).to(factor.dtype)
+    return _cut(vectors, values[:real], trace, keep)
+
+
+def summed(moments: Sequence[Moment], *, keep: float) -> Moment:
+    """The sum of moments of one input, cut again. The errors of the parts and of the cut add up.
+
+    Raises `ValueError` without moments.
+    """
+    if not moments:
+        raise ValueError("no moments to sum")
+    if len(moments) == 1:
+        return moments[0]
+    factor = torch.cat([m.directions * m.energies.sqrt().to(m.directions) for m in moments], 1)
+    trace = sum(m.trace for m in moments)
+    if factor.shape[1] < len(factor):
+        return of_factor(factor, trace, keep=keep)
+    return of_matrix(factor @ factor.T, trace, keep=keep)
+
+
+def leading(moment: Moment, energy: float, known: Tensor | None = None) -> Tensor:
+    """The fewest leading directions that hold `energy` of the trace, or all that are kept: (in, k).
+
+    With `known` directions (in, k): these, and the fewest orthogonal to them that are missing, of
+    the moment with `known` removed on both sides (GPM, Saha 2021, eqs. 8 and 9).
+    """
+    if known is None or not known.shape[1]:
+        rank = _fewest(moment.energies, energy * moment.trace)
+        return moment.directions[:, :rank].contiguous()
+    # In float64: small energies would drown in the rounding of what the known directions hold.
+    known = known.to(moment.directions.device, torch.float64)
+    factor = moment.directions.double() * moment.energies.sqrt()
+    inside = known.T @ factor
+    rest = of_factor(factor - known @ inside, moment.trace, keep=1)
+    rank = _fewest(rest.energies, energy * moment.trace - float(inside.square().sum()))
+    # Orthonormal again: directions of little energy may reach into the known ones.
+    together = torch.cat([known, rest.directions[:, :rank]], 1)
+    orthonormal: Tensor = torch.linalg.qr(together)[0]
+    return orthonormal.to(moment.directions.dtype).contiguous()
+
+
+def orthonormal(directions: Tensor) -> Tensor:
+    """Make rounded directions orthonormal again, in float32; the first k keep their span."""
+    return cast(Tensor, torch.linalg.qr(directions.float())[0])
+
+
+def _cut(directions: Tensor, energies: Tensor, trace: float, keep: float) -> Moment:
+    """Keep the fewest directions that hold the share `keep`, up to the largest number."""
+    trace = max(trace, float(energies.sum()))  # Unequal by rounding.
+    rank = len(energies)
+    if keep < 1:
+        most = max(_FEWEST, len(directions) // 4)
+        rank = min(_fewest(energies, keep * trace), most)
+    return Moment(directions[:, :rank].contiguous(), energies[:rank].contiguous(), trace)
+
+
+def _fewest(energies: Tensor, wanted: float) -> int:
+    """How many of the leading energies add up to what is wanted; all, if they do not."""
+    if wanted <= 0:
+        return 0
+    return min(int((energies.cumsum(0) < wanted).sum()) + 1, len(energies))
