@@ -279,3 +279,25 @@ def test_a_protected_step_copies_no_more_than_a_piece(monkeypatch):
     for dtype in (torch.float32, HALF):
         trained(model=tiny.llama(dtype=dtype), basis=basis, gate={UP: torch.rand(24, 16)}, last=1)
     assert max(sizes) == 96  # Six rows of sixteen.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on", SIDES)
+def test_a_gpu_rounds_reproducibly_and_keeps_closed_gates(on):
+    found = []
+    for _ in range(2):
+        model = tiny.llama(dtype=HALF).cuda()
+        named = list(model.named_parameters())
+        for number, (_, parameter) in enumerate(named):
+            slope = torch.randn(parameter.shape, generator=torch.manual_seed(number))
+            parameter.grad = slope.to("cuda", HALF)
+        options = {"gate": filled(0.0), "on": on, "rounding": "stochastic", "lr": 1e-4}
+        optimizer = GatedAdamW(named, **options)
+        for _ in range(20):
+            optimizer.step()
+        found.append({name: p.detach().cpu() for name, p in named})
+    before = dict(tiny.llama(dtype=HALF).named_parameters())
+    assert_same(found[1], found[0])
+    assert_same({name: found[0][name] for name in filled(0.0)}, {n: before[n] for n in filled(0.0)})
+    moved = (found[0]["lm_head.weight"] != before["lm_head.weight"]).float().mean()
+    assert 0.1 < moved < 1
