@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agcl.modulation.optimizer import GateOn
-from agcl.modulation.rounding import rounding_noise
+from agcl.modulation.rounding import gaps, rounding_noise
 
 _SAMPLE_SIZE = 2_000_000
 """Weights in the sample for deciles, evenly spaced over all gated weights."""
@@ -19,6 +19,8 @@ _MIN_GATE_GAP = 0.2
 """Minimum difference between the outer deciles' mean gates for their movements to be compared."""
 _SAMPLED_OUTPUTS = 512
 """Of each weight. A projection acts on every output alike, hence a sample shows whether it did."""
+_NOISE_MARGIN, _NOISE_SPREADS = 1.5, 4
+"""Squared leak by rounding noise that is allowed: a multiple of its bound, and of its spread."""
 
 
 class ProtectionFailed(ArithmeticError):
@@ -47,6 +49,7 @@ def check(
     on: GateOn,
     basis: Mapping[str, Tensor] | None,
     steps: int,
+    learning_rate: float = math.inf,
     transposed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure gate and projection over a task of `steps` steps. A missing protection gives None.
@@ -61,8 +64,8 @@ def check(
     All may be `sampled`. `transposed` names weights stored (in, out). Raises `ProtectionFailed` if
     a projected layer leaks more than rounding explains, or if the most protected decile moved more
     than the least protected one and rounding. Weights in bfloat16 are taken to be rounded
-    stochastically (`rounding_noise`): where steps are so small that their sum is below the noise,
-    nothing can fail.
+    stochastically; `rounding_noise` is allowed, of steps with the peak `learning_rate`. Where steps
+    are so small that their sum is below the noise, nothing can fail.
     """
     measured: dict[str, Any] = {
         "movement_by_decile": None,
@@ -71,7 +74,7 @@ def check(
         "directions_by_layer": None,
     }
     if gate:
-        movement, gates, noise = _deciles(before, after, gate, steps)
+        movement, gates, noise = _deciles(before, after, gate, steps, learning_rate)
         measured["movement_by_decile"] = movement
         comparable = on == "update" and gates[0] - gates[-1] > _MIN_GATE_GAP
         if comparable and movement[-1] > movement[0] + noise:
@@ -81,7 +84,7 @@ def check(
             )
     if basis:
         leaks = {
-            name: _leak(before[name], after[name], u, name in transposed, steps)
+            name: _leak(before[name], after[name], u, name in transposed, steps, learning_rate)
             for name, u in basis.items()
         }
         measured["projection_leak"] = max(leak for leak, _ in leaks.values())
@@ -105,7 +108,12 @@ def check(
 
 
 def _leak(
-    before: Tensor, after: Tensor, basis: Tensor, transposed: bool, steps: int
+    before: Tensor,
+    after: Tensor,
+    basis: Tensor,
+    transposed: bool,
+    steps: int,
+    learning_rate: float,
 ) -> tuple[float, float]:
     """One layer's leak, and the leak that rounding the weights in every step can cause."""
     change = after.double() - before.double()
@@ -117,12 +125,30 @@ def _leak(
     unit = size * (basis.shape[1] / basis.shape[0]) ** 0.5
     leak = (change @ basis).norm() / unit
     if after.dtype == torch.bfloat16:
-        noise = rounding_noise(before, after, steps).double()
-        noise = noise.T if transposed else noise
-        return float(leak), float((noise.square() @ basis.square()).sum().sqrt() / unit)
+        allowed = _leak_by_noise(before, after, basis, transposed, steps, learning_rate)
+        return float(leak), float(allowed / unit)
     # Each step is rounded when added to the weight. For steps near the weight's precision the
     # errors all have the same sign, so the bound grows with the number of steps.
     return float(leak), float(steps * torch.finfo(after.dtype).eps * before.double().norm() / size)
+
+
+def _leak_by_noise(
+    before: Tensor,
+    after: Tensor,
+    basis: Tensor,
+    transposed: bool,
+    steps: int,
+    learning_rate: float,
+) -> Tensor:
+    """Bound on ‖ΔW U‖ of bfloat16 weights whose steps have no part in U but for their rounding."""
+    variance = rounding_noise(before, after, steps, learning_rate).double().square()
+    jumps = variance * gaps(before, after).double().square()
+    if transposed:
+        variance, jumps = variance.T, jumps.T
+    share = basis.square().sum(1)
+    # Small steps are rare jumps over a whole gap. A few of them do not average.
+    spread = (jumps @ share.square()).sum().sqrt()
+    return (_NOISE_MARGIN * (variance @ share).sum() + _NOISE_SPREADS * spread).sqrt()
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
@@ -135,6 +161,7 @@ def _deciles(
     after: Mapping[str, Tensor],
     gate: Mapping[str, Tensor],
     steps: int,
+    learning_rate: float,
 ) -> tuple[list[float], list[float], float]:
     """Movement and mean gate by decile, over an evenly spaced sample.
 
@@ -143,7 +170,9 @@ def _deciles(
     step = max(1, sum(g.numel() for g in gate.values()) // _SAMPLE_SIZE)
     every = [(before[n].flatten()[::step], after[n].flatten()[::step]) for n in gate]
     moved = torch.cat([_change(old, new).abs().float() for old, new in every])
-    noise = torch.cat([rounding_noise(old, new, steps).expand(old.shape) for old, new in every])
+    noise = torch.cat(
+        [rounding_noise(old, new, steps, learning_rate).expand(old.shape) for old, new in every]
+    )
     gates = torch.cat([g.flatten()[::step].float().to(moved.device) for g in gate.values()])
     order = gates.argsort(descending=True, stable=True)
     unit = moved.median() if moved.median() > 0 else moved.mean()

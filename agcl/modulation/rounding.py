@@ -5,6 +5,7 @@ of it. Rounded up with the probability of the part that would be cut off, weight
 in expectation (Gupta 2015, arXiv 1502.02551; Zamirai 2020, arXiv 2010.06192, for bfloat16).
 """
 
+import math
 from hashlib import blake2b
 from typing import Literal
 
@@ -53,14 +54,22 @@ def round_into(weight: Tensor, values: Tensor, noise: Tensor) -> None:
     weight.copy_(values)
 
 
-def rounding_noise(before: Tensor, after: Tensor, steps: int) -> Tensor:
+def gaps(before: Tensor, after: Tensor) -> Tensor:
+    """Distance between neighbors in bfloat16 at the larger of two values of a weight, float32."""
+    largest = torch.maximum(before.abs(), after.abs()).float()
+    return torch.ldexp((largest > 0).float(), torch.frexp(largest).exponent - 8)
+
+
+def rounding_noise(
+    before: Tensor, after: Tensor, steps: int, learning_rate: float = math.inf
+) -> Tensor:
     """Bound on the standard deviation of what rounding added to each weight in so many steps.
 
-    The errors of a step are independent, have mean 0 and at most a quarter of the squared gap
-    between neighbors as variance; a gap is at most eps times the weight. Zero unless the weights
-    are bfloat16.
+    Errors are independent and have mean 0. Between neighbors with a `gap`, a step of size δ has
+    variance at most |δ| gap and at most gap² / 4; Adam's are about as large as the peak
+    `learning_rate` or smaller. Zero unless the weights are bfloat16.
     """
     if after.dtype != torch.bfloat16:
         return torch.zeros((), dtype=torch.float32)
-    largest = torch.maximum(before.abs(), after.abs()).float()
-    return largest.mul_(torch.finfo(torch.bfloat16).eps / 2 * steps**0.5)
+    gap = gaps(before, after)
+    return (steps * gap * (gap / 4).clamp(max=learning_rate)).sqrt()

@@ -253,6 +253,7 @@ def write_checks(
         on=protection.on,
         basis=protection.basis,
         steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
+        learning_rate=config["learning_rate"],
         transposed=transposed,
     )
     write_json(out_dir / CHECKS, found)
