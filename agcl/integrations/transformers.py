@@ -22,7 +22,7 @@ from transformers import (
 from agcl.integrations.names import Found, find, freeze_others, keep_factors_away
 from agcl.integrations.rows import attribute_dataset, protect_base, tokenize_rows
 from agcl.modulation import GatedAdamW, GateOn
-from agcl.modulation.step import StepProtection, copies
+from agcl.modulation.step import Piece, StepProtection, copies
 
 __all__ = [
     "Protect",
@@ -69,7 +69,7 @@ class Protect(TrainerCallback):  # type: ignore[misc]
             raise ValueError("nothing to protect: pass a basis, a gate or both")
         self.basis, self.gate = basis, gate
         self._protection: StepProtection | None = None
-        self._before: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._before: list[tuple[list[Piece], list[Tensor]]] = []
 
     def on_train_begin(
         self,
@@ -101,7 +101,9 @@ class Protect(TrainerCallback):  # type: ignore[misc]
             raise RuntimeError("Protect was added to a Trainer whose training had begun")
         protection.follow_parameters()
         moving = [p for p in {**protection.held, **protection.basis} if p.grad is not None]
-        self._before = [(chunk, copies(chunk, like=chunk)) for chunk in protection.chunks(moving)]
+        for chunk in protection.chunks(moving):
+            values = [piece.of(piece.parameter) for piece in chunk]
+            self._before.append((chunk, copies(values, like=values)))
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -110,7 +112,8 @@ class Protect(TrainerCallback):  # type: ignore[misc]
         """Restrict the step that the optimizer has taken."""
         for chunk, before in self._before:
             if self._protection is not None:
-                self._protection.restrict(chunk, before)
+                values = [piece.of(piece.parameter) for piece in chunk]
+                self._protection.restrict(chunk, values, before)
         self._before = []
 
     def on_train_end(

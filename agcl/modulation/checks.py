@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agcl.modulation.optimizer import GateOn
+from agcl.modulation.rounding import gaps, rounding_noise
 
 _SAMPLE_SIZE = 2_000_000
 """Weights in the sample for deciles, evenly spaced over all gated weights."""
@@ -16,10 +17,28 @@ _MAX_LEAK = 0.1
 more stay below it."""
 _MIN_GATE_GAP = 0.2
 """Minimum difference between the outer deciles' mean gates for their movements to be compared."""
+_SAMPLED_OUTPUTS = 512
+"""Of each weight. A projection acts on every output alike, hence a sample shows whether it did."""
+_NOISE_MARGIN, _NOISE_SPREADS = 1.5, 4
+"""Squared leak by rounding noise that is allowed: a multiple of its bound, and of its spread."""
 
 
 class ProtectionFailed(ArithmeticError):
     """Protected weights moved as if they were not protected."""
+
+
+def sampled(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """A weight's entries for some outputs, those of all if there are few; always the same ones.
+
+    So that copies of a model's weights for `check` stay small. They are drawn by a seed: layers
+    have periods, such as the size of a head, that an even spacing could share.
+    """
+    outputs = weight.shape[transposed]
+    if outputs <= _SAMPLED_OUTPUTS:
+        return weight
+    order = torch.randperm(outputs, generator=torch.Generator().manual_seed(0))
+    chosen = order[:_SAMPLED_OUTPUTS].sort().values.to(weight.device)
+    return weight.index_select(int(transposed), chosen)
 
 
 def check(
@@ -30,6 +49,7 @@ def check(
     on: GateOn,
     basis: Mapping[str, Tensor] | None,
     steps: int,
+    learning_rate: float = math.inf,
     transposed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Measure gate and projection over a task of `steps` steps. A missing protection gives None.
@@ -41,9 +61,11 @@ def check(
     - `directions_by_layer`: fraction k / in of a layer's input directions that are protected, by
       weight; `directions_taken`: their mean.
 
-    `transposed` names weights stored (in, out). Raises `ProtectionFailed` if a projected layer
-    leaks more than rounding explains, or if the most protected decile moved more than the least
-    protected one.
+    All may be `sampled`. `transposed` names weights stored (in, out). Raises `ProtectionFailed` if
+    a projected layer leaks more than rounding explains, or if the most protected decile moved more
+    than the least protected one and rounding. Weights in bfloat16 are taken to be rounded
+    stochastically; `rounding_noise` is allowed, of steps with the peak `learning_rate`. Where steps
+    are so small that their sum is below the noise, nothing can fail.
     """
     measured: dict[str, Any] = {
         "movement_by_decile": None,
@@ -52,17 +74,17 @@ def check(
         "directions_by_layer": None,
     }
     if gate:
-        movement, gates = _deciles(before, after, gate)
+        movement, gates, noise = _deciles(before, after, gate, steps, learning_rate)
         measured["movement_by_decile"] = movement
         comparable = on == "update" and gates[0] - gates[-1] > _MIN_GATE_GAP
-        if comparable and movement[-1] > movement[0]:
+        if comparable and movement[-1] > movement[0] + noise:
             raise ProtectionFailed(
                 f"the gate does not hold: the most protected weights moved {movement[-1]:.3g} "
                 f"times the median, the least protected {movement[0]:.3g} times"
             )
     if basis:
         leaks = {
-            name: _leak(before[name], after[name], u, name in transposed)
+            name: _leak(before[name], after[name], u, name in transposed, steps, learning_rate)
             for name, u in basis.items()
         }
         measured["projection_leak"] = max(leak for leak, _ in leaks.values())
@@ -70,13 +92,12 @@ def check(
         measured["directions_taken"] = sum(shares.values()) / len(shares)
         measured["directions_by_layer"] = shares
         for name, (leak, rounding) in leaks.items():
-            # Each step is rounded when added to the weight. For steps near the weight's precision
-            # the errors all have the same sign, so the bound grows with the number of steps. Past
-            # _MAX_LEAK the projection is lost, even if only to rounding.
+            half = after[name].dtype == torch.bfloat16
+            # Past _MAX_LEAK the projection is lost, even if only to rounding.
             # Where all directions are taken, whatever moved is such an error.
-            most = math.inf if shares[name] == 1 else _MAX_LEAK
-            if leak > min(max(steps * rounding, 1e-3), most):
-                too_small = steps * rounding > _MAX_LEAK
+            most = math.inf if half or shares[name] == 1 else _MAX_LEAK
+            if leak > min(max(rounding, 1e-3), most):
+                too_small = rounding > _MAX_LEAK and not half
                 raise ProtectionFailed(
                     f"the projection does not hold: for inputs of earlier tasks {name} changed by "
                     f"{leak:.3g} times an unprotected update"
@@ -86,30 +107,76 @@ def check(
     return measured
 
 
-def _leak(before: Tensor, after: Tensor, basis: Tensor, transposed: bool) -> tuple[float, float]:
-    """One layer's leak, and the leak that rounding the weights once can cause."""
+def _leak(
+    before: Tensor,
+    after: Tensor,
+    basis: Tensor,
+    transposed: bool,
+    steps: int,
+    learning_rate: float,
+) -> tuple[float, float]:
+    """One layer's leak, and the leak that rounding the weights in every step can cause."""
     change = after.double() - before.double()
     change = change.T if transposed else change
     size = change.norm()
     if basis.shape[1] == 0 or size == 0:
         return 0.0, 0.0
-    share = (basis.shape[1] / basis.shape[0]) ** 0.5
-    leak = (change @ basis.to(change)).norm() / (size * share)
-    unit = torch.finfo(after.dtype).eps * before.double().norm() / size
-    return float(leak), float(unit)
+    basis = basis.to(change)
+    unit = size * (basis.shape[1] / basis.shape[0]) ** 0.5
+    leak = (change @ basis).norm() / unit
+    if after.dtype == torch.bfloat16:
+        allowed = _leak_by_noise(before, after, basis, transposed, steps, learning_rate)
+        return float(leak), float(allowed / unit)
+    # Each step is rounded when added to the weight. For steps near the weight's precision the
+    # errors all have the same sign, so the bound grows with the number of steps.
+    return float(leak), float(steps * torch.finfo(after.dtype).eps * before.double().norm() / size)
+
+
+def _leak_by_noise(
+    before: Tensor,
+    after: Tensor,
+    basis: Tensor,
+    transposed: bool,
+    steps: int,
+    learning_rate: float,
+) -> Tensor:
+    """Bound on ‖ΔW U‖ of bfloat16 weights whose steps have no part in U but for their rounding."""
+    variance = rounding_noise(before, after, steps, learning_rate).double().square()
+    jumps = variance * gaps(before, after).double().square()
+    if transposed:
+        variance, jumps = variance.T, jumps.T
+    share = basis.square().sum(1)
+    # Small steps are rare jumps over a whole gap. A few of them do not average.
+    spread = (jumps @ share.square()).sum().sqrt()
+    return (_NOISE_MARGIN * (variance @ share).sum() + _NOISE_SPREADS * spread).sqrt()
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """The difference, which bfloat16 could not hold."""
+    return after.float() - before.float() if after.dtype == torch.bfloat16 else after - before
 
 
 def _deciles(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], gate: Mapping[str, Tensor]
-) -> tuple[list[float], list[float]]:
-    """Movement and mean gate by decile, over an evenly spaced sample."""
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    gate: Mapping[str, Tensor],
+    steps: int,
+    learning_rate: float,
+) -> tuple[list[float], list[float], float]:
+    """Movement and mean gate by decile, over an evenly spaced sample.
+
+    And how far rounding alone moves weights of the last decile, in the same units.
+    """
     step = max(1, sum(g.numel() for g in gate.values()) // _SAMPLE_SIZE)
-    moved = torch.cat(
-        [(after[n].flatten()[::step] - before[n].flatten()[::step]).abs().float() for n in gate]
+    every = [(before[n].flatten()[::step], after[n].flatten()[::step]) for n in gate]
+    moved = torch.cat([_change(old, new).abs().float() for old, new in every])
+    noise = torch.cat(
+        [rounding_noise(old, new, steps, learning_rate).expand(old.shape) for old, new in every]
     )
     gates = torch.cat([g.flatten()[::step].float().to(moved.device) for g in gate.values()])
     order = gates.argsort(descending=True, stable=True)
     unit = moved.median() if moved.median() > 0 else moved.mean()
     parts = [part for part in order.tensor_split(10) if len(part)]
     movement = [float(moved[part].median() / unit) if unit > 0 else 0.0 for part in parts]
-    return movement, [float(gates[part].mean()) for part in parts]
+    alone = float(noise[parts[-1]].median() / unit) if unit > 0 else 0.0
+    return movement, [float(gates[part].mean()) for part in parts], alone

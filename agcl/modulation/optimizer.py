@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from agcl.modulation.step import StepProtection, copies, undo
+from agcl.modulation.rounding import Rounding, noise, round_into
+from agcl.modulation.step import Piece, StepProtection, copies, undo
+from agcl.parallel.sharding import first_row, local
 
 GateOn = Literal["update", "gradient"]
 Named = tuple[str, nn.Parameter]
@@ -24,6 +26,12 @@ class GatedAdamW(torch.optim.AdamW):
     Where the gate is 1 the step is bit-identical to `torch.optim.AdamW(fused=True)`; where it is 0
     the weight does not change. Gates are stored in one byte, in steps of 1/255. Gates and states
     of sharded parameters are sharded alike; bases are replicated.
+
+    With `rounding="stochastic"` bfloat16 weights are stepped, gated and projected in float32, a few
+    at a time, and rounded stochastically once. Their Adam states are float32: in bfloat16 the
+    running square could not decay by a thousandth, and would keep its maximum. The random numbers
+    depend on `seed`, the parameter's name and its number of steps, hence are the same on all ranks
+    and after resuming. With `"nearest"` bfloat16 weights step as in torch, and cannot be protected.
     """
 
     def __init__(
@@ -34,6 +42,8 @@ class GatedAdamW(torch.optim.AdamW):
         basis: Mapping[str, Tensor] | None = None,
         transposed: Collection[str] = (),
         on: GateOn = "update",
+        rounding: Rounding = "nearest",
+        seed: int = 0,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -44,7 +54,7 @@ class GatedAdamW(torch.optim.AdamW):
         `gate` (out, in) and `basis` (in, k) are keyed by those names. `transposed` names weights
         stored (in, out), such as GPT-2's; their gates are (in, out) too. Raises `ValueError` for
         an unknown parameter name, a wrong shape, and for a protected parameter in half precision,
-        where rounding would undo the protection.
+        where rounding to nearest would undo the protection.
         """
         given: list[Any] = list(params)
         if on not in get_args(GateOn):
@@ -53,8 +63,15 @@ class GatedAdamW(torch.optim.AdamW):
         for each in given:
             by_name.update(each["params"] if isinstance(each, dict) else [cast(Named, each)])
         super().__init__(given, lr, betas, eps, weight_decay, foreach=False)
-        self.on = on
-        self.protection = StepProtection(by_name, gate=gate, basis=basis, transposed=transposed)
+        self.on, self.rounding, self.seed = on, rounding, seed
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in by_name.items()}
+        self.protection = StepProtection(
+            by_name,
+            gate=gate,
+            basis=basis,
+            transposed=transposed,
+            rounded=rounding == "stochastic",
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -66,52 +83,100 @@ class GatedAdamW(torch.optim.AdamW):
         self.protection.follow_parameters()
         for group in self.param_groups:
             moving: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            chunks = list(self.protection.chunks(moving))
-            protected = {p for chunk in chunks for p in chunk}
-            free = [p for p in moving if p not in protected]
-            self._adamw(free, _gradients(free), group, group["weight_decay"])
-            for chunk in chunks:
-                self._protected_step(chunk, group)
+            self._make_states(moving)
+            in_chunks = [p for p in moving if self.protection.covers(p) or self._rounds(p)]
+            free = [p for p in moving if not (self.protection.covers(p) or self._rounds(p))]
+            steps = [self.state[p]["step"] for p in free]
+            whole = [Piece(p) for p in free]
+            self._adamw(whole, free, _gradients(whole), steps, group, group["weight_decay"])
+            keys = self._keys(in_chunks)
+            for chunk in self.protection.chunks(in_chunks):
+                self._chunk_step(chunk, group, keys)
+            if in_chunks:  # Only now, since a parameter's pieces can be in several chunks.
+                torch._foreach_add_([self.state[p]["step"] for p in in_chunks], 1)
         return loss
 
-    def _protected_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Step a chunk of the protection's."""
-        before = copies(parameters, like=parameters)
-        gradients, decay = _gradients(parameters), group["weight_decay"]
-        held = self.protection.shares(parameters) if self.on == "gradient" else []
-        if not held:
-            self._adamw(parameters, gradients, group, decay)
-            self.protection.restrict(parameters, before)
-            return
-        torch._foreach_mul_(parameters, 1 - group["lr"] * decay)
-        undo(parameters, before, held)
-        scaled = [g * (1 - share) for g, share in zip(gradients, held, strict=True)]
-        self._adamw(parameters, scaled, group, weight_decay=0.0)
-        self.protection.project(parameters, before)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch, which would round the float32 states of bfloat16 parameters."""
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=True):
+            if self._rounds(parameter) and number in state_dict["state"]:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    exact = state_dict["state"][number][key]
+                    self.state[parameter][key] = exact.to(parameter.device, copy=True)
+
+    def _rounds(self, parameter: Tensor) -> bool:
+        return self.rounding == "stochastic" and parameter.dtype == torch.bfloat16
+
+    def _make_states(self, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                dtype = torch.float32 if self._rounds(parameter) else parameter.dtype
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+
+    def _keys(self, parameters: list[Tensor]) -> dict[Tensor, str]:
+        """What the random numbers of this step of each rounded parameter depend on."""
+        rounded = [p for p in parameters if self._rounds(p)]
+        if not rounded:
+            return {}
+        steps = torch.stack([self.state[p]["step"] for p in rounded]).tolist()  # One device sync.
+        return {
+            p: f"{self.seed}/{int(step)}/{self.names[p]}"
+            for p, step in zip(rounded, steps, strict=True)
+        }
+
+    def _chunk_step(
+        self, pieces: list[Piece], group: dict[str, Any], keys: Mapping[Tensor, str]
+    ) -> None:
+        """Step, restrict and round a chunk of the protection's."""
+        values = [piece.of(piece.parameter) for piece in pieces]
+        values = [v.float() if self._rounds(v) else v for v in values]
+        before, held = [], []
+        if self.protection.covers(pieces[0].parameter):
+            before = copies(values, like=values)
+            held = self.protection.shares(pieces, values) if self.on == "gradient" else []
+        gradients = [g.to(v.dtype) for g, v in zip(_gradients(pieces), values, strict=True)]
+        steps = [self.state[piece.parameter]["step"] for piece in pieces]
+        steps, decay = copies(steps, like=steps), group["weight_decay"]
+        if held:
+            torch._foreach_mul_(values, 1 - group["lr"] * decay)
+            undo(values, before, held)
+            scaled = [g * (1 - share) for g, share in zip(gradients, held, strict=True)]
+            self._adamw(pieces, values, scaled, steps, group, weight_decay=0.0)
+            self.protection.project(pieces, values, before)
+        else:
+            self._adamw(pieces, values, gradients, steps, group, decay)
+            if before:
+                self.protection.restrict(pieces, values, before)
+        for piece, value in zip(pieces, values, strict=True):
+            if piece.parameter in keys:
+                _round(piece, value, keys[piece.parameter])
 
     def _adamw(
         self,
-        parameters: list[Tensor],
+        pieces: list[Piece],
+        values: list[Tensor],
         gradients: list[Tensor],
+        steps: list[Tensor],
         group: dict[str, Any],
         weight_decay: float,
     ) -> None:
-        """Torch's fused AdamW: one pass over weights, gradients and states."""
-        if not parameters:
+        """Torch's fused AdamW: one pass over values, gradients and states. Increments `steps`."""
+        if not pieces:
             return
-        states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [(piece, self.state[piece.parameter]) for piece in pieces]
         adamw(
-            parameters,
+            values,
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [piece.of(state["exp_avg"]) for piece, state in states],
+            [piece.of(state["exp_avg_sq"]) for piece, state in states],
             [],
-            [state["step"] for state in states],
+            steps,
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -123,5 +188,16 @@ class GatedAdamW(torch.optim.AdamW):
         )
 
 
-def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+def _gradients(pieces: list[Piece]) -> list[Tensor]:
+    return [piece.of(cast(Tensor, piece.parameter.grad)) for piece in pieces]
+
+
+def _round(piece: Piece, value: Tensor, key: str) -> None:
+    """Round a piece's float32 value into its parameter."""
+    weight, parameter = local(piece.of(piece.parameter)), piece.parameter
+    if parameter.dim() == 0:
+        round_into(weight, value, noise(key, torch.Size((1,)), 0, 1, weight.device)[0])
+        return
+    first = first_row(parameter) + (piece.rows.start if piece.rows else 0)
+    drawn = noise(key, parameter.shape, first, len(weight), weight.device)
+    round_into(weight, local(value), drawn)

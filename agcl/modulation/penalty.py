@@ -17,7 +17,8 @@ def quadratic_penalty(
 
     F is the sum over past tasks of the positive importance entries, unscaled, and θ* the current
     parameters. This is the online form with one anchor (Schwarz 2018, γ = 1): memory does not grow
-    with the number of tasks. It holds one copy of the penalized weights, and F in float32. Raises
+    with the number of tasks. It holds one copy of the penalized weights, and F in float32; of
+    bfloat16 weights the penalty is computed in float32 too, its gradient rounded once. Raises
     `ValueError` for a negative strength, without importances, and for an importance without
     entries or of other parameters.
     """
@@ -32,7 +33,8 @@ def quadratic_penalty(
         if parameter is None or entries.shape != parameter.shape:
             raise ValueError(f"no parameter {name} of shape {tuple(entries.shape)} to penalize")
         anchors[name] = parameter.detach().clone()
-        fisher[name] = torch.zeros_like(anchors[name])
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        fisher[name] = torch.zeros_like(anchors[name], dtype=exact)
         for importance in past:
             fisher[name] += placed_like(importance.entries[name], parameter).clamp(min=0)
 
@@ -41,10 +43,13 @@ def quadratic_penalty(
         value = torch.zeros((), device=next(iter(anchors.values())).device)
         for name, anchor in anchors.items():
             parameter = parameters[name]
-            moved = parameter - anchor
+            moved = parameter.to(fisher[name].dtype) - anchor
             gradient = strength * fisher[name] * moved
             value += 0.5 * whole((gradient * moved).sum())
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.dtype)
+            else:
+                parameter.grad.add_(gradient)
         return value
 
     return penalise

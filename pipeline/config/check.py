@@ -120,11 +120,11 @@ def _check_dtype(config: Config, dtype: str) -> None:
             f"model.dtype: auto is float16 for {config.model.path}, in which AdamW cannot train; "
             "choose bfloat16 or float32"
         )
-    if dtype == "bfloat16" and config.protect:
+    to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
+    if to_nearest and config.protect and not config.adapter:
         raise InputError(
-            f"model.dtype: weights in bfloat16 can be neither attributed nor protected, as method "
-            f"{config.method} does; choose model.dtype=float32 (training.precision=bfloat16 still "
-            "computes in bfloat16) or a method without protect"
+            "training.rounding: nearest would undo the protection of bfloat16 weights, as method "
+            f"{config.method} has it; choose stochastic, or model.dtype=float32"
         )
 
 

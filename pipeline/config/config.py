@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from agcl.modulation.rounding import Rounding
 from agcl.schedule import Schedule
 from pydantic import (
     BeforeValidator,
@@ -68,7 +69,12 @@ class Training(Section):
     weight_decay: float = Field(0.01, ge=0)
     max_gradient_norm: float = Field(1.0, gt=0)
     precision: Precision = "float32"
-    """`bfloat16` means autocast; weights and optimizer state stay float32."""
+    """`bfloat16` means autocast; weights and optimizer state stay as `model.dtype` has them."""
+    rounding: Rounding = "stochastic"
+    """How steps are rounded into weights of `model.dtype: bfloat16`; no effect on others, nor with
+    an adapter, whose factors are float32. `stochastic`: up or down by chance, from the seed, so
+    that small steps count in expectation; the optimizer state is float32. `nearest` loses steps
+    below about 1/500 of a weight, and cannot be combined with `protect`."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: about a third more time, and memory
     for the activations of one layer instead of all. Does not change results."""
@@ -141,8 +147,8 @@ class Resources(Section):
     results by rounding only. Attribution is then split by layers. No effect with one worker."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """How often to checkpoint within a task, so that losing a worker costs minutes. A checkpoint is
-    three times the model's size; written less often if that would cost more than 5 % of the time.
-    0 turns checkpoints off."""
+    three times the model's size (five times with bfloat16 weights), written less often if that
+    would cost more than 5 % of the time. 0 turns checkpoints off."""
     timeout_minutes: float = Field(60.0, gt=0)
     """How long a worker waits for another one in a collective before it counts as lost. Waiting for
     files does not count: downloads, uploads, checkpoints, or an artifact that another run makes."""

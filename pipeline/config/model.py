@@ -43,10 +43,12 @@ class Model(Section):
     folder stays on that commit although the branch has moved, so that what was interrupted resumes
     with the weights it began with; another `name` starts from the branch's new commit."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Of the weights in memory; `auto` is what the model's `config.json` says. In bfloat16 they
-    take half the memory, small updates are lost to rounding, and they can be neither protected nor
-    attributed. `training.precision` keeps float32 weights and computes in bfloat16. The final
-    model is saved in the dtype that the base model is saved in."""
+    """Of the weights in memory; `auto` is what the model's `config.json` says. In bfloat16 weights
+    and gradients take half the memory, 12 instead of 16 bytes per trained weight with the optimizer
+    state, and `training.rounding` decides what becomes of small steps. Protection then holds up to
+    rounding, and a task is attributed on a float32 copy. With an adapter the frozen weights are
+    bfloat16, its factors float32. `training.precision` keeps float32 weights and computes in
+    bfloat16. The final model is saved in the dtype that the base model is saved in."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; `flash_attention_2` needs a GPU, half precision
     and the package `flash_attn`. Changes results by rounding only."""

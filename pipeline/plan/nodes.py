@@ -1,6 +1,6 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys, but for `loading`.
+All stages of one kind have the same config keys, but for `loading` and `rounding`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from pipeline.config.task_section import Source
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING
+from pipeline.stages.context import LOADING, ROUNDING
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
@@ -51,14 +51,26 @@ def first_session(config: Config) -> str:
     return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
 
 
-def loading(config: Config) -> dict[str, Any]:
+def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
     """The config key of stages that load the model, if it is not loaded in float32 with sdpa.
 
-    Absent by default: a setting that changes nothing must not change a fingerprint.
+    Absent by default: a setting that changes nothing must not change a fingerprint. `dtype` is one
+    other than the config's.
     """
-    chosen = {"dtype": loaded_dtype(config.model), "attention": config.model.attention}
+    chosen = {"dtype": dtype or loaded_dtype(config.model), "attention": config.model.attention}
     changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
     return {LOADING: changed} if changed else {}
+
+
+def rounding(config: Config) -> dict[str, Any]:
+    """The config key of train stages that round bfloat16 weights other than to nearest.
+
+    None with an adapter: its factors are float32, and merging rounds the weights once, to nearest.
+    """
+    chosen = config.training.rounding
+    half = loaded_dtype(config.model) == "bfloat16" and not config.adapter
+    applies = half and chosen != "nearest"
+    return {ROUNDING: chosen} if applies else {}
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
@@ -106,7 +118,7 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(),
+            **config.training.model_dump(exclude={ROUNDING}),
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup": 0.0,
@@ -124,7 +136,8 @@ def base_model_stage(
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings for training task `index` without protection; the same for all methods."""
     return {
-        **config.training.model_dump(),
+        **config.training.model_dump(exclude={ROUNDING}),
+        **rounding(config),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "base_energy": None,
@@ -243,7 +256,7 @@ def attribute_stage(
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
-            **loading(config),
+            **loading(config, "float32"),  # Of bfloat16 weights, a copy.
         },
         inputs=inputs,
         session=session,

@@ -20,6 +20,8 @@ from pipeline.stages.files import ADAPTER
 
 LOADING = "loading"
 """Key of a stage's config: keywords of `load_model` that are not its defaults."""
+ROUNDING = "rounding"
+"""Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
@@ -53,11 +55,16 @@ class Context:
     def take_model(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
         """The model of an artifact, from memory if the last stage left it there.
 
-        Loaded as the stage's `config` says. The caller may change it; `hold_model` returns it.
+        Loaded as the stage's `config` says; a model held in another dtype is loaded again. The
+        caller may change it; `hold_model` returns it.
         """
         model = self.held.pop(folder, None)
         self.held.clear()
-        return model if model is not None else self.loaded(folder, config)
+        dtype = getattr(torch, config.get(LOADING, {}).get("dtype", "float32"))
+        if model is not None and model.dtype == dtype:
+            return model
+        del model  # Before another copy takes memory.
+        return self.loaded(folder, config)
 
     def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
         """A model from its files, with `dtype` and `attention` of a stage's `config`.

@@ -12,7 +12,7 @@ from agcl.importance import Importance
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
-from agcl.modulation.checks import check
+from agcl.modulation.checks import check, sampled
 from agcl.parallel import distributed, sharding
 from agcl.tasks import Rows
 from agcl.throughput import meter
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.stages.attribute import past_moments
-from pipeline.stages.context import Context
+from pipeline.stages.context import ROUNDING, Context
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, named
 from pipeline.storage.artifact import write_json
 
@@ -37,18 +37,21 @@ class Protection:
     only: set[str] | None = None
     """The only parameters to train; None trains all."""
     before: dict[str, Tensor] = field(default_factory=dict)
-    """CPU copies of the gated and projected weights before training; rank 0 only."""
+    """Samples of the gated and projected weights before training, on the CPU; rank 0 only."""
 
-    def protected(self, model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The gated and projected weights on the CPU. Collective: only rank 0 gets them."""
-        names = {*(self.gate or ()), *(self.basis or ())}
-        return sharding.on_rank_zero(
-            (name, p) for name, p in model.named_parameters() if name in names
-        )
+    def protected(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Copies of samples of the gated and projected weights on the CPU.
 
-    def remember(self, model: torch.nn.Module) -> None:
-        """Copy the protected weights, to measure later how they moved. Collective."""
-        self.before = {name: weight.clone() for name, weight in self.protected(model)}
+        Collective: only rank 0 gets them.
+        """
+        names, transposed = {*(self.gate or ()), *(self.basis or ())}, stored_transposed(model)
+        weights = ((name, p) for name, p in model.named_parameters() if name in names)
+        for name, weight in sharding.on_rank_zero(weights):
+            yield name, sampled(weight, transposed=name in transposed).clone()
+
+    def remember(self, model: PreTrainedModel) -> None:
+        """Copy samples of the protected weights, to measure how they moved. Collective."""
+        self.before = dict(self.protected(model))
 
 
 def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
@@ -199,6 +202,8 @@ def fit(
         on=protection.on,
         basis=basis,
         transposed=stored_transposed(model) if basis else (),
+        rounding=config.get(ROUNDING, "nearest"),
+        seed=config["seed"],
     )
     with (
         activation_checkpointing(model, config["activation_checkpointing"]),
@@ -235,14 +240,20 @@ def write_checks(
     """Measure whether gate and projection held, if there are any. Collective; rank 0 writes."""
     after = dict(protection.protected(model))
     if after:
+        transposed = stored_transposed(model)
+        gate = {
+            name: sampled(each, transposed=name in transposed)
+            for name, each in (protection.gate or {}).items()
+        }
         found = check(
             protection.before,
             after,
-            gate=protection.gate,
+            gate=gate or None,
             on=protection.on,
             basis=protection.basis,
             steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
-            transposed=stored_transposed(model),
+            learning_rate=config["learning_rate"],
+            transposed=transposed,
         )
         write_json(out_dir / CHECKS, found)
     distributed.meet()  # Rank 0 checks every weight alone; saving a sharded model is collective.

@@ -22,7 +22,7 @@ from agcl.importance import Importance
 from agcl.lrp import stored_transposed
 from agcl.model import adapter, models
 from agcl.model.forward import activation_checkpointing
-from agcl.modulation import GatedAdamW, quadratic_penalty, random_bases
+from agcl.modulation import GatedAdamW, quadratic_penalty, random_bases, rounding
 from agcl.parallel import distributed, sharding
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
@@ -132,6 +132,30 @@ def adapted(
         adapter.save(peft_model, save, "base")
     merged = weights_of(adapter.merged(peft_model))
     return Adapted(losses, factors, dict(found.entries), merged, sharded)
+
+
+def rounded_steps(
+    architecture: str, gate: Mapping[str, Tensor], basis: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """bfloat16 weights after steps on given gradients, protected, in small pieces."""
+    model = model_of(architecture, torch.bfloat16)
+    transposed = stored_transposed(model)
+    optimizer = GatedAdamW(
+        model.named_parameters(),
+        gate=gate,
+        basis=basis,
+        transposed=transposed,
+        lr=1e-3,
+        rounding="stochastic",
+    )
+    with patch.object(rounding, "_BLOCK_ENTRIES", 100):
+        for step in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * number + step)
+                slope = torch.randn(parameter.shape, generator=generator).bfloat16()
+                parameter.grad = sharding.placed_like(slope, parameter)
+            optimizer.step()
+    return weights_of(model)
 
 
 def scores(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,12 @@ def attribute_batches(rows: Any, batch_size: int, model: dict[str, Any], **optio
     return dict(importance.entries), matrices(importance.moments), dict(importance.header)
 
 
-def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
+def train_rows(
+    rows: Any,
+    model: dict[str, Any],
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    **options: Any,
+) -> Any:
     """The loss of every step and the trained weights."""
     from reference import tiny
 
@@ -130,7 +135,7 @@ def train_rows(rows: Any, model: dict[str, Any], **options: Any) -> Any:
     train_task(
         trained,
         rows,
-        GatedAdamW(trained.named_parameters(), lr=1e-2),
+        GatedAdamW(trained.named_parameters(), lr=1e-2, rounding=rounding),
         log=lambda metrics, step: losses.append(metrics["loss"]),
         **options,
     )

@@ -251,3 +251,31 @@ def test_a_large_strength_keeps_new_factors_apart(earlier):
         return float(lora.orthogonality(peft_model, earlier, strength=1.0)().detach())
 
     assert overlap(1.0) < 0.5 * overlap(0.0)
+
+
+def test_factors_in_float32_train_on_a_frozen_bfloat16_base_and_are_rounded_once_when_merged():
+    base = tiny.llama(dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    peft_model, losses = adapter.attach(base, rank=3, alpha=6.0, seed=0), []
+    factors = [(n, p) for n, p in peft_model.named_parameters() if p.requires_grad]
+    assert {p.dtype for _, p in factors} == {torch.float32}
+    train_task(
+        peft_model,
+        tiny.random_rows(8),
+        GatedAdamW(factors, lr=1e-2, rounding="stochastic"),
+        epochs=20,
+        batch_size=8,
+        seed=0,
+        log=lambda metrics, step: losses.append(metrics["loss"]),
+    )
+    assert losses[-1] < 0.5 * losses[0]
+    trained = dict(factors)
+    merged = dict(adapter.merged(peft_model).named_parameters())
+    assert {p.dtype for p in merged.values()} == {torch.bfloat16}
+    for name, weight in merged.items():
+        expected = before[name]
+        if name in attributed_linears(base):
+            layer = "base_model.model." + name.removesuffix("weight")
+            a, b = (trained[f"{layer}lora_{factor}.default.weight"] for factor in "AB")
+            expected = (expected.float() + 2.0 * (b @ a)).bfloat16()
+        assert torch.equal(weight, expected), name

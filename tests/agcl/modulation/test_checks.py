@@ -7,18 +7,29 @@ import torch
 from torch import nn
 
 from agcl.modulation import GatedAdamW
-from agcl.modulation.checks import ProtectionFailed, check
+from agcl.modulation.checks import ProtectionFailed, check, sampled
 
 
-def steps(gate=None, basis=None, lr=1e-3, count=200, size=1.0, seed=0, on="update"):
+def steps(
+    gate=None,
+    basis=None,
+    lr=1e-3,
+    count=200,
+    size=1.0,
+    seed=0,
+    on="update",
+    dtype=torch.float32,
+):
     """A weight before and after steps on random gradients with a trend."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(24, 16, generator=generator) * size
+    start = (torch.randn(24, 16, generator=generator) * size).to(dtype)
     weight = nn.Parameter(start.clone())
     trend = torch.randn(24, 16, generator=generator)
-    optimizer = GatedAdamW([("w", weight)], gate=gate, basis=basis, lr=lr, on=on)
+    optimizer = GatedAdamW(
+        [("w", weight)], gate=gate, basis=basis, lr=lr, on=on, rounding="stochastic"
+    )
     for _ in range(count):
-        weight.grad = trend + torch.randn(24, 16, generator=generator)
+        weight.grad = (trend + torch.randn(24, 16, generator=generator)).to(dtype)
         optimizer.step()
     return {"w": start}, {"w": weight.detach()}
 
@@ -79,6 +90,51 @@ def test_correct_projections_never_fail(basis, size, lr, count):
     for seed in range(3):
         before, after = steps(basis=basis, size=size, lr=lr, count=count, seed=seed)
         check(before, after, gate=None, on="update", basis=basis, steps=count)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_correct_protections_of_bfloat16_never_fail(basis, gate, size, lr, count):
+    for seed in range(3):
+        options = {"size": size, "lr": lr, "count": count, "seed": seed, "dtype": torch.bfloat16}
+        run = {"on": "update", "steps": count, "learning_rate": lr}
+        pair = steps(basis=basis, **options)
+        check(*pair, gate=None, basis=basis, **run)
+        check(*steps(gate, **options), gate=gate, basis=None, **run)
+        large = {"w": (pair[0]["w"].abs() < size / 2).float() * 0.4 + 0.1}  # Rounded coarsest.
+        check(*steps(large, **options), gate=large, basis=None, **run)
+
+
+@pytest.mark.parametrize(("size", "lr"), [(1.0, 1e-2), (1.0, 1e-3), (1.0, 3e-4), (2e-2, 1e-5)])
+def test_lost_protections_of_bfloat16_fail(basis, gate, size, lr):
+    """Also with steps of a twentieth of the gap between large weights."""
+    for seed in range(3):
+        run = {"on": "update", "steps": 200, "learning_rate": lr}
+        pair = steps(size=size, lr=lr, seed=seed, dtype=torch.bfloat16)
+        with pytest.raises(ProtectionFailed, match=r"w changed by [\d.]+ times an unprotected upd"):
+            check(*pair, gate=None, basis=basis, **run)
+        options = {"size": size, "lr": lr, "seed": seed, "dtype": torch.bfloat16}
+        pair = steps({"w": 1 - gate["w"]}, **options)
+        with pytest.raises(ProtectionFailed, match="gate does not hold"):
+            check(*pair, gate=gate, basis=None, **run)
+
+
+def test_a_sample_has_the_same_outputs_in_either_layout_and_finds_what_is_lost():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2000, 16, generator=generator)
+    few = sampled(weight)
+    assert few.shape == (512, 16)
+    assert torch.equal(sampled(weight.T, transposed=True), few.T)
+    assert torch.equal(sampled(few), few)
+    basis = {"w": torch.eye(16)[:, :4]}
+    change = torch.randn(2000, 16, generator=generator)
+    change[:, :4] = 0
+    held, lost = weight + change, weight + change
+    lost[1000:] += 1.0  # In half of the outputs.
+    check({"w": few}, {"w": sampled(held)}, gate=None, on="update", basis=basis, steps=9)
+    with pytest.raises(ProtectionFailed, match="w changed by"):
+        check({"w": few}, {"w": sampled(lost)}, gate=None, on="update", basis=basis, steps=9)
 
 
 @pytest.mark.parametrize("protected", [False, True])

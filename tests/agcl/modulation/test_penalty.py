@@ -59,6 +59,22 @@ def test_value_and_gradient_equal_those_of_the_quadratic_form(parameters, past):
     torch.testing.assert_close(hessian, torch.diag(3.0 * fisher.flatten()))
 
 
+def test_of_bfloat16_weights_only_the_gradient_is_rounded(parameters, past):
+    half = {name: nn.Parameter(p.detach().bfloat16()) for name, p in parameters.items()}
+    exact = {name: nn.Parameter(p.detach().float()) for name, p in half.items()}
+    penalties = [quadratic_penalty(each, past, strength=3.0) for each in (half, exact)]
+    for each in (half, exact):
+        for p in each.values():
+            p.data.mul_(1.25)  # Nothing is rounded by it but the last bits of bfloat16.
+    for name, p in exact.items():
+        p.data.copy_(half[name].data)
+    half["a"].grad, exact["a"].grad = torch.ones(3, 4).bfloat16(), torch.ones(3, 4)
+    found, expected = (penalise() for penalise in penalties)
+    assert found == expected > 0
+    for name in ("a", "b"):
+        assert torch.equal(half[name].grad, exact[name].grad.bfloat16())
+
+
 def test_at_the_anchor_nothing_is_added(parameters, past):
     parameters["a"].grad = torch.full_like(parameters["a"], 0.1)
     assert quadratic_penalty(parameters, past, strength=5.0)() == 0

@@ -46,6 +46,19 @@ def test_training_matches_a_whole_model(workers, architecture, kinds):
         assert_close(shared, weights, 1e-6)
 
 
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+def test_bfloat16_weights_are_rounded_alike_in_shards_and_whole(workers, architecture):
+    """Gates only on every second weight; a basis of transposed weights is on whole ones."""
+    both = protections(architecture)
+    gate = {name: both["gate"][name] for name in list(both["gate"])[::2]}
+    basis = {} if architecture == GPT2 else both["basis"]
+    expected = sharded.rounded_steps(architecture, gate, basis)
+    for found in workers.run(sharded.rounded_steps, architecture, gate, basis):
+        assert_close(found, expected, 0 if architecture == GPT2 else 1e-2)
+        equal = sum((found[n] == w).sum().item() for n, w in expected.items())
+        assert equal >= 0.999 * sum(w.numel() for w in expected.values())
+
+
 @pytest.mark.parametrize("setting", ["checkpointing", "packed"])
 def test_a_frozen_weight_keeps_its_bits_with_every_memory_setting(workers, setting):
     frozen = "model.layers.0.mlp.up_proj.weight"

@@ -127,6 +127,15 @@ def test_training_is_the_same_on_two_ranks(workers, batch_size, micro_batch_size
         assert torch.equal(first[1][name], second[1][name]), name
 
 
+def test_ranks_round_bfloat16_weights_alike(workers):
+    rows, options = tiny.random_rows(10), {"epochs": 2, "batch_size": 4, "seed": 3}
+    options |= {"micro_batch_size": 2, "rounding": "stochastic"}
+    first, second = workers.run(remote.train_rows, rows, {"dtype": torch.bfloat16}, **options)
+    assert first[0] == second[0]
+    for name, weight in first[1].items():
+        assert torch.equal(weight, second[1][name]), name
+
+
 def test_every_rank_gets_the_verdicts_of_all_rows(workers, llama):
     rows = tiny.answered_rows(llama, 7, wrong=(0, 4))
     expected = [index not in (0, 4) for index in range(7)]

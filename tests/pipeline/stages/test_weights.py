@@ -13,6 +13,7 @@ from agcl.errors import InputError
 from agcl.model import models
 from pipeline.config import check
 from pipeline.config.loading import validate
+from pipeline.config.method import Adapter
 from pipeline.plan.plan import plan
 from pipeline.plan.stage import resolve
 
@@ -98,16 +99,25 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
     full = base_folder(tmp_path / "full", LLAMA)
     half = base_folder(tmp_path / "half", LLAMA, torch.bfloat16)
 
-    def fingerprints(base, **model):
-        made = config(base, **model)
+    def fingerprints(base, adapter=None, **model):
+        made = config(base, **model).model_copy(update={"adapter": adapter})
         return {n: s.fingerprint for n, s in resolve(plan(made).stages, made.storage).items()}
 
     default = fingerprints(full)
     assert fingerprints(full, dtype="auto", attention="sdpa") == default
+    assert fingerprints(full, training={"rounding": "nearest"}) == default
     assert fingerprints(half, dtype="auto") == fingerprints(half, dtype="bfloat16")
     for changed in (fingerprints(full, dtype="bfloat16"), fingerprints(full, attention="eager")):
         same = {name for name in default if default[name] == changed[name]}
         assert same == {"prepare/sums"}
+    stochastic = fingerprints(full, dtype="bfloat16")
+    nearest = fingerprints(full, dtype="bfloat16", training={"rounding": "nearest"})
+    same = {name for name in stochastic if stochastic[name] == nearest[name]}
+    assert same == {"prepare/sums", "evaluate/0-base"}
+    # An adapter's factors are float32, so that it does not matter to them.
+    assert fingerprints(full, Adapter(), dtype="bfloat16") == fingerprints(
+        full, Adapter(), dtype="bfloat16", training={"rounding": "nearest"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,10 +126,15 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
         (
             "float32",
             "agcl",
-            {"dtype": "bfloat16"},
-            "weights in bfloat16 can be neither",
+            {"dtype": "bfloat16", "training": {"rounding": "nearest"}},
+            "nearest would undo the protection of bfloat16 weights",
         ),
-        ("bfloat16", "agcl", {"dtype": "auto"}, "weights in bfloat16 can be neither"),
+        (
+            "bfloat16",
+            "agcl",
+            {"dtype": "auto", "training": {"rounding": "nearest"}},
+            "nearest would undo the protection of bfloat16 weights",
+        ),
         ("float16", "sequential", {"dtype": "auto"}, "auto is float16 for "),
         (
             "float32",
@@ -131,7 +146,7 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
 )
 def test_what_weights_are_too_coarse_for_is_refused(config, tmp_path, stored, method, model, said):
     base = base_folder(tmp_path / "base", LLAMA, getattr(torch, stored))
-    with pytest.raises(InputError, match=rf"^model\.\w+: .*{said}"):
+    with pytest.raises(InputError, match=rf"^(model|training)\.\w+: .*{said}"):
         check.check_inputs(config(base, method, **model))
 
 
