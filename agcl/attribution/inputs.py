@@ -97,17 +97,18 @@ class InputMoment:
         if self.inputs is None or self.tokens is None:
             return
         inputs = self.inputs.flatten(0, 1)[self.tokens].to(self.sum.dtype)
-        weights = torch.ones_like(inputs[:, 0])
-        if self.arriving is not None:
+        lengths = torch.linalg.vector_norm(inputs, dim=-1)
+        if self.arriving is None:
+            relevance, roots = lengths.new_tensor(len(lengths)), lengths.new_ones(())
+        else:
             weights = self.arriving.flatten()[self.tokens].to(self.sum.dtype)
+            relevance, roots = weights.sum(), weights.sqrt()
         self.inputs = self.arriving = None
-        squares = inputs.square().sum(-1)
-        self.totals[0] += weights.sum()
-        self.totals[1] += len(weights)
         if self.unit_inputs:
-            weights = torch.where(squares > 0, weights / squares, 0)
-        self.totals[2] += (weights * squares).sum()
-        vectors = inputs * weights.sqrt().unsqueeze(1)
+            roots = torch.where(lengths == 0, 0, roots / lengths)
+        scaled = lengths * roots
+        self.totals += torch.stack([relevance, lengths.new_tensor(len(lengths)), scaled @ scaled])
+        vectors = inputs * roots.unsqueeze(-1)
         if self.test is not None:
             self.sum.addmm_(vectors.T, vectors @ self.test)
             return

@@ -57,14 +57,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """The row of the whole tensor with which this rank's shard begins; 0 if it is not sharded."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    per_rank = -(-len(tensor) // tensor.device_mesh.size())  # FSDP shards like torch.chunk.
-    return min(len(tensor), per_rank * tensor.device_mesh.get_local_rank())
-
-
 def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Place a tensor like a parameter of its shape: same device and sharding.
 
