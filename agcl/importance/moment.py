@@ -9,6 +9,8 @@ from torch import Tensor
 
 _FEWEST = 256
 """An input may keep this many directions, or a quarter of its width if that is more."""
+_ROUNDING = 1e-5
+"""A sum of energies this close to the trace is all of it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def orthonormal(directions: Tensor) -> Tensor:
 
 def _cut(directions: Tensor, energies: Tensor, trace: float, keep: float) -> Moment:
     """Keep the fewest directions that hold the share `keep`, up to the largest number."""
-    trace = max(trace, float(energies.sum()))  # Unequal by rounding.
+    total = float(energies.sum())
+    # What only rounding took from the energies is not missing: no direction holds it.
+    trace = total if abs(trace - total) <= _ROUNDING * trace else trace
     rank = len(energies)
     if keep < 1:
         rank = min(_fewest(energies, keep * trace), most_directions(len(directions)))
