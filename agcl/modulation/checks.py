@@ -17,7 +17,7 @@ _MAX_LEAK = 0.1
 more stay below it."""
 _MIN_GATE_GAP = 0.2
 """Minimum difference between the outer deciles' mean gates for their movements to be compared."""
-_SAMPLED_OUTPUTS = 512
+SAMPLED_OUTPUTS = 512
 """Of each weight. A projection acts on every output alike, hence a sample shows whether it did."""
 _NOISE_MARGIN, _NOISE_SPREADS = 1.5, 4
 """Squared leak by rounding noise that is allowed: a multiple of its bound, and of its spread."""
@@ -34,10 +34,10 @@ def sampled(weight: Tensor, *, transposed: bool = False) -> Tensor:
     have periods, such as the size of a head, that an even spacing could share.
     """
     outputs = weight.shape[transposed]
-    if outputs <= _SAMPLED_OUTPUTS:
+    if outputs <= SAMPLED_OUTPUTS:
         return weight
     order = torch.randperm(outputs, generator=torch.Generator().manual_seed(0))
-    chosen = order[:_SAMPLED_OUTPUTS].sort().values.to(weight.device)
+    chosen = order[:SAMPLED_OUTPUTS].sort().values.to(weight.device)
     return weight.index_select(int(transposed), chosen)
 
 

@@ -7,6 +7,7 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 import math
 from collections.abc import Sequence
 
+from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES
 
 from pipeline.config.method import Project
@@ -25,8 +26,8 @@ from pipeline.plan.setting import (
 from pipeline.plan.shape import Shape
 
 TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
-_CHUNK = 2**24
-"""Weights of a protected step at a time on a GPU (`agcl/modulation/step.py`)."""
+_CHUNK, _PIECE = 2**24, 2**22
+"""Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
 _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 """Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
 
@@ -67,15 +68,17 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
     half = config.training.precision == "bfloat16" and size == FLOAT
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
+    if size == HALF:
+        kept = shape.kept_in_bfloat16(tokens, setting.row.tokens, frozen=frozen)
     checkpointing = config.training.activation_checkpointing
     # The backward pass begins with gradients of what its first layer kept.
     activations = kept * (shape.layers + 1)
     if checkpointing:
-        activations = 2 * kept + FLOAT * tokens * shape.width * shape.layers
-    activations += 3 * FLOAT * tokens * shape.width  # Embeddings and the last norm.
+        activations = 2 * kept + size * tokens * shape.width * shape.layers
+    activations += 3 * size * tokens * shape.width  # Embeddings and the last norm.
     held = [
         *_model(setting, gathered=True),
-        Part("Adam", 2 * of_trained * trained // _shards(setting)),
+        Part("Adam", 2 * FLOAT * trained // _shards(setting)),
         *(_protection(setting) if protects else ()),
     ]
     if half:
@@ -87,14 +90,20 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     if not frozen:  # A tied matrix gets two gradients, which are added in a third.
         temporary = max(temporary, (1 + several) * shape.vocabulary * shape.width)
     layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
-    copies = max(out * width for out, width in setting.protected) if protects else 0
-    copies += _CHUNK * (setting.on_gpu and protects)
+    # Pieces of a protected weight, or of one that is rounded, are stepped at a time.
+    in_pieces = protects or of_trained == HALF
+    copies = (_PIECE + _CHUNK * setting.on_gpu) * in_pieces
+    copies = min(copies, trained)
     summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
     return [
         (*held, *passing, *((gradients,) if several else ())),
         (*held, gradients, *layer),
         (*held, gradients, Part("gradients summed over workers", summed)),
-        (*held, gradients, Part("copies of a step", 2 * FLOAT * copies)),
+        (
+            *held,
+            gradients,
+            Part("copies of a step", (5 if of_trained == HALF else 2) * FLOAT * copies),
+        ),
     ]
 
 
@@ -122,9 +131,12 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     return shape.linear_weights + shape.vocabulary * shape.width
 
 
-def _model(setting: Setting, *, gathered: bool) -> list[Part]:
-    """The model: a shard of it and, of a sharded one, what a worker gathers while it computes."""
-    shape, size = setting.shape, setting.weight_bytes
+def _model(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part]:
+    """The model: a shard of it and, of a sharded one, what a worker gathers while it computes.
+
+    `size` is that of a weight, if not the config's.
+    """
+    shape, size = setting.shape, size or setting.weight_bytes
     parts = [Part("weights", size * shape.weights // setting.shards)]
     if setting.config.adapter:
         parts.append(Part("adapter", FLOAT * entries(setting.factors)))
@@ -150,7 +162,8 @@ def _protection(setting: Setting) -> list[Part]:
     if "penalty" in kinds:
         parts.append(Part("anchors and importance", 2 * FLOAT * count // _shards(setting)))
     if kinds - {"penalty"}:
-        parts.append(Part("weights before the task", FLOAT * _projected(setting), on_host=True))
+        checked = setting.weight_bytes * _checked(setting)
+        parts.append(Part("weights before the task", checked, on_host=True))
     return parts
 
 
@@ -190,7 +203,7 @@ def attribute_peak(setting: Setting) -> Parts:
     if not backward and importance.correct_only:  # Inputs wait until it is known which rows count.
         activations += hooks * shape.layers
     held = [
-        *_model(setting, gathered=False),
+        *_model(setting, gathered=False, size=FLOAT),  # Relevance needs float32.
         Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
@@ -269,7 +282,10 @@ def disk_per_task(setting: Setting) -> Parts:
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
         Part("adapter", FLOAT * entries(setting.factors)),
         Part("importance", importance * bool(config.protect)),
-        Part("checkpoint", 3 * size * trained * bool(config.resources.checkpoint_minutes)),
+        Part(
+            "checkpoint",
+            (size + 2 * FLOAT) * trained * bool(config.resources.checkpoint_minutes),
+        ),
     )
 
 
@@ -284,10 +300,11 @@ def _bases(setting: Setting) -> int:
     return int(FLOAT * setting.directions * sum(width**2 for width in setting.inputs))
 
 
-def _projected(setting: Setting) -> int:
-    """Weights that a gate or a projection acts on: of fresh factors only A."""
+def _checked(setting: Setting) -> int:
+    """Weights that show whether a gate or a projection held: of fresh factors only of A."""
     adapter = setting.config.adapter
-    return entries(setting.factors[::2] if adapter and adapter.fresh else setting.protected)
+    of = setting.factors[::2] if adapter and adapter.fresh else setting.protected
+    return entries([(min(out, SAMPLED_OUTPUTS), width) for out, width in of])
 
 
 def _logits(shape: Shape, answers: int, copies: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agcl.lrp import attributed_linears, weight_of
-from agcl.lrp.families import architecture_of, family_named, layer_norm
+from agcl.lrp.families import architecture_of, family_named, gemma_norm, layer_norm
 from transformers import PreTrainedModel
 
 _HEAD_NORMS = ("q_norm", "k_norm")
@@ -40,6 +40,7 @@ class Shape:
     has_head_norms: bool
     is_rms: bool
     """Whether norms are RMS norms, which keep what they scale as well as their input."""
+    is_gemma: bool
     is_fused: bool
     """Whether one linear layer computes query, key and value, which stay in memory together."""
     is_rotary: bool
@@ -82,6 +83,17 @@ class Shape:
         attended = self.query + 2 * self.key + self._attended(replaced=not self.is_fused)
         mlp = (2 * self.is_gated + self.of_activation) * self.inner
         return tokens * (4 * wide + (2 if half else 4) * (inputs + attended + mlp))
+
+    def kept_in_bfloat16(self, tokens: int, length: int, *, frozen: bool) -> int:
+        """The same of a model with bfloat16 weights: half as much, but some work in float32.
+
+        RMS norms do, those of Gemma with their weight, and the softmax of eager attention.
+        """
+        normed = self.norms * self.width + self.has_head_norms * (self.query + self.key)
+        extra = normed * self.is_rms * (4 if self.is_gemma and not frozen else 2)
+        extra += 4 * self.eager_heads * length
+        whole = self.kept_by_training(tokens, length, half=False, frozen=frozen)
+        return whole // 2 + tokens * extra
 
     def kept_by_attribution(self, tokens: int, length: int) -> int:
         """The same for a relevance backward pass, in float32, without what its hooks hold.
@@ -147,6 +159,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         norms=sum(not name.endswith(_HEAD_NORMS) for name in of_layer),
         has_head_norms=any(name.endswith(_HEAD_NORMS) for name in of_layer),
         is_rms=family.norm is not layer_norm,
+        is_gemma=family.norm is gemma_norm,
         is_fused=is_fused,
         is_rotary=getattr(config, "rope_parameters", None) is not None,
         is_gated=bool(family.products),

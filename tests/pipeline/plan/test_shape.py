@@ -75,16 +75,20 @@ def per_layer(architecture, alive):
 
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 weights"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
+    in_half = precision == "bfloat16 weights"
+
     def alive(model):
+        if in_half:
+            model.bfloat16()
         if frozen:
             names = attributed_linears(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in names or "layers.0" in name or "h.0" in name)
         with Ledger(model) as ledger:
-            with autocast(torch.device("cpu"), precision):
+            with autocast(torch.device("cpu"), "float32" if in_half else precision):
                 loss = summed_loss(model.train(), batch())
             held = ledger.alive()
         del loss
@@ -93,6 +97,8 @@ def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
     found, shape = per_layer(architecture, alive)
     half = precision == "bfloat16"
     expected = shape.kept_by_training(TOKENS, LENGTH, half=half, frozen=frozen)
+    if in_half:
+        expected = shape.kept_in_bfloat16(TOKENS, LENGTH, frozen=frozen)
     expected += 2 * half * shape.linear_weights // shape.layers  # Their copies in bfloat16.
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
