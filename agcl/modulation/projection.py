@@ -15,7 +15,7 @@ from agcl.files import tensor_file
 from agcl.importance import Importance
 from agcl.importance.moment import leading, summed
 
-_KIND = "bases"
+_KIND, _SAME = "bases", "same"
 
 
 def bases(
@@ -56,9 +56,14 @@ def bases(
 def save_bases(
     basis: Mapping[str, Tensor], file: Path | str, *, header: Mapping[str, Any] | None = None
 ) -> None:
-    """Write bases to one file atomically, in float32; `header` is JSON, for the reader."""
-    tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in basis.items()}
-    tensor_file.write(Path(file), tensors, _KIND, header or {})
+    """Write bases to one file atomically, in float32; `header` is JSON, for the reader.
+
+    A tensor that several weights share is written once.
+    """
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(tensor), name) for name, tensor in basis.items()}
+    tensors = {name: basis[name].detach().to("cpu", torch.float32) for name in first.values()}
+    tensor_file.write(Path(file), tensors, _KIND, {**(header or {}), _SAME: same})
 
 
 def load_bases(file: Path | str) -> dict[str, Tensor]:
@@ -68,9 +73,10 @@ def load_bases(file: Path | str) -> dict[str, Tensor]:
     """
     file = Path(file)
     tensor_file.verify(file, _KIND)
-    stored, _ = tensor_file.open_file(file, _KIND)
+    stored, header = tensor_file.open_file(file, _KIND)
     with stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    return {name: tensors[key] for name, key in header[_SAME].items()}
 
 
 def random_bases(like: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Used inside `GatedAdamW`, and around any other optimizer by `agcl.integrations.t
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,17 @@ class StepProtection:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)} to gate")
             levels = (1 - tensor.to(parameter.device)).mul_(_LEVELS).round_()
             self.held[parameter] = placed_like(levels.to(torch.uint8), parameter)
+        placed: dict[Any, Tensor] = {}  # Weights that read the same input share its directions.
         for name, tensor in (basis or {}).items():
             parameter = _protectable(by_name, name, rounded)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
                 raise ValueError(f"no parameter {name} with {tensor.shape[0]} inputs to project")
             if tensor.shape[1]:
                 dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
-                self.basis[parameter] = replicated_like(tensor.to(dtype), parameter)
+                key = (id(tensor), parameter.device, dtype)
+                if key not in placed:
+                    placed[key] = replicated_like(tensor.to(dtype), parameter)
+                self.basis[parameter] = placed[key]
                 if name in transposed:
                     self.transposed.add(parameter)
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from agcl.modulation.rounding import Rounding
 from agcl.schedule import Schedule
 from pydantic import (
     BeforeValidator,
@@ -70,7 +69,7 @@ class Training(Section):
     max_gradient_norm: float = Field(1.0, gt=0)
     precision: Precision = "float32"
     """`bfloat16` means autocast; weights and optimizer state stay as `model.dtype` has them."""
-    rounding: Rounding = "stochastic"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How steps are rounded into weights of `model.dtype: bfloat16`; no effect on others, nor with
     an adapter, whose factors are float32. `stochastic`: up or down by chance, from the seed, so
     that small steps count in expectation; the optimizer state is float32. `nearest` loses steps

@@ -185,11 +185,13 @@ def test_weights_without_known_directions_are_as_before():
 
 def test_bases_come_back_from_a_file_and_another_file_is_refused(tmp_path):
     basis = {"a": torch.linalg.qr(torch.randn(5, 2))[0], "b": torch.zeros(3, 0)}
+    basis["c"] = basis["a"]  # Another weight that reads the same input.
     file = tmp_path / "base.safetensors"
     save_bases(basis, file, header={"energy": 0.7})
     found = load_bases(str(file))
     assert found.keys() == basis.keys()
     assert all(torch.equal(found[name], basis[name]) for name in basis)
+    assert found["a"] is found["c"]
     Importance({}, {"a": whole(torch.eye(2))}).save(tmp_path / "importance")
     with pytest.raises(InputError, match="not an agcl bases file"):
         load_bases(tmp_path / "importance")
