@@ -123,7 +123,7 @@ def test_importances_are_those_of_their_task_and_method(finished):
     assert header == {"rules": "attnlrp", "top_k": 4, "rows": 12, "moments": "relevance"}
     correct = finished.metrics("sequential")["accuracy_matrix"][1][0]
     assert solo.header["rows_attributed"] == round(12 * correct)
-    assert solo.moments.keys() == solo.entries.keys() == gradient.entries.keys()
+    assert solo.inputs.keys() == solo.entries.keys() == gradient.entries.keys()
     assert not gradient.moments
     # The first task's model is the same alone and in a sequence that does not protect the base.
     assert all(torch.equal(solo.entries[k], gradient.entries[k]) for k in solo.entries)
@@ -131,7 +131,7 @@ def test_importances_are_those_of_their_task_and_method(finished):
     base = Importance.load(finished.artifact("solo", "attribute/0-base") / "importance.safetensors")
     header = {k: base.header[k] for k in ("rules", "rows", "rows_attributed", "moments")}
     assert header == {"rules": "attnlrp", "rows": 2, "rows_attributed": 2, "moments": "uniform"}
-    assert base.moments.keys() == base.entries.keys() == solo.entries.keys()
+    assert base.inputs.keys() == base.entries.keys() == solo.entries.keys()
 
 
 @pytest.mark.parametrize("label", LABELS)
