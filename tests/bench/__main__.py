@@ -155,7 +155,7 @@ def _measured(name: str, setting: Setting | None, given: argparse.Namespace) -> 
         case "pipeline":
             found = [whole.whole_pipeline(given.model, given.pairs, given.threads, given.device)]
         case "task_30":
-            found = whole.late_task(given.pairs, given.device)
+            found = whole.late_task(given.pairs, given.threads, given.device)
         case "two_tasks":
             sizes = (given.rows, given.tokens)
             found = [two_tasks.two_tasks(given.model, given.device, given.precision, *sizes)]

@@ -124,7 +124,8 @@ def _planned(setting: Setting) -> plan.Setting:
     longest = max(len(row.input_ids) for row in setting.rows)
     answer = max(row.loss_tokens for row in setting.rows)
     settings = {
-        "model": {"dtype": str(setting.model.dtype).removeprefix("torch.")},
+        # Nothing is read from the folder: the shape is the model's.
+        "model": {"path": "/", "dtype": str(setting.model.dtype).removeprefix("torch.")},
         "training": {
             "batch_size": size,
             "max_tokens": size * longest,

@@ -41,7 +41,7 @@ def two_tasks(model: str, device: str, precision: str, rows: int, tokens: int) -
             json.loads, (f.read_text() for f in folder.glob("*/stages/*/manifest.json"))
         )
         seconds = {each["stage"]: each["seconds"] for each in manifests}
-        logs = [file.read_text() for file in folder.glob("*/stages/train-*/log.jsonl")]
+        logs = [file.read_text() for file in folder.glob("storage/stages/train-*/log.jsonl")]
     lines = [json.loads(line) for log in logs for line in log.splitlines()]
     note = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items()))
     memory = max(line["peak_memory_gb"] for line in lines)
@@ -68,7 +68,8 @@ def _config(folder: Path, model: str, device: str, precision: str, rows: int, to
         "model": {"path": str(base)},
         "tasks": {"format": "jsonl", "sequence": tasks},
         "training": {"epochs": 2, "batch_size": rows, "precision": precision},
-        "importance": {"batch_size": rows, "precision": precision},
+        # Random weights answer nothing correctly.
+        "importance": {"batch_size": rows, "precision": precision, "correct_only": False},
         "evaluation": {"precision": precision},
         "resources": {"gpus_per_worker": int(on_gpu), "cpus_per_worker": 4 if on_gpu else 1},
     }
