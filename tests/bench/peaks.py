@@ -4,6 +4,7 @@ The stages' work without their files, so that it can be measured of any shape in
 """
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,8 +96,10 @@ def _peak(name: str, setting: Setting, run: Callable[[], None]) -> Figure:
         run()
     size = measured()
     parts = peaks(_planned(setting))[name.removeprefix("memory_")]
-    predicted = plan.total(parts, on_gpu=setting.on_gpu)
-    largest = sorted(parts, key=lambda part: part.size, reverse=True)[:4]
+    # What a stage holds in main memory, such as copies for its checks, is not made here.
+    predicted = plan.total(parts, on_gpu=True)
+    on_device = [part for part in parts if not part.on_host]
+    largest = sorted(on_device, key=lambda part: part.size, reverse=True)[:4]
     note = "planned: " + ", ".join(f"{part.name} {part.size / 1e9:.3g}" for part in largest)
     return figure(name, [(size / 1e9, predicted / 1e9)], _BAR, "the plan", "GB", note)
 
@@ -106,6 +109,7 @@ def _peaking(setting: Setting) -> Iterator[Callable[[], int]]:
     """Bytes at the peak, the model's included: on a GPU those of tensors, else resident ones."""
     weights = sum(p.numel() * p.element_size() for p in setting.model.parameters())
     found: list[int] = []
+    gc.collect()
     if setting.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setting.device)

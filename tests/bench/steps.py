@@ -176,7 +176,9 @@ def _trainer(setting: Setting, packing: bool) -> Steps:
             )
             made.remove_callback(PrinterCallback)
             loss = made.train().training_loss
-            model.zero_grad()
+        model.zero_grad()
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(model).pop(name, None)  # Under bf16 accelerate wraps the model's own forward.
         return loss, ends.times[-1] - ends.times[0]
 
     return run
