@@ -9,67 +9,93 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from agcl.errors import InputError
 from agcl.model import models
-from bench import figures, sweeps, whole
+from agcl.model.forward import Precision
+from bench import figures, peaks, steps, sweeps, two_tasks, whole
 from bench.measure import Figure, Setting, prepared_rows, random_rows
+from bench.shapes import SHAPES, loaded
 
 SINGLE = {
     "attribute": figures.attribution_against_training,
     "moments": figures.moments_against_training,
     "uniform": figures.uniform_against_forward,
     "decompose": figures.decomposition,
+    "artifact": figures.artifact,
     "attribute_loop": figures.attribution_against_a_loop,
-    "gated_step": figures.gated_step,
-    "projected_step": figures.projected_step,
-    "packed_step": figures.packed_step,
-    "compiled_step": figures.compiled_step,
+    "gated_step": steps.gated_step,
+    "projected_step": steps.projected_step,
+    "packed_step": steps.packed_step,
+    "compiled_step": steps.compiled_step,
+    "trainer": steps.trainer,
+    "trainer_packed": steps.trainer_packed,
     "exact_match": figures.exact_match_against_generate,
+    "memory_train": peaks.train,
+    "memory_attribute": peaks.attribution,
+    "memory_evaluate": peaks.evaluation,
 }
-NAMES = [*SINGLE, "pipeline", "task_30"]
+WITHOUT_A_MODEL = ("pipeline", "task_30", "two_tasks")
+"""Figures that load their model themselves."""
+NAMES = [*SINGLE, *WITHOUT_A_MODEL]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; 0 also where a bar is missed, 2 for a bad argument."""
+    """Measure and print; 0 also where a bar is missed, 1 without memory, 2 for a bad argument."""
     given = _parsed(arguments)
     try:
         return _measure_all(given)
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 def _measure_all(given: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
+    found: list[Figure] = []
+    points: dict[str, dict[int, sweeps.Point]] = {}
+
+    def write() -> None:
+        measured = {"figures": [asdict(one) for one in found], "sweeps": points}
+        if given.json:
+            given.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+    names = given.figures or ([] if given.sweep else NAMES)
+    setting = None
+    if given.sweep or not {*names} <= {*WITHOUT_A_MODEL}:
+        setting = _setting(given)
+    for name in names:
+        found += _measured(name, setting, given)
+        write()
+    for name in given.sweep:
+        points[name] = sweeps.SWEEPS[name](setting)
+        _print_sweep(name, points[name])
+    write()
+    return 0
+
+
+def _setting(given: argparse.Namespace) -> Setting:
     rows = (
         prepared_rows(given.rows_of, given.rows)
         if given.rows_of
         else random_rows(given.rows, given.tokens)
     )
-    setting = Setting(_model(given.model, given.device), rows, given.pairs, given.batches)
-    size = sum(parameter.numel() for parameter in setting.model.parameters())
+    model = loaded(given.model, given.device, getattr(torch, given.dtype))
+    setting = Setting(model, rows, given.pairs, given.batches, given.precision)
     print(
-        f"{given.model}: {size / 1e6:.1f}M parameters, {len(rows)} rows of at most "
-        f"{max(len(row.input_ids) for row in rows)} tokens, "
-        f"{given.device}, {given.threads} threads, {given.pairs} pairs"
+        f"{given.model}: {setting.num_weights / 1e6:.1f}M parameters in {given.dtype}, "
+        f"{len(rows)} rows of at most {max(len(row.input_ids) for row in rows)} tokens, "
+        f"{given.device}, {given.precision}, {given.threads} threads, {given.pairs} pairs"
     )
-    found: list[Figure] = []
-    for name in given.figures or ([] if given.sweep else NAMES):
-        found += _measured(name, setting, given)
-    points = {}
-    for name in given.sweep:
-        points[name] = sweeps.SWEEPS[name](setting)
-        _print_sweep(name, points[name])
-    if given.json:
-        measured = {"figures": [asdict(one) for one in found], "sweeps": points}
-        given.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return setting
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,8 +112,24 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         choices=[*sweeps.SWEEPS],
         help="how costs grow with this; may be given several times",
     )
-    parser.add_argument("--model", default=models.BUILTIN, help="model folder (default: builtin)")
+    parser.add_argument(
+        "--model",
+        default=models.BUILTIN,
+        help=f"model folder, or random weights: {', '.join(SHAPES)} (default: builtin)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=get_args(Precision),
+        help="of passes; bfloat16 means autocast (default: float32)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=get_args(Precision),
+        help="of the weights (default: float32)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--pairs", type=int, default=7, help="measurements (default: 7)")
     parser.add_argument("--rows", type=int, default=8, help="rows a batch (default: 8)")
@@ -108,23 +150,23 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def _measured(name: str, setting: Setting, given: argparse.Namespace) -> list[Figure]:
+def _measured(name: str, setting: Setting | None, given: argparse.Namespace) -> list[Figure]:
     match name:
         case "pipeline":
-            figure, a_stage = whole.whole_pipeline(
-                given.model, given.pairs, given.threads, given.device
-            )
-            found, note = [figure], f"; {a_stage:.2f} s a stage beyond its work"
+            found = [whole.whole_pipeline(given.model, given.pairs, given.threads, given.device)]
         case "task_30":
-            found, note = whole.late_task(given.pairs), ""
+            found = whole.late_task(given.pairs, given.threads, given.device)
+        case "two_tasks":
+            sizes = (given.rows, given.tokens)
+            found = [two_tasks.two_tasks(given.model, given.device, given.precision, *sizes)]
         case _:
-            found, note = [SINGLE[name](setting)], ""
+            found = [SINGLE[name](setting)]
     for one in found:
         verdict = "ok" if one.median <= one.bar else "missed"
         print(
             f"{one.name:16} {one.median:6.3f} [{one.low:.3f}, {one.high:.3f}] of {one.against} "
             f"(bar {one.bar}: {verdict}; {one.values[0]:.3f} / {one.values[1]:.3f} {one.unit}"
-            f"{note})",
+            f"{one.note and '; '}{one.note})",
             flush=True,
         )
     return found
@@ -134,13 +176,6 @@ def _print_sweep(name: str, points: dict[int, sweeps.Point]) -> None:
     for value, point in points.items():
         taken = "  ".join(f"{what} {seconds:.4f} s" for what, seconds in point.items())
         print(f"{name:10} {value:5}  {taken}", flush=True)
-
-
-def _model(path: str, device: str) -> PreTrainedModel:
-    if path == models.BUILTIN:
-        return models.builtin_model(512, seed=0).to(device)
-    models.check_folder(Path(path))
-    return models.load_model(Path(path)).to(device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""What attribution and protection cost, as ratios of two things done in turn in one process."""
+"""What attribution and scoring cost, as ratios of two things done in turn in one process."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -13,11 +16,11 @@ from agcl.attribution import attribute
 from agcl.attribution.inputs import InputMoment
 from agcl.importance import Moment
 from agcl.lrp import attributed_linears, weight_of
-from agcl.model.forward import answer_logits, compiled
-from agcl.modulation import GatedAdamW, random_bases
-from agcl.tasks.batches import collate
-from agcl.train import summed_loss, train_task
-from bench.measure import Figure, Run, Setting, pairs
+from agcl.model.forward import answer_logits, autocast
+from agcl.tasks.batches import collate, in_order
+from agcl.train import summed_loss
+from bench.measure import Figure, Run, Setting, figure, pairs
+from pipeline.config.method import Importance as Settings
 
 
 def attribution_against_training(setting: Setting) -> Figure:
@@ -42,7 +45,7 @@ def uniform_against_forward(setting: Setting) -> Figure:
 
     def forward() -> None:
         for _ in range(setting.batches):
-            with torch.no_grad():
+            with torch.no_grad(), autocast(setting.device, setting.precision):
                 answer_logits(setting.model, setting.batch)
 
     with not_decomposed():
@@ -92,7 +95,9 @@ def attribution_against_a_loop(setting: Setting) -> Figure:
 
     def loop() -> None:
         for row in setting.rows * setting.batches:
-            summed_loss(model, collate([row]).to(model.device)).backward()
+            with autocast(setting.device, setting.precision):
+                loss = summed_loss(model, collate([row]).to(model.device))
+            loss.backward()
             for name, stack in top.items():
                 gradient = parameters[name].grad
                 assert gradient is not None
@@ -107,62 +112,34 @@ def attribution_against_a_loop(setting: Setting) -> Figure:
     return pairs("attribute_loop", attributed(setting), loop, setting, 0.35, "single samples")
 
 
-def gated_step(setting: Setting) -> Figure:
-    """A step of the gated optimizer against one of `torch.optim.AdamW(foreach=True)`."""
-    model = setting.model
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    gate = {n: torch.rand_like(p) for n, p in model.named_parameters() if p.dim() == 2}
-    gated = GatedAdamW(model.named_parameters(), gate=gate, lr=1e-7)
-    plain = torch.optim.AdamW(model.parameters(), lr=1e-7, foreach=True)
-    figure = pairs("gated_step", gated.step, plain.step, setting, 1.15, "AdamW(foreach=True)")
-    model.zero_grad()
-    return figure
+def artifact(setting: Setting) -> Figure:
+    """Bytes of the importance file of a projection, against the model's weights in bfloat16.
 
-
-def projected_step(setting: Setting) -> Figure:
-    """A training step with a projection (5 % of the directions) against a plain one."""
-    model = setting.model
-    linears = attributed_linears(model)
-    widths = {name: weight_of(module).shape[1] for name, module in linears.items()}
-    like = {name: torch.empty(w, max(1, round(0.05 * w))) for name, w in widths.items()}
-    named = [(n, p) for n, p in model.named_parameters() if n in linears]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for _, parameter in named:
-        parameter.requires_grad_(True)
-    basis = random_bases(like, seed=0)
-    size = len(setting.rows)
-    options: dict[str, Any] = {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
-    projected = GatedAdamW(named, basis=basis, lr=1e-7)
-    plain = GatedAdamW(named, lr=1e-7)
-    figure = pairs(
-        "projected_step",
-        lambda: train_task(model, setting.rows, projected, **options),
-        lambda: train_task(model, setting.rows, plain, **options),
-        setting,
-        1.2,
-        "plain step, same weights trained",
+    All rows are attributed once, in batches of 8, and as much of the moments is kept as by default:
+    few rows of few tokens make a smaller file than a task does.
+    """
+    size, keep = 8, Settings.model_fields["keep"].default
+    found = attribute(
+        setting.model,
+        (collate([setting.rows[i] for i in part]) for part in in_order(len(setting.rows), size)),
+        moments="relevance",
+        entries=False,
+        correct_only=False,
+        precision=setting.precision,
+        keep=keep,
     )
-    model.requires_grad_(True)
-    return figure
-
-
-def packed_step(setting: Setting) -> Figure:
-    """A training step on packed rows against one on padded rows; all rows in one micro-batch."""
-    packed, padded = _step(setting, packing=True), _step(setting)
-    return pairs("packed_step", packed, padded, setting, 1.0, "the step on padded rows")
-
-
-def compiled_step(setting: Setting) -> Figure:
-    """A training step through `torch.compile` against one without, all rows in one micro-batch."""
-    plain = _step(setting)
-
-    def through_compile() -> None:
-        with compiled(setting.model):
-            plain()
-
-    return pairs("compiled_step", through_compile, plain, setting, 1.0, "the step without")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "importance"
+        found.save(file)
+        taken = (file.stat().st_size / 1e6, 2e-6 * setting.num_weights)
+    kept = [moment.kept for moment in found.moments.values()]
+    ranks = [len(moment.energies) / len(moment.directions) for moment in found.moments.values()]
+    note = (
+        f"{sum(len(row.input_ids) for row in setting.rows)} tokens; of a moment's trace the files "
+        f"keep {min(kept):.3f} to {max(kept):.3f}, median {median(kept):.3f} (importance.keep "
+        f"{keep}), in a median of {median(ranks):.3f} of its directions"
+    )
+    return figure("artifact", [taken], 0.15, "bfloat16 weights of the model", "MB", note)
 
 
 def exact_match_against_generate(setting: Setting) -> Figure:
@@ -208,20 +185,15 @@ def exact_match_both_ways(setting: Setting) -> tuple[Run, Run]:
     return forced, decoded
 
 
-def _step(setting: Setting, **options: Any) -> Run:
-    model, size = setting.model, len(setting.rows)
-    optimizer = GatedAdamW(model.named_parameters(), lr=1e-7)
-    options |= {"epochs": 1, "batch_size": size, "micro_batch_size": size, "seed": 0}
-    return lambda: train_task(model, setting.rows, optimizer, **options)
-
-
 def plain_passes(setting: Setting) -> Run:
     """A forward and backward of each batch that `attributed` attributes."""
     model, batch = setting.model, setting.batch
 
     def run() -> None:
         for _ in range(setting.batches):
-            summed_loss(model, batch).backward()
+            with autocast(setting.device, setting.precision):
+                loss = summed_loss(model, batch)
+            loss.backward()
             model.zero_grad()
 
     return run
@@ -230,8 +202,9 @@ def plain_passes(setting: Setting) -> Run:
 def attributed(setting: Setting, top_k: int = 4, **options: Any) -> Run:
     """An attribution of all rows, several times over."""
     batches = [setting.batch] * setting.batches
+    options |= {"top_k": top_k, "correct_only": False, "precision": setting.precision}
 
     def run() -> None:
-        attribute(setting.model, batches, top_k=top_k, correct_only=False, **options)
+        attribute(setting.model, batches, **options)
 
     return run

@@ -1,8 +1,7 @@
 """Timing two things in turn, and the ratio of the two."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agcl.errors import InputError
+from agcl.model.forward import Precision
 from agcl.tasks import Encoded, EncodedRows
 from agcl.tasks.batches import Batch, collate
 
@@ -31,6 +31,8 @@ class Figure:
     values: tuple[float, float]
     """Medians of what is measured and of what it is held against."""
     unit: str = "s"
+    note: str = ""
+    """What else was found."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,28 @@ class Setting:
     batches: int = 4
     """Of these rows, in an attribution: the more, the less it counts that it makes and empties its
     running values."""
+    precision: Precision = "float32"
+    """Of forward and backward passes: bfloat16 means autocast."""
 
     @property
     def batch(self) -> Batch:
         """All rows, on the model's device."""
         return collate(self.rows).to(self.model.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @property
+    def num_weights(self) -> int:
+        """The model's parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return self.device.type == "cuda"
 
 
 def random_rows(number: int, tokens: int, answer: int | None = None) -> list[Encoded]:
@@ -80,7 +99,12 @@ def pairs(name: str, what: Run, against: Run, setting: Setting, bar: float, said
 
 
 def figure(
-    name: str, taken: Sequence[tuple[float, float]], bar: float, said: str, unit: str = "s"
+    name: str,
+    taken: Sequence[tuple[float, float]],
+    bar: float,
+    said: str,
+    unit: str = "s",
+    note: str = "",
 ) -> Figure:
     """The ratio of pairs of measurements: what is measured, and what it is held against."""
     ratios = [one / other for one, other in taken]
@@ -88,25 +112,18 @@ def figure(
     several = len(ratios) > 1
     low, _, high = quantiles(ratios, n=4, method="inclusive") if several else (ratios[0],) * 3
     values = (median(one for one, _ in taken), median(other for _, other in taken))
-    return Figure(name, said, bar, median(ratios), low, high, values, unit)
+    return Figure(name, said, bar, median(ratios), low, high, values, unit, note)
 
 
 def seconds(run: Run, device: torch.device) -> float:
     """How long it takes, with what it leaves to do on a GPU."""
-    with _timed(device) as stop:
-        run()
-    return stop()
+    started = now(device)
+    run()
+    return now(device) - started
 
 
-@contextmanager
-def _timed(device: torch.device) -> Iterator[Callable[[], float]]:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    started = time.perf_counter()
-    ended: list[float] = []
-    yield lambda: ended[0]
-    wait()
-    ended.append(time.perf_counter() - started)
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from agcl.model import models
 from agcl.tasks import TRAIN, EncodedRows
+from bench.shapes import save_random
 from pipeline.config import loading
 from pipeline.estimate import peak_memory
 from pipeline.execution.session import run_stages
@@ -69,12 +69,7 @@ class Found:
 
 def random_llama(folder: Path, sizes: dict[str, Any]) -> Path:
     """Save a Llama of these sizes with random weights, and a tokenizer for the rows."""
-    tokenizer = models.builtin_tokenizer(_WORDS)
-    ends = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **sizes, **ends))
-    models.save(model, tokenizer, folder)
-    return folder
+    return save_random(folder, sizes, models.builtin_tokenizer(_WORDS))
 
 
 def compare(model: Path, scratch: Path, words: int, settings: Sequence[str]) -> list[Found]:
