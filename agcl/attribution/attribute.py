@@ -104,8 +104,10 @@ def attribute(
     }
     reads = shared_inputs(model, linears) if moments else {}
     widths = {n: weight_of(linears[n]).shape[1] for n in dict.fromkeys(reads.values())}
+    wide = {width for width in widths.values() if width > 2 * sketch}
+    tests = {width: test_matrix(width, sketch, _like(model)) for width in wide}
     inputs = {
-        n: InputMoment(linears[n], moments, unit_inputs, _test_matrix(model, widths[n], sketch))
+        n: InputMoment(linears[n], moments, unit_inputs, tests.get(widths[n]))
         for n in _layers_of_rank(model, list(widths), split)
         if moments
     }
@@ -213,11 +215,6 @@ def _like(model: PreTrainedModel) -> Tensor:
     """An empty tensor of what sums are kept in: float32, or float64 for a float64 model."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     return torch.empty(0, dtype=dtype, device=model.device)
-
-
-def _test_matrix(model: PreTrainedModel, width: int, columns: int) -> Tensor | None:
-    """What a wide input's sketch is taken with; None for a narrow one."""
-    return test_matrix(width, columns, _like(model)) if width > 2 * columns else None
 
 
 def _from_owners(

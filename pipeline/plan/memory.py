@@ -7,6 +7,7 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 import math
 from collections.abc import Sequence
 
+from agcl.attribution.attribute import SKETCH
 from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES
 
@@ -189,6 +190,8 @@ def attribute_peak(setting: Setting) -> Parts:
     of_rank = [setting.inputs[rank::sharing] for rank in range(sharing)]
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
     moments = max(map(_summed, of_rank)) if projection else 0
+    if projection:  # And one test matrix for all sketches of a width.
+        moments += sum(w * SKETCH for w in set(setting.inputs) if w > 2 * SKETCH)
     own = max(map(entries, shares)) if config.measures_entries else 0
     per_value = HALF if importance.running_values == "bfloat16" else FLOAT
     averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")

@@ -151,3 +151,17 @@ def test_moments_of_a_float64_model(exact_llama, weighting):
     found = moments(exact_llama, rows, moments=weighting)
     for name, moment in found.items():
         torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_wide_inputs_are_summed_as_a_sketch_that_shares_its_test_matrix(llama, right):
+    """Of fewer tokens than columns a sketch loses nothing."""
+    batches = [collate(right[:2]), collate(right[2:3])]
+    options = {"moments": "relevance", "entries": False, "keep": 1}
+    whole, sketched = (attribute(llama, batches, **options, sketch=n) for n in (4096, 11))
+    widths = {len(m.directions) for m in whole.moments.values()}
+    assert max(widths) > 22 > min(widths)  # Wide and narrow ones.
+    for name, moment in whole.moments.items():
+        scale = float(moment.energies[0])
+        found = sketched.moments[name]
+        torch.testing.assert_close(found.matrix(), moment.matrix(), rtol=0, atol=2e-4 * scale)
+        assert found.trace == pytest.approx(moment.trace)
