@@ -67,6 +67,7 @@ def attribute_dataset(
     answers exactly; by default this is so if all rows have a prompt and an answer as text, since
     nobody writes a long text exactly. `options` are those of `attribute`, which by default
     collects moments of all tokens alike and no entries: what `bases` needs, in one forward pass.
+    For an energy above 0.95 pass `keep=1`.
     `log=` is called with the number of rows done.
 
     The model runs on its own device, in eval mode, and is left as it was; wrappers (DDP, PEFT,
@@ -116,6 +117,7 @@ def protect_base(
         moments="uniform",
         entries=False,
         correct_only=False,
+        keep=1,  # Any energy can be asked for, and nothing is stored.
     )
     return bases([importance], energy=energy, device=inner.device)
 
