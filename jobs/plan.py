@@ -16,8 +16,9 @@ from pipeline.config.config import Resources
 from pipeline.config.row_lengths import longest_row
 from pipeline.config.usual import count_text, unusual
 from pipeline.estimate import Needs, estimate
+from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import USABLE, fits, on_device, remedy
-from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.memory import peaks
 from pipeline.plan.setting import Part, Row, Setting, total
 from pipeline.plan.shape import shape_of
 from pipeline.run import open_run

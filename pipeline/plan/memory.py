@@ -1,4 +1,4 @@
-"""Memory and disk that a config needs, by a formula, from its model's shape alone.
+"""Memory that a config needs, by a formula, from its model's shape alone.
 
 Every term is what the code allocates (float32 has 4 bytes a number): `agcl/SPEED.md` states them.
 Not counted: Python and torch themselves, the CUDA context, and what an allocator cannot use again.
@@ -12,7 +12,6 @@ from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES
 
 from pipeline.config.method import Project
-from pipeline.plan.nodes import sums_moments
 from pipeline.plan.setting import (
     FLOAT,
     HALF,
@@ -210,7 +209,7 @@ def attribute_peak(setting: Setting) -> Parts:
         Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
-    directions = FLOAT * _kept(setting) * bool(projection)
+    directions = FLOAT * setting.kept * bool(projection)
     results = [Part("results", FLOAT * own), Part("directions", directions, on_host=True)]
     if sharing > 1 and own:  # Every worker gets all layers' results, in main memory.
         whole = FLOAT * entries(setting.protected)
@@ -232,12 +231,6 @@ def attribute_peak(setting: Setting) -> Parts:
 def _summed(widths: Sequence[int]) -> int:
     """Numbers that attribution sums for inputs."""
     return sum(width * summed_columns(width) for width in widths)
-
-
-def _kept(setting: Setting) -> int:
-    """Numbers of all inputs' directions, at most."""
-    keep = setting.config.importance.keep
-    return sum(width * kept_columns(width, keep) for width in setting.inputs)
 
 
 def evaluate_peak(setting: Setting) -> Parts:
@@ -268,27 +261,6 @@ def evaluate_peak(setting: Setting) -> Parts:
                 Part("logits", comparing),
             ),
         ],
-    )
-
-
-def disk_per_task(setting: Setting) -> Parts:
-    """What a task leaves in the storage, and a checkpoint while it is trained."""
-    config = setting.config
-    saves_model = not config.adapter or config.adapter.merge
-    trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
-    moments = any(isinstance(item, Project) for item in config.protect)
-    files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
-    importance = files * HALF * _kept(setting) * moments
-    importance += HALF * entries(setting.protected) * config.measures_entries
-    size = FLOAT if config.adapter else setting.weight_bytes
-    return (
-        Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
-        Part("adapter", FLOAT * entries(setting.factors)),
-        Part("importance", importance * bool(config.protect)),
-        Part(
-            "checkpoint",
-            (size + 2 * FLOAT) * trained * bool(config.resources.checkpoint_minutes),
-        ),
     )
 
 

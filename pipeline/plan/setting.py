@@ -86,6 +86,12 @@ class Setting:
         return (*widths, *(adapter.rank for _ in self.shape.linears))  # B reads what A makes.
 
     @property
+    def kept(self) -> int:
+        """Numbers of all inputs' directions, at most."""
+        keep = self.config.importance.keep
+        return sum(width * kept_columns(width, keep) for width in self.inputs)
+
+    @property
     def factors(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of LoRA's factors A and B of every layer."""
         rank = self.config.adapter.rank if self.config.adapter else 0

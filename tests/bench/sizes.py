@@ -4,8 +4,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import loading
+from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import fits, remedy
-from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.memory import peaks
 from pipeline.plan.setting import Row, Setting, total
 from pipeline.plan.shape import Shape, shape_of
 

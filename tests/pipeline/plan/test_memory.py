@@ -7,8 +7,9 @@ import pytest
 from bench.sizes import METHODS, setting_of, shape_named, table
 
 import agcl
+from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import fits, on_device, remedy
-from pipeline.plan.memory import disk_per_task, peaks
+from pipeline.plan.memory import peaks
 from pipeline.plan.setting import Row, Setting, total
 
 GB = 10**9

@@ -1,0 +1,27 @@
+"""Disk that a config needs, by a formula, from its model's shape alone."""
+
+from pipeline.config.method import Project
+from pipeline.plan.memory import trained_weights
+from pipeline.plan.nodes import sums_moments
+from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
+
+
+def disk_per_task(setting: Setting) -> Parts:
+    """What a task leaves in the storage, and a checkpoint while it is trained."""
+    config = setting.config
+    saves_model = not config.adapter or config.adapter.merge
+    trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
+    moments = any(isinstance(item, Project) for item in config.protect)
+    files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
+    importance = files * HALF * setting.kept * moments
+    importance += HALF * entries(setting.protected) * config.measures_entries
+    size = FLOAT if config.adapter else setting.weight_bytes
+    return (
+        Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
+        Part("adapter", FLOAT * entries(setting.factors)),
+        Part("importance", importance * bool(config.protect)),
+        Part(
+            "checkpoint",
+            (size + 2 * FLOAT) * trained * bool(config.resources.checkpoint_minutes),
+        ),
+    )
