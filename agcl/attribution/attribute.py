@@ -1,5 +1,6 @@
 """Relevance of every weight for a task's correct answers, streamed over samples and ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, cast, get_args
@@ -68,7 +69,8 @@ def attribute(
     that predict an answer token and 0 on others (`answer`). With `unit_inputs` every x_t is scaled
     to length 1; otherwise a few tokens with massive activations (Sun 2024, arXiv 2402.17762)
     dominate a moment. Of each moment the fewest leading directions that hold the share `keep` of
-    its trace are returned, at most a quarter of the input's width or 256; `keep=1` returns all.
+    its trace are returned, at most a quarter of the input's width, or 256 if that is more; `keep=1`
+    returns all.
     Inputs wider than twice `sketch` are summed as a sketch of that many columns (`of_sketch`).
 
     Other estimators use the ordinary gradient and ignore `rules`. `grad_x_param`: the same
@@ -100,15 +102,16 @@ def attribute(
     names = list(linears) if entries else []
     collectors = {
         n: Collector(linears[n], estimator, top_k, running_values)
-        for n in _layers_of_rank(model, names, split)
+        for n in _of_rank(model, {n: weight_of(linears[n]).numel() for n in names}, split)
     }
     reads = shared_inputs(model, linears) if moments else {}
     widths = {n: weight_of(linears[n]).shape[1] for n in dict.fromkeys(reads.values())}
+    sizes = {n: w * (sketch if w > 2 * sketch else w) for n, w in widths.items()}
     wide = {width for width in widths.values() if width > 2 * sketch}
     tests = {width: test_matrix(width, sketch, _like(model)) for width in wide}
     inputs = {
         n: InputMoment(linears[n], moments, unit_inputs, tests.get(widths[n]))
-        for n in _layers_of_rank(model, list(widths), split)
+        for n in _of_rank(model, sizes, split)
         if moments
     }
     counts = torch.zeros(2, dtype=torch.long, device=model.device)
@@ -140,7 +143,9 @@ def attribute(
     if split == "layers":
         shapes = {n: cast(Tensor, linears[n].weight).shape for n in names}
         relevances = _from_owners(relevances, shapes, model)
-    second_moments = collected(inputs, widths, _like(model), keep=keep, merge=split == "samples")
+    second_moments = collected(
+        inputs, widths, sizes, _like(model), keep=keep, merge=split == "samples"
+    )
     return Importance(
         entries=relevances,
         moments=second_moments,
@@ -202,13 +207,14 @@ def _check_counts(seen: int, used: int) -> None:
         )
 
 
-def _layers_of_rank(model: PreTrainedModel, layers: Sequence[str], split: Split) -> Sequence[str]:
-    """The layers whose running values this rank keeps; round-robin if split by `layers`."""
+def _of_rank(model: PreTrainedModel, sizes: Mapping[str, int], split: Split) -> list[str]:
+    """What this rank keeps running values of, of items with these sizes: a share of `layers`."""
     if split == "layers":
-        return layers[distributed.rank() :: distributed.world_size()]
+        owners = distributed.owners(list(sizes.values()), distributed.world_size())
+        return [n for n, owner in zip(sizes, owners, strict=True) if owner == distributed.rank()]
     if sharding.is_sharded(model):
         raise ValueError("a sharded model must be split by layers: all ranks share each batch")
-    return layers
+    return list(sizes)
 
 
 def _like(model: PreTrainedModel) -> Tensor:
@@ -221,12 +227,13 @@ def _from_owners(
     own: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel
 ) -> dict[str, Tensor]:
     """Every layer's tensor on every rank. On the CPU, since a device may not hold them all."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    owners = distributed.owners(sizes, distributed.world_size())
     return {
         name: distributed.broadcast(
-            own[name] if name in own else _like(model).new_empty(*shape),
-            number % distributed.world_size(),
+            own[name] if name in own else _like(model).new_empty(*shape), owner
         ).cpu()
-        for number, (name, shape) in enumerate(shapes.items())
+        for (name, shape), owner in zip(shapes.items(), owners, strict=True)
     }
 
 

@@ -136,6 +136,7 @@ class InputMoment:
 def collected(
     inputs: Mapping[str, InputMoment],
     widths: Mapping[str, int],
+    sizes: Mapping[str, int],
     like: Tensor,
     *,
     keep: float,
@@ -143,12 +144,12 @@ def collected(
 ) -> dict[str, Moment]:
     """Every input's moment, on every rank, on the CPU. `widths` has all ranks' inputs, in order.
 
-    With `merge`, all ranks hold all inputs, of different rows; otherwise each rank holds every
-    N-th, of the same rows. Each rank decomposes every N-th. `like` tells device and type.
+    With `merge`, all ranks hold all inputs, of different rows; otherwise each rank holds a share,
+    of the same rows. Each rank decomposes its share by `sizes`. `like` tells device and type.
     """
     found: dict[str, Moment] = {}
-    for number, (name, width) in enumerate(widths.items()):
-        owner = number % distributed.world_size()
+    owners = distributed.owners(list(sizes.values()), distributed.world_size())
+    for (name, width), owner in zip(widths.items(), owners, strict=True):
         if merge:
             distributed.sum_in_place([inputs[name].sum, inputs[name].totals])
         own = inputs[name].moment(keep=keep) if owner == distributed.rank() else None

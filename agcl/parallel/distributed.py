@@ -1,7 +1,7 @@
 """The collectives agcl needs. In a single process every function is the identity."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import TypeVar
 
@@ -41,6 +41,15 @@ def meet() -> None:
         time.sleep(pause)
         pause = min(2 * pause, 0.2)
         arrived = store.add(key, 0)
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """A rank for each item, so that all have about as much: the largest first, to who has least."""
+    held, found = [0] * ranks, [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[item] = held.index(min(held))
+        held[found[item]] += sizes[item]
+    return found
 
 
 def in_turn(count: int) -> Iterator[tuple[int, bool]]:

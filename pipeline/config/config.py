@@ -282,11 +282,12 @@ class Config(Section):
         ]
         if asked and self.base.protect != "none":
             asked.append(("base.energy", self.base.energy))
+        most = max((energy for _, energy in asked), default=0.0)
         for key, energy in asked:
             if energy > self.importance.keep:
                 yield (
-                    f"{key}: {energy:g} is more than importance.keep ({self.importance.keep:g}) "
-                    "stores of a moment; raise it to as much"
+                    f"{key}: {energy:g} is more than importance.keep={self.importance.keep:g} "
+                    f"stores of a moment; set importance.keep={most:g}, or lower the energy"
                 )
 
     def _adapter_conflicts(self) -> Iterator[str]:

@@ -31,7 +31,8 @@ class Importance(Section):
     """`bfloat16` attributes under autocast and with TF32 on a GPU; sums stay float32."""
     keep: float = Field(0.95, gt=0, le=1)
     """Share of an input's second moment that is stored, as its leading directions: at most a
-    quarter of the input's width, or 256. A projection cannot protect more. 1 stores all of it."""
+    quarter of the input's width, or 256 if that is more. A projection cannot protect more. 1 stores
+    all of it."""
     entries: bool | None = None
     """Measure the importance of every weight, not only the moments of the layers' inputs. Null does
     so if something needs it: a gate, a penalty, `permuted`, or estimator `magnitude` or `random`. A

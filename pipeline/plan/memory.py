@@ -6,10 +6,11 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from agcl.attribution.attribute import SKETCH
 from agcl.modulation.checks import SAMPLED_OUTPUTS
-from agcl.parallel.distributed import BUCKET_BYTES
+from agcl.parallel.distributed import BUCKET_BYTES, owners
 
 from pipeline.config.method import Project
 from pipeline.plan.setting import (
@@ -25,6 +26,7 @@ from pipeline.plan.setting import (
 )
 from pipeline.plan.shape import Shape
 
+T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
 _CHUNK, _PIECE = 2**24, 2**22
 """Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
@@ -185,8 +187,10 @@ def attribute_peak(setting: Setting) -> Parts:
     shape, config = setting.shape, setting.config
     importance, row = config.importance, setting.row
     sharing = setting.ranks if setting.shards > 1 or importance.split == "layers" else 1
-    shares = [setting.protected[rank::sharing] for rank in range(sharing)]
-    of_rank = [setting.inputs[rank::sharing] for rank in range(sharing)]
+    owned = owners([out * width for out, width in setting.protected], sharing)
+    shares = [_owned(setting.protected, owned, rank) for rank in range(sharing)]
+    owned = owners([width * summed_columns(width) for width in setting.inputs], sharing)
+    of_rank = [_owned(setting.inputs, owned, rank) for rank in range(sharing)]
     projection = next((p for p in config.protect if isinstance(p, Project)), None)
     moments = max(map(_summed, of_rank)) if projection else 0
     if projection:  # And one test matrix for all sketches of a width.
@@ -226,6 +230,10 @@ def attribute_peak(setting: Setting) -> Parts:
             (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),
         ],
     )
+
+
+def _owned(items: Sequence[T], owned: Sequence[int], rank: int) -> list[T]:
+    return [item for item, owner in zip(items, owned, strict=True) if owner == rank]
 
 
 def _summed(widths: Sequence[int]) -> int:

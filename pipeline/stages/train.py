@@ -1,5 +1,6 @@
 """Train one task, starting from the previous task's model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -77,8 +78,9 @@ def _warn_of_idle_workers(config: Mapping[str, Any], rows: Rows, context: Contex
     )
     if len(passes) < workers:
         context.warn(
-            f"a batch is {len(passes)} micro-batches, so only as many of the {workers} workers "
-            "compute: lower training.max_tokens or training.micro_batch_size"
+            f"a batch fits into {len(passes)} of the {workers} workers' forward passes, and the "
+            "others have nothing to do: training.micro_batch_size="
+            f"{math.ceil(config['batch_size'] / workers)} gives each a part"
         )
 
 

@@ -304,5 +304,5 @@ def test_the_section_base_says_what_is_wrong(problem, settings, start):
     ],
 )
 def test_more_energy_than_is_stored_is_named(problem, tmp_path, overrides, key):
-    assert f"{key} is more than importance.keep" in problem("method: agcl", *overrides)
+    assert f"{key} is more than importance.keep=" in problem("method: agcl", *overrides)
     assert loading.load(tmp_path / "config.yaml", [*overrides, "importance.keep=1"])
