@@ -12,6 +12,7 @@ COMPILED = "compiled_step"
 """Takes half a minute to compile."""
 
 
+@pytest.mark.slow
 def test_every_figure_is_measured_and_written_as_json(tmp_path, capsys):
     names = [name for name in SINGLE if name != COMPILED]
     assert main([*names, *SMALL, "--json", str(tmp_path / "found.json")]) == 0

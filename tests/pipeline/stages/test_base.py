@@ -189,7 +189,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_a_later_task_reads_one_file_with_the_moments_of_all_earlier_ones(run):
     """The running sum: of three tasks it holds what the three artifacts hold together."""
     few = ("training.epochs=1", "training.learning_rate=1e-4", "importance.correct_only=false")
-    works = run("base.protect=none", "tasks.count=4", "importance.keep=1", *few)
+    works = run("base.protect=none", "tasks.count=3", "importance.keep=1", *few)
     folders = [w.folder for name, w in works.items() if name.startswith("attribute/")][:3]
     assert not (folders[0] / PAST_FILE).exists()
     parts = [Importance.load(folder / IMPORTANCE_FILE) for folder in folders]
