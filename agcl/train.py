@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from agcl.files.checkpoint import Checkpoint
-from agcl.model.forward import Precision, answer_logits, autocast
+from agcl.loss import Loss, summed_loss
+from agcl.model.forward import Precision, autocast
 from agcl.parallel import distributed, sharding
 from agcl.schedule import Schedule, rate_factor, scale_rates
 from agcl.tasks import Rows
-from agcl.tasks.batches import Batch, answer_tokens, collate, micro_batches, pack, shuffled
+from agcl.tasks.batches import collate, micro_batches, pack, shuffled
 
 Log = Callable[[dict[str, float], int], None]
 """Called with the metrics of a step and the step number."""
@@ -39,23 +39,25 @@ def train_task(
     precision: Precision = "float32",
     packing: bool = False,
     max_gradient_norm: float = 1.0,
+    loss_of: Loss = summed_loss,
     penalise: Callable[[], Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
     measure: Callable[[Sequence[int]], dict[str, float]] = lambda lengths: {},
     log: Log = lambda metrics, step: None,
 ) -> None:
-    """Minimize the mean cross-entropy of the answer tokens of every global batch.
+    """Minimize the mean loss of the answer tokens of every global batch.
 
     Ranks take a global batch's micro-batches in turn, and its loss is divided by its total number
     of answer tokens. Order, batches and loss are therefore the same for any number of ranks. A
     micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens (`micro_batches`).
 
     `schedule` and `warmup` are those of `rate_factor`; the optimizer's learning rate is the peak.
-    `packing` avoids padding; results agree up to rounding. `penalise` adds a penalty's gradient to
-    `.grad`, identically on every rank, and returns the penalty's value; the logged loss excludes
-    it. `measure` gets the rows' lengths after each step and returns more metrics to log, such as
-    `throughput.meter`. With a `checkpoint`, resume after its last step and log its steps again; the
-    result is bit-identical to an uninterrupted run. Raises `NonFiniteLoss`.
+    `packing` avoids padding; results agree up to rounding. `loss_of` is cross-entropy, or another
+    loss of `agcl/loss.py`. `penalise` adds a penalty's gradient to `.grad`, identically on every
+    rank, and returns the penalty's value; the logged loss excludes it. `measure` gets the rows'
+    lengths after each step and returns more metrics to log, such as `throughput.meter`. With a
+    `checkpoint`, resume after its last step and log its steps again; the result is bit-identical to
+    an uninterrupted run. Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device
@@ -87,7 +89,7 @@ def train_task(
                 piece = batched([batch[i] for i in pieces[number]]).to(device)
                 torch.manual_seed(_dropout_seed(seed, step, number))
                 with autocast(device, precision):
-                    piece_loss = counts * summed_loss(model, piece) / num_answer_tokens
+                    piece_loss = counts * loss_of(model, piece) / num_answer_tokens
                 piece_loss.backward()
                 loss += piece_loss.detach()
             _share_gradients(parameters, loss)
@@ -115,11 +117,6 @@ def train_task(
                 steps.append((metrics, step))
                 checkpoint.write_if_due(trained, optimizer, steps)
     model.zero_grad()
-
-
-def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Sum of the cross-entropy over the batch's answer tokens, in float32."""
-    return cross_entropy(answer_logits(model, batch).float(), answer_tokens(batch), reduction="sum")
 
 
 def _dropout_seed(seed: int, step: int, piece: int) -> int:

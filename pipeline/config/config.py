@@ -19,6 +19,8 @@ from pipeline.config.method import (
     Freeze,
     Gate,
     Importance,
+    Loss,
+    Merge,
     Penalty,
     Project,
     Replay,
@@ -196,8 +198,8 @@ class Config(Section):
     name: str = Field("run", pattern=_NAME, max_length=100)
     """Folder of the run in `storage`."""
     method: str = "agcl"
-    """Preset of the sections `importance`, `protect`, `base`, `replay`, `freeze` and `adapter`
-    (`pipeline/config/presets.py`)."""
+    """Preset of the sections `importance`, `protect`, `base`, `replay`, `freeze`, `loss`,
+    `merge` and `adapter` (`pipeline/config/presets.py`)."""
     seed: Seed = 0
     storage: StoragePlace = Field(
         default_factory=lambda: os.environ.get("AGCL_STORAGE", "storage"), validate_default=True
@@ -215,6 +217,8 @@ class Config(Section):
     base: Base = Base()
     replay: Replay = Replay()
     freeze: Freeze = Freeze()
+    loss: Loss = Loss()
+    merge: Merge | None = None
     adapter: Adapter | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
@@ -255,12 +259,12 @@ class Config(Section):
         protects_base = self.base.protect != "none"
         # All tasks at once have no earlier task to protect, but there is the base model.
         protects = self.protect and not (self.method == "joint" and protects_base)
-        if self.method in UNPROTECTED and (
-            protects or self.replay.fraction or self.freeze != Freeze() or self.adapter
-        ):
+        others = (self.replay != Replay(), self.freeze != Freeze(), self.loss != Loss())
+        parts = (self.merge, self.adapter)
+        if self.method in UNPROTECTED and (protects or any(others) or any(parts)):
             yield (
                 f"method: {self.method} protects nothing; choose another method for protect, "
-                "replay, freeze or adapter"
+                "replay, freeze, loss, merge or adapter"
             )
         if self.base.protect == "text" and self.base.text is None:
             yield "base.text: missing; give a text file or folder, or choose base.protect=self"
@@ -301,6 +305,10 @@ class Config(Section):
                 "base.protect: with an adapter only project can be used; the importance of the "
                 "base model's weights does not apply to factors"
             )
+        if self.merge and self.adapter and not self.adapter.fresh:
+            yield "merge: with an adapter needs adapter.fresh, which adds each task to the weights"
+        if self.loss.reference == "previous" and self.adapter and not self.adapter.merge:
+            yield ("loss.reference: the previous task's model needs adapter.merge, which writes it")
         if self.protect and (self.importance.past or self.importance.source == "solo"):
             yield (
                 "importance: with an adapter neither past nor source solo can be used; they belong "

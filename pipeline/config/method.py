@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pipeline.config.section import Place, Positive, Precision, Section, Seed, Share
 from pipeline.config.tasks import TaskFormat
 
-METHOD_SECTIONS = ("importance", "protect", "base", "replay", "freeze", "adapter")
+METHOD_SECTIONS = ("importance", "protect", "base", "replay", "freeze", "loss", "merge", "adapter")
 """The sections that define a method. Everything else is the same for every method."""
 
 
@@ -144,6 +144,53 @@ class Freeze(Section):
     """Indices of transformer layers, from 0 at the bottom."""
     ungated: bool = False
     """Also freeze weights outside the attributed linear layers: embeddings, norms, head."""
+
+
+class Loss(Section):
+    """A frozen reference model beside the one that is trained, and what it adds to the loss. For
+    baselines; protections can be combined with it."""
+
+    reference: Literal["none", "base", "previous"] = "none"
+    """The base model, or the model before the task (for the first task that is the base model).
+    Held in bfloat16, 2 bytes per weight, unless it is the trained model without its adapter."""
+    strength: float = Field(0.1, ge=0)
+    """Weight of the KL divergence between model and reference on the answer tokens."""
+    form: Literal["forward", "reverse"] = "forward"
+    """`forward`: KL(reference || model) over the whole vocabulary. `reverse`: an estimate of
+    KL(model || reference) from the answer's tokens alone. Their strengths are not comparable."""
+    weighting: Literal["uniform", "probability"] = "uniform"
+    """Weight of each answer token's cross-entropy; `probability` takes the model's own probability
+    of it (DFT)."""
+    max_perplexity: float | None = Field(None, gt=1)
+    """Ignore the cross-entropy of answer tokens that the reference finds less likely than one over
+    this (STM)."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference has any effect on training."""
+        return self.reference != "none" and (self.strength > 0 or self.max_perplexity is not None)
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether this is the ordinary loss."""
+        return not self.needs_reference and self.weighting == "uniform"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Loss":
+        if self.max_perplexity is not None and self.reference == "none":
+            raise ValueError("max_perplexity: needs loss.reference, whose perplexity it means")
+        return self
+
+
+class Merge(Section):
+    """After a task, take only a part of the way that training went. Costs no training."""
+
+    onto: Literal["previous", "base"] = "previous"
+    """Between which weights and the trained ones. `previous`: those before the task; the next task
+    starts from the result. `base`: the base model's (WiSE-FT); training goes on from what it
+    reached, and each task's result is only scored, the last one's also delivered."""
+    factor: Annotated[float, Field(gt=0, le=1)] | Literal["1/sqrt(t)"]
+    """The part of the way: 1 goes all of it. `1/sqrt(t)` shrinks with the number t of the task."""
 
 
 class Adapter(Section):

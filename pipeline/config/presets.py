@@ -34,6 +34,7 @@ class Method:
 _LOG_SCALE = Knob("protect.0.log_scale", 1e1, 1e7)
 _STRENGTH = Knob("protect.0.strength", 1e1, 1e7)
 _ENERGY = Knob("protect.0.energy", 0.5, 0.95, logarithmic=False)
+_ANCHOR = Knob("loss.strength", 1e-2, 1e2)
 
 
 def _gate(description: str, *, controls: tuple[str, ...] = (), **importance: Any) -> Method:
@@ -78,6 +79,45 @@ METHODS: dict[str, Method] = {
             "protect": [{"kind": "gate", "log_scale": 1e-3}],
         },
         Knob("protect.0.strength", 0.25, 1.0, logarithmic=False),
+    ),
+    "kl": Method(
+        "KL divergence from the base model on the answers, over the whole vocabulary",
+        {"loss": {"reference": "base"}},
+        _ANCHOR,
+    ),
+    "kl_reverse": Method(
+        "the reverse KL divergence from the base model, estimated from the answers' tokens",
+        {"loss": {"reference": "base", "form": "reverse"}},
+        _ANCHOR,
+    ),
+    "asft": Method(
+        "kl, and each token's loss weighted by its own probability (ASFT)",
+        {"loss": {"reference": "base", "weighting": "probability"}},
+        _ANCHOR,
+    ),
+    "lwf": Method(
+        "KL divergence from the previous task's model on the new answers (LwF)",
+        {"loss": {"reference": "previous"}},
+        _ANCHOR,
+    ),
+    "stm": Method(
+        "no loss on tokens that surprise the base model (STM)",
+        {"loss": {"reference": "base", "strength": 0.0, "max_perplexity": 2.5}},
+        Knob("loss.max_perplexity", 1.5, 1e3),
+    ),
+    "merge": Method(
+        "after each task only a part of its change is kept",
+        {"merge": {"factor": 0.5}},
+        Knob("merge.factor", 0.1, 0.9, logarithmic=False),
+    ),
+    "merge_sqrt": Method(
+        "of task t's change 1/sqrt(t) is kept, as SLAO scales it",
+        {"merge": {"factor": "1/sqrt(t)"}},
+    ),
+    "wise": Method(
+        "weights between the base model's and the trained ones (WiSE-FT)",
+        {"merge": {"onto": "base", "factor": 0.5}},
+        Knob("merge.factor", 0.1, 0.9, logarithmic=False),
     ),
     "lora": Method("one LoRA adapter for all tasks", {"adapter": {}}),
     "olora": Method(

@@ -18,6 +18,10 @@ def disk_per_task(setting: Setting) -> Parts:
     size = FLOAT if config.adapter else setting.weight_bytes
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
+        Part(
+            "merged model",
+            setting.weight_bytes * setting.shape.weights * (config.merge is not None),
+        ),
         Part("adapter", FLOAT * entries(setting.factors)),
         Part("importance", importance * bool(config.protect)),
         Part(

@@ -78,15 +78,26 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     if checkpointing:
         activations = 2 * kept + size * tokens * shape.width * shape.layers
     activations += 3 * size * tokens * shape.width  # Embeddings and the last norm.
+    copies_of_logits = 3
+    reference: list[Part] = []
+    if config.loss.needs_reference:
+        copies_of_logits = 6  # Log-probabilities of both models, and terms of their divergence.
+        if not (config.adapter and (config.loss.reference == "previous") == config.adapter.fresh):
+            size_of_it = HALF * shape.weights // setting.shards
+            reference.append(Part("reference model", size_of_it))
     held = [
         *_model(setting, gathered=True),
+        *reference,
         Part("Adam", 2 * FLOAT * trained // _shards(setting)),
         *(_protection(setting) if protects else ()),
     ]
     if half:
         held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
     gradients = Part("gradients", of_trained * trained // _shards(setting))
-    passing = [Part("activations", activations), Part("logits", _logits(shape, answers, 3))]
+    passing = [
+        Part("activations", activations),
+        Part("logits", _logits(shape, answers, copies_of_logits)),
+    ]
     several = passes > 1
     temporary = max(out * width for out, width in shape.linears)
     if not frozen:  # A tied matrix gets two gradients, which are added in a third.

@@ -22,6 +22,7 @@ from pipeline.stages.attribute import attribute
 from pipeline.stages.context import LOADING, ROUNDING
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
+from pipeline.stages.merge import merge
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
@@ -168,6 +169,9 @@ def train_stage(
             settings["protect"] = [item.model_dump() for item in config.protect]
             if not any(role.startswith(("importance/", "past")) for role in inputs):
                 settings["protect"] = _on_base_alone(settings["protect"])
+    if not config.loss.is_cross_entropy:
+        settings["loss"] = config.loss.model_dump(exclude={"reference"})
+    inputs |= _reference(config, base, models)
     earlier = list(rows)[: len(models)]
     if config.replay.fraction and models:
         settings["replay"] = config.replay.fraction
@@ -175,18 +179,28 @@ def train_stage(
     if config.freeze != Freeze() and models:
         settings["freeze"] = config.freeze.model_dump()
     if config.adapter and models:
-        if not config.adapter.fresh:
-            # The last stage's model already contains the adapter; resume it on the base instead.
-            inputs |= adapter_on(base, models[-1])
-        elif config.adapter.orthogonal:
-            inputs |= {
-                f"adapter/{name}": model for name, model in zip(earlier, models, strict=True)
-            }
+        inputs |= _adapters(config, base, dict(zip(earlier, models, strict=True)))
     return Stage(
         name=f"train/{index}-{task}",
         fn=train,
         config=settings,
         inputs=inputs,
+        session="sequence",
+        train=True,
+    )
+
+
+def merge_stage(
+    config: Config, index: int, task: str, model: Stage, previous: Stage | External
+) -> Stage:
+    """Merge the model of task `index` with the one before it, or with the base model."""
+    assert config.merge
+    factor = config.merge.factor
+    return Stage(
+        name=f"merge/{index}-{task}",
+        fn=merge,
+        config={"factor": index**-0.5 if factor == "1/sqrt(t)" else factor, **loading(config)},
+        inputs={"model": model, "onto": previous},
         session="sequence",
         train=True,
     )
@@ -201,6 +215,25 @@ def sums_moments(config: Config) -> bool:
 def past_files(config: Config, role: str) -> Inputs:
     """The user's importance files, by roles that begin with this one."""
     return {f"{role}{i}": External(file) for i, file in enumerate(config.importance.past)}
+
+
+def _reference(config: Config, base: Stage | External, models: list[Stage]) -> Inputs:
+    """The input of a train stage whose loss looks at a reference model."""
+    if not config.loss.needs_reference:
+        return {}
+    previous = models and config.loss.reference == "previous"
+    return {"reference": models[-1] if previous else base}
+
+
+def _adapters(config: Config, base: Stage | External, models: Mapping[str, Stage]) -> Inputs:
+    """The inputs of a train stage with an adapter that hold the adapters of earlier tasks."""
+    assert config.adapter
+    if not config.adapter.fresh:
+        # The last stage's model already contains the adapter; resume it on the base instead.
+        return adapter_on(base, list(models.values())[-1])
+    if not config.adapter.orthogonal:
+        return {}
+    return {f"adapter/{name}": model for name, model in models.items()}
 
 
 def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs:

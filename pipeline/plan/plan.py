@@ -12,6 +12,7 @@ from pipeline.plan.nodes import (
     base_model_stage,
     evaluate_stage,
     first_session,
+    merge_stage,
     past_files,
     prepare_stage,
     report_stage,
@@ -23,6 +24,7 @@ from pipeline.plan.nodes import (
 from pipeline.plan.stage import External, ResolvedStage, Stage
 from pipeline.plan.task_zero import base_importance_stages
 from pipeline.stages.evaluate import evaluate
+from pipeline.stages.merge import merge
 from pipeline.stages.train import train
 
 
@@ -75,7 +77,7 @@ def plan(config: Config) -> Plan:
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
-        final_model=[stage for stage in chain if stage.fn is train][-1].name,
+        final_model=[stage for stage in chain if stage.fn in (train, merge)][-1].name,
     )
 
 
@@ -93,10 +95,16 @@ def _sequence(
     models: list[Stage] = []
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, models, rows, importances, of_base)
-        models.append(model)
         chain.append(model)
+        result = model
+        if config.merge:
+            onto = models[-1] if models and config.merge.onto == "previous" else base
+            result = merge_stage(config, index, task, model, onto)
+            chain.append(result)
+        # Merged with the base model, a result is only scored.
+        models.append(model if config.merge and config.merge.onto == "base" else result)
         if config.protect:
-            measured = solos[task] if solos else model
+            measured = solos[task] if solos else models[-1]
             on_factors = config.adapter is not None and not config.adapter.fresh
             inputs = adapter_on(base, model) if on_factors else {"model": measured}
             inputs["rows"] = rows[task]
@@ -107,7 +115,8 @@ def _sequence(
             chain.append(importances[task])
         last = index == len(tasks)
         name = f"{index}-{task}"
-        chain.append(evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last))
+        scored = evaluate_stage(config, name, result, rows, "sequence", base, [task], last=last)
+        chain.append(scored)
     return chain
 
 

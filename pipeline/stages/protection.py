@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from agcl.importance import Importance
+from agcl.loss import Loss, summed_loss
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
@@ -187,6 +188,7 @@ def fit(
     rows: Rows,
     context: Context,
     protection: Protection,
+    loss_of: Loss = summed_loss,
 ) -> None:
     """Train the parameters that have `requires_grad` on the rows."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -223,6 +225,7 @@ def fit(
             precision=config["precision"],
             packing=config["packing"],
             max_gradient_norm=config["max_gradient_norm"],
+            loss_of=loss_of,
             penalise=protection.penalty,
             checkpoint=context.checkpoint,
             measure=meter(model),

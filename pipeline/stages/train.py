@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from pipeline.stages.context import Context
 from pipeline.stages.files import named, rows_file
+from pipeline.stages.loss import loss_of
 from pipeline.stages.protection import (
     Protection,
     base_importance,
@@ -43,7 +44,8 @@ def train(
     """Train `model` on `rows` and write it.
 
     Inputs named `importance/...` or `past`, and `base_importance`, are what to protect, those named
-    `replay/...` are mixed into the rows. With `adapter` in the config, train LoRA factors instead
+    `replay/...` are mixed into the rows, `reference` is the model that the config's `loss` compares
+    with. With `adapter` in the config, train LoRA factors instead
     of the weights.
     """
     rows = _rows(config, inputs)
@@ -57,7 +59,7 @@ def train(
         warn_of_missing(config, past, base, context.warn)
     protection = protect(model, past, config, base)
     freeze(model, protection, config["freeze"])
-    fit(model, config, rows, context, protection)
+    fit(model, config, rows, context, protection, loss_of(config, inputs, context))
     write_checks(model, protection, config, len(rows), out_dir)
     model.requires_grad_(True)
     end = rows[0].input_ids[-1]

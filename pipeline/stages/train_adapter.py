@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.config import hub
 from pipeline.stages.context import Context
 from pipeline.stages.files import ADAPTER, named
+from pipeline.stages.loss import loss_of
 from pipeline.stages.protection import (
     Protection,
     base_directions,
@@ -70,7 +71,7 @@ def train_adapter(
         overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
         protection.penalty = partial(_backward, overlap)
     freeze(model, protection, config["freeze"])
-    fit(model, config, rows, context, protection)
+    fit(model, config, rows, context, protection, loss_of(config, inputs, context))
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
         folder = inputs["model"]

@@ -15,10 +15,10 @@ from torch import Tensor
 from agcl.attribution import attribute
 from agcl.attribution.inputs import InputMoment
 from agcl.importance import Moment
+from agcl.loss import summed_loss
 from agcl.lrp import attributed_linears, weight_of
 from agcl.model.forward import answer_logits, autocast
 from agcl.tasks.batches import collate, in_order
-from agcl.train import summed_loss
 from bench.measure import Figure, Run, Setting, figure, pairs
 from pipeline.config.method import Importance as Settings
 

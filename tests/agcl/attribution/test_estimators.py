@@ -8,9 +8,9 @@ from reference.moments import whole as whole_moment
 
 from agcl.attribution import attribute
 from agcl.importance import Importance, magnitude, permuted, random
+from agcl.loss import summed_loss
 from agcl.lrp import attributed_linears
 from agcl.tasks.batches import collate
-from agcl.train import summed_loss
 
 
 @pytest.fixture

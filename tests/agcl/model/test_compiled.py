@@ -7,9 +7,9 @@ import torch
 from reference import families, tiny
 
 from agcl.errors import InputError
+from agcl.loss import summed_loss
 from agcl.model.forward import activation_checkpointing, autocast, compiled
 from agcl.tasks.batches import collate, pack
-from agcl.train import summed_loss
 
 BATCHES = [tiny.random_rows(5), tiny.random_rows(3, seed=1), tiny.random_rows(4, seed=2)]
 

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agcl.attribution import attribute
+from agcl.loss import summed_loss
 from agcl.lrp import attributed_linears
 from agcl.model.forward import autocast
 from agcl.tasks import Encoded
 from agcl.tasks.batches import collate
-from agcl.train import summed_loss
 from pipeline.plan.shape import shape_of
 
 LENGTH, ROWS = 48, 4

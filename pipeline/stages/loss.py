@@ -1,0 +1,27 @@
+"""The loss of a train stage: cross-entropy, or one that looks at a frozen reference model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agcl.loss import Loss, anchored_loss, frozen, summed_loss, without_adapter
+
+from pipeline.stages.context import LOADING, Context
+
+
+def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Context) -> Loss:
+    """The config's `loss`, with the input `reference` loaded in bfloat16 if it is needed.
+
+    An adapter's own base model needs no second copy. Collective: call on every rank.
+    """
+    settings = config.get("loss")
+    if not settings:
+        return summed_loss
+    if "reference" not in inputs:
+        return anchored_loss(None, **{**settings, "strength": 0.0})
+    if config["adapter"] and inputs["reference"] == inputs["model"]:
+        return anchored_loss(without_adapter, **settings)
+    loading = {**config.get(LOADING, {}), "dtype": "bfloat16"}
+    return anchored_loss(
+        frozen(context.loaded(inputs["reference"], {LOADING: loading})), **settings
+    )

@@ -1,0 +1,161 @@
+"""Baselines that change the loss, or the weights after a task, through their stages."""
+
+import json
+
+import pytest
+import torch
+
+from agcl.errors import InputError
+from agcl.loss import Loss
+from agcl.model import models
+from pipeline.stages import loss as loss_module
+from pipeline.stages.files import LOG_FILE
+
+FIRST, SECOND = "train/1-harbour", "train/2-valley"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """One storage, so that the tests share the base model."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def run(storage, tiny_config, run_in_process):
+    def of(*overrides, **options):
+        return run_in_process(tiny_config(storage, *overrides, **options))
+
+    return of
+
+
+def weights(work):
+    return dict(models.load_model(work.folder).named_parameters())
+
+
+def distance(one, other):
+    return sum(float((one[name] - other[name]).detach().square().sum()) for name in one) ** 0.5
+
+
+def losses(work):
+    lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+@pytest.mark.parametrize("method", ["kl", "kl_reverse", "lwf"])
+def test_without_strength_an_anchor_is_plain_fine_tuning(run, method):
+    plain = run(method="sequential")
+    anchored = run("loss.strength=0", method=method)
+    for stage in (FIRST, SECOND):
+        assert anchored[stage].fingerprint == plain[stage].fingerprint
+
+
+@pytest.mark.parametrize("method", ["kl", "kl_reverse"])
+def test_an_anchor_keeps_the_model_closer_to_the_base_the_stronger_it_is(run, method):
+    base = weights(run(method="sequential")["pretrain"])
+    found = [run(f"loss.strength={s}", method=method) for s in (0, 1, 30)]
+    moved = [distance(weights(works[SECOND]), base) for works in found]
+    assert moved[0] > moved[1] > moved[2]
+
+
+def test_lwf_is_anchored_to_the_last_tasks_model_and_kl_to_the_base(run):
+    of_base, of_last = (run("loss.strength=30", method=method) for method in ("kl", "lwf"))
+    assert of_base[FIRST].fingerprint == of_last[FIRST].fingerprint
+    start, base = weights(of_base[FIRST]), weights(of_base["pretrain"])
+    for works in (of_base, of_last):
+        works["moved"] = distance(weights(works[SECOND]), start)
+        works["from base"] = distance(weights(works[SECOND]), base)
+    assert of_last["moved"] != of_base["moved"]
+    assert of_last["from base"] > of_base["from base"]
+    # The first step's model is the reference of lwf, up to its rounding to bfloat16.
+    assert losses(of_last[SECOND])[0] < losses(of_base[SECOND])[0]
+
+
+def test_asft_and_stm_change_what_is_learned(run):
+    plain = losses(run(method="sequential")[FIRST])[0]
+    weighted = losses(run("loss.strength=0", method="asft")[FIRST])[0]
+    masked = losses(run(method="stm")[FIRST])[0]
+    everything = losses(run("loss.max_perplexity=1e9", method="stm")[FIRST])[0]
+    assert everything == pytest.approx(plain, rel=1e-5)
+    assert 0 < weighted < plain
+    assert 0 <= masked < plain
+
+
+def test_an_adapters_base_model_is_not_loaded_again(run, monkeypatch):
+    loaded = []
+    original = loss_module.frozen
+
+    def watched(reference) -> Loss:
+        loaded.append(reference)
+        return original(reference)
+
+    monkeypatch.setattr(loss_module, "frozen", watched)
+    run("loss.reference=base", "loss.strength=2", method="lora")
+    assert not loaded
+    run("loss.reference=previous", "loss.strength=2", method="lora")
+    assert (
+        len(loaded) == 1
+    )  # For the second task; before the first, the previous model is the base.
+    assert loaded[0].dtype == torch.bfloat16
+
+
+def test_a_merged_model_lies_between_and_the_next_task_starts_there(run):
+    works = run("merge.factor=0.25", method="merge")
+    base, trained, merged = map(
+        weights, (works["pretrain"], works[FIRST], works["merge/1-harbour"])
+    )
+    for name, weight in merged.items():
+        expected = 0.75 * base[name] + 0.25 * trained[name]
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert works[SECOND].inputs["model"] == works["merge/1-harbour"].folder
+    last = works["merge/2-valley"]
+    assert last.inputs == {"model": works[SECOND].folder, "onto": works["merge/1-harbour"].folder}
+    assert works["evaluate/2-valley"].inputs["model"] == last.folder
+
+
+def test_of_task_t_a_share_of_one_over_the_root_of_t_is_kept(run):
+    works = run(method="merge_sqrt")
+    before, trained, merged = map(
+        weights, (works["merge/1-harbour"], works[SECOND], works["merge/2-valley"])
+    )
+    whole, kept = distance(trained, before), distance(merged, before)
+    assert kept == pytest.approx(whole / 2**0.5, rel=1e-4)
+    assert distance(weights(works[FIRST]), before) == 0
+
+
+def test_wise_trains_as_plain_fine_tuning_does_and_scores_what_lies_between(run):
+    plain, works = run(method="sequential"), run(method="wise")
+    for stage in (FIRST, SECOND):
+        assert works[stage].fingerprint == plain[stage].fingerprint
+    base, trained, merged = map(
+        weights, (works["pretrain"], works[SECOND], works["merge/2-valley"])
+    )
+    whole, kept = distance(trained, base), distance(merged, base)
+    assert kept == pytest.approx(whole / 2, rel=1e-4)
+    assert works["evaluate/1-harbour"].inputs["model"] == works["merge/1-harbour"].folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss.max_perplexity=2"], "loss.max_perplexity: needs loss.reference"),
+        (["loss.reference=base", "adapter.merge=false", "method=lora"], None),
+        (
+            ["loss.reference=previous", "adapter.merge=false", "method=lora"],
+            "loss.reference: the previous task's model needs adapter.merge",
+        ),
+        (["merge.factor=0.5", "method=lora"], "merge: with an adapter needs adapter.fresh"),
+        (["merge.factor=2"], "merge.factor"),
+        (["method=joint", "loss.reference=base"], "method: joint protects nothing"),
+        (["method=solo", "merge.factor=0.5"], "method: solo protects nothing"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_by_name(tiny_config, tmp_path, overrides, said):
+    overrides = dict(each.split("=", 1) for each in overrides)
+    method = overrides.pop("method", "agcl")
+    given = [f"{key}={value}" for key, value in overrides.items()]
+    if said is None:
+        tiny_config(tmp_path, *given, method=method)
+        return
+    with pytest.raises(InputError) as error:
+        tiny_config(tmp_path, *given, method=method)
+    assert said in str(error.value)
