@@ -44,6 +44,8 @@ def same_bits(first, second):
 SETTINGS = {
     # At its default strength it keeps all of the base and learns next to nothing of so few rows.
     "ewc_base": ["protect.0.strength=1", "base.samples=2", "base.tokens=8"],
+    "stm": ["loss.max_perplexity=300"],
+    **{method: ["merge.factor=0.9"] for method in ("merge", "wise")},
     **{method: ["training.learning_rate=5e-3"] for method in METHODS if "lora" in method},
 }
 """With which a method learns so small a task."""
@@ -53,14 +55,17 @@ SETTINGS = {
 def test_every_method_runs_and_learns(run_method, method):
     found = metrics(run_method(method, *SETTINGS.get(method, ())))
     assert found["method"] == method
-    assert found["learning_accuracy"] > (0.4 if "lora" in method or "random" in method else 0.5)
+    expected = 0.4 if "lora" in method or "random" in method else 0.5
+    if method in ("asft", "stm"):  # Both learn little of what surprises the base model.
+        expected = 0.2
+    assert found["learning_accuracy"] > expected
 
 
 QUICK = ["training.epochs=4", "importance.correct_only=false"]
 """Weights move, and nobody has to answer anything."""
-PROTECT_THE_BASE = {
+FROM_THE_FIRST_TASK = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
-    "ewc_base",
+    *("ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
 }
 
 
@@ -68,10 +73,11 @@ PROTECT_THE_BASE = {
 def test_every_method_differs_from_sequential_once_it_protects_something(run_method, method):
     plain, other = run_method("sequential"), run_method(method, *SETTINGS.get(method, ()))
     first = "train/1-harbour"
-    shared = "lora" not in method and method not in PROTECT_THE_BASE
+    shared = "lora" not in method and method not in FROM_THE_FIRST_TASK
     assert (plain[first].folder == other[first].folder) is shared
     assert same_bits(weights(plain, first), weights(other, first)) is shared
-    assert not same_bits(weights(plain), weights(other))
+    last = "merge/2-valley" if "merge/2-valley" in other else "train/2-valley"
+    assert not same_bits(weights(plain), weights(other, last))
 
 
 @pytest.mark.parametrize(
