@@ -120,6 +120,8 @@ def _check_dtype(config: Config, dtype: str) -> None:
             f"model.dtype: auto is float16 for {config.model.path}, in which AdamW cannot train; "
             "choose bfloat16 or float32"
         )
+    if dtype == "bfloat16" and config.training.optimizer == "sgd":
+        raise InputError("training.optimizer: sgd needs float32 weights; set model.dtype=float32")
     to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
     if to_nearest and config.protect and not config.adapter:
         raise InputError(

@@ -51,7 +51,12 @@ class Training(Section):
     """How each task is trained. Every task starts with a new optimizer."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is for comparisons: with it a gate on the gradient scales the whole step, which under
+    Adam cancels. Needs a learning rate hundreds of times higher."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of `sgd`."""
     schedule: Schedule = "constant"
     """Learning rate over the steps of each task: `constant`, or decaying to 0, `linear` or as half
     a `cosine`."""

@@ -88,7 +88,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     held = [
         *_model(setting, gathered=True),
         *reference,
-        Part("Adam", 2 * FLOAT * trained // _shards(setting)),
+        optimizer_states(setting, trained),
         *(_protection(setting) if protects else ()),
     ]
     if half:
@@ -106,6 +106,8 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     # Pieces of a protected weight, or of one that is rounded, are stepped at a time.
     in_pieces = protects or of_trained == HALF
     copies = (_PIECE + _CHUNK * setting.on_gpu) * in_pieces
+    if config.training.optimizer == "sgd" and protects:
+        copies = entries(setting.protected)
     copies = min(copies, trained)
     summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
     return [
@@ -118,6 +120,13 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
             Part("copies of a step", (5 if of_trained == HALF else 2) * FLOAT * copies),
         ),
     ]
+
+
+def optimizer_states(setting: Setting, trained: int) -> Part:
+    """Adam's two running means, or SGD's momentum."""
+    if setting.config.training.optimizer == "sgd":
+        return Part("momentum", FLOAT * trained // _shards(setting))
+    return Part("Adam", 2 * FLOAT * trained // _shards(setting))
 
 
 def _shards(setting: Setting) -> int:

@@ -19,7 +19,7 @@ from pipeline.config.task_section import Source
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING, ROUNDING
+from pipeline.stages.context import LOADING, ROUNDING, SGD
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.merge import merge
@@ -119,7 +119,7 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(exclude={ROUNDING}),
+            **config.training.model_dump(exclude={ROUNDING, *SGD}),
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup": 0.0,
@@ -136,9 +136,11 @@ def base_model_stage(
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings for training task `index` without protection; the same for all methods."""
+    sgd = config.training.optimizer == "sgd"
     return {
-        **config.training.model_dump(exclude={ROUNDING}),
+        **config.training.model_dump(exclude={ROUNDING, *SGD}),
         **rounding(config),
+        **(config.training.model_dump(include={*SGD}) if sgd else {}),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "base_energy": None,

@@ -12,7 +12,15 @@ from agcl.importance import Importance
 from agcl.loss import Loss, summed_loss
 from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model.forward import activation_checkpointing, compiled
-from agcl.modulation import GatedAdamW, GateOn, bases, gates, quadratic_penalty, random_bases
+from agcl.modulation import (
+    GatedAdamW,
+    GatedSGD,
+    GateOn,
+    bases,
+    gates,
+    quadratic_penalty,
+    random_bases,
+)
 from agcl.modulation.checks import check, sampled
 from agcl.parallel import distributed, sharding
 from agcl.tasks import Rows
@@ -196,17 +204,20 @@ def fit(
         None if part is None else {name: part[name] for name in part if name in trained}
         for part in (protection.gate, protection.basis)
     )
-    optimizer = GatedAdamW(
-        trained.items(),
-        lr=config["learning_rate"],
-        weight_decay=config["weight_decay"],
-        gate=gate,
-        on=protection.on,
-        basis=basis,
-        transposed=stored_transposed(model) if basis else (),
-        rounding=config.get(ROUNDING, "nearest"),
-        seed=config["seed"],
-    )
+    options: dict[str, Any] = {
+        "lr": config["learning_rate"],
+        "weight_decay": config["weight_decay"],
+        "gate": gate,
+        "on": protection.on,
+        "basis": basis,
+        "transposed": stored_transposed(model) if basis else (),
+    }
+    optimizer: torch.optim.Optimizer
+    if config.get("optimizer") == "sgd":
+        optimizer = GatedSGD(list(trained.items()), momentum=config["momentum"], **options)
+    else:
+        rounding = config.get(ROUNDING, "nearest")
+        optimizer = GatedAdamW(trained.items(), rounding=rounding, seed=config["seed"], **options)
     with (
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),

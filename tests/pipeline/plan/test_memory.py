@@ -134,3 +134,16 @@ def test_longer_rows_take_more(large):
 
 def test_the_table_in_the_documents_is_what_the_formula_gives():
     assert table() in SPEED.read_text(encoding="utf-8")
+
+
+def test_sgd_keeps_one_number_per_weight_and_a_reference_model_two_bytes(large):
+    sgd = with_section(setting_of(large, "sequential"), "training", optimizer="sgd")
+    assert sizes(sgd, "train")["momentum"] == 4 * large.weights
+    anchored = with_section(setting_of(large, "sequential"), "loss", reference="base", strength=1.0)
+    assert sizes(anchored, "train")["reference model"] == 2 * large.weights
+    silent = with_section(anchored, "loss", strength=0.0)
+    assert "reference model" not in sizes(silent, "train")
+    adapter = with_section(setting_of(large, "lora"), "loss", reference="base", strength=1.0)
+    assert "reference model" not in sizes(adapter, "train")
+    last = with_section(setting_of(large, "lora"), "loss", reference="previous", strength=1.0)
+    assert sizes(last, "train")["reference model"] == 2 * large.weights

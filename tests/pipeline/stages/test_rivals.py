@@ -159,3 +159,16 @@ def test_what_cannot_be_combined_is_refused_by_name(tiny_config, tmp_path, overr
     with pytest.raises(InputError) as error:
         tiny_config(tmp_path, *given, method=method)
     assert said in str(error.value)
+
+
+def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):
+    options = ["training.optimizer=sgd", "training.learning_rate=0.3"]
+    plain = run(*options, method="sequential")
+    assert losses(plain[FIRST])[-1] < 0.7 * losses(plain[FIRST])[0]
+    on = {
+        where: run(*options, f"protect.0.on={where}", method="gate")
+        for where in ("update", "gradient")
+    }
+    first, second = (weights(works[SECOND]) for works in on.values())
+    # Up to the weight decay of gradients: the gate stays the same throughout the task.
+    assert distance(first, second) < 0.01 * distance(first, weights(plain[SECOND]))
