@@ -1,10 +1,13 @@
 """`PYTHONPATH=tests python -m bench.table PLAN`: run a table's rows, seed by seed, and print it.
 
-A plan is a YAML file: `config` and `set`, the settings of all rows; `rows`, each with a `method`
-and its own `set`; `columns`. Each finished row and seed is one line of the `.jsonl` beside the
-plan, so that a table of many hours grows over days and machines, and prints without the artifacts.
-Stages run in this process, one after the other; start several commands for several cores. Paths
-in the plan are taken from the environment: `path=${DATA}/concept_1k`.
+A plan is a YAML file: `config` and `set`, the settings of all rows; `rows`, each with a `method`,
+its own `set`, and `trials`, settings to choose from; `columns`, and `choose`, the columns whose
+mean on validation rows decides which trial's settings a row is run with. Paths in it are taken from
+the environment: `path=${DATA}/concept_1k`.
+
+Each finished row and seed is one line of the `.jsonl` beside the plan, so that a table of many
+hours grows over days and machines, and prints without the artifacts. Stages run in this process,
+one after the other; start several commands for several cores.
 """
 
 import argparse
@@ -48,11 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     logging.disable_progress_bar()
     file = given.plan.with_suffix(".jsonl")
-    tuning = given.tune is not None
-    for seed in [TUNING_SEED] if tuning else given.seeds:
-        for name in given.rows or ([] if tuning else plan["rows"]):
-            for more in (given.tune or [""]) if tuning else [""]:
-                _once(plan, name, seed, more.split(), file, given.storage)
+    names = given.rows or list(plan["rows"])
+    for name in names if given.tune else ():
+        for more in (plan["rows"][name] or {}).get("trials", ()):
+            _once(plan, name, TUNING_SEED, more.split(), file, given.storage)
+    for seed in given.seeds:
+        for name in names:
+            chosen = best_trial(plan, name, read(file))
+            if chosen is None:
+                print(f"{name}: trials missing, see --tune", file=sys.stderr)
+            else:
+                _once(plan, name, seed, chosen, file, given.storage)
     print_table(plan, read(file))
     return 0
 
@@ -70,10 +79,8 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", help="only these rows (default: all)")
     parser.add_argument(
         "--tune",
-        nargs="*",
-        metavar="SETTINGS",
-        help="score the rows on validation rows of seed 10000 instead, once for each of these; "
-        "'training.learning_rate=1e-4 protect.0.energy=0.8' is one",
+        action="store_true",
+        help="first score the rows' trials on validation rows of seed 10000",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
@@ -93,6 +100,21 @@ def configured(plan: Mapping[str, Any], row: str, seed: int, more: list[str]) ->
         own.get("method", row),
     )
     return only_validation(config) if seed == TUNING_SEED else config
+
+
+def best_trial(plan: Mapping[str, Any], row: str, lines: list[dict[str, Any]]) -> list[str] | None:
+    """The settings of the row's best trial; [] without trials, None before all are finished."""
+    trials = [each.split() for each in (plan["rows"][row] or {}).get("trials", ())]
+    if not trials:
+        return []
+    scored = {
+        tuple(line["set"]): fmean(at(line, plan["columns"][title]) for title in plan["choose"])
+        for line in lines
+        if line["row"] == row and line["seed"] == TUNING_SEED
+    }
+    if any(tuple(each) not in scored for each in trials):
+        return None
+    return max(trials, key=lambda each: scored[tuple(each)])
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -173,7 +195,7 @@ def print_table(plan: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
     values: dict[str, dict[int, dict[str, float]]] = {}
     tuning = [line for line in lines if line["seed"] == TUNING_SEED]
     for line in lines:
-        if line["seed"] != TUNING_SEED:
+        if line["seed"] != TUNING_SEED and line["set"] == best_trial(plan, line["row"], lines):
             found = {title: at(line, path) for title, path in columns.items()}
             values.setdefault(line["row"], {})[line["seed"]] = found
     if tuning:
