@@ -56,6 +56,8 @@ def trained_weights(setting: Setting, *, protects: bool) -> int:
     """Weights with a gradient and Adam's two moments."""
     if setting.config.adapter:
         return entries(setting.factors)
+    if setting.config.subspace:
+        return setting.of_subspace[0]
     only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
     return setting.shape.linear_weights if only else setting.shape.weights
 
@@ -64,7 +66,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     """The end of a forward pass, of a backward pass, and the optimizer's step."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
-    of_trained = FLOAT if config.adapter else size  # PEFT's factors are float32.
+    of_trained = FLOAT if _has_factors(setting) else size  # PEFT's factors are float32.
     frozen = trained != shape.weights
     rows, passes = _pass(setting)
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
@@ -91,6 +93,12 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         Part("Adam", 2 * FLOAT * trained // _shards(setting)),
         *(_protection(setting) if protects else ()),
     ]
+    if config.subspace:
+        beside = setting.of_subspace[1]
+        held.append(Part("factors", FLOAT * (2 * trained + beside)))  # And as they were.
+        of_pass = (HALF if half else FLOAT) * 2
+        sides = trained + tokens * sum(map(min, shape.linears)) - tokens * sum(setting.ranks_kept)
+        activations += of_pass * (sides // shape.layers if checkpointing else sides)
     if half:
         held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
     gradients = Part("gradients", of_trained * trained // _shards(setting))
@@ -125,6 +133,11 @@ def _shards(setting: Setting) -> int:
     return 1 if setting.config.adapter else setting.shards
 
 
+def _has_factors(setting: Setting) -> bool:
+    """Whether PEFT's factors are trained beside frozen weights."""
+    return bool(setting.config.adapter or setting.config.subspace)
+
+
 def _pass(setting: Setting) -> tuple[int, int]:
     """Rows of the largest forward pass of a training step, and passes of a worker per step."""
     training, ranks = setting.config.training, setting.ranks
@@ -139,7 +152,7 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     They are kept for the backward pass, and those of trained weights while autocast lasts.
     """
     shape = setting.shape
-    if setting.config.adapter and checkpointing:
+    if _has_factors(setting) and checkpointing:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return shape.linear_weights + shape.vocabulary * shape.width
 

@@ -22,6 +22,8 @@ LOADING = "loading"
 """Key of a stage's config: keywords of `load_model` that are not its defaults."""
 ROUNDING = "rounding"
 """Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
+SUBSPACE = "subspace"
+"""Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
