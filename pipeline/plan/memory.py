@@ -13,6 +13,7 @@ from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES, owners
 
 from pipeline.config.method import Project
+from pipeline.plan.decomposed import held_factors, kept_by_factors, trained_factors
 from pipeline.plan.setting import (
     FLOAT,
     HALF,
@@ -57,7 +58,7 @@ def trained_weights(setting: Setting, *, protects: bool) -> int:
     if setting.config.adapter:
         return entries(setting.factors)
     if setting.config.subspace:
-        return setting.of_subspace[0]
+        return trained_factors(setting)
     only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
     return setting.shape.linear_weights if only else setting.shape.weights
 
@@ -92,13 +93,10 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         *reference,
         Part("Adam", 2 * FLOAT * trained // _shards(setting)),
         *(_protection(setting) if protects else ()),
+        *held_factors(setting),
     ]
-    if config.subspace:
-        beside = setting.of_subspace[1]
-        held.append(Part("factors", FLOAT * (2 * trained + beside)))  # And as they were.
-        of_pass = (HALF if half else FLOAT) * 2
-        sides = trained + tokens * sum(map(min, shape.linears)) - tokens * sum(setting.ranks_kept)
-        activations += of_pass * (sides // shape.layers if checkpointing else sides)
+    of_pass = HALF if half else FLOAT
+    activations += kept_by_factors(setting, tokens, size=of_pass, checkpointing=checkpointing)
     if half:
         held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
     gradients = Part("gradients", of_trained * trained // _shards(setting))

@@ -7,7 +7,6 @@ from agcl.attribution.attribute import SKETCH
 from agcl.importance.moment import most_directions
 
 from pipeline.config.config import Config
-from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.shape import Shape
 
@@ -98,28 +97,6 @@ class Setting:
         rank = self.config.adapter.rank if self.config.adapter else 0
         pairs = (((rank, width), (out, rank)) for out, width in self.shape.linears)
         return tuple(factor for pair in pairs for factor in pair)
-
-    @property
-    def ranks_kept(self) -> tuple[int, ...]:
-        """Singular directions of every layer's weight that the first task keeps, the fewest."""
-        if not self.config.subspace:
-            return ()
-        share = self.config.subspace.preserved(1, len(sources(self.config)))
-        return tuple(max(1, int(min(linear) * share)) for linear in self.shape.linears)
-
-    @property
-    def of_subspace(self) -> tuple[int, int]:
-        """Numbers that the first task trains in U, S and V, and in the factor kept beside them.
-
-        PEFT keeps the leading directions of a weight's longer side, and none of a square one.
-        """
-        linears, kept = self.shape.linears[: len(self.ranks_kept)], self.ranks_kept
-        trained = sum(
-            (min(linear) - rank) * (sum(linear) + 1)
-            for linear, rank in zip(linears, kept, strict=True)
-        )
-        pairs = zip(linears, kept, strict=True)
-        return trained, sum(rank * max(each) for each, rank in pairs if each[0] != each[1])
 
 
 def total(parts: Iterable[Part], *, on_gpu: bool) -> int:
