@@ -38,9 +38,17 @@ def attach(
     loaded from the adapter in `start`. Raises `InputError` if that is not an adapter of this rank.
     """
     if start is not None:
-        _check(start, rank)
+        check_saved(start, rank)
         return load(model, start)
-    config = LoraConfig(
+    config = lora_config(model, rank=rank, alpha=alpha)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cast(PeftModel, get_peft_model(model, config))
+
+
+def lora_config(model: PreTrainedModel, *, rank: int, alpha: float) -> LoraConfig:
+    """PEFT's config of an adapter on the attributed linear layers."""
+    return LoraConfig(
         r=rank,
         lora_alpha=cast(int, alpha),
         lora_dropout=0.0,
@@ -49,9 +57,6 @@ def attach(
         fan_in_fan_out=bool(stored_transposed(model)),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return cast(PeftModel, get_peft_model(model, config))
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -108,7 +113,8 @@ def factor_a(name: str) -> str:
     return name.removesuffix(".weight") + f".lora_A.{_ADAPTER}.weight"
 
 
-def _check(folder: Path, rank: int) -> None:
+def check_saved(folder: Path, rank: int) -> None:
+    """Raise `InputError` if a folder holds no adapter of this rank."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: no {file}, so there is no adapter to continue from")

@@ -14,7 +14,7 @@ from agcl.errors import InputError
 from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
-from agcl.model import models
+from agcl.model import models, subspace
 from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
@@ -55,6 +55,8 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
     _check_evaluation(config, tasks)
     _check_layers(config)
+    if config.subspace and not config.model.is_builtin:
+        subspace.check(models.empty_model(config.model.folder))
     _check_base(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))

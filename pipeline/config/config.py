@@ -24,6 +24,7 @@ from pipeline.config.method import (
     Penalty,
     Project,
     Replay,
+    Subspace,
 )
 from pipeline.config.model import Model
 from pipeline.config.search import Search
@@ -204,7 +205,7 @@ class Config(Section):
     """Folder of the run in `storage`."""
     method: str = "agcl"
     """Preset of the sections `importance`, `protect`, `base`, `replay`, `freeze`, `loss`,
-    `merge` and `adapter` (`pipeline/config/presets.py`)."""
+    `merge`, `adapter` and `subspace` (`pipeline/config/presets.py`)."""
     seed: Seed = 0
     storage: StoragePlace = Field(
         default_factory=lambda: os.environ.get("AGCL_STORAGE", "storage"), validate_default=True
@@ -225,6 +226,7 @@ class Config(Section):
     loss: Loss = Loss()
     merge: Merge | None = None
     adapter: Adapter | None = None
+    subspace: Subspace | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
@@ -243,6 +245,7 @@ class Config(Section):
             *self._method_conflicts(),
             *self._energy_conflicts(),
             *(self._adapter_conflicts() if self.adapter else ()),
+            *(self._subspace_conflicts() if self.subspace else ()),
         ):
             raise ValueError(conflict)
         return self
@@ -265,11 +268,11 @@ class Config(Section):
         # All tasks at once have no earlier task to protect, but there is the base model.
         protects = self.protect and not (self.method == "joint" and protects_base)
         others = (self.replay != Replay(), self.freeze != Freeze(), self.loss != Loss())
-        parts = (self.merge, self.adapter)
+        parts = (self.merge, self.adapter, self.subspace)
         if self.method in UNPROTECTED and (protects or any(others) or any(parts)):
             yield (
                 f"method: {self.method} protects nothing; choose another method for protect, "
-                "replay, freeze, loss, merge or adapter"
+                "replay, freeze, loss, merge, adapter or subspace"
             )
         if self.base.protect == "text" and self.base.text is None:
             yield "base.text: missing; give a text file or folder, or choose base.protect=self"
@@ -319,6 +322,17 @@ class Config(Section):
                 "importance: with an adapter neither past nor source solo can be used; they belong "
                 "to other factors"
             )
+
+    def _subspace_conflicts(self) -> Iterator[str]:
+        if self.adapter:
+            yield "subspace: cannot be combined with adapter"
+        if self.protect:
+            yield (
+                "subspace: cannot be combined with protect, whose importances belong to weights, "
+                "not to the factors of their decomposition"
+            )
+        if self.resources.shard_model:
+            yield "subspace: cannot be combined with resources.shard_model"
 
     def _needing_entries(self) -> list[str]:
         """The settings that need the importance of every weight, as error messages name them."""

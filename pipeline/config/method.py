@@ -7,7 +7,10 @@ from pydantic import Field, model_validator
 from pipeline.config.section import Place, Positive, Precision, Section, Seed, Share
 from pipeline.config.tasks import TaskFormat
 
-METHOD_SECTIONS = ("importance", "protect", "base", "replay", "freeze", "loss", "merge", "adapter")
+METHOD_SECTIONS = (
+    *("importance", "protect", "base", "replay", "freeze", "loss", "merge", "adapter"),
+    "subspace",
+)
 """The sections that define a method. Everything else is the same for every method."""
 
 
@@ -218,3 +221,16 @@ class Adapter(Section):
                 "weights"
             )
         return self
+
+
+class Subspace(Section):
+    """OSFT (PEFT's OSF): train each weight only beside its leading singular directions, of which
+    more are kept with every task. It needs no importance and no data of earlier tasks."""
+
+    unfreeze: float = Field(0.25, gt=0, lt=1)
+    """Share of each weight's singular directions that the last task trains. Task t of T keeps
+    (1 - unfreeze) · t / T of them, the leading ones."""
+
+    def preserved(self, task: int, tasks: int) -> float:
+        """The share of singular directions that task number `task`, from 1, of `tasks` keeps."""
+        return (1 - self.unfreeze) * task / tasks

@@ -140,6 +140,11 @@ METHODS: dict[str, Method] = {
         _ENERGY,
         controls=("lora", "olora"),
     ),
+    "osf": Method(
+        "full weights beside their leading singular directions, more kept per task (OSFT)",
+        {"subspace": {}},
+        Knob("subspace.unfreeze", 0.05, 0.8),
+    ),
     "joint": Method("upper bound of retention: all tasks trained together"),
     "solo": Method("upper bound of learning: every task trained alone from the base model"),
     "gate_fisher": _gate(

@@ -15,7 +15,7 @@ def disk_per_task(setting: Setting) -> Parts:
     files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
-    size = FLOAT if config.adapter else setting.weight_bytes
+    size = FLOAT if config.adapter or config.subspace else setting.weight_bytes
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
         Part(

@@ -38,7 +38,7 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
     if config.adapter is None and not config.resources.shard_model and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
         yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
-    for workers in _WORKERS:
+    for workers in () if config.subspace else _WORKERS:
         if workers > config.resources.num_workers:
             sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
             said = f"resources.shard_model=true resources.num_workers={workers}"
@@ -112,4 +112,6 @@ def _with_lora(config: Config) -> Config:
     """The config with method `lora_agcl`, or `lora` if nothing is protected."""
     kept = tuple(item for item in config.protect if isinstance(item, Project))
     protect = kept or ((Project(kind="project"),) if config.protect else ())
-    return config.model_copy(update={"adapter": Adapter(), "base": Base(), "protect": protect})
+    return config.model_copy(
+        update={"adapter": Adapter(), "base": Base(), "protect": protect, "subspace": None}
+    )

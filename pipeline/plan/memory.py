@@ -13,6 +13,7 @@ from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES, owners
 
 from pipeline.config.method import Project
+from pipeline.plan.decomposed import held_factors, kept_by_factors, trained_factors
 from pipeline.plan.setting import (
     FLOAT,
     HALF,
@@ -56,6 +57,8 @@ def trained_weights(setting: Setting, *, protects: bool) -> int:
     """Weights with a gradient and Adam's two moments."""
     if setting.config.adapter:
         return entries(setting.factors)
+    if setting.config.subspace:
+        return trained_factors(setting)
     only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
     return setting.shape.linear_weights if only else setting.shape.weights
 
@@ -64,7 +67,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     """The end of a forward pass, of a backward pass, and the optimizer's step."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
-    of_trained = FLOAT if config.adapter else size  # PEFT's factors are float32.
+    of_trained = FLOAT if _has_factors(setting) else size  # PEFT's factors are float32.
     frozen = trained != shape.weights
     rows, passes = _pass(setting)
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
@@ -90,7 +93,10 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         *reference,
         optimizer_states(setting, trained),
         *(_protection(setting) if protects else ()),
+        *held_factors(setting),
     ]
+    of_pass = HALF if half else FLOAT
+    activations += kept_by_factors(setting, tokens, size=of_pass, checkpointing=checkpointing)
     if half:
         held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
     gradients = Part("gradients", of_trained * trained // _shards(setting))
@@ -134,6 +140,11 @@ def _shards(setting: Setting) -> int:
     return 1 if setting.config.adapter else setting.shards
 
 
+def _has_factors(setting: Setting) -> bool:
+    """Whether PEFT's factors are trained beside frozen weights."""
+    return bool(setting.config.adapter or setting.config.subspace)
+
+
 def _pass(setting: Setting) -> tuple[int, int]:
     """Rows of the largest forward pass of a training step, and passes of a worker per step."""
     training, ranks = setting.config.training, setting.ranks
@@ -148,7 +159,7 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     They are kept for the backward pass, and those of trained weights while autocast lasts.
     """
     shape = setting.shape
-    if setting.config.adapter and checkpointing:
+    if _has_factors(setting) and checkpointing:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return shape.linear_weights + shape.vocabulary * shape.width
 

@@ -14,12 +14,12 @@ from pipeline.config.config import Config
 from pipeline.config.method import Freeze, Project
 from pipeline.config.model import Model
 from pipeline.config.naming import method_name
-from pipeline.config.sources import BASE_TASK, held_out_sources, selection
+from pipeline.config.sources import BASE_TASK, held_out_sources, selection, sources
 from pipeline.config.task_section import Source
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING, ROUNDING, SGD
+from pipeline.stages.context import LOADING, ROUNDING, SGD, SUBSPACE
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.merge import merge
@@ -66,12 +66,21 @@ def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
 def rounding(config: Config) -> dict[str, Any]:
     """The config key of train stages that round bfloat16 weights other than to nearest.
 
-    None with an adapter: its factors are float32, and merging rounds the weights once, to nearest.
+    None with an adapter or a subspace: factors are float32, and merging rounds the weights once, to
+    nearest.
     """
     chosen = config.training.rounding
-    half = loaded_dtype(config.model) == "bfloat16" and not config.adapter
+    factors = config.adapter or config.subspace
+    half = loaded_dtype(config.model) == "bfloat16" and not factors
     applies = half and chosen != "nearest"
     return {ROUNDING: chosen} if applies else {}
+
+
+def preserved(config: Config, index: int) -> dict[str, Any]:
+    """The config key of train stages that keep leading singular directions, if they do."""
+    if not config.subspace:
+        return {}
+    return {SUBSPACE: config.subspace.preserved(index, len(sources(config)))}
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
@@ -147,6 +156,7 @@ def training_settings(config: Config, index: int) -> dict[str, Any]:
         "replay": 0.0,
         "freeze": None,
         "adapter": config.adapter and config.adapter.model_dump(),
+        **preserved(config, index),
         **loading(config),
     }
 

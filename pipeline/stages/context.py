@@ -24,6 +24,8 @@ ROUNDING = "rounding"
 """Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
 SGD = ("optimizer", "momentum")
 """Keys of a train stage's config with an optimizer other than AdamW."""
+SUBSPACE = "subspace"
+"""Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Sends records, each with the folder name of its `artifact`, to the progress and tracking."""

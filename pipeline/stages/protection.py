@@ -11,6 +11,7 @@ import torch
 from agcl.importance import Importance
 from agcl.loss import Loss, summed_loss
 from agcl.lrp import attributed_linears, stored_transposed
+from agcl.model import subspace
 from agcl.model.forward import activation_checkpointing, compiled
 from agcl.modulation import (
     GatedAdamW,
@@ -170,13 +171,14 @@ def basis_of(
 def freeze(
     model: PreTrainedModel, protection: Protection, settings: Mapping[str, Any] | None
 ) -> None:
-    """Set `requires_grad` on the parameters to train; with LoRA these are factors only.
+    """Set `requires_grad` on the parameters to train; with LoRA or OSFT these are factors only.
 
     A layer's index is the first number in a parameter's name.
     """
     layers: set[int] = set()
-    attributed = set(attributed_linears(model))
-    has_factors = any(".lora_" in name for name in attributed)
+    attributed, of_subspace = set(attributed_linears(model)), subspace.factors(model)
+    has_factors = bool(of_subspace) or any(".lora_" in name for name in attributed)
+    attributed |= of_subspace
     if settings:
         half = range(model.config.num_hidden_layers // 2)
         layers = set(half if settings["layers"] == "bottom_half" else settings["layers"])

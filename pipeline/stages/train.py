@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from agcl.model import models
+from agcl.model import models, subspace
 from agcl.parallel import distributed
 from agcl.tasks import TRAIN, EncodedRows, Rows, sample
 from agcl.tasks.batches import micro_batches, shuffled
 from torch.utils.data import ConcatDataset, Subset
+from transformers import PreTrainedModel
 
-from pipeline.stages.context import Context
+from pipeline.stages.context import SUBSPACE, Context
 from pipeline.stages.files import named, rows_file
 from pipeline.stages.loss import loss_of
 from pipeline.stages.protection import (
@@ -45,8 +46,8 @@ def train(
 
     Inputs named `importance/...` or `past`, and `base_importance`, are what to protect, those named
     `replay/...` are mixed into the rows, `reference` is the model that the config's `loss` compares
-    with. With `adapter` in the config, train LoRA factors instead
-    of the weights.
+    with. With `adapter` in the config, train LoRA factors instead of the weights; with `subspace`,
+    the factors of what that share of singular directions leaves.
     """
     rows = _rows(config, inputs)
     _warn_of_idle_workers(config, rows, context)
@@ -54,6 +55,13 @@ def train(
         train_adapter(config, inputs, out_dir, context, rows)
         return
     model = context.take_model(inputs["model"], config)
+    if SUBSPACE in config:
+        peft_model = subspace.attach(model, preserved=config[SUBSPACE])
+        inner = peft_model.get_base_model()
+        freeze(inner, Protection(), config["freeze"])
+        fit(inner, config, rows, context, Protection(), loss_of(config, inputs, context))
+        _finish(subspace.merged(peft_model), inputs["model"], out_dir, context, rows)
+        return
     past, base = past_importances(inputs), base_importance(inputs)
     if context.is_first_worker:
         warn_of_missing(config, past, base, context.warn)
@@ -61,9 +69,15 @@ def train(
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection, loss_of(config, inputs, context))
     write_checks(model, protection, config, len(rows), out_dir)
-    model.requires_grad_(True)
+    _finish(model.requires_grad_(True), inputs["model"], out_dir, context, rows)
+
+
+def _finish(
+    model: PreTrainedModel, base: Path, out_dir: Path, context: Context, rows: Rows
+) -> None:
+    """Write the model with the tokenizer of `base`, and hold it for the next stage."""
     end = rows[0].input_ids[-1]
-    models.save(model, models.load_tokenizer(inputs["model"]), out_dir, end=end)
+    models.save(model, models.load_tokenizer(base), out_dir, end=end)
     context.hold_model(model, context.folder)
 
 

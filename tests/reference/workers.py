@@ -142,6 +142,39 @@ def train_rows(
     return losses, {name: p.detach() for name, p in trained.named_parameters()}
 
 
+def train_in_subspace(rows: Any, preserved: float, **options: Any) -> Any:
+    """`train_rows` beside the leading singular directions, which the second rank finds negated."""
+    from peft.tuners.osf import layer
+    from reference import tiny
+
+    from agcl.model import subspace
+    from agcl.modulation import GatedAdamW
+    from agcl.parallel import distributed
+    from agcl.train import train_task
+
+    decompose = layer.decompose_weight_matrix
+
+    def negated(weight: torch.Tensor, top_k: int) -> Any:
+        found = decompose(weight, top_k)
+        for name in ("U_high", "V_high", "U_low", "V_low"):
+            found[name].data.neg_()
+        return found
+
+    layer.decompose_weight_matrix = negated if distributed.rank() else decompose
+    peft_model, losses = subspace.attach(tiny.llama(), preserved=preserved), []
+    layer.decompose_weight_matrix = decompose
+    inner = peft_model.get_base_model()
+    train_task(
+        inner,
+        rows,
+        GatedAdamW([(n, p) for n, p in inner.named_parameters() if p.requires_grad], lr=1e-2),
+        log=lambda metrics, step: losses.append(metrics["loss"]),
+        **options,
+    )
+    merged = subspace.merged(peft_model)
+    return losses, {name: p.detach() for name, p in merged.named_parameters()}
+
+
 def train_with_checkpoint(
     rows: Any, folders: list[Path], stop: int | None = None, **options: Any
 ) -> Any:

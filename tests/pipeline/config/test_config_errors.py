@@ -296,6 +296,22 @@ def test_the_section_base_says_what_is_wrong(problem, settings, start):
 
 
 @pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (["subspace.unfreeze=0"], "subspace.unfreeze: "),
+        (["subspace.unfreeze=1"], "subspace.unfreeze: "),
+        (["subspace.rank=2"], "subspace.rank: unknown key"),
+        (["adapter.rank=2"], "subspace: cannot be combined with adapter"),
+        (["protect=[{kind: project}]"], "subspace: cannot be combined with protect, whose"),
+        (["resources.shard_model=true"], "subspace: cannot be combined with resources.shard"),
+        (["method=joint", "subspace={}"], "method: joint protects nothing"),
+    ],
+)
+def test_the_section_subspace_says_what_is_wrong(problem, settings, start):
+    assert problem("method: osf\n", *settings).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("overrides", "key"),
     [
         (("protect.0.energy=0.99",), "protect.0.energy: 0.99"),

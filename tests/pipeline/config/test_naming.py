@@ -38,6 +38,8 @@ def test_every_preset_has_its_own_name(tiny_config, tmp_path, method):
         ("agcl", ["base.samples=9", "base.energy=0.7", "base.tokens=5"], "agcl"),
         ("freeze", ["freeze.layers=[0]"], "freeze+changes"),
         ("lora", ["adapter.fresh=true"], "lora+changes"),
+        ("osf", ["subspace.unfreeze=0.5"], "osf"),
+        ("osf", ["replay.fraction=0.1"], "osf+changes"),
     ],
 )
 def test_the_name_follows_the_sections(tiny_config, tmp_path, method, settings, name):

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.metrics import summary
-from agcl.model import models
+from agcl.model import models, subspace
+from agcl.modulation import GatedAdamW
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl
 from agcl.tasks import EncodedRows
+from agcl.train import train_task
 from pipeline.config.presets import METHODS
 
 
@@ -65,7 +67,7 @@ QUICK = ["training.epochs=4", "importance.correct_only=false"]
 """Weights move, and nobody has to answer anything."""
 FROM_THE_FIRST_TASK = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
-    *("ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
+    *("osf", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
 }
 
 
@@ -159,6 +161,42 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
     for name in before:
         inside = ".layers.1." in name or ".layers.3." in name
         assert torch.equal(before[name], after[name]) is inside, name
+
+
+@pytest.mark.parametrize(
+    ("before", "stage", "share"),
+    [("pretrain", "train/1-harbour", 0.35), ("train/1-harbour", "train/2-valley", 0.7)],
+)
+def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
+    run_method, before, stage, share
+):
+    works = run_method("osf", "subspace.unfreeze=0.3", *QUICK)
+    assert works[stage].config["subspace"] == share
+    assert works[stage].inputs.keys() == {"model", "rows"}
+    model = models.load_model(works[before].folder)
+    peft_model = subspace.attach(model, preserved=share)
+    inner = peft_model.get_base_model()
+    settings = works[stage].config
+    train_task(
+        inner,
+        EncodedRows(works[f"prepare/{stage.partition('-')[2]}"].folder / "train.arrow"),
+        GatedAdamW(
+            [(name, p) for name, p in inner.named_parameters() if p.requires_grad],
+            lr=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+        ),
+        **{key: settings[key] for key in ("epochs", "batch_size", "micro_batch_size", "seed")},
+    )
+    expected = dict(subspace.merged(peft_model).named_parameters())
+    found = weights(works, stage)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_freeze_with_osf_leaves_those_layers(run_method):
+    works = run_method("osf", "freeze.layers=[1,3]", *QUICK)
+    before, after = weights(works, "train/1-harbour"), weights(works)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {n for n in before if "_proj" in n and n.split(".")[2] in "02"}
 
 
 @pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])

@@ -71,6 +71,26 @@ def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):
     assert parts["weights"] == 4 * large.weights
 
 
+def test_a_decomposed_weight_has_gradients_adam_and_its_old_factors(large):
+    setting = setting_of(large, "osf")  # Of four built-in tasks, the first trains most.
+    trained = kept = 0
+    for out, width in large.linears:
+        rank = min(out, width)
+        high = int(rank * 0.75 / 4)
+        trained += (rank - high) * (out + width + 1)
+        kept += high * max(out, width) * (out != width)
+    parts = sizes(setting, "train")
+    assert parts["Adam"] == 8 * trained
+    assert parts["factors"] == 4 * (2 * trained + kept)
+    assert parts["weights"] == 4 * large.weights
+    assert {p.name: p.size for p in disk_per_task(setting)}["checkpoint"] == 12 * trained
+    more = with_section(setting, "subspace", unfreeze=0.75)
+    assert sizes(more, "train")["Adam"] > parts["Adam"]
+    for kind in peaks(setting):
+        said = remedy(setting, kind, 40 * GB)
+        assert said is None or "shard_model" not in said
+
+
 def test_workers_share_weights_gradients_and_adam_of_a_sharded_model(large):
     one, eight = (sizes(setting_of(large, "sequential", n), "train") for n in (1, 8))
     assert eight["weights"] == one["weights"] // 8

@@ -13,7 +13,7 @@ from agcl.errors import InputError
 from agcl.model import models
 from pipeline.config import check
 from pipeline.config.loading import validate
-from pipeline.config.method import Adapter
+from pipeline.config.method import Adapter, Subspace
 from pipeline.plan.plan import plan
 from pipeline.plan.stage import resolve
 
@@ -99,8 +99,8 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
     full = base_folder(tmp_path / "full", LLAMA)
     half = base_folder(tmp_path / "half", LLAMA, torch.bfloat16)
 
-    def fingerprints(base, adapter=None, **model):
-        made = config(base, **model).model_copy(update={"adapter": adapter})
+    def fingerprints(base, factors=None, **model):
+        made = config(base, **model).model_copy(update=factors or {})
         return {n: s.fingerprint for n, s in resolve(plan(made).stages, made.storage).items()}
 
     default = fingerprints(full)
@@ -114,10 +114,11 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
     nearest = fingerprints(full, dtype="bfloat16", training={"rounding": "nearest"})
     same = {name for name in stochastic if stochastic[name] == nearest[name]}
     assert same == {"prepare/sums", "evaluate/0-base"}
-    # An adapter's factors are float32, so that it does not matter to them.
-    assert fingerprints(full, Adapter(), dtype="bfloat16") == fingerprints(
-        full, Adapter(), dtype="bfloat16", training={"rounding": "nearest"}
-    )
+    # Factors are float32, so that it does not matter to them.
+    for factors in ({"adapter": Adapter()}, {"subspace": Subspace()}):
+        assert fingerprints(full, factors, dtype="bfloat16") == fingerprints(
+            full, factors, dtype="bfloat16", training={"rounding": "nearest"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,13 @@ def test_what_weights_are_too_coarse_for_is_refused(config, tmp_path, stored, me
     base = base_folder(tmp_path / "base", LLAMA, getattr(torch, stored))
     with pytest.raises(InputError, match=rf"^(model|training)\.\w+: .*{said}"):
         check.check_inputs(config(base, method, **model))
+
+
+def test_osf_of_weights_stored_transposed_is_refused_before_any_work(config, tmp_path):
+    made = config(base_folder(tmp_path / "base", "GPT2LMHeadModel"))
+    made = made.model_copy(update={"method": "osf", "subspace": Subspace()})
+    with pytest.raises(InputError, match=r"^subspace: GPT2LMHeadModel stores its weights as"):
+        check.check_inputs(made)
 
 
 def test_flash_attention_needs_a_gpu_and_half_precision(config, tmp_path, monkeypatch):
