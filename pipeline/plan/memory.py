@@ -31,6 +31,9 @@ T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
 _CHUNK, _PIECE = 2**24, 2**22
 """Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
+_LOGITS = {False: 3, True: 6}
+"""Copies of logits in a loss; with a reference also both models' log-probabilities and the terms
+of their divergence."""
 _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 """Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
 
@@ -81,16 +84,9 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     if checkpointing:
         activations = 2 * kept + size * tokens * shape.width * shape.layers
     activations += 3 * size * tokens * shape.width  # Embeddings and the last norm.
-    copies_of_logits = 3
-    reference: list[Part] = []
-    if config.loss.needs_reference:
-        copies_of_logits = 6  # Log-probabilities of both models, and terms of their divergence.
-        if not (config.adapter and (config.loss.reference == "previous") == config.adapter.fresh):
-            size_of_it = HALF * shape.weights // setting.shards
-            reference.append(Part("reference model", size_of_it))
     held = [
         *_model(setting, gathered=True),
-        *reference,
+        *_reference(setting),
         optimizer_states(setting, trained),
         *(_protection(setting) if protects else ()),
         *held_factors(setting),
@@ -102,19 +98,14 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     gradients = Part("gradients", of_trained * trained // _shards(setting))
     passing = [
         Part("activations", activations),
-        Part("logits", _logits(shape, answers, copies_of_logits)),
+        Part("logits", _logits(shape, answers, _LOGITS[config.loss.needs_reference])),
     ]
     several = passes > 1
     temporary = max(out * width for out, width in shape.linears)
     if not frozen:  # A tied matrix gets two gradients, which are added in a third.
         temporary = max(temporary, (1 + several) * shape.vocabulary * shape.width)
     layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
-    # Pieces of a protected weight, or of one that is rounded, are stepped at a time.
-    in_pieces = protects or of_trained == HALF
-    copies = (_PIECE + _CHUNK * setting.on_gpu) * in_pieces
-    if config.training.optimizer == "sgd" and protects:
-        copies = entries(setting.protected)
-    copies = min(copies, trained)
+    copies = FLOAT * _stepped(setting, trained, protects or of_trained == HALF)
     summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
     return [
         (*held, *passing, *((gradients,) if several else ())),
@@ -123,9 +114,25 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         (
             *held,
             gradients,
-            Part("copies of a step", (5 if of_trained == HALF else 2) * FLOAT * copies),
+            Part("copies of a step", (5 if of_trained == HALF else 2) * copies),
         ),
     ]
+
+
+def _stepped(setting: Setting, trained: int, in_pieces: bool) -> int:
+    """Weights that a step copies at a time: pieces of protected ones, or of those it rounds."""
+    if setting.config.training.optimizer == "sgd":
+        return entries(setting.protected) * in_pieces
+    return min((_PIECE + _CHUNK * setting.on_gpu) * in_pieces, trained)
+
+
+def _reference(setting: Setting) -> list[Part]:
+    """The frozen model that the loss looks at, unless it is the trained one without its adapter."""
+    loss, adapter = setting.config.loss, setting.config.adapter
+    own = adapter is not None and (loss.reference == "previous") == adapter.fresh
+    if own or not loss.needs_reference:
+        return []
+    return [Part("reference model", HALF * setting.shape.weights // setting.shards)]
 
 
 def optimizer_states(setting: Setting, trained: int) -> Part:
