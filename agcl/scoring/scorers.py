@@ -17,6 +17,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import LCSseq
 
 from agcl.errors import InputError
+from agcl.scoring.stemmer import stem
 
 Scorer = Callable[..., float]
 Ngrams = Counter[tuple[str, ...]]
@@ -28,6 +29,7 @@ RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match", "olora_match")
 
 # Chinese and Japanese are written without spaces: each character counts as a word.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_ASCII_WORDS = re.compile("[a-z0-9]+")
 _DASHES = re.compile("[\u2010-\u2015\u2212]")
 """Hyphens, dashes and the minus sign."""
 _IN_NUMBER = re.compile(r"(?<=\d)[.,:](?=\d)|(?<!\w)\.(?=\d)|(?<![^\W\d_])-(?=\s*\.?\d)")
@@ -85,6 +87,22 @@ def rouge_l(prediction: str, reference: str) -> float:
     return _f1(common / len(predicted), common / len(expected))
 
 
+def rouge_l_stemmed(prediction: str, reference: str) -> float:
+    """ROUGE-L as `rouge_score` computes it with its stemmer, which papers on SuperNI report.
+
+    Words are runs of ASCII letters and digits; those of four and more are stemmed. A text without
+    any scores 0.
+    """
+    predicted, expected = (
+        [stem(word) if len(word) > 3 else word for word in _ASCII_WORDS.findall(text.lower())]
+        for text in (prediction, reference)
+    )
+    if not predicted or not expected:
+        return 0.0
+    common = LCSseq.similarity(predicted, expected)
+    return _f1(common / len(predicted), common / len(expected))
+
+
 def edit_similarity(prediction: str, reference: str) -> float:
     """1 minus insertions and deletions over the total length (TRACE, Py150: `fuzz.ratio`)."""
     return fuzz.ratio(prediction.strip(), reference.strip()) / 100
@@ -107,6 +125,7 @@ SCORERS: dict[str, Scorer] = {
     "first_character": first_character,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
+    "rouge_l_stemmed": rouge_l_stemmed,
     "sari": sari,
     "edit_similarity": edit_similarity,
 }

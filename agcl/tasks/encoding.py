@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("position", pa.float64()),  # `choice.position`: what a share of the scored rows goes by.
+        ("references", pa.list_(pa.string())),  # Further right answers; null where there are none.
+        ("kept", pa.int32()),  # Tokens at the start of the prompt that `cut_left` keeps.
     ]
 )
 
@@ -59,6 +61,8 @@ class Text(NamedTuple):
     also adds the tokenizer's special tokens, such as BOS, to the prompt."""
     earlier: tuple[Span, ...] = ()
     """Characters of the prompt that are earlier assistant turns."""
+    kept: int = 0
+    """Characters at the start of the prompt that truncation keeps."""
 
 
 def encode(
@@ -86,6 +90,10 @@ def encode(
             "prompt": [text.prompt for text in texts],
             "answer": [text.answer for text in texts],
             "position": [position(row, seed=0) for row in rows],
+            "references": [row.references or None for row in rows],
+            "kept": [
+                _kept_tokens(tokenizer, text, row) for text, row in zip(texts, encoded, strict=True)
+            ],
         },
         schema=SCHEMA,
     )
@@ -96,11 +104,14 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], chat: bool
     texts = []
     for row in rows:
         if is_empty(row) or not (chat or row.conversation):
-            texts.append(Text(row.prompt, row.answer))
+            texts.append(Text(row.prompt, row.answer, kept=row.kept))
             continue
         conversation = row.conversation or _as_conversation(row)
         template = template or template_of(tokenizer, conversation.place)
-        texts.append(Text(*turns(template, conversation)))
+        text = Text(*turns(template, conversation))
+        if row.kept and (start := text.prompt.find(row.prompt[: row.kept])) >= 0:
+            text = text._replace(kept=start + row.kept)
+        texts.append(text)
     return texts
 
 
@@ -155,25 +166,40 @@ def _end(text: Text) -> str:
 
 def _tokens_of(tokenizer: "PreTrainedTokenizerBase", text: Text) -> tuple[Span, ...]:
     """The tokens that start in each span of the prompt's characters."""
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer in {tokenizer.name_or_path} tells no places of tokens in the text, "
-            "which conversations of several assistant turns need (tokenizer.json is missing)"
-        )
-    read = tokenizer(text.prompt, add_special_tokens=False, return_offsets_mapping=True)
-    starts = [start for start, _ in read["offset_mapping"]]
+    starts = _starts(tokenizer, text)
     spans = ((bisect_left(starts, a), bisect_left(starts, b)) for a, b in text.earlier)
     return tuple((first, stop) for first, stop in spans if first < stop)
 
 
-def cut_left(row: Encoded, length: int, special: Collection[int]) -> Encoded | None:
+def _kept_tokens(tokenizer: "PreTrainedTokenizerBase", text: Text, row: Encoded) -> int:
+    """How many tokens of the prompt start in the characters that truncation keeps."""
+    if not text.kept:
+        return 0
+    starts = _starts(tokenizer, text)[: row.prompt_tokens]  # Some tokenizers append EOS.
+    return bisect_left(starts, text.kept)
+
+
+def _starts(tokenizer: "PreTrainedTokenizerBase", text: Text) -> list[int]:
+    """The character at which each token of the prompt starts; 0 for special tokens before it."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} tells no places of tokens in the text, "
+            "which conversations of several assistant turns, and instructions that truncation "
+            "keeps, need (tokenizer.json is missing)"
+        )
+    special = text.end is None
+    read = tokenizer(text.prompt, add_special_tokens=special, return_offsets_mapping=True)
+    return [start for start, _ in read["offset_mapping"]]
+
+
+def cut_left(row: Encoded, length: int, special: Collection[int], kept: int = 0) -> Encoded | None:
     """The row without the beginning of its prompt, so that it has at most `length` tokens.
 
-    A special first token (such as BOS) stays. None if the answer and one token of the prompt, or
-    two with a special one, are longer.
+    A special first token (such as BOS) stays, and so do the first `kept` tokens. None if these, one
+    more token of the prompt and the answer are longer.
     """
     surplus = max(0, len(row.input_ids) - length)
-    first = int(row.input_ids[0] in special)
+    first = kept or int(row.input_ids[0] in special)
     if row.prompt_tokens - surplus <= first:
         return None if surplus else row
     spans = ((max(first, a - surplus), b - surplus) for a, b in row.earlier)
@@ -205,6 +231,9 @@ class EncodedRows:
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
+        for field in SCHEMA:  # agcl 0.9.0 wrote fewer columns.
+            if field.name not in self.table.column_names:
+                self.table = self.table.append_column(field, pa.nulls(len(self), field.type))
 
     def where(self, keep: Sequence[bool]) -> "EncodedRows":
         """The rows for which `keep` is true, in order."""

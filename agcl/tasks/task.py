@@ -38,6 +38,10 @@ class Row:
     """What the row asks for, if other rows ask for the same: no share of the rows separates them.
     Empty: prompt and answer."""
     conversation: Conversation | None = field(default=None, hash=False)
+    references: tuple[str, ...] = ()
+    """Further right answers. No training uses them; scores count the best, but for exact match."""
+    kept: int = 0
+    """Characters at the start of the prompt, such as an instruction, that `truncate` leaves."""
 
 
 RowSource = Callable[[], Iterator[Row]]

@@ -8,7 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from agcl.errors import InputError
-from agcl.tasks import Task, cl_benchmark, concept1k, facts, files, huggingface, records, trace
+from agcl.tasks import (
+    Task,
+    cl_benchmark,
+    concept1k,
+    facts,
+    files,
+    huggingface,
+    records,
+    super_ni,
+    trace,
+)
 from agcl.tasks.layouts import LAYOUTS
 from pydantic import Field
 
@@ -102,8 +112,40 @@ class ClBenchmarkTasks(TaskSection):
             yield Source(name, settings, _existing(paths))
 
 
+class SuperNiTasks(TaskSection):
+    """Super-NaturalInstructions: 15 tasks with an instruction each, scored by ROUGE-L."""
+
+    format: Literal["super_ni"]
+    path: Place
+    """Folder with `task<number>_<what>/{train,test}.json`."""
+    order: Literal[1, 2] = 1
+    """One of the literature's two orders."""
+    sequence: tuple[str, ...] | None = Field(None, min_length=1)
+    """Folder names in training order, instead of `order`."""
+    count: Positive | None = None
+    """Number of tasks, from the first; null takes all."""
+    truncate: Literal["drop", "left"] = "left"
+    """Cuts the beginning of long inputs and keeps the instruction; or drops long rows."""
+
+    def sources(self, config: "Config") -> Iterator[Source]:
+        """Each task has a folder."""
+        folders = super_ni.folders(self.path)
+        for name in (self.sequence or super_ni.in_order(folders, self.order))[: self.count]:
+            if name not in folders:
+                there = ", ".join(folders)
+                raise InputError(f"tasks.sequence: no task {name!r} (there are {there})")
+            paths = {split: folders[name] / file for split, file in super_ni.FILES.items()}
+            yield Source(name, {"name": name}, _existing(paths))
+
+
 TaskFormat = (
-    FactsTasks | Concept1KTasks | TraceTasks | ClBenchmarkTasks | FileTasks | HuggingFaceTasks
+    FactsTasks
+    | Concept1KTasks
+    | TraceTasks
+    | ClBenchmarkTasks
+    | SuperNiTasks
+    | FileTasks
+    | HuggingFaceTasks
 )
 
 
@@ -117,6 +159,7 @@ OPEN: dict[str, Callable[[Settings, Paths], Task]] = {
     "concept1k": lambda settings, paths: concept1k.task(file=paths["file"], **settings),
     "trace": lambda settings, paths: trace.task(files=paths, **settings),
     "cl_benchmark": lambda settings, paths: cl_benchmark.task(files=paths, **settings),
+    "super_ni": lambda settings, paths: super_ni.task(files=paths, **settings),
     **{format: partial(_in_files, format) for format in (*records.FORMATS, *LAYOUTS)},
     "huggingface": lambda settings, paths: huggingface.task(
         **{**settings, "path": str(paths.get("folder", settings["path"]))}

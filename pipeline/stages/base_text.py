@@ -99,6 +99,8 @@ def _write(texts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, out_dir
             "prompt": prompts,
             "answer": answers,
             "position": [0.0] * len(texts),
+            "references": [None] * len(texts),
+            "kept": [0] * len(texts),
         },
         schema=SCHEMA,
     )

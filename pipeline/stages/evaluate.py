@@ -31,12 +31,12 @@ def evaluate(
 
     `scores.json` holds the mean score per task (inputs `rows/<task>`) and evaluation set. Each set
     is scored by its task's scorer, and by each of the config's `scorers` as an additional set
-    `<set>-<scorer>`. `predictions.parquet` holds one line per scored row and scorer, enough to
-    recompute every metric; `predicted` is the model's greedy answer, with exact match alone only up
-    to its first wrong token. With a `validation`
-    share, only validation rows are scored: those of the task's own split, or else those whose
-    fact's `position` is below it. `base.json` holds what the model still knows of what the base
-    model knew (`kept.measure`).
+    `<set>-<scorer>`; of several references the best counts. `predictions.parquet` holds one line
+    per scored row and scorer, enough to recompute every metric; `predicted` is the model's greedy
+    answer, with exact match alone only up to its first wrong token. With a `validation` share, only
+    validation rows are scored: those of the task's own split, or else those whose fact's `position`
+    is below it. `base.json` holds what the model still knows of what the base model knew
+    (`kept.measure`).
 
     A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
     files are loaded again to answer a few rows, and `saved.json` holds how many agree; a
@@ -93,7 +93,7 @@ def _score_task(
         right_first = sorted(range(len(rows)), key=lambda i: not exact[i])[:ANSWERS]
         verdicts += [(rows[i], exact[i]) for i in right_first]
         for set_name, scorer in sets.items():
-            scored = _scored(scorer, texts, expected, rows.table["prompt"].to_pylist(), exact)
+            scored = _scored(scorer, texts, expected, rows.table, exact)
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
     return scores, sorted(verdicts, key=itemgetter(1), reverse=True)
@@ -171,14 +171,21 @@ def _scored(
     name: str,
     texts: Sequence[str],
     expected: Sequence[str],
-    prompts: Sequence[str],
+    rows: pa.Table,
     exact: Sequence[bool],
 ) -> list[float]:
-    """The score of every row. Raises `ValueError` for a score that is not a number in [0, 1]."""
+    """The score of every row, the best over its references.
+
+    Raises `ValueError` for a score that is not a number in [0, 1].
+    """
     if name == TEACHER_FORCED:
         return [float(right) for right in exact]
     scorer = scorer_named(name)
-    scored = [score(scorer, *row) for row in zip(texts, expected, prompts, strict=True)]
+    columns = rows["prompt"].to_pylist(), rows["references"].to_pylist()
+    scored = [
+        max(score(scorer, text, each, prompt) for each in (reference, *(others or ())))
+        for text, reference, prompt, others in zip(texts, expected, *columns, strict=True)
+    ]
     for row, value in enumerate(scored):
         if not (math.isfinite(value) and 0 <= value <= 1):
             raise ValueError(f"scorer {name} gives {value} for row {row}, not a number in [0, 1]")
@@ -195,6 +202,7 @@ def _predictions(
             "row": range(len(texts)),
             "prompt": rows["prompt"],
             "answer": rows["answer"],
+            "references": rows["references"],
             "predicted": texts,
             "scorer": [scorer] * len(texts),
             "score": scored,

@@ -41,8 +41,9 @@ def prepare(
 
     Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
     prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. With
-    `truncate: left` the beginning of a long row's prompt is cut instead, if its answer fits. A task
-    whose test rows are its training rows gets no validation split: evaluate takes a share of them.
+    `truncate: left` the beginning of a long row's prompt, behind any instruction, is cut if its
+    answer fits. A task whose test rows are its training rows gets no validation split: evaluate
+    takes a share of them.
     """
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     selection, files = dict(config["selection"]), named(FILES, inputs)
@@ -129,7 +130,9 @@ def _cut(
     special = set(tokenizer.all_special_ids)
     rows = list(encoded_rows(table))
     for index, row in enumerate(rows):
-        if len(row.input_ids) > length and (short := cut_left(row, length, special)):
+        if len(row.input_ids) <= length:
+            continue
+        if short := cut_left(row, length, special, table["kept"][index].as_py()):
             rows[index] = short
             counts["truncated"] += 1
     by_chat = zip(rows, table["earlier"].to_pylist(), strict=True)

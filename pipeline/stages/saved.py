@@ -32,7 +32,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, task: st
         texts.append(Text(row["prompt"], row["answer"], end))
     for number, again in enumerate(encode_texts(tokenizer, texts)):
         length = len(rows[number].input_ids)
-        encoded = cut_left(again, length, tokenizer.all_special_ids) or again  # If it was cut.
+        kept = few[number]["kept"] or 0
+        encoded = cut_left(again, length, tokenizer.all_special_ids, kept) or again  # If cut.
         if encoded[:2] != rows[number][:2]:
             raise ValueError(
                 f"task {task}, row {number + 1}: the rows were prepared with token ids "

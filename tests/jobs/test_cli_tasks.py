@@ -25,6 +25,10 @@ def benchmarks(tmp_path):
     (folder / "labels.json").write_text('["Good", "Bad"]')
     for split in ("train", "test"):
         (folder / f"{split}.json").write_text('[{"label": "Good", "sentence": "fine"}]')
+    known = {"Definition": ["Answer."], "Instances": [{"input": "Who?", "output": ["Me"]}]}
+    (tmp_path / "ni" / "task1_who").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "ni" / "task1_who" / f"{split}.json").write_text(json.dumps(known))
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("q,a\nWho?,Me\n")
     pq.write_table(pa.table({"q": ["Who?"], "a": ["Me"]}), tmp_path / "table.parquet")
@@ -39,6 +43,7 @@ def formats(folder):
     return {
         "trace": {"path": folder / "trace"},
         "cl_benchmark": {"path": folder / "cl", "sequence": ["films"]},
+        "super_ni": {"path": folder / "ni", "sequence": ["task1_who"]},
         "parquet": {"sequence": [{**one, "train": folder / "table.parquet"}]},
         "jsonl": {"sequence": [{**one, "train": folder / "lines.jsonl"}]},
         "huggingface": {"sequence": [{"path": folder / "table", "test": None, **rendered}]},
@@ -74,6 +79,25 @@ def test_the_good_files_of_every_format_pass(benchmarks):
         ),
         ("cl_benchmark", "cl/SC/films/labels.json", b"{", "labels.json, line 1: not JSON"),
         ("cl_benchmark", "cl/instruction_config.json", b"{}", "no instruction"),
+        (
+            "super_ni",
+            "ni/task1_who/train.json",
+            b"[]",
+            "train.json: a list, not a JSON object with",
+        ),
+        ("super_ni", "ni/task1_who/train.json", b"{}", "train.json: no column 'Definition'"),
+        (
+            "super_ni",
+            "ni/task1_who/test.json",
+            b'{"Definition": "Answer.", "Instances": [{"input": "Who?", "output": 0.5}, {}]}',
+            "task1_who/test.json, instance 2: no column 'input'",
+        ),
+        (
+            "super_ni",
+            "ni/task1_who/test.json",
+            b'{"Definition": "Answer.", "Instances": [{"input": "Who?", "output": [""]}]}',
+            "task1_who: the test split has no rows",
+        ),
         ("parquet", "table.parquet", b"PAR1", "table.parquet: not readable as Parquet"),
         ("parquet", "table.parquet", b"", "table.parquet: not readable as Parquet"),
         ("jsonl", "lines.jsonl", b"", "one: the train split has no rows"),
@@ -99,6 +123,20 @@ def test_a_malformed_file_is_named_and_nothing_is_written(
         ("trace", {"path": "nowhere"}, "nowhere/C-STANCE/train.json"),
         ("cl_benchmark", {"sequence": ["films", "IMDB"]}, "no set 'IMDB' (there are films)"),
         ("cl_benchmark", {"path": "nowhere"}, "tasks.path: no instruction_config.json"),
+        ("super_ni", {"sequence": ["task2"]}, "no task 'task2' (there are task1_who)"),
+        (
+            "super_ni",
+            {"sequence": None},
+            "tasks.path: no folder task1572_<what>, a task of order 1",
+        ),
+        ("super_ni", {"sequence": []}, "tasks.sequence: "),
+        ("super_ni", {"order": 0}, "tasks.order: "),
+        ("super_ni", {"count": 0}, "tasks.count: "),
+        (
+            "super_ni",
+            {"path": "nowhere"},
+            "tasks.path: no task<number>_<what>/train.json in",
+        ),
         ("parquet", {"sequence": [{"name": "a", "train": "none.parquet"}]}, "none.parquet"),
         ("jsonl", {"sequence": [{"path": "nowhere"}]}, "tasks.sequence: no folder"),
         ("jsonl", {"sequence": [{"path": __file__}]}, "test_cli_tasks.py; give a file as train"),

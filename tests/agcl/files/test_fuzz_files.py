@@ -15,7 +15,7 @@ from reference.mutations import JUNK, _places, damaged
 
 from agcl.errors import InputError
 from agcl.importance import Importance, check_file
-from agcl.tasks import TRAIN, Row, cl_benchmark, concept1k, files, trace
+from agcl.tasks import TRAIN, Row, cl_benchmark, concept1k, files, super_ni, trace
 from agcl.tasks.layouts import LAYOUTS
 
 fuzz = settings(suppress_health_check=list(HealthCheck), deadline=None)
@@ -26,6 +26,10 @@ FACTS = "".join(
 ).encode()
 PAIRS = [{"prompt": f"Wo ist {i}?", "answer": f"Da, {i} é"} for i in range(3)]
 LABELLED = [{"label": "Good", "sentence": "fine"}, {"label": "-", "sentence": "hm"}]
+INSTRUCTED = {
+    "Definition": ["Say where."],
+    "Instances": [{"input": "Wo?", "output": ["Da", "Hier"]}, {"input": "Wer?", "output": "Ada"}],
+}
 JSON_VALUES = JUNK.map(lambda value: json.loads(json.dumps(value, default=str)))
 TALKS = [{"messages": chat.MESSAGES}, {"messages": chat.CALLS, "tools": chat.TOOLS}]
 SHARED = (
@@ -80,6 +84,8 @@ def rows_of(folder, kind, content):
             ]
         case "json":
             return list(trace.task("FOMC", {TRAIN: file}).splits[TRAIN]())
+        case "super_ni":
+            return list(super_ni.task("task1_a", {TRAIN: file}).splits[TRAIN]())
         case _:
             rendering = {"format": kind, "prompt": "{prompt}", "answer": "{answer}"}
             if kind in LAYOUTS:
@@ -96,13 +102,16 @@ def check(folder, kind, content):
     assert str(folder) in message
     for row in found:
         assert isinstance(row, Row)
-        (row.prompt + row.answer).encode()  # Valid text that a tokenizer accepts.
+        "".join(
+            (row.prompt, row.answer, *row.references)
+        ).encode()  # Valid text that a tokenizer accepts.
 
 
 WHOLE = {
     "concepts": FACTS,
     "json": LIST,
     "jsonl": LINES,
+    "super_ni": json.dumps(INSTRUCTED).encode(),
     "train": json.dumps(LABELLED).encode(),
     "labels": b'["Good", "Bad"]',
     "instructions": b'{"SC": [{"instruction": "Which?"}]}',

@@ -182,6 +182,47 @@ def test_a_long_prompt_is_cut_at_its_beginning_behind_a_special_token(row, lengt
     assert cut_left(row, length, {9}) == cut
 
 
+@pytest.mark.parametrize(
+    ("length", "kept", "cut"),
+    [
+        (7, 3, Encoded([9, 4, 5, 6, 7, 8, 3], 5)),
+        (6, 3, Encoded([9, 4, 5, 7, 8, 3], 4)),
+        (5, 3, None),
+        (5, 2, Encoded([9, 4, 7, 8, 3], 3)),
+        (4, 0, Encoded([9, 7, 8, 3], 2)),
+    ],
+)
+def test_what_is_kept_at_the_start_of_a_prompt_is_not_cut(length, kept, cut):
+    assert cut_left(Encoded([9, 4, 5, 6, 7, 8, 3], 5), length, {9}, kept) == cut
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_kept_characters_become_kept_tokens(tokenizer, framing_tokenizer, chat):
+    row = Row("Question: Where does Bako live?\nShort answer:", " Rome", kept=len("Question:"))
+    for each in (tokenizer, framing_tokenizer, spaced_tokenizer("legacy")):
+        each.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+        found = encode(each, [row, row, Row("2+2=", "4")], chat=chat)
+        ids, kept = found["input_ids"][0].as_py(), found["kept"].to_pylist()
+        assert kept == [kept[0], kept[0], 0]
+        before = each.decode(ids[: kept[0]], skip_special_tokens=True)
+        # A token that starts with the colon may go on with the space behind it.
+        assert before.removesuffix(" ") == ("user Question:" if chat else "Question:")
+        each.chat_template = None
+
+
+def test_references_round_trip_and_rows_without_the_column_are_read(tmp_path, tokenizer):
+    table = encode(tokenizer, [Row("2+2=", "4", references=("four", "IV")), ROWS[0]])
+    rows = EncodedRows(write(tmp_path / "rows.arrow", table))
+    assert rows.table["references"].to_pylist() == [["four", "IV"], None]
+    older = table.drop_columns(["references", "kept"])
+    file = tmp_path / "older.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, older.schema) as writer:
+        writer.write_table(older)
+    read = EncodedRows(file)
+    assert read.table.schema == SCHEMA
+    assert [*read] == [*rows]
+
+
 def test_conversations_round_trip(tmp_path, tokenizer):
     table = encode(tokenizer, ROWS[:2])
     spans = pa.array([[[1, 2], [3, 4]], None], SCHEMA.field("earlier").type)

@@ -230,3 +230,29 @@ def test_a_run_may_be_checked_again_after_rows_were_cut(ran, tmp_path):
 def test_an_adapter_learns_conversations_too(ran, talks, merge):
     resolved = ran(talks, method="lora", adapter={"rank": 8, "merge": merge})
     assert json.loads(resolved["evaluate/1-mine"].read("saved.json")) == {"rows": 4, "agree": 4}
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_a_long_input_is_cut_behind_its_instruction(ran, tmp_path, chat_template):
+    """And an evaluation finds the tokens of the rows, which it tokenizes again."""
+    words = " ".join(f"word{i}" for i in range(300))
+    asked = [{"input": f"{words} so {n}", "output": [f"{n}", "x"]} for n in ("one", "two")]
+    task = {"Definition": ["Which number is last?"], "Instances": asked}
+    (tmp_path / "task1_last").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "task1_last" / f"{split}.json").write_text(json.dumps(task))
+    tasks = {"format": "super_ni", "path": str(tmp_path), "sequence": ["task1_last"]}
+    resolved = ran({**tasks, "max_length": 220, "chat_template": chat_template})
+    prepared = resolved["prepare/task1_last"]
+    counts = json.loads(prepared.read("summary.json"))["splits"]["test"]
+    assert (counts["rows"], counts["truncated"]) == (2, 2)
+    rows = EncodedRows(prepared.folder / "test.arrow")
+    tokenizer = AutoTokenizer.from_pretrained(prepared.inputs["tokenizer"])
+    for row, said in zip(rows, ("one", "two"), strict=True):
+        assert len(row.input_ids) == 220
+        prompt = tokenizer.decode(row.input_ids[: row.prompt_tokens])
+        before, cut = prompt.split("Which number is last?\nInput:")
+        assert ("user" in before) is chat_template
+        assert words[-40:] in cut
+        assert "word0 " not in cut
+        assert f" so {said}\nOutput:" in cut

@@ -1,6 +1,7 @@
 """Evaluate, attribute and report on tasks whose scorers need the model's own text."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,6 +104,19 @@ def scored(tmp_path, model_folder):
         return json.loads((out / "scores.json").read_text())["one"], by_set, out
 
     return run
+
+
+def test_the_best_of_several_references_counts(scored):
+    others = [(), (" red",), (" one", " an old dog"), (" tea",)]
+    asked = [replace(row, references=o) for row, o in zip(ASKED, others, strict=True)]
+    scores, rows, _ = scored("rouge_l", asked=asked, scorers=["exact_match", "token_f1"])
+    # "green tea" against "tea": precision 1/2, recall 1.
+    assert [row["score"] for row in rows["test"]] == pytest.approx([1, 1, 1, 2 / 3])
+    assert [row["references"] or [] for row in rows["test"]] == [list(o) for o in others]
+    assert [row["score"] for row in rows["test-token_f1"]] == pytest.approx([1, 1, 1, 2 / 3])
+    assert [row["score"] for row in rows["test-exact_match"]] == [1, 0, 0, 0]
+    alone, _, _ = scored("rouge_l")
+    assert scores["test"] == pytest.approx(alone["test"] + (1 / 3 + 2 / 3) / 4)
 
 
 @pytest.mark.parametrize(
