@@ -3,7 +3,13 @@
 from agcl.modulation.gate import gates
 from agcl.modulation.optimizer import GatedAdamW, GateOn
 from agcl.modulation.penalty import quadratic_penalty
-from agcl.modulation.projection import bases, load_bases, random_bases, save_bases
+from agcl.modulation.projection import (
+    bases,
+    load_bases,
+    random_bases,
+    save_bases,
+    weight_bases,
+)
 from agcl.modulation.sgd import GatedSGD
 
 __all__ = [
@@ -16,4 +22,5 @@ __all__ = [
     "quadratic_penalty",
     "random_bases",
     "save_bases",
+    "weight_bases",
 ]

@@ -4,7 +4,7 @@ Prior art: Gradient Projection Memory (Saha 2021), Adam-NSCL (Wang 2021). New he
 weighted by the relevance that passes through them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from agcl.files import tensor_file
 from agcl.importance import Importance
-from agcl.importance.moment import leading, summed
+from agcl.importance.moment import leading, of_factor, of_matrix, summed
+from agcl.parallel.sharding import whole
 
 _KIND, _SAME = "bases", "same"
 
@@ -50,6 +51,38 @@ def bases(
             moment = summed([i.moments[i.input_of(name)].to(device) for i in past], keep=1)
             by_input[key] = leading(moment, energy, known.get(name)).cpu()
         found[name] = by_input[key]
+    return found
+
+
+@torch.no_grad()
+def weight_bases(
+    weights: Mapping[str, Tensor], *, energy: float, transposed: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Input directions to which the weights themselves respond most: no data is involved.
+
+    Per weight W (out, in) the fewest leading right singular vectors that hold the fraction `energy`
+    of the squared singular values, in [0, 1]: (in, k) with orthonormal columns, float32, on the
+    CPU. k = 0 for energy 0, and at most min(out, in). Every weight has its own, also where several
+    read the same input. Low-rank updates are kept off these directions by OPLoRA (arXiv 2510.13003,
+    which keeps them off the left singular vectors too) and KeepLoRA (arXiv 2601.19659); OSFT (arXiv
+    2504.07097) trains beside them.
+
+    Computed where the weights are, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in
+    float64. `transposed` names weights stored (in, out). Collective for sharded weights. Raises
+    `ValueError` for another energy.
+    """
+    if not 0 <= energy <= 1:
+        raise ValueError(f"energy is a fraction in [0, 1], not {energy}")
+    found = {}
+    for name, stored in weights.items():
+        weight = whole(stored).double()
+        weight = weight.T if name in transposed else weight
+        trace = float(weight.square().sum())
+        if len(weight) < weight.shape[1]:
+            moment = of_factor(weight.T, trace, keep=1)
+        else:
+            moment = of_matrix(weight.T @ weight, trace, keep=1)
+        found[name] = leading(moment, energy).to("cpu", torch.float32)
     return found
 
 

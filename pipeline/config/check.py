@@ -60,7 +60,7 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
     _check_base(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))
-        kinds = {item.kind for item in config.protect}
+        kinds = {item.kind for item in config.measured}
         for file in config.importance.past:
             with _named("importance.past"):
                 check_pulled(file)

@@ -233,6 +233,11 @@ class Config(Section):
     search: Search = Search()
 
     @property
+    def measured(self) -> tuple[Gate | Project | Penalty, ...]:
+        """The items of `protect` that need an importance; without one nothing is attributed."""
+        return tuple(item for item in self.protect if item.needs_importance)
+
+    @property
     def measures_entries(self) -> bool:
         """`importance.entries`, or if that is null whether something needs it."""
         given = self.importance.entries
@@ -290,7 +295,7 @@ class Config(Section):
         asked = [
             (f"protect.{number}.energy", item.energy)
             for number, item in enumerate(self.protect)
-            if isinstance(item, Project)
+            if isinstance(item, Project) and item.needs_importance
         ]
         if asked and self.base.protect != "none":
             asked.append(("base.energy", self.base.energy))
@@ -317,6 +322,11 @@ class Config(Section):
             yield "merge: with an adapter needs adapter.fresh, which adds each task to the weights"
         if self.loss.reference == "previous" and self.adapter and not self.adapter.merge:
             yield ("loss.reference: the previous task's model needs adapter.merge, which writes it")
+        if any(not item.needs_importance for item in self.protect):
+            yield (
+                "protect: directions: weights cannot be used with an adapter, which leaves the "
+                "weights as they are"
+            )
         if self.protect and (self.importance.past or self.importance.source == "solo"):
             yield (
                 "importance: with an adapter neither past nor source solo can be used; they belong "

@@ -14,6 +14,10 @@ METHOD_SECTIONS = (
 """The sections that define a method. Everything else is the same for every method."""
 
 
+OF_MOMENTS = ("weighting", "unit_inputs")
+"""Keys of a projection that say how moments are measured."""
+
+
 class Importance(Section):
     """How importance is measured after each task."""
 
@@ -64,7 +68,13 @@ class Protection(Section):
 
     ungated: Literal["train", "freeze"] = "freeze"
     """Weights without importance (embeddings, norms, head): train them, or freeze them while a
-    protection is active, that is from the second task on."""
+    protection is active: from the second task on, or from the first one if something is protected
+    then."""
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether it protects what is measured on data: earlier tasks, and the base model."""
+        return True
 
 
 class Gate(Protection):
@@ -86,15 +96,23 @@ class Project(Protection):
 
     kind: Literal["project"]
     energy: Share = 0.8
-    """Share of the earlier inputs' second moment to protect, at most `importance.keep`; 0 means no
-    projection."""
+    """Share of the earlier inputs' second moment to protect, at most `importance.keep`; of
+    `directions: weights`, of the squared singular values. 0 means no projection."""
     weighting: Literal["relevance", "uniform", "answer"] = "relevance"
     """Weight of each token's input: its relevance, the same for all, or the same for tokens that
     predict an answer token and 0 for others."""
     unit_inputs: bool = True
     """Normalize each token's input to length 1; otherwise its squared length is a weight too."""
-    directions: Literal["leading", "random"] = "leading"
-    """`random` is a control: the same number of random directions."""
+    directions: Literal["leading", "random", "weights"] = "leading"
+    """Two controls: `random` takes the same number of random directions; `weights` the leading
+    right singular vectors of each weight before the task, from the first task on and without any
+    data: nothing is measured, and `weighting`, `unit_inputs` and the section `base` do not matter.
+    """
+
+    @property
+    def needs_importance(self) -> bool:
+        """Not if its directions are those of the weights."""
+        return self.directions != "weights"
 
 
 class Penalty(Protection):

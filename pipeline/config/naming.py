@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.config.config import UNPROTECTED, Config
 from pipeline.config.loading import leaves, validate, with_preset
-from pipeline.config.method import METHOD_SECTIONS
+from pipeline.config.method import METHOD_SECTIONS, OF_MOMENTS
 from pipeline.config.presets import METHODS
 
 CHANGES = "+changes"
@@ -50,13 +50,20 @@ def _structure_of(method: str) -> dict[str, Any]:
 
 def _structure(config: Config) -> dict[str, Any]:
     """The method's settings by dotted key, without tunable ones; numbers only as on or off."""
-    nothing_measured, unprotected = not config.protect, config.base.protect == "none"
-    projects = any(item.kind == "project" for item in config.protect)
+    nothing_measured, unprotected = not config.measured, config.base.protect == "none"
+    projects = any(item.kind == "project" for item in config.measured)
+    unused = {
+        f"protect.{number}.{key}"
+        for number, item in enumerate(config.protect)
+        for key in OF_MOMENTS
+        if not item.needs_importance
+    }
     of_base = _OF_PROJECTED_BASE if projects else _OF_BASE
     return {
         key: value != 0 if isinstance(value, int | float) else value
         for key, value in leaves(config, include=set(METHOD_SECTIONS))
         if key.removeprefix("importance.") not in _TUNABLE
+        and key not in unused
         and not (nothing_measured and key.startswith(("importance.", "base.")))
         and not (key.startswith("base.") and (unprotected or key not in of_base))
     }

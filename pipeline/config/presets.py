@@ -54,7 +54,7 @@ METHODS: dict[str, Method] = {
         _ENERGY,
         controls=(
             *("base_unprotected", "project_uniform", "project_answer", "project_random"),
-            "project_raw",
+            *("project_raw", "project_weights"),
         ),
     ),
     "gate": _gate(
@@ -188,6 +188,13 @@ METHODS: dict[str, Method] = {
     ),
     "project_random": _variant(
         "control: the same number of random directions", "agcl", _ENERGY, directions="random"
+    ),
+    "project_weights": _variant(
+        "control: the weights' leading right singular vectors, without any data",
+        "agcl",
+        _ENERGY,
+        directions="weights",
+        **{"base.protect": "none"},
     ),
     "frozen_embeddings": Method(
         "control: only embeddings, norms and head frozen", {"freeze": {"ungated": True}}

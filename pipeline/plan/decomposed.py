@@ -1,7 +1,15 @@
-"""Memory of decomposed weights (`subspace`), by a formula: those of the first task, the most."""
+"""Memory of decomposed weights, by a formula: their factors (`subspace`), those of the first task,
+the most; or their leading directions, which a projection protects (`directions: weights`).
+"""
 
+import math
+
+from pipeline.config.method import Project
 from pipeline.config.sources import sources
 from pipeline.plan.setting import FLOAT, Part, Setting
+
+_DOUBLE = 8
+"""Bytes of a number in float64, in which directions are computed."""
 
 
 def trained_factors(setting: Setting) -> int:
@@ -39,3 +47,24 @@ def _kept(setting: Setting) -> list[int]:
     section = setting.config.subspace
     share = section.preserved(1, len(sources(setting.config))) if section else 0.0
     return [max(1, int(min(linear) * share)) for linear in setting.shape.linears]
+
+
+def projection_of_weights(setting: Setting) -> Project | None:
+    """The projection that protects the weights' own directions, if there is one."""
+    projections = (item for item in setting.config.protect if isinstance(item, Project))
+    return next((item for item in projections if not item.needs_importance), None)
+
+
+def directions_of_weights(setting: Setting, projection: Project) -> int:
+    """Bytes of the protected directions, at most: those of weights with equal singular values."""
+    ranks = ((math.ceil(projection.energy * min(each)), each[1]) for each in setting.protected)
+    return FLOAT * sum(rank * width for rank, width in ranks)
+
+
+def decomposing(setting: Setting) -> Part:
+    """A weight in float64, its Gram matrix, eigenvectors, LAPACK's copies, and its directions."""
+    sizes = (
+        out * width + 4 * min(out, width) ** 2 + 2 * width * min(out, width)
+        for out, width in setting.protected
+    )
+    return Part("decomposing a weight", _DOUBLE * max(sizes))

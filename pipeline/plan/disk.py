@@ -11,7 +11,7 @@ def disk_per_task(setting: Setting) -> Parts:
     config = setting.config
     saves_model = not config.adapter or config.adapter.merge
     trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
-    moments = any(isinstance(item, Project) for item in config.protect)
+    moments = any(isinstance(item, Project) for item in config.measured)
     files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
@@ -23,7 +23,7 @@ def disk_per_task(setting: Setting) -> Parts:
             setting.weight_bytes * setting.shape.weights * (config.merge is not None),
         ),
         Part("adapter", FLOAT * entries(setting.factors)),
-        Part("importance", importance * bool(config.protect)),
+        Part("importance", importance * bool(config.measured)),
         Part(
             "checkpoint",
             (size + 2 * FLOAT) * trained * bool(config.resources.checkpoint_minutes),

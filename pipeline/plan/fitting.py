@@ -110,7 +110,7 @@ def _with(setting: Setting, section: str, **changes: Any) -> Setting:
 
 def _with_lora(config: Config) -> Config:
     """The config with method `lora_agcl`, or `lora` if nothing is protected."""
-    kept = tuple(item for item in config.protect if isinstance(item, Project))
+    kept = tuple(item for item in config.measured if isinstance(item, Project))
     protect = kept or ((Project(kind="project"),) if config.protect else ())
     return config.model_copy(
         update={"adapter": Adapter(), "base": Base(), "protect": protect, "subspace": None}

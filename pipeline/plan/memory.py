@@ -13,7 +13,14 @@ from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES, owners
 
 from pipeline.config.method import Project
-from pipeline.plan.decomposed import held_factors, kept_by_factors, trained_factors
+from pipeline.plan.decomposed import (
+    decomposing,
+    directions_of_weights,
+    held_factors,
+    kept_by_factors,
+    projection_of_weights,
+    trained_factors,
+)
 from pipeline.plan.setting import (
     FLOAT,
     HALF,
@@ -41,7 +48,7 @@ _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 def peaks(setting: Setting) -> dict[str, Parts]:
     """The parts of each kind of stage's peak; only of kinds that the config has."""
     found = {TRAIN: train_peak(setting)}
-    if setting.config.protect:
+    if setting.config.measured:
         found[ATTRIBUTE] = attribute_peak(setting)
     return found | {EVALUATE: evaluate_peak(setting)}
 
@@ -49,7 +56,8 @@ def peaks(setting: Setting) -> dict[str, Parts]:
 def train_peak(setting: Setting) -> Parts:
     """The worst moment of the worst task: the first one, or a later one with all protections."""
     config = setting.config
-    always = config.protect and config.base.protect != "none"
+    of_base = config.measured and config.base.protect != "none"
+    always = of_base or len(config.measured) < len(config.protect)
     moments = [] if always else _training(setting, protects=False)
     if config.protect:
         moments += [*_training(setting, protects=True), _deciding(setting)]
@@ -208,8 +216,14 @@ def _protection(setting: Setting) -> list[Part]:
 
 
 def _deciding(setting: Setting) -> Parts:
-    """Before a task: each input's moment loses the base's directions, in float64."""
-    projects = any(isinstance(item, Project) for item in setting.config.protect)
+    """Before a task: each input's moment loses the base's directions, in float64.
+
+    Or each weight is decomposed.
+    """
+    if projection_of_weights(setting):
+        found = Part("bases", _bases(setting), on_host=True)
+        return (*_model(setting, gathered=False), found, decomposing(setting))
+    projects = any(isinstance(item, Project) for item in setting.config.measured)
     widest = max(setting.inputs) if projects else 0
     kept = kept_columns(widest, setting.config.importance.keep)
     known = _bases(setting) if setting.config.base.protect != "none" else 0
@@ -229,7 +243,7 @@ def attribute_peak(setting: Setting) -> Parts:
     shares = [_owned(setting.protected, owned, rank) for rank in range(sharing)]
     owned = owners([width * summed_columns(width) for width in setting.inputs], sharing)
     of_rank = [_owned(setting.inputs, owned, rank) for rank in range(sharing)]
-    projection = next((p for p in config.protect if isinstance(p, Project)), None)
+    projection = next((p for p in config.measured if isinstance(p, Project)), None)
     moments = max(map(_summed, of_rank)) if projection else 0
     if projection:  # And one test matrix for all sketches of a width.
         moments += sum(w * SKETCH for w in set(setting.inputs) if w > 2 * SKETCH)
@@ -318,6 +332,8 @@ def _largest(setting: Setting, moments: Sequence[Parts]) -> Parts:
 
 def _bases(setting: Setting) -> int:
     """Bytes of the protected directions: `directions` x in² of every input."""
+    if projection := projection_of_weights(setting):
+        return directions_of_weights(setting, projection)
     return int(FLOAT * setting.directions * sum(width**2 for width in setting.inputs))
 
 

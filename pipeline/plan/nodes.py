@@ -11,7 +11,7 @@ from agcl.model.models import positions
 
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
-from pipeline.config.method import Freeze, Project
+from pipeline.config.method import OF_MOMENTS, Freeze, Project, Protection
 from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection, sources
@@ -44,7 +44,7 @@ def adapter_on(base: Stage | External, adapter: Stage) -> Inputs:
 
 def measures_solos(config: Config) -> bool:
     """Whether every task is also trained alone, to measure its importance."""
-    return bool(config.protect) and config.importance.source == "solo"
+    return bool(config.measured) and config.importance.source == "solo"
 
 
 def first_session(config: Config) -> str:
@@ -174,13 +174,15 @@ def train_stage(
     """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
     settings = training_settings(config, index)
     inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
-    if config.protect:
+    if config.measured:
         inputs |= _protected_tasks(config, importances)
         inputs |= _protected_base(config, settings, of_base)
-        if len(inputs) > 2:
-            settings["protect"] = [item.model_dump() for item in config.protect]
-            if not any(role.startswith(("importance/", "past")) for role in inputs):
-                settings["protect"] = _on_base_alone(settings["protect"])
+    has_past = any(role.startswith(("importance/", "past")) for role in inputs)
+    settings["protect"] = [
+        _settings_of(item, has_past=has_past)
+        for item in config.protect
+        if len(inputs) > 2 or not item.needs_importance
+    ]
     if not config.loss.is_cross_entropy:
         settings["loss"] = config.loss.model_dump(exclude={"reference"})
     inputs |= _reference(config, base, models)
@@ -220,7 +222,7 @@ def merge_stage(
 
 def sums_moments(config: Config) -> bool:
     """Whether attribute stages keep a running sum, since only moments of the sequence count."""
-    kinds = {item.kind for item in config.protect}
+    kinds = {item.kind for item in config.measured}
     return kinds == {"project"} and not measures_solos(config)
 
 
@@ -258,19 +260,24 @@ def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs
 
 def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | None) -> Inputs:
     """The input of a train stage that protects the base model; its settings are added."""
-    if not (config.protect and of_base):
+    if not (config.measured and of_base):
         return {}
     settings["base_energy"] = config.base.energy
     return {"base_importance": of_base}
 
 
-def _on_base_alone(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`protect` where only the base model is protected: without what a projection uses for tasks.
+def _settings_of(item: Protection, *, has_past: bool) -> dict[str, Any]:
+    """An item of `protect`, without what a projection does not use.
 
-    So trials and controls that differ in it share their first task.
+    That is, if only the base model is protected, what it uses for tasks. So trials and controls
+    that differ in it share their first task.
     """
-    of_tasks = dict.fromkeys(("energy", "weighting", "unit_inputs"))
-    return [item | of_tasks if item["kind"] == "project" else item for item in items]
+    settings = item.model_dump()
+    if isinstance(item, Project) and not item.needs_importance:
+        return settings | dict.fromkeys(OF_MOMENTS)
+    if isinstance(item, Project) and not has_past:
+        return settings | dict.fromkeys(("energy", *OF_MOMENTS))
+    return settings
 
 
 def solo_stages(
@@ -291,7 +298,7 @@ def attribute_stage(
     config: Config, index: int, task: str, session: str, inputs: Mapping[str, Stage | External]
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
-    projection = next((p for p in config.protect if isinstance(p, Project)), None)
+    projection = next((p for p in config.measured if isinstance(p, Project)), None)
     return Stage(
         name=f"attribute/{index}-{task}",
         fn=attribute,

@@ -103,7 +103,7 @@ def _sequence(
             chain.append(result)
         # Merged with the base model, a result is only scored.
         models.append(model if config.merge and config.merge.onto == "base" else result)
-        if config.protect:
+        if config.measured:
             measured = solos[task] if solos else models[-1]
             on_factors = config.adapter is not None and not config.adapter.fresh
             inputs = adapter_on(base, model) if on_factors else {"model": measured}

@@ -21,6 +21,7 @@ from agcl.modulation import (
     gates,
     quadratic_penalty,
     random_bases,
+    weight_bases,
 )
 from agcl.modulation.checks import check, sampled
 from agcl.parallel import distributed, sharding
@@ -92,7 +93,9 @@ def warn_of_missing(
     warn: Callable[[str], None],
 ) -> None:
     """Say so if a projection asks for more energy than the importances kept of some input."""
-    projections = [item for item in config["protect"] if item["kind"] == "project"]
+    projections = [
+        item for item in config["protect"] if item["kind"] == "project" and not _of_weights(item)
+    ]
     asked = [("protect energy", item["energy"], past) for item in projections if past]
     if projections and base:
         asked.append(("base.energy", config["base_energy"], [base]))
@@ -115,10 +118,19 @@ def protect(
     """Prepare the items of the config's `protect` from the importances of earlier tasks.
 
     The base model's counts as one more. `known` are directions that a projection protects anyway.
+    A projection by the weights' own directions takes those of `model` and needs none of it.
     """
     protection = Protection()
     every = [*([base] if base else []), *past]
-    for item in config["protect"] if every or known else []:
+    for item in config["protect"]:
+        if _of_weights(item):
+            if item["energy"]:
+                protection.basis = _directions_of(model, item["energy"])
+                if item["ungated"] == "freeze":
+                    protection.only = set(protection.basis)
+            continue
+        if not (every or known):
+            continue
         match item["kind"]:
             case "gate":
                 protection.on = item["on"]
@@ -141,6 +153,17 @@ def protect(
             protection.only = set(every[0].weights)
     protection.remember(model)
     return protection
+
+
+def _of_weights(item: Mapping[str, Any]) -> bool:
+    return bool(item["kind"] == "project" and item["directions"] == "weights")
+
+
+def _directions_of(model: PreTrainedModel, energy: float) -> dict[str, Tensor]:
+    """The leading input directions of every attributed weight. Collective."""
+    names = attributed_linears(model)
+    weights = {name: p for name, p in model.named_parameters() if name in names}
+    return weight_bases(weights, energy=energy, transposed=stored_transposed(model))
 
 
 def base_directions(

@@ -19,10 +19,16 @@ from torch.distributed.tensor import DTensor
 from agcl.attribution import attribute
 from agcl.files import checkpoint as checkpoints
 from agcl.importance import Importance
-from agcl.lrp import stored_transposed
+from agcl.lrp import attributed_linears, stored_transposed
 from agcl.model import adapter, models
 from agcl.model.forward import activation_checkpointing
-from agcl.modulation import GatedAdamW, quadratic_penalty, random_bases, rounding
+from agcl.modulation import (
+    GatedAdamW,
+    quadratic_penalty,
+    random_bases,
+    rounding,
+    weight_bases,
+)
 from agcl.parallel import distributed, sharding
 from agcl.scoring import probes
 from agcl.scoring.evaluate import answer_kl, text_loss_and_kl
@@ -42,6 +48,14 @@ def model_of(architecture: str, dtype: torch.dtype = torch.float32, **changes: A
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: sharding.whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def directions_of_weights(architecture: str) -> dict[str, Tensor]:
+    """The leading input directions of every linear layer's weight."""
+    model = model_of(architecture)
+    names, transposed = attributed_linears(model), stored_transposed(model)
+    weights = {name: p for name, p in model.named_parameters() if name in names}
+    return weight_bases(weights, energy=0.6, transposed=transposed)
 
 
 def task(

@@ -8,7 +8,14 @@ from torch import nn
 from agcl.errors import InputError
 from agcl.importance import Importance
 from agcl.importance.moment import leading
-from agcl.modulation import GatedAdamW, bases, load_bases, random_bases, save_bases
+from agcl.modulation import (
+    GatedAdamW,
+    bases,
+    load_bases,
+    random_bases,
+    save_bases,
+    weight_bases,
+)
 from agcl.modulation.projection import projected_part
 
 SPECTRUM = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
@@ -200,3 +207,65 @@ def test_bases_come_back_from_a_file_and_another_file_is_refused(tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
         load_bases(file)
+
+
+def matrix(out, width, seed, dtype=torch.float32):
+    """With singular values that fall by a quarter each, down to a thousandth."""
+    rank = min(out, width)
+    left, right = orthonormal(out, rank, seed), orthonormal(width, rank, seed + 1)
+    return (left * 0.75 ** torch.arange(rank) @ right.T).to(dtype)
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize(("out", "width"), [(9, 9), (24, 6), (6, 24), (1, 5), (5, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_directions_of_a_weight_are_its_leading_right_singular_vectors(
+    out, width, energy, transposed
+):
+    weight = matrix(out, width, seed=out)
+    stored = weight.T.contiguous() if transposed else weight
+    found = weight_bases({"w": stored}, energy=energy, transposed={"w"} if transposed else ())["w"]
+    _, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    shares = values.square().cumsum(0) / values.square().sum()
+    rank = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(values))
+    assert found.shape == (width, rank)
+    assert found.dtype == torch.float32
+    expected = right[:rank].T @ right[:rank]
+    torch.testing.assert_close((found @ found.T).double(), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(rank), atol=2e-6, rtol=0)
+
+
+def test_directions_of_weights_are_each_ones_own_and_none_at_energy_zero():
+    weights = {"q": matrix(8, 8, seed=1), "k": matrix(4, 8, seed=2), "none": torch.zeros(3, 4)}
+    found = weight_bases(weights, energy=0.4)
+    assert list(found) == list(weights)
+    for name, weight in weights.items():
+        assert torch.equal(found[name], weight_bases({name: weight}, energy=0.4)[name])
+    assert found["q"].shape == found["k"].shape
+    assert not torch.allclose(found["q"] @ found["q"].T, found["k"] @ found["k"].T, atol=0.1)
+    assert found["none"].shape == (4, 0)
+    assert {u.shape[1] for u in weight_bases(weights, energy=0).values()} == {0}
+    with pytest.raises(ValueError, match=r"energy is a fraction in \[0, 1\], not 80"):
+        weight_bases(weights, energy=80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_leaves_what_a_weight_does_to_its_own_directions(dtype):
+    """W V stays U S, while the other directions move."""
+    weight = nn.Parameter(matrix(12, 10, seed=3, dtype=dtype))
+    before = weight.detach().double()
+    basis = weight_bases({"w": weight}, energy=0.9)
+    rounding = "stochastic" if dtype == torch.bfloat16 else "nearest"
+    optimizer = GatedAdamW(
+        [("w", weight)], basis=basis, lr=1e-2, weight_decay=0.1, rounding=rounding
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        weight.grad = torch.randn(12, 10, generator=generator).to(dtype)
+        optimizer.step()
+    change, protected = weight.detach().double() - before, basis["w"].double()
+    share = (change @ protected).norm() / change.norm()
+    assert share < (1e-5 if dtype == torch.float32 else 0.1)
+    assert change.norm() > 0.1
+    again = weight_bases({"w": weight.float()}, energy=0.3)["w"].double()
+    assert (protected.T @ again).norm() > 0.9 * again.shape[1] ** 0.5

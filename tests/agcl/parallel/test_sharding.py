@@ -59,6 +59,14 @@ def test_bfloat16_weights_are_rounded_alike_in_shards_and_whole(workers, archite
         assert equal >= 0.999 * sum(w.numel() for w in expected.values())
 
 
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+def test_directions_of_sharded_weights_are_those_of_whole_ones(workers, architecture):
+    expected = sharded.directions_of_weights(architecture)
+    assert expected
+    for found in workers.run(sharded.directions_of_weights, architecture):
+        assert_close(found, expected, 0)
+
+
 @pytest.mark.parametrize("setting", ["checkpointing", "packed"])
 def test_a_frozen_weight_keeps_its_bits_with_every_memory_setting(workers, setting):
     frozen = "model.layers.0.mlp.up_proj.weight"

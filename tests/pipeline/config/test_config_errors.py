@@ -295,6 +295,17 @@ def test_the_section_base_says_what_is_wrong(problem, settings, start):
     assert problem("", *settings).startswith(start)
 
 
+def test_directions_of_weights_are_refused_with_an_adapter_and_need_no_stored_moments(problem):
+    said = problem("method: project_weights\n", "adapter={}")
+    assert said.startswith("protect: directions: weights cannot be used with an adapter")
+    item = {"kind": "project", "directions": "weights", "energy": 0.99}
+    loading.validate({"protect": [item]})
+    with pytest.raises(
+        InputError, match=r"^protect\.0\.energy: 0\.99 is more than importance\.keep"
+    ):
+        loading.validate({"protect": [item | {"directions": "random"}]})
+
+
 @pytest.mark.parametrize(
     ("settings", "start"),
     [

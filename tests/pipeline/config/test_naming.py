@@ -31,6 +31,13 @@ def test_every_preset_has_its_own_name(tiny_config, tmp_path, method):
         ("ewc", ["base.protect=self"], "ewc_base"),
         ("agcl", ["protect.0.unit_inputs=false"], "project_raw"),
         ("agcl", ["protect.0.energy=0"], "agcl+changes"),
+        ("agcl", ["protect.0.directions=weights"], "project_weights"),
+        (
+            "project_weights",
+            ["protect.0.weighting=uniform", "base.protect=self"],
+            "project_weights",
+        ),
+        ("project_weights", ["protect.0.energy=0"], "project_weights+changes"),
         ("agcl", ["protect.1={kind: project}", "protect.0={kind: gate}"], "agcl+changes"),
         ("agcl", ["replay.fraction=0.1"], "agcl+changes"),
         ("agcl", ["importance.rules=cp"], "agcl+changes"),

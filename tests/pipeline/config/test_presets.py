@@ -67,7 +67,7 @@ QUICK = ["training.epochs=4", "importance.correct_only=false"]
 """Weights move, and nobody has to answer anything."""
 FROM_THE_FIRST_TASK = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
-    *("osf", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
+    *("osf", "project_weights", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
 }
 
 
@@ -92,6 +92,7 @@ def test_every_method_differs_from_sequential_once_it_protects_something(run_met
         ("das", ["protect.0.strength=0"]),
         ("gate_permuted", ["protect.0.strength=0"]),
         ("project_random", ["protect.0.energy=0", "base.energy=0"]),
+        ("project_weights", ["protect.0.energy=0"]),
         ("replay", ["replay.fraction=0"]),
         ("freeze", ["freeze.layers=[]"]),
     ],
@@ -190,6 +191,26 @@ def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
     expected = dict(subspace.merged(peft_model).named_parameters())
     found = weights(works, stage)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_projection_by_weights_keeps_each_task_off_the_leading_directions_of_the_last_model(
+    run_method,
+):
+    works = run_method("project_weights", "protect.0.energy=0.6", *QUICK)
+    assert not [name for name in works if name.startswith(("attribute", "own_text"))]
+    for before, stage in (("pretrain", "train/1-harbour"), ("train/1-harbour", "train/2-valley")):
+        assert works[stage].inputs.keys() == {"model", "rows"}
+        old, new = weights(works, before), weights(works, stage)
+        for name, weight in old.items():
+            change = (new[name] - weight).double()
+            if "_proj" not in name:
+                assert not change.any(), name
+                continue
+            _, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+            kept = values.square().cumsum(0) < 0.6 * values.square().sum()
+            rank = int(kept.sum()) + 1
+            assert (change @ right[:rank].T).norm() < 1e-3 * change.norm(), name
+            assert (change @ right[rank:].T).norm() > 0.3 * change.norm(), name
 
 
 def test_freeze_with_osf_leaves_those_layers(run_method):

@@ -91,6 +91,16 @@ def test_a_decomposed_weight_has_gradients_adam_and_its_old_factors(large):
         assert said is None or "shard_model" not in said
 
 
+def test_directions_of_weights_are_held_per_weight_and_nothing_is_attributed(large):
+    setting = setting_of(large, "project_weights")
+    assert list(peaks(setting)) == ["train", "evaluate"]
+    bases = [-(-min(out, width) * 4 // 5) * width for out, width in large.linears]
+    parts = sizes(setting, "train")
+    assert parts["bases"] == 4 * sum(bases)
+    assert parts["Adam"] == 8 * large.linear_weights
+    assert {p.name: p.size for p in disk_per_task(setting)}["importance"] == 0
+
+
 def test_workers_share_weights_gradients_and_adam_of_a_sharded_model(large):
     one, eight = (sizes(setting_of(large, "sequential", n), "train") for n in (1, 8))
     assert eight["weights"] == one["weights"] // 8

@@ -384,6 +384,39 @@ def test_methods_share_the_bases_importance_and_its_energy_changes_training_only
         assert "train/2-valley" in changed(protected, other)
 
 
+def test_directions_of_weights_need_no_importance_and_no_settings_of_one(stages):
+    works = stages(method="project_weights")
+    assert works.keys() == stages(method="sequential").keys()
+    assert inputs(works, "train/2-valley") == {"model": "train/1-harbour", "rows": "prepare/valley"}
+    [item] = works["train/1-harbour"].config["protect"]
+    assert item == {
+        "kind": "project",
+        "directions": "weights",
+        "energy": 0.8,
+        "ungated": "freeze",
+        "weighting": None,
+        "unit_inputs": None,
+    }
+    unused = ("base.protect=self", "protect.0.weighting=uniform", "importance.source=solo")
+    assert not changed(works, stages(*unused, method="project_weights"))
+    assert "train/1-harbour" in changed(
+        works, stages("protect.0.energy=0.5", method="project_weights")
+    )
+
+
+def test_a_gate_beside_directions_of_weights_is_measured_and_starts_with_the_second_task(stages):
+    items = "[{kind: gate}, {kind: project, directions: weights}]"
+    works = stages(f"protect={items}", "base.protect=none")
+    kinds = {
+        task: [item["kind"] for item in works[f"train/{task}"].config["protect"]]
+        for task in ("1-harbour", "2-valley")
+    }
+    assert kinds == {"1-harbour": ["project"], "2-valley": ["gate", "project"]}
+    assert works["attribute/1-harbour"].config["moments"] is None
+    assert works["attribute/1-harbour"].config["entries"]
+    assert inputs(works, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
+
+
 @pytest.mark.parametrize("method", ["sequential", "replay", "lora"])
 def test_without_a_protection_the_section_base_changes_nothing(stages, method):
     plain = stages(method=method)
