@@ -223,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = _add(commands, "ui", "start the MLflow UI on loopback")
     sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
     sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")
+    sub.add_argument("--verbose", action="store_true", help="show all that MLflow's server logs")
     return parser
 
 

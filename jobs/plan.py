@@ -24,7 +24,7 @@ from pipeline.plan.shape import shape_of
 from pipeline.run import open_run
 from pipeline.tracking.sync import warn
 
-_GB, _MOST = 10**9, 10**15
+_MB, _GB, _MOST = 10**6, 10**9, 10**15
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -100,7 +100,7 @@ def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
         size = total(parts, on_gpu=setting.on_gpu)
         largest = sorted(parts, key=lambda part: part.size, reverse=True)
         of = ", ".join(map(_part, [p for p in largest if not (p.on_host and setting.on_gpu)][:4]))
-        yield f"  {kind:9}  {size / _GB:.2f} GB {where} ({of})"
+        yield f"  {kind:9}  {_size(size)} {where} ({of})"
         if memory:
             yield f"             {_verdict(setting, kind, memory)}"
     disk = [part for part in disk_per_task(setting) if part.size]
@@ -108,18 +108,23 @@ def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
 
 
 def _part(part: Part) -> str:
-    return f"{part.name} {part.size / _GB:.2f}"
+    return f"{part.name} {_size(part.size)}"
+
+
+def _size(size: float) -> str:
+    """Bytes as a text, in MB below 0.1 GB."""
+    return f"{size / _GB:.2f} GB" if size >= 0.1 * _GB else f"{size / _MB:.1f} MB"
 
 
 def _verdict(setting: Setting, kind: str, memory: int) -> str:
     """Whether a kind of stage fits, and what to change if not."""
-    usable = f"{USABLE:.0%} of {memory / _GB:.0f} GB"
+    usable = f"{USABLE:.0%} of {memory / _GB:.4g} GB"
     if fits(setting, kind, memory):
         return f"fits {usable}"
     over = on_device(setting, kind) - USABLE * memory
     change = remedy(setting, kind, memory)
     advice = f"set {change}" if change else "nothing that agcl can set makes it fit"
-    return f"{over / _GB:.2f} GB too much for {usable}: {advice}"
+    return f"{_size(over)} too much for {usable}: {advice}"
 
 
 def _lines(needs: Needs, resources: Resources) -> list[str]:
@@ -129,10 +134,10 @@ def _lines(needs: Needs, resources: Resources) -> list[str]:
     each = f"each of {workers} workers" if workers > 1 else "one worker"
     if workers > 1 and resources.shard_model:
         each = f"a worker with the whole model; {workers} workers that share it need less each"
-    passing = f", plus {needs.checkpoint_bytes / 1e9:.2f} GB for a checkpoint while training"
+    passing = f", plus {_size(needs.checkpoint_bytes)} for a checkpoint while training"
     return [
-        f"  memory  {needs.worker_bytes / 1e9:.1f} GB peak for {each}",
-        f"  disk    {needs.disk_bytes / 1e9:.2f} GB" + passing * bool(needs.checkpoint_bytes),
+        f"  memory  {_size(needs.worker_bytes)} peak for {each}",
+        f"  disk    {_size(needs.disk_bytes)}" + passing * bool(needs.checkpoint_bytes),
         f"  time    about {total}, one session at a time ({parts})",
     ]
 

@@ -1,6 +1,7 @@
 """`agcl ui`: the MLflow UI on loopback."""
 
 import argparse
+import sys
 from functools import partial
 
 from pipeline.tracking.ui import serve
@@ -9,4 +10,6 @@ from pipeline.tracking.ui import serve
 def main(arguments: argparse.Namespace, command: str) -> int:
     """Serve until interrupted."""
     show = partial(print, "MLflow UI  ", flush=True)
-    return serve(arguments.storage.expanduser().absolute(), arguments.port, show)
+    log = partial(print, file=sys.stderr, flush=True)
+    storage = arguments.storage.expanduser().absolute()
+    return serve(storage, arguments.port, show, log, verbose=arguments.verbose)

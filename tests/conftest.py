@@ -59,13 +59,14 @@ def pytest_collection_modifyitems(items):
     """With several processes, what looks at the finished runs goes to one, the rest by file.
 
     But for the search's: its tests take as long as all others on them, and make runs of their own.
-    What uses the two worker processes goes to one too, since starting them takes seconds.
+    What uses the two worker processes, or a made database, goes to one too, since making those
+    takes seconds.
     What starts Ray takes longest and goes first, so that no process is left with it at the end.
     """
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         shares = "finished" in item.fixturenames and item.path.name != "test_search.py"
         name = "finished" if shares else str(item.path)
-        if "workers" in item.fixturenames:
-            name = "workers"
+        for made in ("workers", "raced"):
+            name = made if made in item.fixturenames else name
         item.add_marker(pytest.mark.xdist_group(name))

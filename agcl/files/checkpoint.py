@@ -71,6 +71,8 @@ class Checkpoint:
         self.download, self.upload, self.delete = download, upload, delete
         self.warn: Callable[[str], None] = lambda line: None
         """Called with what went wrong with the file, since none of it ends training."""
+        self.resumed: Callable[[dict[str, float], int], None] = lambda metrics, step: None
+        """Called on every rank with the last step before the file, once that is loaded."""
         self.last_write, self.write_seconds = time.monotonic(), 0.0
         self.slot, self.parts = 1, list[Path]()
         """Of the last complete checkpoint."""
@@ -93,6 +95,8 @@ class Checkpoint:
                 state.load(parameters, optimizer, tensors, layout)
                 shards.load(parts, layouts, partial(state.rows_of, parameters, optimizer))
                 self.slot, self.parts = header.get("slot", 1), parts
+                if steps:
+                    self.resumed(*steps[-1])
                 return steps
             if not parts:
                 break

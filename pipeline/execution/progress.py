@@ -55,7 +55,7 @@ class StageProgress:
         self.bars.update(self.all, description=f"[dim]waiting for {what}[/]")
 
     def observe(self, records: Iterable[Record]) -> None:
-        """Show records of stages: started, metrics, lost, finished or failed."""
+        """Show records of stages: started, metrics, a note, lost, finished or failed."""
         for record in records:
             artifact = str(record["artifact"])
             match record.get("state"):
@@ -70,6 +70,8 @@ class StageProgress:
                 case _ if "warning" in record:
                     said = f"{self.titles[artifact]}: {escape(str(record['warning']))}"
                     self.console.print(f"  [yellow]warning[/] {said}", highlight=False)
+                case _ if "note" in record:
+                    self._say(artifact, escape(str(record["note"])))
                 case _:
                     self._advance(artifact, record)
 
@@ -89,8 +91,11 @@ class StageProgress:
         """Print the progress of a long stage occasionally."""
         if time.monotonic() - self.said >= _SECONDS_BETWEEN_LINES:
             self.said = time.monotonic()
-            line = f"       {self.titles[artifact]} {detail}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self._say(artifact, detail)
+
+    def _say(self, artifact: str, text: str) -> None:
+        line = f"       {self.titles[artifact]} {text}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _end(self, artifact: str, state: str) -> None:
         bar, started = self.running.pop(artifact, (None, time.monotonic()))

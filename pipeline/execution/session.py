@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.config.hub import on_this_machine
 from pipeline.execution.failures import explain, is_peer_loss
 from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
-from pipeline.stages.context import Context, Emit, StageLog
+from pipeline.stages.context import Context, Emit, Record, StageLog
 from pipeline.stages.files import LOG_FILE
 from pipeline.storage import artifact
 
@@ -97,6 +97,8 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
     context.warn = lambda line: emit([{"artifact": stage.folder.name, "warning": masked(line)}])
     if checkpoint:
         checkpoint.warn = context.warn
+    if checkpoint and context.is_first_worker:
+        checkpoint.resumed = lambda metrics, step: emit([_resumed(stage, metrics, step)])
     if not context.is_first_worker:
         context.log = lambda metrics, step: None
         try:
@@ -120,3 +122,10 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
     stage.storage.publish(stage.folder)
     if checkpoint:
         checkpoint.remove()
+
+
+def _resumed(stage: ResolvedStage, metrics: Mapping[str, float], step: int) -> Record:
+    """Where training goes on, for the user."""
+    total = metrics.get("of_steps")
+    note = f"resumes after step {step}" + f" of {total}" * bool(total)
+    return {"artifact": stage.folder.name, "note": note}

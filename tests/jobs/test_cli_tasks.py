@@ -13,6 +13,8 @@ from jobs import cli
 from jobs.tasks import _example, _parts
 from pipeline.config import loading
 from pipeline.config.check import check_inputs
+from pipeline.execution.session import run_stages
+from pipeline.stages.context import Context
 
 
 @pytest.fixture
@@ -234,8 +236,17 @@ def test_marks_and_colours_show_which_tokens_carry_loss():
     ]
 
 
-@pytest.mark.ray
-def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(benchmarks, capsys):
+def in_process(sessions, folder, resources, record, console):
+    """Runs sessions without Ray, which `tests/pipeline` starts for prepare stages often enough."""
+    for session in sessions:
+        run_stages(session.stages, Context(ray_data=False), record)
+    return []
+
+
+def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
+    benchmarks, capsys, monkeypatch
+):
+    monkeypatch.setattr("pipeline.run.run_with_progress", in_process)
     rows = [{"q": f"Who is {i}?", "a": f" Me, [{i}]"} for i in range(9)]
     lost = [{"q": "Who? " * 300, "a": "Me"}, {"q": "", "a": "Me"}]
     (benchmarks / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + lost))

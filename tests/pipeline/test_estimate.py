@@ -13,13 +13,13 @@ from pipeline.stages.files import IMPORTANCE_FILE
 
 pytestmark = pytest.mark.timeout(300)
 TIMED = {"pretrain", "train", "attribute", "evaluate"}
-GATE = "protect.0.kind=gate"
+GATE, FEW = "protect.0.kind=gate", "training.epochs=6"
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_config, tmp_path_factory):
     """A config's run, executed in one process, and the peak memory of that process."""
-    run = open_run(tiny_config(tmp_path_factory.mktemp("measured"), GATE))
+    run = open_run(tiny_config(tmp_path_factory.mktemp("measured"), GATE, FEW))
     return run, estimates._peak_of(list(run.resolved.values()), "cpu", 1)
 
 
@@ -35,7 +35,7 @@ def temporary(tmp_path, monkeypatch):
 
 def test_the_estimate_is_close_to_what_the_run_took(measured, tiny_config, tmp_path):
     run, peak = measured
-    needs = estimate(open_run(tiny_config(tmp_path / "storage", GATE)))
+    needs = estimate(open_run(tiny_config(tmp_path / "storage", GATE, FEW)))
     assert needs.worker_bytes == pytest.approx(peak, rel=0.15)
     stages = run.resolved.values()
     files = [f for stage in stages for f in stage.folder.rglob("*") if f.is_file()]

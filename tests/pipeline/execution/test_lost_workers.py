@@ -224,12 +224,14 @@ def test_a_lost_worker_is_told_from_a_stages_own_error(error, lost):
 def test_in_a_log_progress_is_plain_lines():
     out = io.StringIO()
     with StageProgress(Console(file=out, width=80), {"a-1": "train/1-x", "b-1": "report"}) as shown:
-        states = ["started", "lost", "started", "finished"]
-        shown.observe([{"artifact": "a-1", "state": state} for state in states])
+        shown.observe([{"artifact": "a-1", "state": s} for s in ("started", "lost", "started")])
+        shown.observe([{"artifact": "a-1", "note": "resumes after step 2 of 3"}])
+        shown.observe([{"artifact": "a-1", "state": "finished"}])
         shown.observe([{"artifact": "b-1", "state": "started"}])
         shown.observe([{"artifact": "b-1", "state": "failed"}])
-    lost, done, failed = out.getvalue().splitlines()
+    lost, resumed, done, failed = out.getvalue().splitlines()
     assert lost.split() == "lost a worker in train/1-x; restarting it".split()
+    assert resumed.strip() == "train/1-x resumes after step 2 of 3"
     assert done.split()[:2] == ["done", "train/1-x"]
     assert failed.split()[:2] == ["failed", "report"]
     assert "\x1b" not in out.getvalue()

@@ -214,7 +214,7 @@ class Trained:
     """One stage of three steps that writes a checkpoint after each; `fail` ends it in the last."""
 
     def __init__(self, storage):
-        self.storage, self.fail, self.begun_at = storage, None, []
+        self.storage, self.fail, self.begun_at, self.records = storage, None, [], []
 
     def run(self, config, inputs, out_dir, context):
         weight = torch.nn.Parameter(torch.zeros(1))
@@ -227,7 +227,7 @@ class Trained:
             if step == 3 and self.fail:
                 raise self.fail
             weight.data += step
-            steps.append(({"loss": 0.5}, step))
+            steps.append(({"loss": 0.5, "of_steps": 3}, step))
             if context.checkpoint:
                 context.checkpoint.write_if_due({"weight": weight}, optimizer, steps)
         (out_dir / "out.txt").write_text(str(weight.item()))
@@ -236,7 +236,7 @@ class Trained:
         self.fail = fail
         works = list(resolve([Stage("train/a", self.run, {})], Local(self.storage)).values())
         with pytest.raises(type(fail)) if fail else nullcontext():
-            run_stages(works, Context(checkpoint_minutes=minutes), lambda records: None)
+            run_stages(works, Context(checkpoint_minutes=minutes), self.records.extend)
         return works[0].folder
 
 
@@ -252,6 +252,8 @@ def test_a_stage_that_was_cut_off_goes_on_at_its_checkpoint(trained, crash):
     assert [f.name for f in folder.parent.iterdir()] == [folder.name + ".checkpoint"]
     trained.start()
     assert trained.begun_at == [0, 2]
+    said = [record for record in trained.records if "note" in record]
+    assert said == [{"artifact": folder.name, "note": "resumes after step 2 of 3"}]
     assert (folder / "out.txt").read_text() == "6.0"
     assert [f.name for f in folder.parent.iterdir()] == [folder.name]
 

@@ -9,7 +9,12 @@ from reference import sharded
 from agcl.model import models
 
 ALL = "protect=[{kind: gate, strength: 0.5}, {kind: penalty}, {kind: project, energy: 0.6}]"
-FEW = ["training.epochs=4", "model.pretraining.epochs=2", "importance.correct_only=false"]
+FEW = [
+    "training.epochs=4",
+    "training.micro_batch_size=4",
+    "model.pretraining.epochs=2",
+    "importance.correct_only=false",
+]
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from jobs.execution import (
     print_metrics,
 )
 from pipeline.config.presets import METHODS
+from pipeline.results import figures as figures_module
 from pipeline.results.checks import crowded
-from pipeline.results.drawing import styles_of
+from pipeline.results.drawing import styles_of, svg
 from pipeline.results.figures import draw
 from pipeline.results.report import write_report
 from pipeline.results.results import METRIC_TITLES, RunResult, StageRecord, groups, labels, left_out
@@ -124,7 +125,27 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(tmp_path):
+def rendered(monkeypatch):
+    """Renders only figures whose files begin with a text; most of a report's time goes there."""
+
+    def only(begin):
+        def of(figure, file):
+            blank = '<?xml version="1.0"?><svg viewBox="0 0 1 1"></svg>'
+            return svg(figure, file) if file.startswith(begin) else blank
+
+        monkeypatch.setattr(figures_module, "svg", of)
+
+    return only
+
+
+@pytest.fixture
+def undrawn(rendered):
+    """No figure is rendered."""
+    rendered(("nothing",))
+
+
+@pytest.fixture
+def drawn_page(tmp_path):
     def write(*runs, title="facts"):
         write_report(tmp_path / "report.html", runs, title=title)
         return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -132,12 +153,18 @@ def page(tmp_path):
     return write
 
 
+@pytest.fixture
+def page(undrawn, drawn_page):
+    """The page without what its figures show, for tests of text and tables."""
+    return drawn_page
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """The report on all recorded runs, as its figures and its text."""
+    """The report on all recorded runs: its figures, its text and its folder."""
     file = tmp_path_factory.mktemp("comparison") / "report.html"
     figures = write_report(file, [recorded(label) for label in LABELS], title="facts-compare")
-    return figures, file.read_text(encoding="utf-8")
+    return figures, file.read_text(encoding="utf-8"), file.parent
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +226,14 @@ def test_the_comparison_shows_means_seeds_and_differences(comparison):
 
 
 def test_the_page_embeds_its_figures_and_refers_to_nothing_outside(comparison):
-    figures, text = comparison
+    figures, text, _ = comparison
     seen = Page(text)
     of_set = ["forgetting", "stability-plasticity"]
     of_set += [f"accuracy-{method}" for method in ("sequential", "agcl", "gate")]
     expected = {f"{each}-{name}" for each in of_set for name in ("memorization", "generalization")}
     expected |= {"base", "base-learned", "training", "importance-gate", "overlap-gate"}
     assert set(figures) == {f"{name}.svg" for name in expected}
-    assert all(svg.startswith("<?xml") and len(svg) > 2000 for svg in figures.values())
+    assert all(each.startswith("<?xml") and len(each) > 2000 for each in figures.values())
     assert len(seen.images()) == len(figures)
     assert all(len(image["aria-label"]) > 20 for image in seen.images())
     assert not re.search(r"https?://|url\((?!#)|@import|<script|<link|<img", text)
@@ -222,9 +249,9 @@ def test_figures_follow_the_page_and_show_values_on_hover(comparison):
     assert any(title.startswith("mlp.up_proj, layer 0: ") for title in titles)
     assert any(title.startswith("agcl: learning accuracy ") for title in titles)
     assert any(title.startswith("sequential: from ") for title in titles)
-    for svg in svgs:
-        assert "currentColor" in svg
-        assert not re.search("#24292f|#fefefe", svg)  # Ink and paper are the page's.
+    for each in svgs:
+        assert "currentColor" in each
+        assert not re.search("#24292f|#fefefe", each)  # Ink and paper are the page's.
     assert len(comparison[1]) < 1_000_000
 
 
@@ -269,10 +296,9 @@ def test_a_method_has_its_color_in_every_report():
     assert twice["agcl seed 0 #1"] != twice["agcl seed 0 #2"]
 
 
-def test_the_table_of_metrics_lies_beside_the_report(tmp_path, comparison):
-    runs = [recorded(label) for label in LABELS]
-    write_report(tmp_path / "report.html", runs, title="facts")
-    with (tmp_path / "metrics.csv").open() as file:
+def test_the_table_of_metrics_lies_beside_the_report(comparison):
+    folder = comparison[2]
+    with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["evaluation_set"], row["method"], row["seeds"]) for row in rows[:3]] == [
         ("memorization", "sequential", "2"),
@@ -283,7 +309,7 @@ def test_the_table_of_metrics_lies_beside_the_report(tmp_path, comparison):
     for row, cells in zip(rows, shown[1:], strict=False):
         spread = f"± {float(row['average_95']):.3f}" if row["average_95"] else ""
         assert f"{float(row['average']):.3f}{spread}" == cells[1].strip("*")
-    latex = (tmp_path / "metrics.tex").read_text()
+    latex = (folder / "metrics.tex").read_text()
     assert latex.startswith("\\begin{tabular}{lrrrrrr}\n\\toprule\nMethod & Average & ")
     assert latex.count("\\\\") == 1 + 2 * 4
 
@@ -292,7 +318,7 @@ def test_the_table_of_metrics_lies_beside_the_report(tmp_path, comparison):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, undrawn):
     """The folder of a comparison, whose artifacts are gone."""
     found = tmp_path / "facts-compare"
     labels_of = ["sequential-seed0", "gate-seed0", "agcl-seed0"]
@@ -317,7 +343,7 @@ def test_a_folder_of_an_earlier_version_is_one_clear_line(folder):
         rewrite_report(str(folder))
 
 
-def test_the_report_on_a_search_shows_the_best_run_and_the_trials(tmp_path):
+def test_the_report_on_a_search_shows_the_best_run_and_the_trials(tmp_path, undrawn):
     folder = tmp_path / "facts-search"
     settings = [{"protect.0.energy": energy} for energy in (0.5, 0.8)]
     progress = (Progress(0.5, 0.75, None), Progress(0.625, 0.75, 0.5))
@@ -478,7 +504,8 @@ def test_what_the_base_still_knows_is_averaged_over_seeds(page, tmp_path):
         ({"kl": [0, 0, 0, 1]}, "KL (text) at the end (nats", True),
     ],
 )
-def test_base_kept_is_the_skill_or_else_the_inverted_loss(base, label, inverted):
+def test_base_kept_is_the_skill_or_else_the_inverted_loss(rendered, base, label, inverted):
+    rendered("base-learned")
     less = base_of(lost=0.2)
     other = {key: less.get(key, [0.8, 0.6, 0.5, 0.4]) for key in base}
     few = {"importance": False, "sets": ["memorization"]}
@@ -496,7 +523,8 @@ def test_base_kept_is_the_skill_or_else_the_inverted_loss(base, label, inverted)
     assert agcl_is_above == ((values["agcl"] > values["sequential"]) != inverted)
 
 
-def test_a_measure_that_one_method_lacks_does_not_place_the_methods():
+def test_a_measure_that_one_method_lacks_does_not_place_the_methods(rendered):
+    rendered("base-learned")
     few = {"importance": False, "sets": ["memorization"]}
     only_loss = {"text_loss": [3.0, 3.5, 4.0, 4.5]}
     runs = [run("agcl", base=base_of(), **few), run("sequential", base=only_loss, **few)]
@@ -521,7 +549,7 @@ def taken(*shares, **names):
     return {**measured, "directions_by_layer": {**layers, **names}}
 
 
-def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page):
+def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page, rendered):
     checks = {"train/2-b": taken(0.9, 0.9), "train/3-c": taken(0.2, 0.6, lm_head=0.7)}
     of_agcl = [run(seed=0, checks=checks, config_yaml="protect: [{kind: gate}, {kind: project}]",
                    **FEW)]  # fmt: skip
@@ -531,6 +559,7 @@ def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page):
     seen = page(*of_agcl)
     assert f"Warning: {line}." in seen.text
     assert any("protected input directions" in image["aria-label"] for image in seen.images())
+    rendered("directions")
     (figure,) = [picture.svg for picture in draw(of_agcl) if picture.section == "directions"]
     titles = re.findall(r"<title>(.*?)</title>", figure)
     assert {"mlp.up_proj, layer 0: 0.20", "mlp.up_proj, layer 1: 0.60"} <= set(titles)
@@ -548,7 +577,7 @@ def test_half_the_directions_on_average_over_seeds_is_no_warning():
     assert crowded([*runs, more, run("gate", **FEW)])[0].startswith("agcl: protection leaves")
 
 
-def test_checks_of_a_version_without_directions_by_layer_are_shown():
+def test_checks_of_a_version_without_directions_by_layer_are_shown(undrawn):
     old = {"train/2-b": {key: value for key, value in taken(0.9).items() if "layer" not in key}}
     one = run(checks=old, **FEW)
     assert crowded([one]) == []
@@ -569,9 +598,9 @@ def test_same_method_and_seed_twice_is_not_averaged():
     assert [group.label for group in groups(runs)] == ["agcl seed 0 #1", "agcl seed 0 #2", "ewc"]
 
 
-def test_names_are_shown_and_never_run(page):
+def test_names_are_shown_and_never_run(drawn_page):
     evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
-    seen = page(
+    seen = drawn_page(
         run(
             evil,
             sets=["memorization"],
@@ -618,7 +647,7 @@ def test_importance_of_all_zeros_and_of_uneven_layers_is_drawn():
     assert {"importance", "overlap"} <= {picture.section for picture in drawn}
 
 
-def test_evaluation_sets_whose_names_give_one_file_name_stay_apart():
+def test_evaluation_sets_whose_names_give_one_file_name_stay_apart(undrawn):
     changed = run(**FEW)
     (of_set,) = changed.metrics["evaluation_sets"].values()
     changed.metrics["evaluation_set"] = "a b"
