@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agcl.model import adapter, models
+from agcl.model import adapter, corda, models
 from agcl.modulation import lora
 from agcl.parallel import distributed
 from agcl.tasks import Rows
@@ -39,17 +39,17 @@ def train_adapter(
 ) -> None:
     """Train factors on `model` and write them, with `merge` also the merged model.
 
-    The factors are new, or continue those of the input `adapter`. They are kept orthogonal to
-    the inputs named `adapter/...`.
+    The factors are new, or continue those of the input `adapter`, for CorDA from what it started
+    from. They are kept orthogonal to the inputs named `adapter/...`.
     """
     settings = config["adapter"]
-    peft_model = adapter.attach(
-        context.take_model(inputs["model"], config),
-        rank=settings["rank"],
-        alpha=settings["alpha"],
-        seed=config["seed"],
-        start=inputs["adapter"] / ADAPTER if "adapter" in inputs else None,
-    )
+    size = {"rank": settings["rank"], "alpha": settings["alpha"]}
+    start = inputs["adapter"] / ADAPTER if "adapter" in inputs else None
+    model, initial = context.take_model(inputs["model"], config), None
+    if start and settings.get("init") == "corda":
+        peft_model, initial = corda.attach(model, **size, start=start)
+    else:
+        peft_model = adapter.attach(model, **size, seed=config["seed"], start=start)
     model = peft_model.get_base_model()
     past, base = past_importances(inputs), base_importance(inputs)
     if context.is_first_worker:
@@ -75,21 +75,31 @@ def train_adapter(
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
         folder = inputs["model"]
-        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
+        place = (out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
+        if initial is None:
+            adapter.save(peft_model, *place)
+        else:
+            corda.save(peft_model, initial, *place)
     distributed.meet()  # Rank 0 writes alone; saving a sharded model is collective.
     end = rows[0].input_ids[-1]
-    _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
+    _finish(peft_model, settings, inputs["model"], out_dir, context, end)
 
 
 def _finish(
-    peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context, end: int
+    peft_model: PeftModel,
+    settings: Mapping[str, Any],
+    base: Path,
+    out_dir: Path,
+    context: Context,
+    end: int,
 ) -> None:
     """Write the merged model, or only the tokenizer, and hold the model for the next stage."""
     tokenizer = models.load_tokenizer(base)
-    if not merge:
+    if not settings["merge"]:
         if context.is_first_worker:
             tokenizer.save_pretrained(out_dir)
-        context.hold_model(adapter.removed(peft_model), base)
+        if settings.get("init") != "corda":  # Which changed the weights below the factors.
+            context.hold_model(adapter.removed(peft_model), base)
         return
     model = adapter.merged(peft_model)
     models.save(model, tokenizer, out_dir, end=end)

@@ -323,6 +323,20 @@ def test_the_section_subspace_says_what_is_wrong(problem, settings, start):
 
 
 @pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (["adapter.init=pissa"], "adapter.init: "),
+        (["adapter.fresh=true"], "adapter.init: corda cannot be combined with adapter.fresh"),
+        (["base.protect=none"], "base.protect: adapter.init=corda needs a text"),
+        (["protect=[{kind: project}]"], "protect: cannot be combined with adapter.init=corda"),
+        (["resources.shard_model=true"], "adapter.init: corda cannot be combined with resources"),
+    ],
+)
+def test_a_start_of_an_adapter_says_what_is_wrong(problem, settings, start):
+    assert problem("method: corda\n", *settings).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("overrides", "key"),
     [
         (("protect.0.energy=0.99",), "protect.0.energy: 0.99"),

@@ -67,7 +67,7 @@ QUICK = ["training.epochs=4", "importance.correct_only=false"]
 """Weights move, and nobody has to answer anything."""
 FROM_THE_FIRST_TASK = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
-    *("osf", "project_weights", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
+    *("osf", "corda", "project_weights", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
 }
 
 
@@ -162,6 +162,48 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
     for name in before:
         inside = ".layers.1." in name or ".layers.3." in name
         assert torch.equal(before[name], after[name]) is inside, name
+
+
+@pytest.mark.parametrize("text", ["self", "rows"])
+def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
+    works = run_method("corda", f"base.protect={text}", "adapter.rank=3")
+    base, start = weights(works, "pretrain"), works["corda"].folder
+    for stage in ("train/1-harbour", "train/2-valley"):
+        assert works[stage].inputs["model"] == works["pretrain"].folder
+        assert works[stage].inputs["adapter"] == start
+        start = works[stage].folder
+        adapter = load_file(start / "adapter" / "adapter_model.safetensors")
+        for name, weight in weights(works, stage).items():
+            layer = "base_model.model." + name.removesuffix("weight")
+            if f"{layer}lora_A.weight" not in adapter:
+                assert torch.equal(weight, base[name]), name
+                continue
+            a, b = (adapter[f"{layer}lora_{factor}.weight"].double() for factor in "AB")
+            assert a.shape[0] == 6
+            update = 16 / 3 * b @ a
+            assert update.abs().max() > 1e-3
+            expected = base[name].double() + update
+            torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-5)
+    apart = run_method("corda", f"base.protect={text}", "adapter.rank=3", "adapter.merge=false")
+    assert not list(apart["train/2-valley"].folder.glob("*.safetensors"))
+    assert metrics(apart)["evaluation_sets"] == metrics(works)["evaluation_sets"]
+    kl_answers = [metrics(each)["base"]["kl_answers"] for each in (apart, works)]
+    assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-2)
+
+
+def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_its_factors(
+    run_method,
+):
+    settings = ["base.protect=self", "adapter.init=corda", "training.epochs=1"]
+    settings += ["loss.strength=100", "training.batch_size=12"]
+    works = run_method("kl", "adapter={rank: 32}", *settings)
+    rows = EncodedRows(works["prepare/harbour"].folder / "train.arrow")
+    first = json.loads((works["train/1-harbour"].folder / "log.jsonl").open().readline())
+    plain = run_method("lora", "training.epochs=1", "training.batch_size=12")
+    other = json.loads((plain["train/1-harbour"].folder / "log.jsonl").open().readline())
+    # Before its first step the model is the base model, from which it has not gone away.
+    assert len(rows) == 12
+    assert first["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize(
