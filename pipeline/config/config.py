@@ -313,10 +313,10 @@ class Config(Section):
                 )
 
     def _adapter_conflicts(self) -> Iterator[str]:
-        if self.adapter and self.adapter.fresh and {i.kind for i in self.protect} - {"project"}:
+        if self.adapter and self.adapter.fresh and "gate" in {i.kind for i in self.protect}:
             yield (
-                "protect: with adapter.fresh only project can be used; importances of earlier "
-                "factors do not apply to fresh ones"
+                "protect: with adapter.fresh only project and penalty can be used; a gate of "
+                "earlier factors does not apply to fresh ones"
             )
         if self.base.protect != "none" and {i.kind for i in self.protect} - {"project"}:
             yield (

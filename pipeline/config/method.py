@@ -116,7 +116,8 @@ class Project(Protection):
 
 
 class Penalty(Protection):
-    """EWC's quadratic penalty on the change of important weights, from the unscaled importance."""
+    """EWC's quadratic penalty on the change of important weights, from the unscaled importance.
+    With `adapter.fresh`, of the weights below the adapter: on the product of its factors."""
 
     kind: Literal["penalty"]
     strength: float = Field(1e4, ge=0)
@@ -217,7 +218,7 @@ class Merge(Section):
 
 class Adapter(Section):
     """Train LoRA factors (PEFT) instead of the weights. Importance and protections apply to the
-    factors; with `fresh` they apply to the inputs that earlier tasks used."""
+    factors; with `fresh` to the weights below them and the inputs that earlier tasks used."""
 
     rank: Positive = 8
     alpha: float = Field(16.0, gt=0)

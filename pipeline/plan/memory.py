@@ -212,7 +212,9 @@ def _protection(setting: Setting) -> list[Part]:
         parts.append(Part("gates", count // _shards(setting)))
         parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
     if "penalty" in kinds:
-        parts.append(Part("anchors and importance", 2 * FLOAT * count // _shards(setting)))
+        # Fresh factors start from zero, which needs no copy.
+        copies = 1 if setting.config.adapter and setting.config.adapter.fresh else 2
+        parts.append(Part("anchors and importance", copies * FLOAT * count // _shards(setting)))
     if kinds - {"penalty"}:
         checked = setting.weight_bytes * _checked(setting)
         parts.append(Part("weights before the task", checked, on_host=True))

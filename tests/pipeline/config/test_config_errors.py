@@ -336,6 +336,13 @@ def test_a_start_of_an_adapter_says_what_is_wrong(problem, settings, start):
     assert problem("method: corda\n", *settings).startswith(start)
 
 
+def test_a_gate_of_fresh_factors_is_refused(problem):
+    settings = ["protect=[{kind: gate}]", "base.protect=none"]
+    assert problem("method: inflora\n", *settings).startswith(
+        "protect: with adapter.fresh only project and penalty can be used"
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

@@ -117,6 +117,14 @@ def test_corda_decomposes_all_layers_at_once_and_keeps_what_it_started_from(larg
     assert of_disk[0]["adapter"] == 2 * of_disk[1]["adapter"]
 
 
+def test_a_penalty_of_fresh_factors_holds_the_importance_of_the_weights_below_them(large):
+    parts = sizes(setting_of(large, "ewc_lora"), "train")
+    assert parts["anchors and importance"] == 4 * large.linear_weights
+    assert sizes(setting_of(large, "ewc"), "train")["anchors and importance"] == (
+        8 * large.linear_weights
+    )
+
+
 def test_workers_share_weights_gradients_and_adam_of_a_sharded_model(large):
     one, eight = (sizes(setting_of(large, "sequential", n), "train") for n in (1, 8))
     assert eight["weights"] == one["weights"] // 8
