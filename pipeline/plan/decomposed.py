@@ -1,6 +1,7 @@
-"""Memory of decomposed weights, by a formula: factors of OSFT (`subspace`), those of the first task,
-the most, and of CorDA (`adapter.init`); leading directions that a projection protects
-(`directions: weights`).
+"""Memory of decomposed weights, by a formula.
+
+Factors of OSFT (`subspace`), those of the first task, the most, and of CorDA (`adapter.init`);
+leading directions that a projection protects (`directions: weights`).
 """
 
 import math
