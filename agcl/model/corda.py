@@ -51,16 +51,11 @@ def decompose(
     """The factors A₀ and B₀ that CorDA starts from, for the attributed layers, on the CPU.
 
     `texts` are token ids; each counts as much as any other, as in PEFT. `log` gets the number of
-    texts done. The model is left as it was. Raises `InputError` as `check` does, and for a rank
-    above the smaller side of a layer.
+    texts done. The model is left as it was. Raises `InputError` as `check` and `check_rank` do.
     """
     check(model)
+    check_rank(model, rank)
     linears = {name.removesuffix(".weight"): m for name, m in attributed_linears(model).items()}
-    narrow = min(min(cast(Tensor, linear.weight).shape) for linear in linears.values())
-    if rank > narrow:
-        raise InputError(
-            f"adapter.rank: {rank} is more than {narrow}, the singular directions of a layer"
-        )
     config = adapter.lora_config(model, rank=rank, alpha=alpha)
     config.corda_config = CordaConfig(corda_method="kpm")
     training = model.training
@@ -91,6 +86,16 @@ def check(model: PreTrainedModel) -> None:
         raise InputError("adapter.init: corda cannot decompose the weights of a sharded model")
     if model.dtype not in (torch.float32, torch.float64):
         raise InputError("adapter.init: corda needs weights in float32, model.dtype=float32")
+
+
+def check_rank(model: PreTrainedModel, rank: int) -> None:
+    """Raise `InputError` for a rank above the smaller side of a layer."""
+    weights = (cast(Tensor, linear.weight) for linear in attributed_linears(model).values())
+    narrow = min(min(weight.shape) for weight in weights)
+    if rank > narrow:
+        raise InputError(
+            f"adapter.rank: {rank} is more than {narrow}, the singular directions of a layer"
+        )
 
 
 def attach(

@@ -1,13 +1,17 @@
-"""Protection for LoRA: keep a new adapter's input directions away from those of earlier tasks."""
+"""Protection for LoRA: a new adapter's inputs or weights kept away from those of earlier tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from agcl.importance import Importance
 from agcl.model.adapter import WEIGHTS, factor_a
 from agcl.modulation.projection import projected_part
 
@@ -55,3 +59,53 @@ def orthogonality(
         return strength * torch.stack([(old @ new.T).abs().sum() for old, new in pairs]).sum()
 
     return penalty
+
+
+def product_penalty(
+    peft_model: PeftModel, past: Sequence[Importance], *, strength: float
+) -> Callable[[], Tensor]:
+    """A function that adds the gradient of ½ λ Σ F ΔW² to `.grad` and returns its value.
+
+    ΔW is the update of a new adapter, scale · B A, λ the `strength`, and F the sum over past tasks
+    of the positive importance entries of the weights below it: elastic weight consolidation of the
+    merged weight, anchored where the adapter starts. This is EWC-LoRA (Zheng et al. 2026, arXiv
+    2602.17559): Fisher information of the weight, not of the factors. The authors take it from
+    batches' mean gradients, where ours is of single samples; and their code adds up the tasks'
+    factors A and B, where we merge their products. Holds F in float32. Raises `ValueError` for a
+    negative strength, without importances, and for one without entries or of other weights.
+    """
+    if not strength >= 0:
+        raise ValueError(f"strength must be at least 0, not {strength}")
+    if not past or not all(each.entries for each in past):
+        raise ValueError("a penalty needs at least one importance of a past task, all with entries")
+    layers = _layers(peft_model)
+    if layers.keys() != set(past[0].entries):
+        raise ValueError("the importance is that of other weights than those with an adapter")
+    fisher: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        factor = cast(Tensor, layer.lora_A["default"].weight)
+        parts = (each.entries[name].to(factor).clamp(min=0) for each in past)
+        fisher[name] = reduce(torch.add, parts)
+        if layer.fan_in_fan_out:
+            fisher[name] = fisher[name].T
+
+    @torch.no_grad()
+    def penalise() -> Tensor:
+        value = next(iter(fisher.values())).new_zeros(())
+        for name, layer in layers.items():
+            a, b = (cast(Tensor, f["default"].weight) for f in (layer.lora_A, layer.lora_B))
+            scale = layer.scaling["default"]
+            update = scale * b @ a
+            gradient = strength * fisher[name] * update
+            value += 0.5 * (gradient * update).sum()
+            for factor, of_it in ((a, scale * b.T @ gradient), (b, scale * gradient @ a.T)):
+                factor.grad = of_it if factor.grad is None else factor.grad.add_(of_it)
+        return value
+
+    return penalise
+
+
+def _layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """The layers with an adapter, keyed by their weight's name in the model below."""
+    modules = peft_model.get_base_model().named_modules()
+    return {f"{name}.weight": module for name, module in modules if isinstance(module, LoraLayer)}

@@ -14,7 +14,7 @@ from agcl.errors import InputError
 from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
-from agcl.model import models, subspace
+from agcl.model import corda, models, subspace
 from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
@@ -55,8 +55,7 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
         scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
     _check_evaluation(config, tasks)
     _check_layers(config)
-    if config.subspace and not config.model.is_builtin:
-        subspace.check(models.empty_model(config.model.folder))
+    _check_factors(config)
     _check_base(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))
@@ -124,6 +123,8 @@ def _check_dtype(config: Config, dtype: str) -> None:
         )
     if dtype == "bfloat16" and config.training.optimizer == "sgd":
         raise InputError("training.optimizer: sgd needs float32 weights; set model.dtype=float32")
+    if dtype == "bfloat16" and config.starts_from_corda:
+        raise InputError("adapter.init: corda needs weights in float32, model.dtype=float32")
     to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
     if to_nearest and config.protect and not config.adapter:
         raise InputError(
@@ -281,6 +282,16 @@ def _check_base(config: Config) -> None:
     if given := base_rows(config):
         for source in sources(given):
             _open_task(given, source, "base.rows")
+
+
+def _check_factors(config: Config) -> None:
+    """Refuse a model whose weights cannot be decomposed."""
+    if config.model.is_builtin:
+        return
+    if config.subspace:
+        subspace.check(models.empty_model(config.model.folder))
+    if config.adapter and config.starts_from_corda:
+        corda.check_rank(models.empty_model(config.model.folder), config.adapter.rank)
 
 
 def _check_layers(config: Config) -> None:

@@ -243,6 +243,11 @@ class Config(Section):
         given = self.importance.entries
         return bool(self._needing_entries()) if given is None else given
 
+    @property
+    def starts_from_corda(self) -> bool:
+        """Whether an adapter starts from a decomposition of the base model's weights."""
+        return self.adapter is not None and self.adapter.init == "corda"
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         for conflict in (
@@ -308,10 +313,10 @@ class Config(Section):
                 )
 
     def _adapter_conflicts(self) -> Iterator[str]:
-        if self.adapter and self.adapter.fresh and {i.kind for i in self.protect} - {"project"}:
+        if self.adapter and self.adapter.fresh and "gate" in {i.kind for i in self.protect}:
             yield (
-                "protect: with adapter.fresh only project can be used; importances of earlier "
-                "factors do not apply to fresh ones"
+                "protect: with adapter.fresh only project and penalty can be used; a gate of "
+                "earlier factors does not apply to fresh ones"
             )
         if self.base.protect != "none" and {i.kind for i in self.protect} - {"project"}:
             yield (
@@ -327,6 +332,12 @@ class Config(Section):
                 "protect: directions: weights cannot be used with an adapter, which leaves the "
                 "weights as they are"
             )
+        if self.starts_from_corda and self.base.protect == "none":
+            yield "base.protect: adapter.init=corda needs a text; choose base.protect=self"
+        if self.starts_from_corda and self.protect:
+            yield "protect: cannot be combined with adapter.init=corda"
+        if self.starts_from_corda and self.resources.shard_model:
+            yield "adapter.init: corda cannot be combined with resources.shard_model"
         if self.protect and (self.importance.past or self.importance.source == "solo"):
             yield (
                 "importance: with an adapter neither past nor source solo can be used; they belong "

@@ -116,7 +116,8 @@ class Project(Protection):
 
 
 class Penalty(Protection):
-    """EWC's quadratic penalty on the change of important weights, from the unscaled importance."""
+    """EWC's quadratic penalty on the change of important weights, from the unscaled importance.
+    With `adapter.fresh`, of the weights below the adapter: on the product of its factors."""
 
     kind: Literal["penalty"]
     strength: float = Field(1e4, ge=0)
@@ -125,8 +126,9 @@ class Penalty(Protection):
 
 class Base(Section):
     """Protect what the base model knew, as a task before the first one, by the items of `protect`:
-    a method without any ignores this section. With an adapter only a projection can. Measured once,
-    on the base model, and shared by all methods, seeds and trials."""
+    a method without any ignores this section. With an adapter only a projection can, or
+    `adapter.init: corda`. Measured once, on the base model, and shared by all methods, seeds and
+    trials."""
 
     protect: Literal["none", "self", "text", "rows"] = "none"
     """On what the base model's importance is measured. `self`: on text that it writes itself, which
@@ -216,7 +218,7 @@ class Merge(Section):
 
 class Adapter(Section):
     """Train LoRA factors (PEFT) instead of the weights. Importance and protections apply to the
-    factors; with `fresh` they apply to the inputs that earlier tasks used."""
+    factors; with `fresh` to the weights below them and the inputs that earlier tasks used."""
 
     rank: Positive = 8
     alpha: float = Field(16.0, gt=0)
@@ -228,9 +230,17 @@ class Adapter(Section):
     merge: bool = True
     """After every task, write a model with the factors merged in as well as the adapter; false
     writes only the adapter, which is thousands of times smaller."""
+    init: Literal["random", "corda"] = "random"
+    """What the factors start from. `corda`: the directions of each weight that the text of the
+    section `base` uses least, taken out of the weight (CorDA, knowledge-preserved)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Adapter":
+        if self.init == "corda" and self.fresh:
+            raise ValueError(
+                "init: corda cannot be combined with adapter.fresh; it starts one adapter for all "
+                "tasks"
+            )
         if self.orthogonal and not self.fresh:
             raise ValueError("orthogonal: needs adapter.fresh")
         if self.fresh and not self.merge:

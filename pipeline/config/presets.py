@@ -140,6 +140,21 @@ METHODS: dict[str, Method] = {
         _ENERGY,
         controls=("lora", "olora"),
     ),
+    "ewc_lora": Method(
+        "one LoRA adapter per task, its update penalized by Fisher information (EWC-LoRA)",
+        {
+            "adapter": {"fresh": True},
+            "importance": {"estimator": "fisher"},
+            "protect": [{"kind": "penalty"}],
+        },
+        _STRENGTH,
+        controls=("lora", "olora"),
+    ),
+    "corda": Method(
+        "one LoRA adapter for all tasks, in directions that general text uses least (CorDA)",
+        {"adapter": {"init": "corda"}, "base": {"protect": "self"}},
+        controls=("lora",),
+    ),
     "osf": Method(
         "full weights beside their leading singular directions, more kept per task (OSFT)",
         {"subspace": {}},

@@ -1,12 +1,14 @@
-"""Memory of decomposed weights, by a formula: their factors (`subspace`), those of the first task,
-the most; or their leading directions, which a projection protects (`directions: weights`).
+"""Memory of decomposed weights, by a formula.
+
+Factors of OSFT (`subspace`), those of the first task, the most, and of CorDA (`adapter.init`);
+leading directions that a projection protects (`directions: weights`).
 """
 
 import math
 
 from pipeline.config.method import Project
 from pipeline.config.sources import sources
-from pipeline.plan.setting import FLOAT, Part, Setting
+from pipeline.plan.setting import FLOAT, Part, Parts, Setting, entries
 
 _DOUBLE = 8
 """Bytes of a number in float64, in which directions are computed."""
@@ -21,8 +23,11 @@ def trained_factors(setting: Setting) -> int:
 def held_factors(setting: Setting) -> list[Part]:
     """U, S and V, the same as they were, and what PEFT keeps of the leading directions.
 
-    That is those of a weight's longer side, and none of a square one.
+    That is those of a weight's longer side, and none of a square one. Of CorDA's factors, those
+    that it started from.
     """
+    if setting.config.starts_from_corda:
+        return [Part("factors at the start", FLOAT * entries(setting.factors), on_host=True)]
     if not setting.config.subspace:
         return []
     pairs = zip(setting.shape.linears, _kept(setting), strict=True)
@@ -40,6 +45,19 @@ def kept_by_factors(setting: Setting, tokens: int, *, size: int, checkpointing: 
     products = tokens * (sum(map(min, setting.shape.linears)) - sum(_kept(setting)))
     kept = 2 * size * (trained_factors(setting) + products)
     return kept // setting.shape.layers if checkpointing else kept
+
+
+def decompose_peak(setting: Setting) -> Parts:
+    """The end of CorDA's decomposition, when PEFT holds every layer's covariance and its result."""
+    linears = setting.shape.linears
+    widest = max(width for _, width in linears)
+    vectors = sum(min(linear) * sum(linear) for linear in linears)
+    return (
+        Part("weights", FLOAT * setting.shape.weights),
+        Part("covariances", FLOAT * sum(width**2 for _, width in linears)),
+        Part("singular vectors", FLOAT * vectors, on_host=True),
+        Part("decomposing a weight", 4 * FLOAT * widest**2),
+    )
 
 
 def _kept(setting: Setting) -> list[int]:

@@ -22,7 +22,7 @@ def disk_per_task(setting: Setting) -> Parts:
             "merged model",
             setting.weight_bytes * setting.shape.weights * (config.merge is not None),
         ),
-        Part("adapter", FLOAT * entries(setting.factors)),
+        Part("adapter", (1 + config.starts_from_corda) * FLOAT * entries(setting.factors)),
         Part("importance", importance * bool(config.measured)),
         Part(
             "checkpoint",

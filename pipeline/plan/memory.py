@@ -14,6 +14,7 @@ from agcl.parallel.distributed import BUCKET_BYTES, owners
 
 from pipeline.config.method import Project
 from pipeline.plan.decomposed import (
+    decompose_peak,
     decomposing,
     directions_of_weights,
     held_factors,
@@ -35,7 +36,7 @@ from pipeline.plan.setting import (
 from pipeline.plan.shape import Shape
 
 T = TypeVar("T")
-TRAIN, ATTRIBUTE, EVALUATE = "train", "attribute", "evaluate"
+TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
 _CHUNK, _PIECE = 2**24, 2**22
 """Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
 _LOGITS = {False: 3, True: 6}
@@ -47,9 +48,11 @@ _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 
 def peaks(setting: Setting) -> dict[str, Parts]:
     """The parts of each kind of stage's peak; only of kinds that the config has."""
-    found = {TRAIN: train_peak(setting)}
-    if setting.config.measured:
+    config, found = setting.config, {TRAIN: train_peak(setting)}
+    if config.measured:
         found[ATTRIBUTE] = attribute_peak(setting)
+    if config.starts_from_corda:
+        found[DECOMPOSE] = decompose_peak(setting)
     return found | {EVALUATE: evaluate_peak(setting)}
 
 
@@ -138,6 +141,7 @@ def _reference(setting: Setting) -> list[Part]:
     """The frozen model that the loss looks at, unless it is the trained one without its adapter."""
     loss, adapter = setting.config.loss, setting.config.adapter
     own = adapter is not None and (loss.reference == "previous") == adapter.fresh
+    own &= not setting.config.starts_from_corda  # Which changes the weights below its factors.
     if own or not loss.needs_reference:
         return []
     return [Part("reference model", HALF * setting.shape.weights // setting.shards)]
@@ -208,7 +212,9 @@ def _protection(setting: Setting) -> list[Part]:
         parts.append(Part("gates", count // _shards(setting)))
         parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
     if "penalty" in kinds:
-        parts.append(Part("anchors and importance", 2 * FLOAT * count // _shards(setting)))
+        # Fresh factors start from zero, which needs no copy.
+        copies = 1 if setting.config.adapter and setting.config.adapter.fresh else 2
+        parts.append(Part("anchors and importance", copies * FLOAT * count // _shards(setting)))
     if kinds - {"penalty"}:
         checked = setting.weight_bytes * _checked(setting)
         parts.append(Part("weights before the task", checked, on_host=True))

@@ -11,7 +11,7 @@ from agcl.model.models import positions
 
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
-from pipeline.config.method import OF_MOMENTS, Freeze, Project, Protection
+from pipeline.config.method import OF_MOMENTS, Adapter, Freeze, Project, Protection
 from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection, sources
@@ -74,6 +74,11 @@ def rounding(config: Config) -> dict[str, Any]:
     half = loaded_dtype(config.model) == "bfloat16" and not factors
     applies = half and chosen != "nearest"
     return {ROUNDING: chosen} if applies else {}
+
+
+def adapter_settings(section: Adapter) -> dict[str, Any]:
+    """The config of an adapter, without the start that all had before there was a choice."""
+    return section.model_dump(exclude={"init"} if section.init == "random" else set())
 
 
 def preserved(config: Config, index: int) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def training_settings(config: Config, index: int) -> dict[str, Any]:
         "base_energy": None,
         "replay": 0.0,
         "freeze": None,
-        "adapter": config.adapter and config.adapter.model_dump(),
+        "adapter": config.adapter and adapter_settings(config.adapter),
         **preserved(config, index),
         **loading(config),
     }
@@ -192,7 +197,9 @@ def train_stage(
         inputs |= {f"replay/{name}": rows[name] for name in earlier}
     if config.freeze != Freeze() and models:
         settings["freeze"] = config.freeze.model_dump()
-    if config.adapter and models:
+    if config.starts_from_corda and of_base and not models:
+        inputs |= adapter_on(base, of_base)
+    elif config.adapter and models:
         inputs |= _adapters(config, base, dict(zip(earlier, models, strict=True)))
     return Stage(
         name=f"train/{index}-{task}",

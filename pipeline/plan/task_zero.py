@@ -9,20 +9,30 @@ from agcl.model.models import positions
 
 from pipeline.config.config import Config
 from pipeline.config.sources import BASE_TASK, base_rows, sources
-from pipeline.plan.nodes import attribute_stage, first_session, loading, prepare_stage
+from pipeline.plan.nodes import (
+    Inputs,
+    attribute_stage,
+    first_session,
+    loading,
+    prepare_stage,
+)
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.base_text import cut_text, write_own_text
+from pipeline.stages.corda import decompose
 
 
 def base_importance_stages(
     config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
-    """What the base model's importance is measured on, and last that importance; or nothing."""
+    """What the base model's importance is measured on, and last that importance; or nothing.
+
+    For CorDA the last one is what the adapter starts from.
+    """
     settings, tokens = config.base, config.base.tokens
     if not config.model.is_builtin:
         tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
     texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
-    match settings.protect if config.measured else "none":
+    match settings.protect if config.measured or config.starts_from_corda else "none":
         case "none":
             return []
         case "self":
@@ -49,6 +59,8 @@ def base_importance_stages(
         case _:
             measured_on = [rows[BASE_TASK]]
     inputs = {f"rows/{number}": stage for number, stage in enumerate(measured_on)}
+    if config.starts_from_corda:
+        return [*measured_on, _corda_stage(config, {"model": base, **inputs})]
     measured = attribute_stage(config, 0, "base", first_session(config), {"model": base, **inputs})
     of_base = {
         **measured.config,
@@ -58,3 +70,20 @@ def base_importance_stages(
         "moments": measured.config["moments"] and settings.weighting,
     }
     return [*measured_on, replace(measured, config=of_base)]
+
+
+def _corda_stage(config: Config, inputs: Inputs) -> Stage:
+    """What a CorDA adapter starts from."""
+    assert config.adapter
+    return Stage(
+        name="corda",
+        fn=decompose,
+        config={
+            **config.adapter.model_dump(include={"rank", "alpha"}),
+            **config.base.model_dump(include={"samples", "seed"}),
+            **loading(config),
+        },
+        inputs=inputs,
+        session=first_session(config),
+        train=True,
+    )

@@ -19,7 +19,9 @@ def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Cont
         return summed_loss
     if "reference" not in inputs:
         return anchored_loss(None, **{**settings, "strength": 0.0})
-    if config["adapter"] and inputs["reference"] == inputs["model"]:
+    # CorDA changes the weights below the adapter.
+    intact = config["adapter"] and config["adapter"].get("init") != "corda"
+    if intact and inputs["reference"] == inputs["model"]:
         return anchored_loss(without_adapter, **settings)
     loading = {**config.get(LOADING, {}), "dtype": "bfloat16"}
     return anchored_loss(

@@ -1,11 +1,13 @@
 """The train stage with an adapter: LoRA factors are trained, the base model's weights are not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agcl.model import adapter, models
+import torch
+from agcl.importance import Importance
+from agcl.model import adapter, corda, models
 from agcl.modulation import lora
 from agcl.parallel import distributed
 from agcl.tasks import Rows
@@ -39,29 +41,24 @@ def train_adapter(
 ) -> None:
     """Train factors on `model` and write them, with `merge` also the merged model.
 
-    The factors are new, or continue those of the input `adapter`. They are kept orthogonal to
-    the inputs named `adapter/...`.
+    The factors are new, or continue those of the input `adapter`, for CorDA from what it started
+    from. They are kept orthogonal to the inputs named `adapter/...`.
     """
     settings = config["adapter"]
-    peft_model = adapter.attach(
-        context.take_model(inputs["model"], config),
-        rank=settings["rank"],
-        alpha=settings["alpha"],
-        seed=config["seed"],
-        start=inputs["adapter"] / ADAPTER if "adapter" in inputs else None,
-    )
+    size = {"rank": settings["rank"], "alpha": settings["alpha"]}
+    start = inputs["adapter"] / ADAPTER if "adapter" in inputs else None
+    model, initial = context.take_model(inputs["model"], config), None
+    if start and settings.get("init") == "corda":
+        peft_model, initial = corda.attach(model, **size, start=start)
+    else:
+        peft_model = adapter.attach(model, **size, seed=config["seed"], start=start)
     model = peft_model.get_base_model()
     past, base = past_importances(inputs), base_importance(inputs)
     if context.is_first_worker:
         warn_of_missing(config, past, base, context.warn)
     of_base = base_directions(base, config, model.device)
     if settings["fresh"] and (past or of_base):
-        # The only protection a fresh adapter can have is a projection: its factors are new, so no
-        # importance of earlier factors applies to them, only the inputs that earlier tasks used.
-        (item,) = config["protect"]
-        basis = basis_of(item, past, of_base, config["seed"], model.device)
-        protection = Protection(basis=lora.keep_away(peft_model, basis))
-        protection.remember(model)
+        protection = _protect_fresh(peft_model, config, past, of_base)
     else:
         # The factors A of an adapter that never saw the base model's inputs pass nothing of them.
         known = lora.keep_away(peft_model, of_base) if of_base else None
@@ -69,31 +66,72 @@ def train_adapter(
     earlier = lora.directions([path / ADAPTER for path in named("adapter/", inputs).values()])
     if earlier:
         overlap = lora.orthogonality(peft_model, earlier, strength=settings["orthogonal"])
-        protection.penalty = partial(_backward, overlap)
+        penalties: list[Callable[[], Tensor]] = [partial(_backward, overlap)]
+        if protection.penalty:
+            penalties.append(protection.penalty)
+        protection.penalty = partial(_summed, penalties)
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection, loss_of(config, inputs, context))
     write_checks(model, protection, config, len(rows), out_dir)
     if context.is_first_worker:
         folder = inputs["model"]
-        adapter.save(peft_model, out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
+        place = (out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
+        if initial is None:
+            adapter.save(peft_model, *place)
+        else:
+            corda.save(peft_model, initial, *place)
     distributed.meet()  # Rank 0 writes alone; saving a sharded model is collective.
     end = rows[0].input_ids[-1]
-    _finish(peft_model, settings["merge"], inputs["model"], out_dir, context, end)
+    _finish(peft_model, settings, inputs["model"], out_dir, context, end)
+
+
+def _protect_fresh(
+    peft_model: PeftModel,
+    config: Mapping[str, Any],
+    past: list[Importance],
+    of_base: Mapping[str, Tensor],
+) -> Protection:
+    """Prepare the config's `protect` for new factors.
+
+    No importance of earlier factors applies to them, only that of the weights below them, and the
+    inputs that earlier tasks used.
+    """
+    model = peft_model.get_base_model()
+    protection = Protection()
+    for item in config["protect"]:
+        if item["kind"] == "penalty":
+            strength = item["strength"]
+            protection.penalty = lora.product_penalty(peft_model, past, strength=strength)
+        else:
+            basis = basis_of(item, past, of_base, config["seed"], model.device)
+            protection.basis = lora.keep_away(peft_model, basis)
+    protection.remember(model)
+    return protection
 
 
 def _finish(
-    peft_model: PeftModel, merge: bool, base: Path, out_dir: Path, context: Context, end: int
+    peft_model: PeftModel,
+    settings: Mapping[str, Any],
+    base: Path,
+    out_dir: Path,
+    context: Context,
+    end: int,
 ) -> None:
     """Write the merged model, or only the tokenizer, and hold the model for the next stage."""
     tokenizer = models.load_tokenizer(base)
-    if not merge:
+    if not settings["merge"]:
         if context.is_first_worker:
             tokenizer.save_pretrained(out_dir)
-        context.hold_model(adapter.removed(peft_model), base)
+        if settings.get("init") != "corda":  # Which changed the weights below the factors.
+            context.hold_model(adapter.removed(peft_model), base)
         return
     model = adapter.merged(peft_model)
     models.save(model, tokenizer, out_dir, end=end)
     context.hold_model(model, context.folder)
+
+
+def _summed(penalties: Sequence[Callable[[], Tensor]]) -> Tensor:
+    return torch.stack([penalise() for penalise in penalties]).sum()
 
 
 def _backward(penalty: Callable[[], Tensor]) -> Tensor:

@@ -323,6 +323,27 @@ def test_the_section_subspace_says_what_is_wrong(problem, settings, start):
 
 
 @pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (["adapter.init=pissa"], "adapter.init: "),
+        (["adapter.fresh=true"], "adapter.init: corda cannot be combined with adapter.fresh"),
+        (["base.protect=none"], "base.protect: adapter.init=corda needs a text"),
+        (["protect=[{kind: project}]"], "protect: cannot be combined with adapter.init=corda"),
+        (["resources.shard_model=true"], "adapter.init: corda cannot be combined with resources"),
+    ],
+)
+def test_a_start_of_an_adapter_says_what_is_wrong(problem, settings, start):
+    assert problem("method: corda\n", *settings).startswith(start)
+
+
+def test_a_gate_of_fresh_factors_is_refused(problem):
+    settings = ["protect=[{kind: gate}]", "base.protect=none"]
+    assert problem("method: inflora\n", *settings).startswith(
+        "protect: with adapter.fresh only project and penalty can be used"
+    )
+
+
+@pytest.mark.parametrize(
     ("overrides", "key"),
     [
         (("protect.0.energy=0.99",), "protect.0.energy: 0.99"),

@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agcl.importance import Importance
 from agcl.metrics import summary
 from agcl.model import models, subspace
 from agcl.modulation import GatedAdamW
@@ -49,6 +50,7 @@ SETTINGS = {
     "stm": ["loss.max_perplexity=300"],
     **{method: ["merge.factor=0.9"] for method in ("merge", "wise")},
     **{method: ["training.learning_rate=5e-3"] for method in METHODS if "lora" in method},
+    "ewc_lora": ["training.learning_rate=5e-3", "protect.0.strength=10"],
 }
 """With which a method learns so small a task."""
 
@@ -67,7 +69,7 @@ QUICK = ["training.epochs=4", "importance.correct_only=false"]
 """Weights move, and nobody has to answer anything."""
 FROM_THE_FIRST_TASK = {
     *("agcl", "project_uniform", "project_answer", "project_raw", "project_random"),
-    *("osf", "project_weights", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
+    *("osf", "corda", "project_weights", "ewc_base", "kl", "kl_reverse", "asft", "lwf", "stm"),
 }
 
 
@@ -126,6 +128,8 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
         ("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
         ("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
         ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
+        ("ewc_lora", ["protect.0.strength=0"], ("olora", "adapter.orthogonal=0")),
+        ("ewc_lora", ["protect.0.strength=0", "adapter.orthogonal=0.5"], ("olora",)),
     ],
 )
 def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
@@ -162,6 +166,74 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
     for name in before:
         inside = ".layers.1." in name or ".layers.3." in name
         assert torch.equal(before[name], after[name]) is inside, name
+
+
+def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_method):
+    settings = ["training.learning_rate=5e-3", "importance.correct_only=false"]
+    works = run_method("ewc_lora", "protect.0.strength=1e6", *settings)
+    free = run_method("ewc_lora", "protect.0.strength=0", *settings)
+    before, kept, moved = (
+        weights(each, stage)
+        for each, stage in (
+            (works, "train/1-harbour"),
+            (works, "train/2-valley"),
+            (free, "train/2-valley"),
+        )
+    )
+    assert same_bits(before, weights(free, "train/1-harbour"))
+    fisher = Importance.load(works["attribute/1-harbour"].folder / "importance.safetensors").entries
+    assert set(fisher) == {name for name in before if "_proj" in name}
+    costs = [
+        sum(float((f.double() * (after[n] - before[n]).double() ** 2).sum()) for n, f in pairs)
+        for after, pairs in ((kept, fisher.items()), (moved, fisher.items()))
+    ]
+    assert 0 < costs[0] < 0.1 * costs[1]
+    log = (works["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["penalty"] == 0  # B is zero.
+    last = json.loads(log[-1])["penalty"]
+    assert 0.1 * 0.5e6 * costs[0] < last < 10 * 0.5e6 * costs[0]
+
+
+@pytest.mark.parametrize("text", ["self", "rows"])
+def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
+    works = run_method("corda", f"base.protect={text}", "adapter.rank=3")
+    base, start = weights(works, "pretrain"), works["corda"].folder
+    for stage in ("train/1-harbour", "train/2-valley"):
+        assert works[stage].inputs["model"] == works["pretrain"].folder
+        assert works[stage].inputs["adapter"] == start
+        start = works[stage].folder
+        adapter = load_file(start / "adapter" / "adapter_model.safetensors")
+        for name, weight in weights(works, stage).items():
+            layer = "base_model.model." + name.removesuffix("weight")
+            if f"{layer}lora_A.weight" not in adapter:
+                assert torch.equal(weight, base[name]), name
+                continue
+            a, b = (adapter[f"{layer}lora_{factor}.weight"].double() for factor in "AB")
+            assert a.shape[0] == 6
+            update = 16 / 3 * b @ a
+            assert update.abs().max() > 1e-3
+            expected = base[name].double() + update
+            torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-5)
+    apart = run_method("corda", f"base.protect={text}", "adapter.rank=3", "adapter.merge=false")
+    assert not list(apart["train/2-valley"].folder.glob("*.safetensors"))
+    assert metrics(apart)["evaluation_sets"] == metrics(works)["evaluation_sets"]
+    kl_answers = [metrics(each)["base"]["kl_answers"] for each in (apart, works)]
+    assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-2)
+
+
+def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_its_factors(
+    run_method,
+):
+    settings = ["base.protect=self", "adapter.init=corda", "training.epochs=1"]
+    settings += ["loss.strength=100", "training.batch_size=12"]
+    works = run_method("kl", "adapter={rank: 32}", *settings)
+    rows = EncodedRows(works["prepare/harbour"].folder / "train.arrow")
+    first = json.loads((works["train/1-harbour"].folder / "log.jsonl").open().readline())
+    plain = run_method("lora", "training.epochs=1", "training.batch_size=12")
+    other = json.loads((plain["train/1-harbour"].folder / "log.jsonl").open().readline())
+    # Before its first step the model is the base model, from which it has not gone away.
+    assert len(rows) == 12
+    assert first["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize(

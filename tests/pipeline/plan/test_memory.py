@@ -101,6 +101,30 @@ def test_directions_of_weights_are_held_per_weight_and_nothing_is_attributed(lar
     assert {p.name: p.size for p in disk_per_task(setting)}["importance"] == 0
 
 
+def test_corda_decomposes_all_layers_at_once_and_keeps_what_it_started_from(large):
+    setting = setting_of(large, "corda")
+    parts, lora = sizes(setting, "corda"), sizes(setting_of(large, "lora"), "train")
+    assert parts["covariances"] == 4 * 16 * (6 * 2048**2 + 8192**2)
+    narrow = 2 * 2048 * 4096 + 2 * 512 * 2560 + 3 * 2048 * 10240
+    assert parts["singular vectors"] == 4 * 16 * narrow
+    assert "attribute" not in peaks(setting)
+    trained = sizes(setting, "train")
+    assert trained.pop("factors at the start") == lora["adapter"]
+    assert trained == lora
+    of_disk = [
+        {p.name: p.size for p in disk_per_task(s)} for s in (setting, setting_of(large, "lora"))
+    ]
+    assert of_disk[0]["adapter"] == 2 * of_disk[1]["adapter"]
+
+
+def test_a_penalty_of_fresh_factors_holds_the_importance_of_the_weights_below_them(large):
+    parts = sizes(setting_of(large, "ewc_lora"), "train")
+    assert parts["anchors and importance"] == 4 * large.linear_weights
+    assert sizes(setting_of(large, "ewc"), "train")["anchors and importance"] == (
+        8 * large.linear_weights
+    )
+
+
 def test_workers_share_weights_gradients_and_adam_of_a_sharded_model(large):
     one, eight = (sizes(setting_of(large, "sequential", n), "train") for n in (1, 8))
     assert eight["weights"] == one["weights"] // 8

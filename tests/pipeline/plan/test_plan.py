@@ -434,3 +434,27 @@ def test_solo_models_are_trained_without_protection(stages):
     works, unprotected = stages(solo), stages(solo, method="base_unprotected")
     assert works["solo/1-harbour"].folder == unprotected["train/1-harbour"].folder
     assert works["solo/1-harbour"].folder != works["train/1-harbour"].folder
+
+
+def test_corda_starts_from_the_base_models_own_text_and_shares_it(stages):
+    works = stages(method="corda")
+    assert list(works) == [
+        *BASE,
+        "own_text",
+        "corda",
+        "train/1-harbour",
+        "evaluate/1-harbour",
+        "train/2-valley",
+        "evaluate/2-valley",
+        "report",
+    ]
+    assert not changed(stages(method="agcl"), works) & {"own_text"}
+    other = stages("training.learning_rate=0.1", "adapter.merge=false", method="corda")
+    assert "corda" not in changed(works, other)
+    assert "corda" in changed(works, stages("adapter.rank=4", method="corda"))
+
+
+def test_what_an_adapter_starts_from_does_not_change_fingerprints_by_default(stages):
+    works = stages(method="lora")
+    assert "init" not in works["train/1-harbour"].config["adapter"]
+    assert not changed(works, stages("adapter.init=random", method="lora"))

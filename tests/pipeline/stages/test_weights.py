@@ -13,7 +13,7 @@ from agcl.errors import InputError
 from agcl.model import models
 from pipeline.config import check
 from pipeline.config.loading import validate
-from pipeline.config.method import Adapter, Subspace
+from pipeline.config.method import Adapter, Base, Subspace
 from pipeline.plan.plan import plan
 from pipeline.plan.stage import resolve
 
@@ -156,6 +156,25 @@ def test_osf_of_weights_stored_transposed_is_refused_before_any_work(config, tmp
     made = made.model_copy(update={"method": "osf", "subspace": Subspace()})
     with pytest.raises(InputError, match=r"^subspace: GPT2LMHeadModel stores its weights as"):
         check.check_inputs(made)
+
+
+def test_corda_of_too_coarse_or_too_narrow_weights_is_refused_before_any_work(config, tmp_path):
+    base, half = (
+        base_folder(tmp_path / str(dtype), LLAMA, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    narrow = min(
+        min(p.shape) for n, p in models.load_model(base).named_parameters() if "_proj" in n
+    )
+    for folder, rank, said in (
+        (base, narrow + 1, rf"^adapter\.rank: {narrow + 1} is more than {narrow}, the"),
+        (half, narrow, r"^adapter\.init: corda needs weights in float32"),
+    ):
+        sections = {"adapter": Adapter(init="corda", rank=rank), "base": Base(protect="self")}
+        made = config(folder, dtype="auto").model_copy(update=sections)
+        with pytest.raises(InputError, match=said):
+            check.check_inputs(made)
+    check.check_inputs(made.model_copy(update={"model": config(base).model}))
 
 
 def test_flash_attention_needs_a_gpu_and_half_precision(config, tmp_path, monkeypatch):

@@ -1,0 +1,42 @@
+"""CorDA: what an adapter starts from, decomposed once from the base model and general text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agcl.model import adapter, corda
+from agcl.parallel import distributed
+from agcl.tasks import TRAIN, EncodedRows, Rows, sample
+from torch.utils.data import ConcatDataset
+
+from pipeline.config import hub
+from pipeline.stages.context import Context
+from pipeline.stages.files import ADAPTER, named, rows_file
+
+
+def decompose(
+    config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
+) -> None:
+    """Write an adapter that changes nothing in `model` yet, from the texts of all `rows/...`.
+
+    PEFT reads one text after the other, so the first worker does it and the others wait.
+    """
+    parts: list[Any] = [
+        EncodedRows(folder / rows_file(TRAIN)) for folder in named("rows/", inputs).values()
+    ]
+    rows: Rows = ConcatDataset(parts)
+    chosen = sample(len(rows), config["samples"], seed=config["seed"])
+    size = {"rank": config["rank"], "alpha": config["alpha"]}
+    with context.borrowed_model(inputs, config) as model:
+        if context.is_first_worker:
+            factors = corda.decompose(
+                model,
+                [rows[index].input_ids for index in chosen],
+                **size,
+                log=lambda done: context.log({"texts": done, "of_texts": len(chosen)}, done),
+            )
+            folder = inputs["model"]
+            base = hub.name_of(folder) or (folder,)
+            settings = adapter.lora_config(model, **size)
+            corda.write(settings, factors, factors, out_dir / ADAPTER, *base)
+        distributed.meet()
