@@ -84,14 +84,17 @@ def attribute(
     pass the same batches, and each keeps running values (`top_k` per weight) only for its share of
     the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
     `precision="bfloat16"` runs the passes under autocast and rounds the factors of other products
-    (to TF32 on a GPU); sums stay in float32.
+    (to TF32 on a GPU); sums stay in float32. It also takes a model with bfloat16 weights, which
+    needs no copy of them and keeps the residual stream in bfloat16 too.
 
     The result does not depend on batch size, row order or number of ranks, up to rounding. Raises
     `NoCorrectAnswer` if `correct_only` leaves no sample, and `ValueError` without batches, for an
-    argument with another value than these, for a model in half precision or in a PEFT wrapper, for
-    a sharded model split by samples, or if neither entries nor moments are requested.
+    argument with another value than these, for a model in half precision (but for bfloat16 with
+    `precision="bfloat16"`) or in a PEFT wrapper, for a sharded model split by samples, or if
+    neither entries nor moments are requested.
     """
     _check_arguments(model, estimator, moments, split, top_k)
+    check_precision(model, precision)
     backward = entries or moments == "relevance"
     if not (backward or moments):
         raise ValueError("nothing to collect: request entries, moments or both")
@@ -185,15 +188,15 @@ def _check_arguments(
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all samples, not {top_k}")
-    check_precision(model)
 
 
-def check_precision(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a model in half precision."""
-    if model.dtype in (torch.bfloat16, torch.float16):
+def check_precision(model: PreTrainedModel, precision: Precision = "float32") -> None:
+    """Raise `ValueError` for a model in half precision, unless it is bfloat16 and was asked for."""
+    coarse = [torch.float16] + [torch.bfloat16] * (precision == "float32")
+    if model.dtype in coarse:
         raise ValueError(
             f"the model is in {model.dtype}, too coarse for relevance: load it with "
-            "dtype=torch.float32"
+            'dtype=torch.float32, or bfloat16 with precision="bfloat16"'
         )
 
 
@@ -255,7 +258,7 @@ def _attribute_batch(
     ahead = target is None and not correct_only
     for each in inputs:
         each.tokens = selection.tokens if ahead else None
-    with autocast(model.device, precision):
+    with autocast(model.device, precision if model.dtype == torch.float32 else "float32"):
         logits = answer_logits(model, batch)
     if correct_only:
         keep = answered_correctly(logits, batch)

@@ -77,7 +77,8 @@ class Collector:
                 self._add_relevance(x, g, z * g)
 
     def _add_relevance(self, x: Tensor, g: Tensor, relevance: Tensor) -> None:
-        weight = weight_of(self.layer).detach()  # FSDP has unsharded it for the backward pass.
+        # FSDP has unsharded it for the backward pass.
+        weight = weight_of(self.layer).detach().to(self.dtype)
         flow = relevance.abs().sum((1, 2))
         # A row without relevance in this layer counts as 0.
         g_scaled = torch.where(flow > 0, 1 / flow, 0)[:, None, None] * g

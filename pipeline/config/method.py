@@ -35,7 +35,8 @@ class Importance(Section):
     """Type of the running `top_k` values. `bfloat16` halves the memory of attribution, from 4 to 2
     times `top_k` bytes per weight, and rounds each value once."""
     precision: Precision = "float32"
-    """`bfloat16` attributes under autocast and with TF32 on a GPU; sums stay float32."""
+    """`bfloat16` attributes under autocast and with TF32 on a GPU; sums stay float32. Weights that
+    are bfloat16 (`model.dtype`) are then attributed as they are, without a copy in float32."""
     keep: float = Field(0.95, gt=0, le=1)
     """Share of an input's second moment that is stored, as its leading directions: at most a
     quarter of the input's width, or 256 if that is more. A projection cannot protect more. 1 stores

@@ -5,6 +5,7 @@ import json
 import torch
 from agcl.model import models
 
+from pipeline.config.method import Importance
 from pipeline.config.model import Model
 
 
@@ -20,3 +21,12 @@ def stored_dtype(model: Model) -> torch.dtype:
 def loaded_dtype(model: Model) -> str:
     """The name of the dtype of the weights in memory: of the files' for `auto`."""
     return str(stored_dtype(model)).removeprefix("torch.") if model.dtype == "auto" else model.dtype
+
+
+def attributed_dtype(model: Model, importance: Importance) -> str:
+    """The name of the dtype of weights that are attributed: of bfloat16 ones a float32 copy.
+
+    Unless attribution may round too: then it takes the weights as they are.
+    """
+    half = importance.precision == "bfloat16" and loaded_dtype(model) == "bfloat16"
+    return "bfloat16" if half else "float32"

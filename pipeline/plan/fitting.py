@@ -53,7 +53,7 @@ def _joined(said: str, changed: Setting, kind: str) -> Iterator[Change]:
 
 
 def _smaller(setting: Setting, kind: str) -> Iterator[Change]:
-    """The same numbers in less memory: smaller passes, recomputed activations."""
+    """The same numbers in less memory, up to rounding: smaller passes, recomputed activations."""
     config = setting.config
     if kind == TRAIN:
         tokens = list(_halved(config.training.max_tokens, setting.row.tokens))
@@ -70,6 +70,9 @@ def _smaller(setting: Setting, kind: str) -> Iterator[Change]:
         if config.measures_entries and config.importance.running_values == "float32":
             values = {"running_values": "bfloat16"}
             yield from _also("importance", values, setting, "batch_size", rows)
+        if setting.weight_bytes < setting.attributed_bytes:
+            rounded = {"precision": "bfloat16"}
+            yield from _also("importance", rounded, setting, "batch_size", rows)
     else:
         rows = list(_halved(config.evaluation.batch_size, 1))
         yield from _each(setting, "evaluation", "batch_size", rows)

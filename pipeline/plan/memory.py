@@ -258,20 +258,23 @@ def attribute_peak(setting: Setting) -> Parts:
     averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")
     running = per_value * (importance.top_k or 1) * own if averages else FLOAT * own
     tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
-    hooks = shape.held_by_hooks(tokens, entries=bool(own))
+    size = setting.attributed_bytes
+    half = size == HALF
+    hooks = shape.held_by_hooks(tokens, entries=bool(own), half=half)
     backward = own or (projection and projection.weighting == "relevance")
-    layer = shape.passing(tokens, half=False)
+    layer = shape.passing(tokens, half=half)
     if backward:
-        layer = shape.kept_by_attribution(tokens, row.tokens) + hooks
+        layer = shape.kept_by_attribution(tokens, row.tokens, half=half) + hooks
     activations = layer * (shape.layers + 1) if backward else layer
     if not backward and importance.correct_only:  # Inputs wait until it is known which rows count.
         activations += hooks * shape.layers
     held = [
-        *_model(setting, gathered=False, size=FLOAT),  # Relevance needs float32.
+        *_model(setting, gathered=False, size=size),
         Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
     directions = FLOAT * setting.kept * bool(projection)
+    widened = FLOAT * max(out * width for out, width in setting.protected) * half * bool(own)
     results = [Part("results", FLOAT * own), Part("directions", directions, on_host=True)]
     if sharing > 1 and own:  # Every worker gets all layers' results, in main memory.
         whole = FLOAT * entries(setting.protected)
@@ -283,7 +286,8 @@ def attribute_peak(setting: Setting) -> Parts:
             (
                 *held,
                 Part("activations", activations),
-                Part("logits", _logits(shape, answers, 2)),
+                Part("logits", _logits(shape, answers, 2 + half)),
+                Part("a weight in float32", widened),
             ),
             (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),
         ],

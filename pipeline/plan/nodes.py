@@ -16,7 +16,7 @@ from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection, sources
 from pipeline.config.task_section import Source
-from pipeline.config.weights import loaded_dtype
+from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
 from pipeline.stages.context import LOADING, ROUNDING, SGD, SUBSPACE
@@ -315,7 +315,7 @@ def attribute_stage(
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
             "seed": config.seed * 1000 + index,
-            **loading(config, "float32"),  # Of bfloat16 weights, a copy.
+            **loading(config, attributed_dtype(config.model, config.importance)),
         },
         inputs=inputs,
         session=session,

@@ -7,7 +7,7 @@ from agcl.attribution.attribute import SKETCH
 from agcl.importance.moment import most_directions
 
 from pipeline.config.config import Config
-from pipeline.config.weights import loaded_dtype
+from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.shape import Shape
 
 FLOAT, HALF = 4, 2
@@ -67,6 +67,12 @@ class Setting:
     def weight_bytes(self) -> int:
         """Of a weight in memory."""
         return HALF if loaded_dtype(self.config.model) == "bfloat16" else FLOAT
+
+    @property
+    def attributed_bytes(self) -> int:
+        """Of a weight in memory while it is attributed."""
+        dtype = attributed_dtype(self.config.model, self.config.importance)
+        return HALF if dtype == "bfloat16" else FLOAT
 
     @property
     def protected(self) -> tuple[tuple[int, int], ...]:

@@ -44,6 +44,11 @@ def attribute(
     folders = [path for role, path in inputs.items() if role.startswith("rows")]
     logged: dict[str, int] = {}
     with context.borrowed_model(inputs, config) as model:
+        for parameter in model.parameters():
+            # Of an adapter, whose factors are float32 on any base: each would read a copy of its
+            # input, and count as an input of its own.
+            if parameter.dtype != model.dtype:
+                parameter.data = parameter.data.to(model.dtype)
         try:
             importance = _importance(model, config, folders, context, logged)
         except NoCorrectAnswer as error:

@@ -1,7 +1,10 @@
 """Importance of weights: which samples count, and independence of batches and order."""
 
+import copy
+
 import pytest
 import torch
+from bench.precision import shared_directions
 from reference import slow_importance, tiny
 from reference.moments import matrices
 
@@ -122,10 +125,29 @@ def test_an_argument_with_an_unknown_value_is_named(llama, rows, argument, value
         attribute(llama, batches(rows, 4), **{argument: value})
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_is_refused(rows, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "float32"), (torch.float16, "float32"), (torch.float16, "bfloat16")],
+)
+def test_a_model_in_half_precision_is_refused(rows, dtype, precision):
     with pytest.raises(ValueError, match=r"load it with dtype=torch\.float32"):
-        attribute(tiny.llama(dtype=dtype), batches(rows, 4))
+        attribute(tiny.llama(dtype=dtype), batches(rows, 4), precision=precision)
+
+
+@pytest.mark.parametrize("estimator", ["lrp", "grad_x_param", "fisher"])
+def test_bfloat16_weights_give_nearly_what_they_give_in_float32(estimator):
+    rows = tiny.random_rows(24)
+    half = tiny.llama(dtype=torch.bfloat16)
+    options = {"moments": "relevance", "correct_only": False, "estimator": estimator}
+    exact = attribute(copy.deepcopy(half).float(), batches(rows, 8), **options)
+    found = attribute(half, batches(rows, 8), precision="bfloat16", **options)
+    assert found.inputs == exact.inputs
+    shares = shared_directions(exact, found).values()
+    assert min(share for kind in shares for share in kind) > 0.995
+    for name, entries in exact.entries.items():
+        assert found.entries[name].dtype == torch.float32
+        pair = torch.stack([entries.flatten(), found.entries[name].flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.99, name
 
 
 def test_a_peft_wrapper_says_what_to_pass_instead(llama, rows):

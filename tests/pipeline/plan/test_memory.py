@@ -63,6 +63,23 @@ def test_entries_take_top_k_values_per_weight(large):
     assert sizes(halved, "attribute")["running values"] == 8 * large.linear_weights
 
 
+def test_bfloat16_weights_are_attributed_without_a_copy_only_if_attribution_may_round(large):
+    setting = setting_of(large, "agcl in bfloat16")
+    rounded = with_section(setting, "importance", precision="bfloat16")
+    assert sizes(setting, "attribute")["weights"] == 4 * large.weights
+    assert sizes(rounded, "attribute")["weights"] == 2 * large.weights
+    of_entries = with_section(rounded, "importance", entries=True, top_k=1)
+    parts = sizes(replace(of_entries, row=Row(8, 2)), "attribute")
+    assert parts["running values"] == 4 * large.linear_weights
+    whole = on_device(setting, "attribute")
+    assert on_device(rounded, "attribute") < whole - 2 * large.weights
+    assert remedy(setting, "attribute", whole // 2).startswith("importance.precision=bfloat16")
+    # Weights that are float32 gain nothing.
+    plain = setting_of(large, "agcl")
+    same = with_section(plain, "importance", precision="bfloat16")
+    assert peaks(same)["attribute"] == peaks(plain)["attribute"]
+
+
 def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):
     parts = sizes(setting_of(large, "lora"), "train")
     factors = sum(8 * (out + width) for out, width in large.linears)

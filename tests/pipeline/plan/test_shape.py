@@ -104,12 +104,15 @@ def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
 
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)
-def test_what_a_layer_keeps_while_it_is_attributed(architecture, monkeypatch):
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_layer_keeps_while_it_is_attributed(architecture, half, monkeypatch):
     """After the forward pass of the second batch; of the first one's nothing is left."""
     answer_logits = module.answer_logits
 
     def alive(model):
         held = []
+        if half:
+            model.bfloat16()
         with Ledger(model) as ledger:
 
             def passed(*args):
@@ -119,12 +122,13 @@ def test_what_a_layer_keeps_while_it_is_attributed(architecture, monkeypatch):
 
             monkeypatch.setattr(module, "answer_logits", passed)
             options = {"entries": False, "moments": "relevance", "correct_only": False}
+            options["precision"] = "bfloat16" if half else "float32"
             attribute(model, [batch(), batch()], **options)
         return torch.tensor(held)
 
     (first, second), shape = per_layer(architecture, alive)
     moments = 4 * sum(width**2 for width in shape.inputs)
-    hooks = shape.held_by_hooks(TOKENS, entries=False)
-    kept = moments + hooks + shape.kept_by_attribution(TOKENS, LENGTH)
+    hooks = shape.held_by_hooks(TOKENS, entries=False, half=half)
+    kept = moments + hooks + shape.kept_by_attribution(TOKENS, LENGTH, half=half)
     assert first == pytest.approx(kept, rel=TOLERANCE)
     assert second == pytest.approx(first, rel=TOLERANCE / 10)

@@ -1,18 +1,22 @@
 """Runs with `model.dtype: bfloat16`: every method trains, is attributed and protects."""
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
+from bench.precision import shared_directions
 from reference.sums import ANSWERS, QUESTIONS, base_folder
 from safetensors.torch import load_file
 
+from agcl.importance import Importance
 from pipeline.config.check import check_inputs
 from pipeline.config.loading import load
 from pipeline.config.presets import METHODS
 from pipeline.execution.session import run_stages
 from pipeline.run import open_run
 from pipeline.stages.context import Context
+from pipeline.stages.files import IMPORTANCE_FILE
 
 LLAMA = "LlamaForCausalLM"
 
@@ -69,6 +73,24 @@ def test_every_method_trains_bfloat16_weights_and_holds(half_run, method):
     if method == "gate":
         movement = json.loads(checked.read_text())["movement_by_decile"]
         assert movement[-1] < movement[0]
+
+
+def test_factors_on_a_bfloat16_base_are_attributed_in_bfloat16_by_shared_inputs(half_run):
+    rounded, exact = (
+        Importance.load(
+            half_run("lora_agcl", f"importance.precision={p}", "importance.entries=true")[
+                "attribute/1-one"
+            ].folder
+            / IMPORTANCE_FILE
+        )
+        for p in ("bfloat16", "float32")
+    )
+    # Query, key and value read one input; each of the seven factors B reads what its A makes.
+    assert rounded.inputs == exact.inputs
+    layers = len(rounded.entries) // 14
+    assert len(set(rounded.inputs.values())) == layers * (4 + 7)
+    shares = shared_directions(exact, rounded).values()
+    assert fmean(share for kind in shares for share in kind) > 0.98
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def config(tmp_path):
     rows = [json.dumps({"q": q, "a": a}) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
 
-    def make(base, method="sequential", training=None, **model):
+    def make(base, method="sequential", training=None, importance=None, **model):
         item = {"name": "sums", "train": str(tmp_path / "rows.jsonl")}
         item |= {"prompt": "{q}", "answer": "{a}"}
         return validate(
@@ -89,6 +89,7 @@ def config(tmp_path):
                 "model": {"path": str(base), **model},
                 "tasks": {"format": "jsonl", "sequence": [item]},
                 "training": training or {},
+                "importance": importance or {},
             }
         )
 
@@ -119,6 +120,18 @@ def test_only_what_changes_numbers_changes_fingerprints(config, tmp_path):
         assert fingerprints(full, factors, dtype="bfloat16") == fingerprints(
             full, factors, dtype="bfloat16", training={"rounding": "nearest"}
         )
+
+
+def test_bfloat16_weights_are_attributed_without_a_copy_if_that_may_round(config, tmp_path):
+    full = base_folder(tmp_path / "full", LLAMA)
+
+    def loaded(dtype, precision):
+        made = config(full, "agcl", dtype=dtype, importance={"precision": precision})
+        stages = [s for s in plan(made).stages if s.name.startswith("attribute/")]
+        return [stage.config.get("loading") for stage in stages]
+
+    assert loaded("float32", "bfloat16") == loaded("bfloat16", "float32") == [None]
+    assert loaded("bfloat16", "bfloat16") == [{"dtype": "bfloat16"}]
 
 
 @pytest.mark.parametrize(
