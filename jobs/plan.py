@@ -12,7 +12,7 @@ from rich.markup import escape
 from agcl.errors import InputError
 from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.config.row_lengths import longest_row
 from pipeline.config.usual import count_text, unusual
 from pipeline.estimate import Needs, estimate

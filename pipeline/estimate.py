@@ -14,8 +14,9 @@ import torch
 from agcl.tasks import TRAIN
 from transformers.utils import logging
 
-from pipeline.config.config import Config, Resources
+from pipeline.config.config import Config
 from pipeline.config.loading import changed
+from pipeline.config.resources import Resources
 from pipeline.config.sources import (
     base_rows,
     held_out_sources,

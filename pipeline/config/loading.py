@@ -10,9 +10,10 @@ from agcl.errors import InputError
 from pydantic import ValidationError
 
 from pipeline.config import yaml12
-from pipeline.config.config import CREDENTIALS, Config
+from pipeline.config.config import Config
 from pipeline.config.method import METHOD_SECTIONS, Importance
 from pipeline.config.presets import METHODS
+from pipeline.config.resources import CREDENTIALS
 from pipeline.config.section import Section
 from pipeline.config.tasks import FactsTasks
 from pipeline.secrets import masked

@@ -3,7 +3,8 @@
 from functools import cache
 from typing import Any
 
-from pipeline.config.config import UNPROTECTED, Config
+from pipeline.config.config import Config
+from pipeline.config.conflicts import UNPROTECTED
 from pipeline.config.loading import leaves, validate, with_preset
 from pipeline.config.method import METHOD_SECTIONS, OF_MOMENTS
 from pipeline.config.presets import METHODS

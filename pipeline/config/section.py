@@ -18,6 +18,8 @@ from pydantic_core import PydanticCustomError
 from pipeline.secrets import has_credentials
 from pipeline.storage import Storage, storage_at
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Pattern of names that are folders."""
 _LONGEST = 4000
 """Bytes of a path; below the limit of common systems."""
 

@@ -8,9 +8,10 @@ from typing import Any
 from agcl.errors import InputError
 from agcl.tasks import VALIDATION, Task, choice
 
-from pipeline.config.config import Config, Evaluation
+from pipeline.config.config import Config
 from pipeline.config.task_section import Source
 from pipeline.config.tasks import OPEN, FactsTasks
+from pipeline.config.training import Evaluation
 
 BASE_TASK = "base"
 """Name of the built-in model's generic facts, which are scored in addition to the tasks."""

@@ -13,7 +13,7 @@ import ray
 from agcl.errors import InputError
 
 import pipeline
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.errors import RayFailed
 
 WORKER_NODES = "AGCL_WORKER_NODES"

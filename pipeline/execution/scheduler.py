@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import why_lost

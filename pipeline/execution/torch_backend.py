@@ -8,7 +8,7 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 

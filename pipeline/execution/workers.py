@@ -18,7 +18,7 @@ import ray
 from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.execution.cluster import needs, nodes, side_by_side
 from pipeline.execution.failures import kernel_kills, why_lost
 from pipeline.plan.schedule import Session

@@ -86,3 +86,10 @@ def decomposing(setting: Setting) -> Part:
         for out, width in setting.protected
     )
     return Part("decomposing a weight", _DOUBLE * max(sizes))
+
+
+def bases_size(setting: Setting) -> int:
+    """Bytes of the protected directions: `directions` x in² of every input."""
+    if projection := projection_of_weights(setting):
+        return directions_of_weights(setting, projection)
+    return int(FLOAT * setting.directions * sum(width**2 for width in setting.inputs))

@@ -1,9 +1,9 @@
 """Disk that a config needs, by a formula, from its model's shape alone."""
 
 from pipeline.config.method import Project
-from pipeline.plan.memory import trained_weights
-from pipeline.plan.nodes import sums_moments
+from pipeline.plan.memory_of_training import trained_weights
 from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
+from pipeline.plan.training import sums_moments
 
 
 def disk_per_task(setting: Setting) -> Parts:

@@ -1,28 +1,26 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys, but for `loading` and `rounding`.
+All stages of one kind have the same config keys, but for `loading`. Train stages: `training.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from agcl.model.models import positions
 
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
-from pipeline.config.method import OF_MOMENTS, Adapter, Freeze, Project, Protection
+from pipeline.config.method import Project
 from pipeline.config.model import Model
 from pipeline.config.naming import method_name
-from pipeline.config.sources import BASE_TASK, held_out_sources, selection, sources
+from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.task_section import Source
 from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING, ROUNDING, SGD, SUBSPACE
+from pipeline.stages.context import LOADING, ROUNDING, SGD
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
-from pipeline.stages.merge import merge
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
@@ -61,31 +59,6 @@ def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
     chosen = {"dtype": dtype or loaded_dtype(config.model), "attention": config.model.attention}
     changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
     return {LOADING: changed} if changed else {}
-
-
-def rounding(config: Config) -> dict[str, Any]:
-    """The config key of train stages that round bfloat16 weights other than to nearest.
-
-    None with an adapter or a subspace: factors are float32, and merging rounds the weights once, to
-    nearest.
-    """
-    chosen = config.training.rounding
-    factors = config.adapter or config.subspace
-    half = loaded_dtype(config.model) == "bfloat16" and not factors
-    applies = half and chosen != "nearest"
-    return {ROUNDING: chosen} if applies else {}
-
-
-def adapter_settings(section: Adapter) -> dict[str, Any]:
-    """The config of an adapter, without the start that all had before there was a choice."""
-    return section.model_dump(exclude={"init"} if section.init == "random" else set())
-
-
-def preserved(config: Config, index: int) -> dict[str, Any]:
-    """The config key of train stages that keep leading singular directions, if they do."""
-    if not config.subspace:
-        return {}
-    return {SUBSPACE: config.subspace.preserved(index, len(sources(config)))}
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
@@ -146,159 +119,6 @@ def base_model_stage(
         session=first_session(config),
         train=True,
     )
-
-
-def training_settings(config: Config, index: int) -> dict[str, Any]:
-    """Settings for training task `index` without protection; the same for all methods."""
-    sgd = config.training.optimizer == "sgd"
-    return {
-        **config.training.model_dump(exclude={ROUNDING, *SGD}),
-        **rounding(config),
-        **(config.training.model_dump(include={*SGD}) if sgd else {}),
-        "seed": config.seed * 1000 + index,
-        "protect": [],
-        "base_energy": None,
-        "replay": 0.0,
-        "freeze": None,
-        "adapter": config.adapter and adapter_settings(config.adapter),
-        **preserved(config, index),
-        **loading(config),
-    }
-
-
-def train_stage(
-    config: Config,
-    index: int,
-    task: str,
-    base: Stage | External,
-    models: list[Stage],
-    rows: Mapping[str, Stage],
-    importances: Mapping[str, Stage],
-    of_base: Stage | None = None,
-) -> Stage:
-    """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
-    settings = training_settings(config, index)
-    inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
-    if config.measured:
-        inputs |= _protected_tasks(config, importances)
-        inputs |= _protected_base(config, settings, of_base)
-    has_past = any(role.startswith(("importance/", "past")) for role in inputs)
-    settings["protect"] = [
-        _settings_of(item, has_past=has_past)
-        for item in config.protect
-        if len(inputs) > 2 or not item.needs_importance
-    ]
-    if not config.loss.is_cross_entropy:
-        settings["loss"] = config.loss.model_dump(exclude={"reference"})
-    inputs |= _reference(config, base, models)
-    earlier = list(rows)[: len(models)]
-    if config.replay.fraction and models:
-        settings["replay"] = config.replay.fraction
-        inputs |= {f"replay/{name}": rows[name] for name in earlier}
-    if config.freeze != Freeze() and models:
-        settings["freeze"] = config.freeze.model_dump()
-    if config.starts_from_corda and of_base and not models:
-        inputs |= adapter_on(base, of_base)
-    elif config.adapter and models:
-        inputs |= _adapters(config, base, dict(zip(earlier, models, strict=True)))
-    return Stage(
-        name=f"train/{index}-{task}",
-        fn=train,
-        config=settings,
-        inputs=inputs,
-        session="sequence",
-        train=True,
-    )
-
-
-def merge_stage(
-    config: Config, index: int, task: str, model: Stage, previous: Stage | External
-) -> Stage:
-    """Merge the model of task `index` with the one before it, or with the base model."""
-    assert config.merge
-    factor = config.merge.factor
-    return Stage(
-        name=f"merge/{index}-{task}",
-        fn=merge,
-        config={"factor": index**-0.5 if factor == "1/sqrt(t)" else factor, **loading(config)},
-        inputs={"model": model, "onto": previous},
-        session="sequence",
-        train=True,
-    )
-
-
-def sums_moments(config: Config) -> bool:
-    """Whether attribute stages keep a running sum, since only moments of the sequence count."""
-    kinds = {item.kind for item in config.measured}
-    return kinds == {"project"} and not measures_solos(config)
-
-
-def past_files(config: Config, role: str) -> Inputs:
-    """The user's importance files, by roles that begin with this one."""
-    return {f"{role}{i}": External(file) for i, file in enumerate(config.importance.past)}
-
-
-def _reference(config: Config, base: Stage | External, models: list[Stage]) -> Inputs:
-    """The input of a train stage whose loss looks at a reference model."""
-    if not config.loss.needs_reference:
-        return {}
-    previous = models and config.loss.reference == "previous"
-    return {"reference": models[-1] if previous else base}
-
-
-def _adapters(config: Config, base: Stage | External, models: Mapping[str, Stage]) -> Inputs:
-    """The inputs of a train stage with an adapter that hold the adapters of earlier tasks."""
-    assert config.adapter
-    if not config.adapter.fresh:
-        # The last stage's model already contains the adapter; resume it on the base instead.
-        return adapter_on(base, list(models.values())[-1])
-    if not config.adapter.orthogonal:
-        return {}
-    return {f"adapter/{name}": model for name, model in models.items()}
-
-
-def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs:
-    """The inputs of a train stage that protect earlier tasks: their sum, or each one's."""
-    if sums_moments(config) and importances:
-        return {"past": list(importances.values())[-1]}
-    each = {f"importance/{name}": stage for name, stage in importances.items()}
-    return {**past_files(config, "importance/past-"), **each}
-
-
-def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | None) -> Inputs:
-    """The input of a train stage that protects the base model; its settings are added."""
-    if not (config.measured and of_base):
-        return {}
-    settings["base_energy"] = config.base.energy
-    return {"base_importance": of_base}
-
-
-def _settings_of(item: Protection, *, has_past: bool) -> dict[str, Any]:
-    """An item of `protect`, without what a projection does not use.
-
-    That is, if only the base model is protected, what it uses for tasks. So trials and controls
-    that differ in it share their first task.
-    """
-    settings = item.model_dump()
-    if isinstance(item, Project) and not item.needs_importance:
-        return settings | dict.fromkeys(OF_MOMENTS)
-    if isinstance(item, Project) and not has_past:
-        return settings | dict.fromkeys(("energy", *OF_MOMENTS))
-    return settings
-
-
-def solo_stages(
-    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
-) -> dict[str, Stage]:
-    """Per task a model trained from the base on it alone, for `importance.source: solo`."""
-    if not measures_solos(config):
-        return {}
-    alone = config.model_copy(update={"protect": ()})
-    stages = {}
-    for index, task in enumerate(tasks, start=1):
-        stage = train_stage(alone, index, task, base, [], rows, {})
-        stages[task] = replace(stage, name=f"solo/{index}-{task}", session=f"solo-{index}")
-    return stages
 
 
 def attribute_stage(

@@ -12,17 +12,19 @@ from pipeline.plan.nodes import (
     base_model_stage,
     evaluate_stage,
     first_session,
-    merge_stage,
-    past_files,
     prepare_stage,
     report_stage,
-    solo_stages,
-    sums_moments,
     tokenizer_stage,
-    train_stage,
 )
 from pipeline.plan.stage import External, ResolvedStage, Stage
 from pipeline.plan.task_zero import base_importance_stages
+from pipeline.plan.training import (
+    merge_stage,
+    past_files,
+    solo_stages,
+    sums_moments,
+    train_stage,
+)
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import merge
 from pipeline.stages.train import train

@@ -1,6 +1,6 @@
 """What a prediction of memory is made for, and the parts that it is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agcl.attribution.attribute import SKETCH
@@ -123,3 +123,31 @@ def kept_columns(width: int, keep: float) -> int:
 def entries(linears: Iterable[tuple[int, int]]) -> int:
     """Weights of layers of (out, in)."""
     return sum(out * width for out, width in linears)
+
+
+def model_parts(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part]:
+    """The model: a shard of it and, of a sharded one, what a worker gathers while it computes.
+
+    `size` is that of a weight, if not the config's.
+    """
+    shape, size = setting.shape, size or setting.weight_bytes
+    parts = [Part("weights", size * shape.weights // setting.shards)]
+    if setting.config.adapter:
+        parts.append(Part("adapter", FLOAT * entries(setting.factors)))
+    if setting.shards > 1:
+        # This layer and the next, and embeddings and head; with gradients as large.
+        largest = 2 * shape.layer_weights + shape.embeddings
+        parts.append(Part("gathered layers", (1 + gathered) * size * largest))
+        parts.append(Part("the whole model while it loads", size * shape.weights, on_host=True))
+    return parts
+
+
+def largest(setting: Setting, moments: Sequence[Parts]) -> Parts:
+    """The moment with the largest total; its parts that are not zero."""
+    worst = max(moments, key=lambda parts: total(parts, on_gpu=setting.on_gpu))
+    return tuple(part for part in worst if part.size)
+
+
+def logits_size(shape: Shape, answers: int, copies: int) -> int:
+    """Bytes of logits of answer tokens, with so many copies alive in float32."""
+    return FLOAT * answers * shape.vocabulary * (copies + shape.capped_logits)

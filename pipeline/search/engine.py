@@ -21,7 +21,8 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import loading
-from pipeline.config.config import Config, Resources
+from pipeline.config.config import Config
+from pipeline.config.resources import Resources
 from pipeline.config.search import Dimension
 from pipeline.config.search import Search as SearchSection
 from pipeline.execution.cluster import needs

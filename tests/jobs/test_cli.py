@@ -18,8 +18,8 @@ from agcl.tasks.batches import collate
 from jobs import cli
 from jobs.plan import memory_of
 from pipeline.config import loading
-from pipeline.config.config import Model
 from pipeline.config.method import Adapter
+from pipeline.config.model import Model
 from pipeline.config.usual import unusual
 
 ROOT = Path(__file__).parent.parent.parent

@@ -22,7 +22,7 @@ from agcl.errors import InputError
 from agcl.model import models
 from agcl.tasks import TRAIN, check_names, huggingface
 from pipeline.config import loading
-from pipeline.config.config import Resources, Tracking
+from pipeline.config.resources import Resources, Tracking
 from pipeline.execution import cluster
 from pipeline.execution.session import run_stages
 from pipeline.plan.stage import ResolvedStage

@@ -11,8 +11,8 @@ import yaml
 
 from agcl.errors import InputError
 from pipeline.config.check import check_inputs
-from pipeline.config.config import Resources
 from pipeline.config.loading import validate
+from pipeline.config.resources import Resources
 from pipeline.errors import RayFailed
 from pipeline.execution import cluster
 

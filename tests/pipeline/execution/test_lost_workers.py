@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from agcl.errors import InputError
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.execution import progress
 from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import is_peer_loss, why_lost

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ray.train.torch import config as of_ray
 
 from agcl.parallel import sharding
-from pipeline.config.config import Resources
+from pipeline.config.resources import Resources
 from pipeline.execution.torch_backend import config_of
 
 

@@ -1,0 +1,213 @@
+"""Memory of a train stage, by a formula: see `memory.py`."""
+
+import math
+from typing import TypeVar
+
+from agcl.modulation.checks import SAMPLED_OUTPUTS
+from agcl.parallel.distributed import BUCKET_BYTES
+
+from pipeline.config.method import Project
+from pipeline.plan.decomposed import (
+    bases_size,
+    decomposing,
+    held_factors,
+    kept_by_factors,
+    projection_of_weights,
+    trained_factors,
+)
+from pipeline.plan.setting import (
+    FLOAT,
+    HALF,
+    Part,
+    Parts,
+    Setting,
+    entries,
+    kept_columns,
+    largest,
+    logits_size,
+    model_parts,
+)
+
+T = TypeVar("T")
+TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
+_CHUNK, _PIECE = 2**24, 2**22
+"""Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
+_LOGITS = {False: 3, True: 6}
+"""Copies of logits in a loss; with a reference also both models' log-probabilities and the terms
+of their divergence."""
+_KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
+"""Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
+
+
+def train_peak(setting: Setting) -> Parts:
+    """The worst moment of the worst task: the first one, or a later one with all protections."""
+    config = setting.config
+    of_base = config.measured and config.base.protect != "none"
+    always = of_base or len(config.measured) < len(config.protect)
+    moments = [] if always else _training(setting, protects=False)
+    if config.protect:
+        moments += [*_training(setting, protects=True), _deciding(setting)]
+    return largest(setting, moments)
+
+
+def trained_weights(setting: Setting, *, protects: bool) -> int:
+    """Weights with a gradient and Adam's two moments."""
+    if setting.config.adapter:
+        return entries(setting.factors)
+    if setting.config.subspace:
+        return trained_factors(setting)
+    only = protects and any(item.ungated == "freeze" for item in setting.config.protect)
+    return setting.shape.linear_weights if only else setting.shape.weights
+
+
+def _training(setting: Setting, *, protects: bool) -> list[Parts]:
+    """The end of a forward pass, of a backward pass, and the optimizer's step."""
+    shape, config = setting.shape, setting.config
+    trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
+    of_trained = FLOAT if _has_factors(setting) else size  # PEFT's factors are float32.
+    frozen = trained != shape.weights
+    rows, passes = _pass(setting)
+    tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
+    half = config.training.precision == "bfloat16" and size == FLOAT
+    kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
+    if size == HALF:
+        kept = shape.kept_in_bfloat16(tokens, setting.row.tokens, frozen=frozen)
+    checkpointing = config.training.activation_checkpointing
+    # The backward pass begins with gradients of what its first layer kept.
+    activations = kept * (shape.layers + 1)
+    if checkpointing:
+        activations = 2 * kept + size * tokens * shape.width * shape.layers
+    activations += 3 * size * tokens * shape.width  # Embeddings and the last norm.
+    held = [
+        *model_parts(setting, gathered=True),
+        *_reference(setting),
+        optimizer_states(setting, trained),
+        *(_protection(setting) if protects else ()),
+        *held_factors(setting),
+    ]
+    of_pass = HALF if half else FLOAT
+    activations += kept_by_factors(setting, tokens, size=of_pass, checkpointing=checkpointing)
+    if half:
+        held.append(Part("bfloat16 copies", HALF * _cast(setting, checkpointing)))
+    gradients = Part("gradients", of_trained * trained // _shards(setting))
+    passing = [
+        Part("activations", activations),
+        Part("logits", logits_size(shape, answers, _LOGITS[config.loss.needs_reference])),
+    ]
+    several = passes > 1
+    temporary = max(out * width for out, width in shape.linears)
+    if not frozen:  # A tied matrix gets two gradients, which are added in a third.
+        temporary = max(temporary, (1 + several) * shape.vocabulary * shape.width)
+    layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
+    copies = FLOAT * _stepped(setting, trained, protects or of_trained == HALF)
+    summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
+    return [
+        (*held, *passing, *((gradients,) if several else ())),
+        (*held, gradients, *layer),
+        (*held, gradients, Part("gradients summed over workers", summed)),
+        (
+            *held,
+            gradients,
+            Part("copies of a step", (5 if of_trained == HALF else 2) * copies),
+        ),
+    ]
+
+
+def _stepped(setting: Setting, trained: int, in_pieces: bool) -> int:
+    """Weights that a step copies at a time: pieces of protected ones, or of those it rounds."""
+    if setting.config.training.optimizer == "sgd":
+        return entries(setting.protected) * in_pieces
+    return min((_PIECE + _CHUNK * setting.on_gpu) * in_pieces, trained)
+
+
+def _reference(setting: Setting) -> list[Part]:
+    """The frozen model that the loss looks at, unless it is the trained one without its adapter."""
+    loss, adapter = setting.config.loss, setting.config.adapter
+    own = adapter is not None and (loss.reference == "previous") == adapter.fresh
+    own &= not setting.config.starts_from_corda  # Which changes the weights below its factors.
+    if own or not loss.needs_reference:
+        return []
+    return [Part("reference model", HALF * setting.shape.weights // setting.shards)]
+
+
+def optimizer_states(setting: Setting, trained: int) -> Part:
+    """Adam's two running means, or SGD's momentum."""
+    if setting.config.training.optimizer == "sgd":
+        return Part("momentum", FLOAT * trained // _shards(setting))
+    return Part("Adam", 2 * FLOAT * trained // _shards(setting))
+
+
+def _shards(setting: Setting) -> int:
+    """Workers that share what is trained: every worker has all of an adapter's factors."""
+    return 1 if setting.config.adapter else setting.shards
+
+
+def _has_factors(setting: Setting) -> bool:
+    """Whether PEFT's factors are trained beside frozen weights."""
+    return bool(setting.config.adapter or setting.config.subspace)
+
+
+def _pass(setting: Setting) -> tuple[int, int]:
+    """Rows of the largest forward pass of a training step, and passes of a worker per step."""
+    training, ranks = setting.config.training, setting.ranks
+    rows = min(training.batch_size, max(1, training.max_tokens // setting.row.tokens))
+    rows = min(rows, training.micro_batch_size or math.ceil(training.batch_size / ranks))
+    return rows, math.ceil(training.batch_size / (rows * ranks))
+
+
+def _cast(setting: Setting, checkpointing: bool) -> int:
+    """Weights that autocast copies: those of every linear layer, on each worker.
+
+    They are kept for the backward pass, and those of trained weights while autocast lasts.
+    """
+    shape = setting.shape
+    if _has_factors(setting) and checkpointing:
+        return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
+    return shape.linear_weights + shape.vocabulary * shape.width
+
+
+def _protection(setting: Setting) -> list[Part]:
+    """What the items of `protect` hold while a task is trained."""
+    parts, count = [], entries(setting.protected)
+    kinds = {item.kind for item in setting.config.protect}
+    if "project" in kinds:
+        bases = bases_size(setting)
+        parts.append(Part("bases", bases))
+        parts += [Part("bases in main memory", bases, on_host=True)] * setting.on_gpu
+    if "gate" in kinds:
+        parts.append(Part("gates", count // _shards(setting)))
+        parts.append(Part("gates in main memory", FLOAT * count, on_host=True))
+    if "penalty" in kinds:
+        # Fresh factors start from zero, which needs no copy.
+        copies = 1 if setting.config.adapter and setting.config.adapter.fresh else 2
+        parts.append(Part("anchors and importance", copies * FLOAT * count // _shards(setting)))
+    if kinds - {"penalty"}:
+        checked = setting.weight_bytes * _checked(setting)
+        parts.append(Part("weights before the task", checked, on_host=True))
+    return parts
+
+
+def _deciding(setting: Setting) -> Parts:
+    """Before a task: each input's moment loses the base's directions, in float64.
+
+    Or each weight is decomposed.
+    """
+    if projection_of_weights(setting):
+        found = Part("bases", bases_size(setting), on_host=True)
+        return (*model_parts(setting, gathered=False), found, decomposing(setting))
+    projects = any(isinstance(item, Project) for item in setting.config.measured)
+    widest = max(setting.inputs) if projects else 0
+    kept = kept_columns(widest, setting.config.importance.keep)
+    known = bases_size(setting) if setting.config.base.protect != "none" else 0
+    return (
+        *model_parts(setting, gathered=False),
+        Part("bases", known + bases_size(setting), on_host=True),
+        Part("an input's moment", 2 * FLOAT * (5 if known else 1) * widest * kept),
+    )
+
+
+def _checked(setting: Setting) -> int:
+    """Weights that show whether a gate or a projection held: of fresh factors only of A."""
+    adapter = setting.config.adapter
+    of = setting.factors[::2] if adapter and adapter.fresh else setting.protected
+    return entries([(min(out, SAMPLED_OUTPUTS), width) for out, width in of])
