@@ -22,7 +22,7 @@ name: {name}
 method: agcl
 tasks: {{format: facts, count: 2, entities: 3}}
 model: {{pretraining: {{entities: 8, epochs: 8}}}}
-training: {{epochs: 12, batch_size: 8, learning_rate: 1.5e-3}}
+training: {{epochs: 12, batch_size: 8, micro_batch_size: 4, learning_rate: 1.5e-3}}
 importance: {{batch_size: 5}}
 base: {{samples: 2, tokens: 8}}
 evaluation: {{batch_size: 5}}
@@ -93,13 +93,12 @@ def finished(tiny_config, run_configs, tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("finished")
     storage = root / "storage"
-    parts = "training.micro_batch_size=4"  # Of each batch, one for each of two workers.
     gate = ["protect.0.kind=gate", "protect.0.on=gradient", "base.protect=none"]
     both = ["protect=[{kind: gate, strength: 0.5}, {kind: project, energy: 0.8}]"]
     named = {
-        "sequential": tiny_config(storage, parts, method="sequential"),
-        "gradient": tiny_config(storage, parts, *gate),
-        "solo": tiny_config(storage, parts, *both, "importance.source=solo"),
+        "sequential": tiny_config(storage, method="sequential"),
+        "gradient": tiny_config(storage, *gate),
+        "solo": tiny_config(storage, *both, "importance.source=solo"),
     }
     secrets = {name: f"s3cr3t-of-{name}" for name in SECRETS}
     with pytest.MonkeyPatch.context() as patch:
@@ -120,6 +119,13 @@ def finished(tiny_config, run_configs, tmp_path_factory):
         artifact=lambda label, stage: runs[label].resolved[stage].folder,
         metrics=lambda label: read_json(root / "comparison" / label / "metrics.json"),
     )
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without what their figures show, which takes most of their time."""
+    blank = '<?xml version="1.0"?><svg viewBox="0 0 1 1"></svg>'
+    monkeypatch.setattr("pipeline.results.figures.svg", lambda figure, file: blank)
 
 
 @pytest.fixture

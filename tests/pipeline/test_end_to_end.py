@@ -162,7 +162,7 @@ def test_ray_gives_what_plain_functions_in_one_process_give(finished, run_in_pro
     assert {**metrics, **of_run} == finished.metrics(label)
 
 
-def test_running_again_runs_no_stage_and_gives_the_same(finished, run_configs):
+def test_running_again_runs_no_stage_and_gives_the_same(finished, run_configs, undrawn):
     folders = sorted((finished.storage / "stages").iterdir())
     manifests = [artifact.read_manifest(folder) for folder in folders]
     before = {label: finished.metrics(label) for label in LABELS}

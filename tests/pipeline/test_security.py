@@ -308,7 +308,9 @@ def ui(finished, tmp_path):
 
 
 @pytest.mark.ray
-def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_password(finished, ui):
+def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_password(
+    finished, ui, undrawn
+):
     assert listeners(ui.port) == {"0100007F"}  # 127.0.0.1
     uri = f"http://someone:{PASSWORD.replace('/', '%2F').replace('@', '%40')}@127.0.0.1:{ui.port}"
     config = finished.configs["sequential"].model_copy(

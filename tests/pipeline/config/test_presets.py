@@ -26,10 +26,14 @@ def run_method(tiny_config, run_in_process, tmp_path_factory):
     storage = tmp_path_factory.mktemp("methods") / "storage"
 
     def run(method, *settings):
-        config = tiny_config(storage, *settings, method=method)
+        config = tiny_config(storage, WHOLE, *settings, method=method)
         return run_in_process(config)
 
     return run
+
+
+WHOLE = "training.micro_batch_size=null"
+"""Batches in one pass, in half the time."""
 
 
 def metrics(works):
@@ -55,7 +59,21 @@ SETTINGS = {
 """With which a method learns so small a task."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+ALIKE = {
+    *("gate_grad_x_param", "gate_fisher", "gate_magnitude", "gate_random", "project_answer"),
+    *("project_raw", "base_unprotected", "kl_reverse", "merge_sqrt"),
+}
+"""Controls that differ from a method tested here in one setting, which has tests of its own."""
+
+
+UNPROTECTED = ("sequential", "joint", "solo")
+
+
+def marked(methods):
+    return [pytest.param(m, marks=pytest.mark.slow) if m in ALIKE else m for m in methods]
+
+
+@pytest.mark.parametrize("method", marked(METHODS))
 def test_every_method_runs_and_learns(run_method, method):
     found = metrics(run_method(method, *SETTINGS.get(method, ())))
     assert found["method"] == method
@@ -73,7 +91,7 @@ FROM_THE_FIRST_TASK = {
 }
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("sequential", "joint", "solo")])
+@pytest.mark.parametrize("method", marked(m for m in METHODS if m not in UNPROTECTED))
 def test_every_method_differs_from_sequential_once_it_protects_something(run_method, method):
     plain, other = run_method("sequential"), run_method(method, *SETTINGS.get(method, ()))
     first = "train/1-harbour"

@@ -24,7 +24,7 @@ from jobs.execution import (
     print_metrics,
 )
 from pipeline.config.presets import METHODS
-from pipeline.results import figures as figures_module
+from pipeline.results import figures
 from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.figures import draw
@@ -125,23 +125,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def rendered(monkeypatch):
+def rendered(undrawn, monkeypatch):
     """Renders only figures whose files begin with a text; most of a report's time goes there."""
 
     def only(begin):
-        def of(figure, file):
-            blank = '<?xml version="1.0"?><svg viewBox="0 0 1 1"></svg>'
-            return svg(figure, file) if file.startswith(begin) else blank
-
-        monkeypatch.setattr(figures_module, "svg", of)
+        blank = figures.svg
+        monkeypatch.setattr(
+            figures, "svg", lambda f, file: (svg if file.startswith(begin) else blank)(f, file)
+        )
 
     return only
-
-
-@pytest.fixture
-def undrawn(rendered):
-    """No figure is rendered."""
-    rendered(("nothing",))
 
 
 @pytest.fixture
@@ -163,8 +156,8 @@ def page(undrawn, drawn_page):
 def comparison(tmp_path_factory):
     """The report on all recorded runs: its figures, its text and its folder."""
     file = tmp_path_factory.mktemp("comparison") / "report.html"
-    figures = write_report(file, [recorded(label) for label in LABELS], title="facts-compare")
-    return figures, file.read_text(encoding="utf-8"), file.parent
+    drawn = write_report(file, [recorded(label) for label in LABELS], title="facts-compare")
+    return drawn, file.read_text(encoding="utf-8"), file.parent
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +219,15 @@ def test_the_comparison_shows_means_seeds_and_differences(comparison):
 
 
 def test_the_page_embeds_its_figures_and_refers_to_nothing_outside(comparison):
-    figures, text, _ = comparison
+    drawn, text, _ = comparison
     seen = Page(text)
     of_set = ["forgetting", "stability-plasticity"]
     of_set += [f"accuracy-{method}" for method in ("sequential", "agcl", "gate")]
     expected = {f"{each}-{name}" for each in of_set for name in ("memorization", "generalization")}
     expected |= {"base", "base-learned", "training", "importance-gate", "overlap-gate"}
-    assert set(figures) == {f"{name}.svg" for name in expected}
-    assert all(each.startswith("<?xml") and len(each) > 2000 for each in figures.values())
-    assert len(seen.images()) == len(figures)
+    assert set(drawn) == {f"{name}.svg" for name in expected}
+    assert all(each.startswith("<?xml") and len(each) > 2000 for each in drawn.values())
+    assert len(seen.images()) == len(drawn)
     assert all(len(image["aria-label"]) > 20 for image in seen.images())
     assert not re.search(r"https?://|url\((?!#)|@import|<script|<link|<img", text)
     assert all(attributes["href"].startswith("#") for tag, attributes in seen.tags if tag == "a")

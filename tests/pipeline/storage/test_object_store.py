@@ -94,7 +94,7 @@ def test_credentials_in_the_uri_are_refused_and_not_shown(tmp_path, uri):
 
 
 def test_a_run_goes_on_anywhere_and_leaves_everything_on_the_store(
-    bucket, elsewhere, tiny_config, run_in_process
+    bucket, elsewhere, tiny_config, run_in_process, undrawn
 ):
     settings = (
         "tracking.enabled=false",

@@ -124,7 +124,7 @@ def test_a_clock_that_is_set_back_gives_no_negative_times(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def complete(finished, tiny_config, copy_stages, tmp_path):
+def complete(finished, tiny_config, copy_stages, tmp_path, undrawn):
     """A run of which every stage is there, and nothing else yet."""
     storage = tmp_path / "storage"
     copy_stages(finished.storage, storage, ("",))

@@ -176,7 +176,7 @@ def test_artifacts_lie_in_the_storage_folder(finished, parents):
 
 
 def test_a_run_whose_stages_are_all_there_is_recorded_in_full(
-    finished, client, tiny_config, run_configs
+    finished, client, tiny_config, run_configs, undrawn
 ):
     config = tiny_config(finished.storage, method="sequential", name="second")
     folder = finished.root / "second"
@@ -194,7 +194,7 @@ def test_a_run_whose_stages_are_all_there_is_recorded_in_full(
 
 
 def test_a_stage_that_was_finished_unseen_is_closed_by_the_next_run(
-    finished, client, tiny_config, run_configs
+    finished, client, tiny_config, run_configs, undrawn
 ):
     # A driver killed between a stage's last write and its next look leaves its run open.
     folder = finished.folder / "gradient"
