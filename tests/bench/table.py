@@ -52,16 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     file = given.plan.with_suffix(".jsonl")
     names = given.rows or list(plan["rows"])
-    for name in names if given.tune else ():
-        for more in (plan["rows"][name] or {}).get("trials", ()):
+    for name in names:
+        for more in (plan["rows"][name] or {}).get("trials", ()) if given.tune else ():
             _once(plan, name, TUNING_SEED, more.split(), file, given.storage)
-    for seed in given.seeds:
-        for name in names:
-            chosen = best_trial(plan, name, read(file))
-            if chosen is None:
-                print(f"{name}: trials missing, see --tune", file=sys.stderr)
-            else:
-                _once(plan, name, seed, chosen, file, given.storage)
+        chosen = best_trial(plan, name, read(file))
+        if chosen is None and given.seeds:
+            print(f"{name}: trials missing, see --tune", file=sys.stderr)
+        for seed in given.seeds if chosen is not None else ():
+            _once(plan, name, seed, chosen, file, given.storage)
     print_table(plan, read(file))
     return 0
 
