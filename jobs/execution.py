@@ -45,12 +45,12 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     unused = {
         method_name(config): None
         for config in (run.config for run in runs.values())
-        if config.base.protect != "none" and not config.measured
+        if config.base.protect != "none" and not config.measures_base
     }
     if unused:
         console.print(
-            "  base.protect is ignored without an item in protect that needs an importance: "
-            f"{', '.join(unused)}",
+            "  base.protect is ignored without an item in protect that needs an importance, or "
+            f"adapter.init=corda: {', '.join(unused)}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -73,6 +73,11 @@ class Config(Section):
         return bool(self.needing_entries) if given is None else given
 
     @property
+    def measures_base(self) -> bool:
+        """Whether `base.protect` has an effect: for what is protected, or for CorDA."""
+        return self.base.protect != "none" and (bool(self.measured) or self.starts_from_corda)
+
+    @property
     def starts_from_corda(self) -> bool:
         """Whether an adapter starts from a decomposition of the base model's weights."""
         return self.adapter is not None and self.adapter.init == "corda"

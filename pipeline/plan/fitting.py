@@ -38,7 +38,8 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
     if config.adapter is None and not config.resources.shard_model and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
         yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
-    for workers in () if config.subspace else _WORKERS:
+    shards = not (config.subspace or config.starts_from_corda)
+    for workers in _WORKERS if shards else ():
         if workers > config.resources.num_workers:
             sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
             said = f"resources.shard_model=true resources.num_workers={workers}"

@@ -32,7 +32,7 @@ def base_importance_stages(
     if not config.model.is_builtin:
         tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
     texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
-    match settings.protect if config.measured or config.starts_from_corda else "none":
+    match settings.protect if config.measures_base else "none":
         case "none":
             return []
         case "self":

@@ -132,6 +132,9 @@ def test_corda_decomposes_all_layers_at_once_and_keeps_what_it_started_from(larg
         {p.name: p.size for p in disk_per_task(s)} for s in (setting, setting_of(large, "lora"))
     ]
     assert of_disk[0]["adapter"] == 2 * of_disk[1]["adapter"]
+    for kind in peaks(setting):
+        said = remedy(setting, kind, 12 * GB)
+        assert said is None or "shard_model" not in said
 
 
 def test_a_penalty_of_fresh_factors_holds_the_importance_of_the_weights_below_them(large):

@@ -454,6 +454,23 @@ def test_corda_starts_from_the_base_models_own_text_and_shares_it(stages):
     assert "corda" in changed(works, stages("adapter.rank=4", method="corda"))
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("corda", []),
+        ("agcl", []),
+        ("agcl", ["base.protect=none"]),
+        ("project_weights", ["base.protect=self"]),
+        ("lora", ["base.protect=self"]),
+    ],
+)
+def test_the_base_model_writes_text_only_where_the_config_says_that_it_matters(
+    stages, tiny_config, tmp_path, method, settings
+):
+    config = tiny_config(tmp_path, *settings, method=method)
+    assert config.measures_base is ("own_text" in stages(*settings, method=method))
+
+
 def test_what_an_adapter_starts_from_does_not_change_fingerprints_by_default(stages):
     works = stages(method="lora")
     assert "init" not in works["train/1-harbour"].config["adapter"]
