@@ -30,11 +30,6 @@ from pipeline.plan.setting import (
 
 T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
-_CHUNK, _PIECE = 2**24, 2**22
-"""Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
-_LOGITS = {False: 3, True: 6}
-"""Copies of logits in a loss; with a reference also both models' log-probabilities and the terms
-of their divergence."""
 _KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
 """Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
 

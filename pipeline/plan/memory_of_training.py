@@ -1,7 +1,6 @@
 """Memory of a train stage, by a formula: see `memory.py`."""
 
 import math
-from typing import TypeVar
 
 from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.parallel.distributed import BUCKET_BYTES
@@ -28,15 +27,11 @@ from pipeline.plan.setting import (
     model_parts,
 )
 
-T = TypeVar("T")
-TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
 _CHUNK, _PIECE = 2**24, 2**22
 """Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
 _LOGITS = {False: 3, True: 6}
 """Copies of logits in a loss; with a reference also both models' log-probabilities and the terms
 of their divergence."""
-_KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
-"""Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
 
 
 def train_peak(setting: Setting) -> Parts:
