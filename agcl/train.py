@@ -99,7 +99,8 @@ def train_task(
             if not torch.isfinite(loss + penalty + norm):
                 raise NonFiniteLoss(
                     f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
-                    f"{num_steps}; lower the learning rate or use precision float32"
+                    f"{num_steps}; lower the learning rate, or the strength of a penalty or of "
+                    "loss.reference, or use precision float32"
                 )
             scale_rates(optimizer, rate_factor(step, num_steps, schedule=schedule, warmup=warmup))
             optimizer.step()

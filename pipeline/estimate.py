@@ -88,7 +88,8 @@ def estimate(run: Run, device: str = "cpu") -> Needs:
         few_rows, all_rows = _rows(probe.config), _rows(run.config)
         for stage in todo:
             name = examples[_kind(stage)]
-            ratio = _rows_in(stage, all_rows) / _rows_in(small[name], few_rows)
+            few = _rows_in(small[name], few_rows)
+            ratio = _rows_in(stage, all_rows) / few if few else 1.0  # Merging reads no rows.
             _add(needs, stage, ratio, probe.resolved[name], run.config.resources)
     once = sum(_SECONDS_ONCE.get(fn, 0.0) for fn in {stage.fn for stage in unfinished.values()})
     needs.seconds["start"] = once + _WORKERS_SECONDS * any(stage.train for stage in todo)

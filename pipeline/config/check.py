@@ -19,6 +19,7 @@ from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
 from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
 from agcl.tasks.messages import kinds_of_turns
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.config import hub
@@ -286,12 +287,16 @@ def _check_base(config: Config) -> None:
 
 def _check_factors(config: Config) -> None:
     """Refuse a model whose weights cannot be decomposed."""
-    if config.model.is_builtin:
+    if not (config.subspace or config.starts_from_corda):
         return
+    if config.model.is_builtin:
+        model: PreTrainedModel = models.builtin_model(1, seed=0)  # Less than a million weights.
+    else:
+        model = models.empty_model(config.model.folder)
     if config.subspace:
-        subspace.check(models.empty_model(config.model.folder))
+        subspace.check(model)
     if config.adapter and config.starts_from_corda:
-        corda.check_rank(models.empty_model(config.model.folder), config.adapter.rank)
+        corda.check_rank(model, config.adapter.rank)
 
 
 def _check_layers(config: Config) -> None:

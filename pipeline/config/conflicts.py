@@ -96,8 +96,8 @@ def _with_an_adapter(config: "Config") -> Iterator[str]:
         yield ("loss.reference: the previous task's model needs adapter.merge, which writes it")
     if any(not item.needs_importance for item in config.protect):
         yield (
-            "protect: directions: weights cannot be used with an adapter, which leaves the "
-            "weights as they are"
+            "protect: a projection with directions=weights cannot be used with an adapter, which "
+            "leaves the weights as they are"
         )
     if config.starts_from_corda and config.base.protect == "none":
         yield "base.protect: adapter.init=corda needs a text; choose base.protect=self"

@@ -1,8 +1,9 @@
 """The config sections that define a method: importance, protections, and the baselines'."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.section import Place, Positive, Precision, Section, Seed, Share
 from pipeline.config.tasks import TaskFormat
@@ -14,6 +15,7 @@ METHOD_SECTIONS = (
 """The sections that define a method. Everything else is the same for every method."""
 
 
+ROOT_OF_TASKS = "1/sqrt(t)"
 OF_MOMENTS = ("weighting", "unit_inputs")
 """Keys of a projection that say how moments are measured."""
 
@@ -186,8 +188,8 @@ class Loss(Section):
     """Weight of each answer token's cross-entropy; `probability` takes the model's own probability
     of it (DFT)."""
     max_perplexity: float | None = Field(None, gt=1)
-    """Ignore the cross-entropy of answer tokens that the reference finds less likely than one over
-    this (STM)."""
+    """Drop the cross-entropy of answer tokens whose perplexity under the reference, 1 / q(token),
+    is above this (STM). The loss is still divided by the number of all answer tokens."""
 
     @property
     def needs_reference(self) -> bool:
@@ -202,19 +204,27 @@ class Loss(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Loss":
         if self.max_perplexity is not None and self.reference == "none":
-            raise ValueError("max_perplexity: needs loss.reference, whose perplexity it means")
+            raise ValueError("max_perplexity: needs a reference model; set loss.reference")
         return self
 
 
+def _factor(value: Any) -> float | str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == ROOT_OF_TASKS or (number and 0 < value <= 1):
+        return cast(float | str, value)
+    raise PydanticCustomError("factor", f"must be above 0 and at most 1, or {ROOT_OF_TASKS}")
+
+
 class Merge(Section):
-    """After a task, take only a part of the way that training went. Costs no training."""
+    """Keep only part of a task's change: start + factor · (trained - start). Costs no training."""
 
     onto: Literal["previous", "base"] = "previous"
-    """Between which weights and the trained ones. `previous`: those before the task; the next task
-    starts from the result. `base`: the base model's (WiSE-FT); training goes on from what it
-    reached, and each task's result is only scored, the last one's also delivered."""
-    factor: Annotated[float, Field(gt=0, le=1)] | Literal["1/sqrt(t)"]
-    """The part of the way: 1 goes all of it. `1/sqrt(t)` shrinks with the number t of the task."""
+    """What the start is. `previous`: the weights before the task; the next task trains from the
+    result. `base`: the base model's weights (WiSE-FT). Training then continues from the unmerged
+    weights; each task's result is only scored, and the last one is the final model."""
+    factor: Annotated[float | str, PlainValidator(_factor)]
+    """Share of the change to keep; 1 keeps all of it. `1/sqrt(t)` shrinks with the number t of the
+    task."""
 
 
 class Adapter(Section):
@@ -253,12 +263,12 @@ class Adapter(Section):
 
 
 class Subspace(Section):
-    """OSFT (PEFT's OSF): train each weight only beside its leading singular directions, of which
-    more are kept with every task. It needs no importance and no data of earlier tasks."""
+    """OSFT (PEFT's OSF): freeze the leading singular directions of each weight, more with every
+    task, and train the others. It needs no importance and no data of earlier tasks."""
 
     unfreeze: float = Field(0.25, gt=0, lt=1)
-    """Share of each weight's singular directions that the last task trains. Task t of T keeps
-    (1 - unfreeze) · t / T of them, the leading ones."""
+    """Share of each weight's singular directions that the last task trains. Task t of T freezes the
+    leading (1 - unfreeze) · t / T of them."""
 
     def preserved(self, task: int, tasks: int) -> float:
         """The share of singular directions that task number `task`, from 1, of `tasks` keeps."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.config.method import OF_MOMENTS, Adapter, Freeze, Project, Protection
+from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Adapter, Freeze, Project, Protection
 from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.nodes import Inputs, adapter_on, loading, measures_solos
@@ -115,7 +115,7 @@ def merge_stage(
     return Stage(
         name=f"merge/{index}-{task}",
         fn=merge,
-        config={"factor": index**-0.5 if factor == "1/sqrt(t)" else factor, **loading(config)},
+        config={"factor": index**-0.5 if factor == ROOT_OF_TASKS else factor, **loading(config)},
         inputs={"model": model, "onto": previous},
         session="sequence",
         train=True,

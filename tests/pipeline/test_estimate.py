@@ -124,3 +124,9 @@ def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
     stage = replace(measured[0].resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
     with pytest.raises(ProbeFailed, match="killed, most likely out of memory"):
         estimates._peak_of([stage], "cpu", 1)
+
+
+def test_merging_which_reads_no_rows_can_be_planned(tiny_config, tmp_path):
+    config = tiny_config(tmp_path, "tasks.count=1", method="wise")
+    needs = estimate(open_run(config))
+    assert "merge" in needs.seconds

@@ -297,7 +297,9 @@ def test_the_section_base_says_what_is_wrong(problem, settings, start):
 
 def test_directions_of_weights_are_refused_with_an_adapter_and_need_no_stored_moments(problem):
     said = problem("method: project_weights\n", "adapter={}")
-    assert said.startswith("protect: directions: weights cannot be used with an adapter")
+    assert said.startswith(
+        "protect: a projection with directions=weights cannot be used with an adapter"
+    )
     item = {"kind": "project", "directions": "weights", "energy": 0.99}
     loading.validate({"protect": [item]})
     with pytest.raises(
