@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from agcl.attribution import attribute
@@ -33,7 +34,7 @@ def shared_directions(one: Importance, other: Importance) -> dict[str, list[floa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Attribute rows three times and print."""
+    """Attribute rows four times and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows-of", type=Path, help="prepared rows, train.arrow (default: random)")
@@ -43,21 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     file, number = given.rows_of, given.rows
     rows = prepared_rows(file, number) if file else random_rows(number, 24)
-    model = models.load_model(given.model).to(given.device)
+    model, half = (
+        models.load_model(given.model, dtype=dtype).to(given.device)
+        for dtype in ("float32", "bfloat16")
+    )
 
-    def importance(precision: str, size: int) -> Importance:
+    def importance(model: PreTrainedModel, precision: str, size: int) -> Importance:
         batches = [collate([rows[i] for i in b]) for b in in_order(len(rows), size)]
         options = {"moments": "relevance", "correct_only": False, "precision": precision}
         return attribute(model, batches, **options)  # type: ignore[arg-type]
 
-    exact = importance("float32", 8)
+    exact = importance(model, "float32", 8)
     print(f"| {len(rows)} rows | directions of each input: mean (worst layer) | top entries |")
     print("| --- | --- | --- |")
-    for said, precision, size in (
-        ("float32, other batches", "float32", 5),
-        ("bfloat16", "bfloat16", 8),
+    for said, attributed, precision, size in (
+        ("float32, other batches", model, "float32", 5),
+        ("bfloat16", model, "bfloat16", 8),
+        ("bfloat16, and bfloat16 weights", half, "bfloat16", 8),
     ):
-        other = importance(precision, size)
+        other = importance(attributed, precision, size)
         shares = [
             f"{kind} {fmean(values):.4f} ({min(values):.4f})"
             for kind, values in shared_directions(exact, other).items()
