@@ -137,7 +137,7 @@ def test_wise_trains_as_plain_fine_tuning_does_and_scores_what_lies_between(run)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["loss.max_perplexity=2"], "loss.max_perplexity: needs loss.reference"),
+        (["loss.max_perplexity=2"], "loss.max_perplexity: needs a reference model"),
         (["loss.reference=base", "adapter.merge=false", "method=lora"], None),
         (
             ["loss.reference=previous", "adapter.merge=false", "method=lora"],
