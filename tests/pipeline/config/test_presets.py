@@ -62,8 +62,9 @@ SETTINGS = {
 ALIKE = {
     *("gate_grad_x_param", "gate_fisher", "gate_magnitude", "gate_random", "project_answer"),
     *("project_raw", "base_unprotected", "kl_reverse", "merge_sqrt"),
+    *("lwf", "asft", "stm", "merge", "wise"),  # tests/pipeline/stages/test_rivals.py runs them.
 }
-"""Controls that differ from a method tested here in one setting, which has tests of its own."""
+"""Methods that differ from one tested here in one setting, which has tests of its own."""
 
 
 UNPROTECTED = ("sequential", "joint", "solo")
