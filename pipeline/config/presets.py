@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
         controls=("lora",),
     ),
     "osf": Method(
-        "full weights beside their leading singular directions, more kept per task (OSFT)",
+        "leading singular directions of each weight frozen, more with every task (OSFT)",
         {"subspace": {}},
         Knob("subspace.unfreeze", 0.05, 0.8),
     ),

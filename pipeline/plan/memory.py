@@ -11,9 +11,7 @@ from agcl.attribution.attribute import SKETCH
 from agcl.parallel.distributed import owners
 
 from pipeline.config.method import Project
-from pipeline.plan.decomposed import (
-    decompose_peak,
-)
+from pipeline.plan.decomposed import decompose_peak
 from pipeline.plan.memory_of_training import train_peak
 from pipeline.plan.setting import (
     FLOAT,

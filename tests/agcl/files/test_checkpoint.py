@@ -9,7 +9,7 @@ from reference import workers as remote
 
 from agcl.files import checkpoint as checkpoints
 from agcl.files.checkpoint import Checkpoint
-from agcl.modulation import GatedAdamW
+from agcl.modulation import GatedAdamW, GatedSGD
 from agcl.train import train_task
 
 OPTIONS = {
@@ -43,18 +43,19 @@ def every_step(monkeypatch):
     monkeypatch.setattr(checkpoints, "_MAX_TIME_SHARE", math.inf)
 
 
-def protected():
+def protected(sgd=False):
     """A model with dropout, and an optimizer with every kind of state."""
     model = tiny.llama(dropout=0.5)
     model.model.embed_tokens.weight.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gate = {n: torch.rand(p.shape, generator=torch.manual_seed(1)) for n, p in trained.items()}
-    return model, GatedAdamW(trained.items(), lr=1e-2, gate=gate)
+    kind = GatedSGD if sgd else GatedAdamW
+    return model, kind(trained.items(), lr=1e-2, gate=gate)
 
 
-def train(checkpoint=None, *, stop=None, rows=None):
+def train(checkpoint=None, *, stop=None, rows=None, sgd=False):
     """Train from scratch, optionally up to a step; return weights, log and number of rows read."""
-    model, optimizer = protected()
+    model, optimizer = protected(sgd)
     rows = CountedRows(rows or tiny.random_rows(10))
     logged = []
 
@@ -96,6 +97,12 @@ def test_interrupted_training_resumes_bit_for_bit(tmp_path, every_step, stop):
     assert_same(rest, whole)
     # Ten rows per epoch: four, four and two.
     assert rest[2] == 30 - [0, 4, 8, 10, 14, 18, 20, 24, 28][stop]
+
+
+def test_the_momentum_of_sgd_is_resumed_too(tmp_path, every_step):
+    whole = train(sgd=True)
+    train(make(tmp_path), stop=4, sgd=True)
+    assert_same(train(make(tmp_path), sgd=True), whole)
 
 
 def test_training_can_be_interrupted_repeatedly(tmp_path, every_step):

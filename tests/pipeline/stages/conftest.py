@@ -1,4 +1,4 @@
-"""Runs of one small task on a base folder, without Ray."""
+"""Runs without Ray: of a tiny config, and of one small task on a base folder."""
 
 import json
 
@@ -12,6 +12,22 @@ from pipeline.execution.session import run_stages
 from pipeline.results.model_card import write_model_folder
 from pipeline.run import open_run
 from pipeline.stages.context import Context
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """One storage, so that the tests share the base model."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def run(storage, tiny_config, run_in_process):
+    """Runs a tiny config without Ray, but for stages that are there; its stages by name."""
+
+    def of(*overrides, **options):
+        return run_in_process(tiny_config(storage, *overrides, **options))
+
+    return of
 
 
 @pytest.fixture

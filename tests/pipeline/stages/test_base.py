@@ -20,20 +20,6 @@ FEW = (
 """At most twelve input directions of 128: all of them can be protected, and others trained."""
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    """One storage, so that the tests share the base model."""
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
-def run(storage, tiny_config, run_in_process):
-    def of(*overrides, **options):
-        return run_in_process(tiny_config(storage, *overrides, **options))
-
-    return of
-
-
 def outputs(folder, ids):
     with torch.no_grad():
         return models.load_model(folder)(torch.tensor([ids])).logits

@@ -14,20 +14,6 @@ from pipeline.stages.files import LOG_FILE
 FIRST, SECOND = "train/1-harbour", "train/2-valley"
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory):
-    """One storage, so that the tests share the base model."""
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
-def run(storage, tiny_config, run_in_process):
-    def of(*overrides, **options):
-        return run_in_process(tiny_config(storage, *overrides, **options))
-
-    return of
-
-
 def weights(work):
     return dict(models.load_model(work.folder).named_parameters())
 
