@@ -126,7 +126,7 @@ def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
         estimates._peak_of([stage], "cpu", 1)
 
 
-def test_merging_which_reads_no_rows_can_be_planned(tiny_config, tmp_path):
-    config = tiny_config(tmp_path, "tasks.count=1", method="wise")
+def test_merging_which_reads_no_rows_can_be_planned(probed_here, tiny_config, tmp_path):
+    config = tiny_config(tmp_path, "tasks.count=1", FEW, method="wise")
     needs = estimate(open_run(config))
     assert "merge" in needs.seconds

@@ -62,9 +62,10 @@ SETTINGS = {
 ALIKE = {
     *("gate_grad_x_param", "gate_fisher", "gate_magnitude", "gate_random", "project_answer"),
     *("project_raw", "base_unprotected", "kl_reverse", "merge_sqrt"),
-    *("lwf", "asft", "stm", "merge", "wise"),  # tests/pipeline/stages/test_rivals.py runs them.
+    *("kl", "lwf", "asft", "stm", "merge", "wise"),  # tests/pipeline/stages/test_rivals.py
+    *("das", "gate_permuted", "project_random", "project_weights", "ewc_lora", "corda"),
 }
-"""Methods that differ from one tested here in one setting, which has tests of its own."""
+"""Methods that differ from one tested here in one setting, or that other tests run."""
 
 
 UNPROTECTED = ("sequential", "joint", "solo")
@@ -111,8 +112,10 @@ def test_every_method_differs_from_sequential_once_it_protects_something(run_met
         ("gate", ["protect.0.strength=0", "protect.0.on=gradient", "base.protect=self"]),
         ("ewc_base", ["protect.0.strength=0"]),
         ("das", ["protect.0.strength=0"]),
-        ("gate_permuted", ["protect.0.strength=0"]),
-        ("project_random", ["protect.0.energy=0", "base.energy=0"]),
+        pytest.param("gate_permuted", ["protect.0.strength=0"], marks=pytest.mark.slow),
+        pytest.param(
+            *("project_random", ["protect.0.energy=0", "base.energy=0"]), marks=pytest.mark.slow
+        ),
         ("project_weights", ["protect.0.energy=0"]),
         ("replay", ["replay.fraction=0"]),
         ("freeze", ["freeze.layers=[]"]),
@@ -144,7 +147,10 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
     ("method", "settings", "same_as"),
     [
         ("lora_agcl", ["protect.0.energy=0"], ("lora",)),
-        ("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
+        pytest.param(
+            *("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
+            marks=pytest.mark.slow,
+        ),
         ("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
         ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
         ("ewc_lora", ["protect.0.strength=0"], ("olora", "adapter.orthogonal=0")),
@@ -213,7 +219,7 @@ def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_m
     assert 0.1 * 0.5e6 * costs[0] < last < 10 * 0.5e6 * costs[0]
 
 
-@pytest.mark.parametrize("text", ["self", "rows"])
+@pytest.mark.parametrize("text", ["self", pytest.param("rows", marks=pytest.mark.slow)])
 def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
     works = run_method("corda", f"base.protect={text}", "adapter.rank=3")
     base, start = weights(works, "pretrain"), works["corda"].folder

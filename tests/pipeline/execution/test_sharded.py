@@ -66,7 +66,7 @@ def test_a_run_whose_workers_share_the_model_gives_the_same_numbers(both):
 @pytest.mark.parametrize(
     ("method", "merge"),
     [
-        ("lora_agcl", True),
+        pytest.param("lora_agcl", True, marks=pytest.mark.slow),
         pytest.param("lora_agcl", False, marks=pytest.mark.slow),
         pytest.param("lora", True, marks=pytest.mark.slow),
         pytest.param("olora", True, marks=pytest.mark.slow),

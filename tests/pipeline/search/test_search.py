@@ -183,7 +183,7 @@ def test_a_stage_that_fails_fails_its_trial_and_says_why(search, in_process):
         assert "NonFiniteLoss" in (of.run_folder(trial.number) / "error.log").read_text()
 
 
-@pytest.mark.parametrize("method", ["joint", "solo"])
+@pytest.mark.parametrize("method", ["joint", pytest.param("solo", marks=pytest.mark.slow)])
 def test_a_bound_has_the_average_of_its_report(method, tiny_config, tmp_path, in_process):
     """`compare --trials` tunes these too, and a search refuses them."""
     settings = ("training.epochs=4", WHOLE, "evaluation.validation=0.3")
