@@ -134,10 +134,9 @@ def _lines(needs: Needs, resources: Resources) -> list[str]:
     each = f"each of {workers} workers" if workers > 1 else "one worker"
     if workers > 1 and resources.shard_model:
         each = f"a worker with the whole model; {workers} workers that share it need less each"
-    passing = f", plus {_size(needs.checkpoint_bytes)} for a checkpoint while training"
     return [
         f"  memory  {_size(needs.worker_bytes)} peak for {each}",
-        f"  disk    {_size(needs.disk_bytes)}" + passing * bool(needs.checkpoint_bytes),
+        f"  disk    {_size(needs.disk_bytes)}",
         f"  time    about {total}, one session at a time ({parts})",
     ]
 

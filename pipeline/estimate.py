@@ -33,10 +33,9 @@ from pipeline.run import open_run
 from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import ADAPTER, LOG_FILE, named
+from pipeline.stages.files import LOG_FILE, named
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import prepare
-from pipeline.stages.train import train
 
 _BATCHES = 3
 """Batches of each task in the probe. The first one warms up and is not timed."""
@@ -62,8 +61,6 @@ class Needs:
     worker_bytes: int
     """Peak memory of the probe's process, or of its GPU."""
     disk_bytes: float = 0.0
-    checkpoint_bytes: int = 0
-    """Size of a training checkpoint: the trained weights and both Adam moments."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By kind of stage, as its name begins; `start` is the startup of Ray plus the report."""
 
@@ -192,9 +189,6 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
     needs.disk_bytes += sum(files.values()) * (ratio if stage.fn is prepare else 1)
     if stage.fn is prepare:
         return
-    if stage.fn is train and run.checkpoint_minutes:
-        adapter = [size for name, size in files.items() if name.startswith(f"{ADAPTER}/")]
-        needs.checkpoint_bytes = 3 * sum(adapter or files.values())
     log = map(json.loads, (example.read(LOG_FILE) or b"").splitlines())
     # Rows are timed from the first line on, after the warm-up. The rest hardly depends on rows, as
     # what an evaluation logs after its tasks.

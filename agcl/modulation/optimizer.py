@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from agcl.modulation import eight_bit as quantized
 from agcl.modulation.rounding import Rounding, noise, round_into
 from agcl.modulation.step import Piece, StepProtection, copies, undo
 from agcl.parallel.sharding import first_row, local
 
 GateOn = Literal["update", "gradient"]
 Named = tuple[str, nn.Parameter]
+_MEANS = ("exp_avg", "exp_avg_sq")
+_MAGNITUDES = "_magnitudes"
 
 
 class GatedAdamW(torch.optim.AdamW):
@@ -32,6 +35,9 @@ class GatedAdamW(torch.optim.AdamW):
     running square could not decay by a thousandth, and would keep its maximum. The random numbers
     depend on `seed`, the parameter's name and its number of steps, hence are the same on all ranks
     and after resuming. With `"nearest"` bfloat16 weights step as in torch, and cannot be protected.
+
+    With `eight_bit` the two running means of tensors with at least 4096 weights take one byte each
+    between steps (`agcl.modulation.eight_bit`), and are float32 a few pieces at a time.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class GatedAdamW(torch.optim.AdamW):
         transposed: Collection[str] = (),
         on: GateOn = "update",
         rounding: Rounding = "nearest",
+        eight_bit: bool = False,
         seed: int = 0,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -63,7 +70,7 @@ class GatedAdamW(torch.optim.AdamW):
         for each in given:
             by_name.update(each["params"] if isinstance(each, dict) else [cast(Named, each)])
         super().__init__(given, lr, betas, eps, weight_decay, foreach=False)
-        self.on, self.rounding, self.seed = on, rounding, seed
+        self.on, self.rounding, self.seed, self.eight_bit = on, rounding, seed, eight_bit
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in by_name.items()}
         self.protection = StepProtection(
             by_name,
@@ -84,8 +91,8 @@ class GatedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             moving: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             self._make_states(moving)
-            in_chunks = [p for p in moving if self.protection.covers(p) or self._rounds(p)]
-            free = [p for p in moving if not (self.protection.covers(p) or self._rounds(p))]
+            in_chunks = [p for p in moving if self._in_chunks(p)]
+            free = [p for p in moving if not self._in_chunks(p)]
             steps = [self.state[p]["step"] for p in free]
             whole = [Piece(p) for p in free]
             self._adamw(whole, free, _gradients(whole), steps, group, group["weight_decay"])
@@ -97,27 +104,38 @@ class GatedAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch, which would round the float32 states of bfloat16 parameters."""
+        """As of torch, which would give all states the parameter's dtype."""
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, parameter in zip(saved, parameters, strict=True):
-            if self._rounds(parameter) and number in state_dict["state"]:
-                for key in ("exp_avg", "exp_avg_sq"):
-                    exact = state_dict["state"][number][key]
+            for key, exact in state_dict["state"].get(number, {}).items():
+                if key != "step" and exact.dtype != parameter.dtype:
                     self.state[parameter][key] = exact.to(parameter.device, copy=True)
+
+    def _in_chunks(self, parameter: Tensor) -> bool:
+        """Whether a step needs float32 copies of the parameter or its states."""
+        covers = self.protection.covers(parameter)
+        return covers or self._rounds(parameter) or self._is_quantized(parameter)
 
     def _rounds(self, parameter: Tensor) -> bool:
         return self.rounding == "stochastic" and parameter.dtype == torch.bfloat16
 
+    def _is_quantized(self, parameter: Tensor) -> bool:
+        return self.eight_bit and quantized.fits(parameter)
+
     def _make_states(self, parameters: list[Tensor]) -> None:
         for parameter in parameters:
             state = self.state[parameter]
-            if not state:
-                dtype = torch.float32 if self._rounds(parameter) else parameter.dtype
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            if state:
+                continue
+            state["step"] = torch.zeros((), device=parameter.device)
+            dtype = torch.float32 if self._rounds(parameter) else parameter.dtype
+            for key in _MEANS:
+                if self._is_quantized(parameter):
+                    state[key], state[key + _MAGNITUDES] = quantized.zeros(parameter)
+                else:
+                    state[key] = torch.zeros_like(parameter, dtype=dtype)
 
     def _keys(self, parameters: list[Tensor]) -> dict[Tensor, str]:
         """What the random numbers of this step of each rounded parameter depend on."""
@@ -169,12 +187,12 @@ class GatedAdamW(torch.optim.AdamW):
         """Torch's fused AdamW: one pass over values, gradients and states. Increments `steps`."""
         if not pieces:
             return
-        states = [(piece, self.state[piece.parameter]) for piece in pieces]
+        first, second = ([self._mean(piece, key) for piece in pieces] for key in _MEANS)
         adamw(
             values,
             gradients,
-            [piece.of(state["exp_avg"]) for piece, state in states],
-            [piece.of(state["exp_avg_sq"]) for piece, state in states],
+            first,
+            second,
             [],
             steps,
             fused=True,
@@ -186,6 +204,23 @@ class GatedAdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=False,
         )
+        for key, of_key in zip(_MEANS, (first, second), strict=True):
+            for piece, mean in zip(pieces, of_key, strict=True):
+                if self._is_quantized(piece.parameter):
+                    quantized.write(mean, *self._codes(piece, key), signed=key == "exp_avg")
+
+    def _mean(self, piece: Piece, key: str) -> Tensor:
+        """A piece's running mean: the state itself, or its values where it is quantized."""
+        if self._is_quantized(piece.parameter):
+            return quantized.read(*self._codes(piece, key), signed=key == "exp_avg")
+        return piece.of(self.state[piece.parameter][key])
+
+    def _codes(self, piece: Piece, key: str) -> tuple[Tensor, Tensor]:
+        """A piece's codes and magnitudes, which share memory with the state."""
+        state = self.state[piece.parameter]
+        codes, magnitudes = piece.of(state[key]), state[key + _MAGNITUDES]
+        first = codes.storage_offset() // quantized.BLOCK
+        return codes, magnitudes[first : first + codes.numel() // quantized.BLOCK]
 
 
 def _gradients(pieces: list[Piece]) -> list[Tensor]:

@@ -19,8 +19,12 @@ _KEPT = -(2**16)
 
 
 def block_rows(shape: torch.Size) -> int:
-    """Rows of a parameter that are stepped and rounded at a time, about four million weights."""
-    return max(1, _BLOCK_ENTRIES // max(1, shape[1:].numel()))
+    """Rows of a parameter that are stepped and rounded at a time, about four million weights.
+
+    Many rows are a multiple of 256, so that blocks of `eight_bit` end where they do.
+    """
+    rows = max(1, _BLOCK_ENTRIES // max(1, shape[1:].numel()))
+    return rows - rows % 256 if rows > 256 else rows
 
 
 def noise(key: str, shape: torch.Size, first: int, count: int, device: torch.device) -> Tensor:

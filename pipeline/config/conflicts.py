@@ -29,6 +29,8 @@ def _of_the_run(config: "Config") -> Iterator[str]:
         yield f"name: {config.name!r} is reserved in the storage folder"
     if config.resources.shard_model and config.training.compile:
         yield "resources.shard_model: cannot be combined with training.compile"
+    if config.resources.shard_model and config.training.optimizer == "adamw_8bit":
+        yield "training.optimizer: adamw_8bit cannot be combined with resources.shard_model"
     if config.tracking.enabled and not (config.tracking.uri or config.storage.tracking_uri):
         yield (
             "tracking.uri: required if storage is an object store, which cannot hold MLflow's "

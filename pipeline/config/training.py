@@ -13,9 +13,11 @@ class Training(Section):
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` is for comparisons: with it a gate on the gradient scales the whole step, which under
-    Adam cancels. Needs a learning rate hundreds of times higher."""
+    optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    """`adamw_8bit` keeps AdamW's two running means in one byte each instead of four, quantized by
+    blocks; not with `resources.shard_model`. `sgd` is for comparisons: with it a gate on the
+    gradient scales the whole step, which under Adam cancels. Needs a learning rate hundreds of
+    times higher."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of `sgd`."""
     schedule: Schedule = "constant"

@@ -1,7 +1,7 @@
 """Disk that a config needs, by a formula, from its model's shape alone."""
 
 from pipeline.config.method import Project
-from pipeline.plan.memory_of_training import trained_weights
+from pipeline.plan.memory_of_training import state_size, trained_weights
 from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
 from pipeline.plan.training import sums_moments
 
@@ -26,6 +26,7 @@ def disk_per_task(setting: Setting) -> Parts:
         Part("importance", importance * bool(config.measured)),
         Part(
             "checkpoint",
-            (size + 2 * FLOAT) * trained * bool(config.resources.checkpoint_minutes),
+            (size * trained + state_size(config, trained))
+            * bool(config.resources.checkpoint_minutes),
         ),
     )

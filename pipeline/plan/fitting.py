@@ -35,7 +35,11 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
     """Settings to try, in order of what they cost: time, then quality, then workers."""
     yield from _smaller(setting, kind)
     config = setting.config
-    if config.adapter is None and not config.resources.shard_model and kind != EVALUATE:
+    whole = config.adapter is None and not config.resources.shard_model
+    if kind == TRAIN and whole and config.training.optimizer == "adamw":
+        small = _with(setting, "training", optimizer="adamw_8bit")
+        yield from _joined("training.optimizer=adamw_8bit", small, kind)
+    if whole and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
         yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
     shards = not (config.subspace or config.starts_from_corda)

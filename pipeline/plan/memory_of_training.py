@@ -3,8 +3,10 @@
 import math
 
 from agcl.modulation.checks import SAMPLED_OUTPUTS
+from agcl.modulation.eight_bit import BLOCK
 from agcl.parallel.distributed import BUCKET_BYTES
 
+from pipeline.config.config import Config
 from pipeline.config.method import Project
 from pipeline.plan.decomposed import (
     bases_size,
@@ -94,7 +96,9 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     if not frozen:  # A tied matrix gets two gradients, which are added in a third.
         temporary = max(temporary, (1 + several) * shape.vocabulary * shape.width)
     layer = [Part("activations", kept), Part("a weight's gradient", of_trained * temporary)]
-    copies = FLOAT * _stepped(setting, trained, protects or of_trained == HALF)
+    eight_bit = config.training.optimizer == "adamw_8bit"
+    copies = FLOAT * _stepped(setting, trained, protects or eight_bit or of_trained == HALF)
+    copied = 5 if of_trained == HALF else 2
     summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
     return [
         (*held, *passing, *((gradients,) if several else ())),
@@ -103,7 +107,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
         (
             *held,
             gradients,
-            Part("copies of a step", (5 if of_trained == HALF else 2) * copies),
+            Part("copies of a step", (copied + 4 * eight_bit) * copies),
         ),
     ]
 
@@ -126,10 +130,18 @@ def _reference(setting: Setting) -> list[Part]:
 
 
 def optimizer_states(setting: Setting, trained: int) -> Part:
-    """Adam's two running means, or SGD's momentum."""
-    if setting.config.training.optimizer == "sgd":
-        return Part("momentum", FLOAT * trained // _shards(setting))
-    return Part("Adam", 2 * FLOAT * trained // _shards(setting))
+    """What the optimizer keeps between steps on a worker."""
+    kept = "momentum" if setting.config.training.optimizer == "sgd" else "Adam"
+    return Part(kept, state_size(setting.config, trained) // _shards(setting))
+
+
+def state_size(config: Config, trained: int) -> int:
+    """Bytes of Adam's two running means, in float32 or one byte each, or of SGD's momentum."""
+    return {
+        "adamw": 2 * FLOAT * trained,
+        "adamw_8bit": 2 * (trained + FLOAT * trained // BLOCK),
+        "sgd": FLOAT * trained,
+    }[config.training.optimizer]
 
 
 def _shards(setting: Setting) -> int:

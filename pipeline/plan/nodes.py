@@ -18,7 +18,7 @@ from pipeline.config.task_section import Source
 from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING, ROUNDING, SGD
+from pipeline.stages.context import LOADING, OPTIMIZER, ROUNDING
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
 from pipeline.stages.metrics import report
@@ -106,7 +106,7 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(exclude={ROUNDING, *SGD}),
+            **config.training.model_dump(exclude={ROUNDING, *OPTIMIZER}),
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup": 0.0,

@@ -13,7 +13,7 @@ from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.nodes import Inputs, adapter_on, loading, measures_solos
 from pipeline.plan.stage import External, Stage
-from pipeline.stages.context import ROUNDING, SGD, SUBSPACE
+from pipeline.stages.context import OPTIMIZER, ROUNDING, SUBSPACE
 from pipeline.stages.merge import merge
 from pipeline.stages.train import train
 
@@ -45,11 +45,12 @@ def preserved(config: Config, index: int) -> dict[str, Any]:
 
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings for training task `index` without protection; the same for all methods."""
-    sgd = config.training.optimizer == "sgd"
+    of_others = {"adamw_8bit": OPTIMIZER[:1], "sgd": OPTIMIZER}
+    optimizer = of_others.get(config.training.optimizer, ())
     return {
-        **config.training.model_dump(exclude={ROUNDING, *SGD}),
+        **config.training.model_dump(exclude={ROUNDING, *OPTIMIZER}),
         **rounding(config),
-        **(config.training.model_dump(include={*SGD}) if sgd else {}),
+        **config.training.model_dump(include={*optimizer}),
         "seed": config.seed * 1000 + index,
         "protect": [],
         "base_energy": None,

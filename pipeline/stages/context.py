@@ -22,8 +22,8 @@ LOADING = "loading"
 """Key of a stage's config: keywords of `load_model` that are not its defaults."""
 ROUNDING = "rounding"
 """Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
-SGD = ("optimizer", "momentum")
-"""Keys of a train stage's config with an optimizer other than AdamW."""
+OPTIMIZER = ("optimizer", "momentum")
+"""Keys of a train stage's config with an optimizer other than AdamW; momentum is SGD's alone."""
 SUBSPACE = "subspace"
 """Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]

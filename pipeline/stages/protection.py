@@ -242,7 +242,8 @@ def fit(
         optimizer = GatedSGD(list(trained.items()), momentum=config["momentum"], **options)
     else:
         rounding = config.get(ROUNDING, "nearest")
-        optimizer = GatedAdamW(trained.items(), rounding=rounding, seed=config["seed"], **options)
+        options |= {"eight_bit": config.get("optimizer") == "adamw_8bit", "seed": config["seed"]}
+        optimizer = GatedAdamW(trained.items(), rounding=rounding, **options)
     with (
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),

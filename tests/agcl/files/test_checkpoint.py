@@ -43,19 +43,21 @@ def every_step(monkeypatch):
     monkeypatch.setattr(checkpoints, "_MAX_TIME_SHARE", math.inf)
 
 
-def protected(sgd=False):
+def protected(optimizer="adamw"):
     """A model with dropout, and an optimizer with every kind of state."""
-    model = tiny.llama(dropout=0.5)
+    model = tiny.llama(dropout=0.5, width=64 if optimizer == "adamw_8bit" else 16)
     model.model.embed_tokens.weight.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gate = {n: torch.rand(p.shape, generator=torch.manual_seed(1)) for n, p in trained.items()}
-    kind = GatedSGD if sgd else GatedAdamW
-    return model, kind(trained.items(), lr=1e-2, gate=gate)
+    if optimizer == "sgd":
+        return model, GatedSGD(trained.items(), lr=1e-2, gate=gate)
+    eight_bit = optimizer == "adamw_8bit"
+    return model, GatedAdamW(trained.items(), lr=1e-2, gate=gate, eight_bit=eight_bit)
 
 
-def train(checkpoint=None, *, stop=None, rows=None, sgd=False):
+def train(checkpoint=None, *, stop=None, rows=None, optimizer="adamw"):
     """Train from scratch, optionally up to a step; return weights, log and number of rows read."""
-    model, optimizer = protected(sgd)
+    model, optimizer = protected(optimizer)
     rows = CountedRows(rows or tiny.random_rows(10))
     logged = []
 
@@ -99,10 +101,11 @@ def test_interrupted_training_resumes_bit_for_bit(tmp_path, every_step, stop):
     assert rest[2] == 30 - [0, 4, 8, 10, 14, 18, 20, 24, 28][stop]
 
 
-def test_the_momentum_of_sgd_is_resumed_too(tmp_path, every_step):
-    whole = train(sgd=True)
-    train(make(tmp_path), stop=4, sgd=True)
-    assert_same(train(make(tmp_path), sgd=True), whole)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_8bit"])
+def test_the_state_of_other_optimizers_is_resumed_too(tmp_path, every_step, optimizer):
+    whole = train(optimizer=optimizer)
+    train(make(tmp_path), stop=4, optimizer=optimizer)
+    assert_same(train(make(tmp_path), optimizer=optimizer), whole)
 
 
 def test_training_can_be_interrupted_repeatedly(tmp_path, every_step):

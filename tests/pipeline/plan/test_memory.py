@@ -213,6 +213,10 @@ def test_the_table_in_the_documents_is_what_the_formula_gives():
 def test_sgd_keeps_one_number_per_weight_and_a_reference_model_two_bytes(large):
     sgd = with_section(setting_of(large, "sequential"), "training", optimizer="sgd")
     assert sizes(sgd, "train")["momentum"] == 4 * large.weights
+    small = with_section(sgd, "training", optimizer="adamw_8bit")
+    assert sizes(small, "train")["Adam"] == pytest.approx(2.03 * large.weights, rel=1e-3)
+    parts = {part.name: part.size for part in disk_per_task(small)}
+    assert parts["checkpoint"] == pytest.approx(6.03 * large.weights, rel=1e-3)
     anchored = with_section(setting_of(large, "sequential"), "loss", reference="base", strength=1.0)
     assert sizes(anchored, "train")["reference model"] == 2 * large.weights
     silent = with_section(anchored, "loss", strength=0.0)
