@@ -24,6 +24,7 @@ from pipeline.results.results import (
 )
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.secrets import masked
+from pipeline.tracking.sync import warn
 
 METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy", "forgetting",
                  "forward_transfer")  # fmt: skip
@@ -67,12 +68,29 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
         print_metrics(console, by_label)
     if len(runs) > 1:
         print_base_comparison(console, results)
+    _advise(console, by_label)
     first = next(iter(runs.values())).config
     places = [f"report      {folder / REPORT_FILE}", *places_beside(first, folder)]
     if len(runs) <= REPORTS_EACH:
         places += [f"final model {_final_model(run)}" for run in runs.values()]
     for place in places:
         console.print(place, highlight=False, markup=False, soft_wrap=True)
+
+
+def _advise(console: Console, results: Mapping[str, RunResult]) -> None:
+    """Say which runs never scored above 0 after training a task, and where to look."""
+    silent = [
+        label
+        for label, result in results.items()
+        if not any(of["learning_accuracy"] for of in result.metrics["evaluation_sets"].values())
+    ]
+    if silent:
+        warn(
+            console,
+            f"no answer scored above 0, even right after its task's training: {', '.join(silent)}. "
+            "The report shows answers beside those expected; usual causes are too few epochs, a "
+            "low training.learning_rate, or a tasks.scorer that does not fit the answers",
+        )
 
 
 def places_beside(config: Config, folder: Path) -> list[str]:
@@ -172,8 +190,6 @@ def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
             ("method",),
             ["seeds", *titles, f"vs\n{BASELINE}", "vs\ncontrols"],
             title=f"{escape(name)}: mean over seeds ± 95 % interval",
-            caption=f"vs {BASELINE}, vs controls: difference of the averages, paired by seed",
-            caption_justify="left",
         )
         for line in compare(results, name, (COMPARED, *others)):
             controls = [each for of, each in line.differences.items() if of != BASELINE]
@@ -186,6 +202,9 @@ def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
                 "\n".join(map(_estimate, controls)) or "-",
             )
         console.print(methods)
+        _print_caption(
+            console, f"vs {BASELINE}, vs controls: difference of the averages, paired by seed"
+        )
 
 
 def print_base_comparison(console: Console, results: Sequence[RunResult]) -> None:
@@ -207,11 +226,16 @@ def print_base_comparison(console: Console, results: Sequence[RunResult]) -> Non
         over_seeds = any("±" in cell for cells in columns for cell in cells)
         caption = "base → after the last task"
         caption += ", mean over seeds ± 95 % interval" * over_seeds
-        lines = table(("method",), [*map(escape, names[part])], title=title,
-                      caption=caption, caption_justify="left")  # fmt: skip
+        lines = table(("method",), [*map(escape, names[part])], title=title)
         for label, *cells in zip(labels, *columns[part], strict=True):
             lines.add_row(escape(label), *cells)
         console.print(lines)
+        _print_caption(console, caption)
+
+
+def _print_caption(console: Console, caption: str) -> None:
+    """What a table's numbers are, below it; rich would break it at the table's width."""
+    console.print(f"[dim]{caption}[/]\n", highlight=False)
 
 
 def _change(measure: str, rows: Sequence[Estimate] | None) -> str:

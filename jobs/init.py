@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     environment.filters["rate"] = rate_text
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         file=file,
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", data[-1].name).strip("-._") or "run",
+        name=_run_name([each.name for each in data]),
         model=arguments.model,
         revision=arguments.revision,
         num_weights=num_weights,
@@ -95,6 +95,12 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         files = ", ".join(each.files)
         console.print(f"  {escape(each.name)}: {escape(each.said)}; {files}")
     console.print(f"wrote {escape(str(file))}; read it, then: agcl tasks {escape(str(file))}")
+
+
+def _run_name(tasks: Sequence[str]) -> str:
+    """A name from the first and the last task's."""
+    ends = dict.fromkeys((tasks[0], tasks[-1]))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(ends)).strip("-._") or "run"
 
 
 def _check_together(data: Sequence[Data]) -> None:

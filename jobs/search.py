@@ -13,6 +13,7 @@ from rich.table import Table
 from jobs.execution import places_beside, print_base, print_matrices, print_metrics
 from jobs.tables import number, table
 from pipeline.config import loading
+from pipeline.config.search import Choice, Dimension
 from pipeline.errors import Failed
 from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import REPORT_FILE
@@ -36,8 +37,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     search = open_search(config, arguments.trials, resume=arguments.resume)
     console.print(f"[bold]{search.folder.name}[/]: {search.num_trials} trials of {config.method}")
     for key, dimension in search.space.items():
-        shown = {k: v for k, v in dimension.model_dump().items() if k != "type"}
-        console.print(f"  {escape(key)}  [dim]{escape(f'{dimension.type} {shown}')}[/]")
+        console.print(f"  {escape(key)}  [dim]{escape(_described(dimension))}[/]")
     share = search.config.evaluation.validation
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
     if own_point(search.config, search.space) is None:
@@ -64,6 +64,12 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         console.print(f"{name:11} {search.folder / file}", soft_wrap=True, markup=False)
     for line in places_beside(config, search.folder):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _described(dimension: Dimension) -> str:
+    if isinstance(dimension, Choice):
+        return f"one of {', '.join(map(_value, dimension.values))}"
+    return f"{_value(dimension.low)} to {_value(dimension.high)}, {dimension.type}"
 
 
 class TrialTable:

@@ -98,7 +98,8 @@ def _remedy(error: Exception) -> str:
         return "; set RAY_TMPDIR to a folder with a short name"
     if isinstance(error, OSError) and ".ray" in Path(str(error.filename)).parts:
         return "; set HOME to a folder that can be written to"
-    return ""
+    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs"
+    return f"; on a busy machine another try may help, and {logs} say more"
 
 
 def needs(resources: Resources) -> dict[str, float]:

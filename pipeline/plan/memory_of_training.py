@@ -179,8 +179,11 @@ def _protection(setting: Setting) -> list[Part]:
     kinds = {item.kind for item in setting.config.protect}
     if "project" in kinds:
         bases = bases_size(setting)
-        parts.append(Part("bases", bases))
-        parts += [Part("bases in main memory", bases, on_host=True)] * setting.on_gpu
+        # The optimizer's, of bfloat16 weights in bfloat16 beside those in float32.
+        half = setting.weight_bytes == HALF and not _has_factors(setting)
+        parts.append(Part("bases", bases // 2 if half else bases))
+        beside = setting.on_gpu or half
+        parts += [Part("bases in main memory", bases, on_host=True)] * beside
     if "gate" in kinds:
         parts.append(Part("gates", count // _shards(setting)))
         parts.append(Part("gates in main memory", FLOAT * count, on_host=True))

@@ -224,9 +224,15 @@ def print_table(plan: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
 
 
 def at(line: Mapping[str, Any], path: str) -> float:
-    """A number of a finished row, by its dotted path; `NaN` if it is not there."""
+    """A number of a finished row, by its dotted path; `NaN` if it is not there.
+
+    Trials of tasks with a test set of their own score validation rows in its place.
+    """
+    parts = path.split(".")
+    if parts[0] == "evaluation_sets" and [*line[parts[0]]] == ["validation"]:
+        parts[1] = "validation"
     value: Any = line
-    for part in path.split("."):
+    for part in parts:
         try:
             value = value[int(part)] if isinstance(value, list) else value[part]
         except (KeyError, IndexError, TypeError):

@@ -51,6 +51,13 @@ def test_every_row_of_every_plan_is_a_config(file):
     assert {*plan.get("choose", [])} <= {*plan["columns"]}
 
 
+def test_trials_scored_on_validation_rows_in_place_of_a_test_set_are_told_apart():
+    lines = [line("slow", table.TUNING_SEED, 0.0, rate) for rate in RATES]
+    for each, score in zip(lines, (0.2, 0.3), strict=True):
+        each["evaluation_sets"] = {"validation": {"average_performance": score}}
+    assert table.best_trial(PLAN, "slow", lines) == RATES[1]
+
+
 def test_a_rows_settings_end_with_its_trials_and_trials_see_validation_rows_only():
     config = table.configured(PLAN, "slow", 3, RATES[1])
     assert (config.method, config.seed, config.training.epochs) == ("sequential", 3, 3)

@@ -1,6 +1,7 @@
 """What users wrote is shown as it is: in the terminal and the model card, no part of it acts."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -91,3 +92,14 @@ def test_a_model_card_holds_names_in_code_alone(tmp_path, result):
     # Four spaces make the config a code block, in which no tag is one.
     assert "    </details><b>" in lines
     assert not any(line.startswith("</details><b>") for line in lines)
+
+
+def test_scores_that_are_all_zero_are_called_out(result):
+    console = Console(file=io.StringIO(), width=400)
+    execution._advise(console, {"fine": result})
+    assert not console.file.getvalue()
+    nothing = summary([[0.0] * 3] * 4)
+    sets = {"test": nothing, "paraphrases": nothing}
+    metrics = {**result.metrics, "evaluation_sets": sets}
+    execution._advise(console, {"fine": result, "[red]bad": replace(result, metrics=metrics)})
+    assert "its task's training: [red]bad. The report shows" in console.file.getvalue()

@@ -14,7 +14,7 @@ from agcl.files.checkpoint import Checkpoint
 from agcl.lrp import attributed_linears
 from agcl.modulation import GatedAdamW, rounding
 from agcl.modulation.rounding import noise, round_into, rounding_noise
-from agcl.modulation.step import copies
+from agcl.modulation.step import Piece, StepProtection, copies
 from agcl.train import train_task
 
 HALF = torch.bfloat16
@@ -305,3 +305,16 @@ def test_a_gpu_rounds_reproducibly_and_keeps_closed_gates(on):
     assert_same({name: found[0][name] for name in filled(0.0)}, {n: before[n] for n in filled(0.0)})
     moved = (found[0]["lm_head.weight"] != before["lm_head.weight"]).float().mean()
     assert 0.1 < moved < 1
+
+
+def test_bases_of_bfloat16_weights_are_bfloat16_and_leak_two_thousandths():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(384, 100, generator=generator))[0]
+    step = torch.randn(64, 384, generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(64, 384, dtype=HALF))
+    protection = StepProtection({"w": weight}, basis={"w": basis}, rounded=True)
+    assert protection.basis[weight].dtype == HALF
+    values = step.clone()
+    protection.restrict([Piece(weight)], [values], [torch.zeros_like(step)])
+    leak = (values @ basis).norm() / (step @ basis).norm()
+    assert leak < 3e-3
