@@ -89,7 +89,10 @@ def merged(peft_model: PeftModel) -> PreTrainedModel:
 
 def removed(peft_model: PeftModel) -> PreTrainedModel:
     """The model without the adapter."""
-    return cast(PreTrainedModel, peft_model.unload()).requires_grad_(True)
+    model = cast(PreTrainedModel, peft_model.unload())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # Not those in four bits.
+    return model
 
 
 @contextmanager

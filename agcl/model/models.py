@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -71,15 +72,25 @@ def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa") -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    quantization: str | None = None,
+) -> PreTrainedModel:
     """Load a causal language model. No remote code, safetensors only, no dropout.
 
     `dtype` is a name of torch's, `attention` one of transformers' implementations; a model without
-    `sdpa` has `eager`. Raises `InputError` if the files lack a weight; transformers would
-    initialize it randomly.
+    `sdpa` has `eager`. `quantization` `nf4` quantizes the linear layers with bitsandbytes (Dettmers
+    2023, QLoRA, arXiv 2305.14314), which then compute in `dtype`. Raises `InputError` if the files
+    lack a weight; transformers would initialize it randomly.
     """
-    model = _open(folder, dtype=dtype, attention=attention)
+    model = _open(folder, dtype=dtype, attention=attention, quantization=quantization)
     for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' faster path on a CPU repacks weights, and fails for some widths.
+            module.support_avx512bf16_for_cpu = False
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -88,8 +99,18 @@ def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa")
 
 
 def _open(
-    folder: Path, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
+    folder: Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    quantization: str | None = None,
 ) -> PreTrainedModel:
+    quantized = quantization and BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
     loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -100,6 +121,8 @@ def _open(
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        # Given as None, it would be taken as a setting of the model.
+        **({"quantization_config": quantized} if quantized else {}),
     )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

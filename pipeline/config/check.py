@@ -48,6 +48,7 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
     _check_storage(config.storage.root)
     _check_devices(config)
     _check_attention(config)
+    _check_quantization(config)
     _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
     _check_model(config, weights)
     _check_dtype(config, loaded_dtype(config.model))
@@ -96,6 +97,14 @@ def _check_devices(config: Config) -> None:
     if config.resources.gpus_per_worker and local and found < wanted:
         raise InputError(
             f"resources.gpus_per_worker: {wanted} workers need a GPU each, torch finds {found} here"
+        )
+
+
+def _check_quantization(config: Config) -> None:
+    if config.model.quantization and find_spec("bitsandbytes") is None:
+        raise InputError(
+            "model.quantization: nf4 needs bitsandbytes, which is not installed here: "
+            "pip install 'agcl[quantization]'"
         )
 
 

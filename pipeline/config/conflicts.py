@@ -18,6 +18,8 @@ def conflicts(config: "Config") -> Iterator[str]:
     yield from _of_the_run(config)
     yield from _of_the_method(config)
     yield from _of_energies(config)
+    if config.model.quantization:
+        yield from _with_quantization(config)
     if config.adapter:
         yield from _with_an_adapter(config)
     if config.subspace:
@@ -79,6 +81,18 @@ def _of_energies(config: "Config") -> Iterator[str]:
                 f"{key}: {energy:g} is more than importance.keep={config.importance.keep:g} "
                 f"stores of a moment; set importance.keep={most:g}, or lower the energy"
             )
+
+
+def _with_quantization(config: "Config") -> Iterator[str]:
+    if config.adapter is None or config.adapter.merge:
+        yield (
+            "model.quantization: weights in four bits can only be trained through an adapter that "
+            "is not merged; choose method=lora_agcl or lora, and adapter.merge=false"
+        )
+    if config.starts_from_corda:
+        yield "model.quantization: adapter.init=corda changes the weights below its factors"
+    if config.resources.shard_model or config.training.compile:
+        yield "model.quantization: cannot be combined with resources.shard_model or compile"
 
 
 def _with_an_adapter(config: "Config") -> Iterator[str]:

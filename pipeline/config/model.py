@@ -49,6 +49,9 @@ class Model(Section):
     rounding, and a task is attributed on a float32 copy. With an adapter the frozen weights are
     bfloat16, its factors float32. `training.precision` keeps float32 weights and computes in
     bfloat16. The final model is saved in the dtype that the base model is saved in."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4` keeps the linear layers' weights in four bits (bitsandbytes, pip install
+    'agcl[quantization]'), computed in `dtype`: for an adapter that is not merged."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; `flash_attention_2` needs a GPU, half precision
     and the package `flash_attn`. Changes results by rounding only."""
@@ -62,7 +65,7 @@ class Model(Section):
                 f"revision: only models on the hub have revisions, and {self.path} is "
                 f"{'none' if self.is_builtin else 'a folder'}"
             )
-        for key in ("dtype", "attention"):
+        for key in ("dtype", "attention", "quantization"):
             if self.is_builtin and getattr(self, key) != self.default(key):
                 raise ValueError(f"{key}: the builtin model is float32 with sdpa")
         return self

@@ -19,6 +19,7 @@ from pipeline.plan.setting import (
     Part,
     Parts,
     Setting,
+    cast_weights,
     entries,
     largest,
     logits_size,
@@ -110,7 +111,7 @@ def evaluate_peak(setting: Setting) -> Parts:
     shape, config, row = setting.shape, setting.config, setting.row
     half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
-    cast = HALF * (shape.linear_weights + shape.vocabulary * shape.width) * half
+    cast = HALF * cast_weights(setting) * half
     model = [*model_parts(setting, gathered=False), Part("bfloat16 copies", cast)]
     compared = max(_KL_TOKENS, row.tokens)
     shares_base = config.adapter is not None and not config.adapter.merge

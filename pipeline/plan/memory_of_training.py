@@ -22,6 +22,7 @@ from pipeline.plan.setting import (
     Part,
     Parts,
     Setting,
+    cast_weights,
     entries,
     kept_columns,
     largest,
@@ -168,9 +169,9 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     They are kept for the backward pass, and those of trained weights while autocast lasts.
     """
     shape = setting.shape
-    if _has_factors(setting) and checkpointing:
+    if _has_factors(setting) and checkpointing and not setting.config.model.quantization:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
-    return shape.linear_weights + shape.vocabulary * shape.width
+    return cast_weights(setting)
 
 
 def _protection(setting: Setting) -> list[Part]:

@@ -56,7 +56,10 @@ def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
     Absent by default: a setting that changes nothing must not change a fingerprint. `dtype` is one
     other than the config's.
     """
-    chosen = {"dtype": dtype or loaded_dtype(config.model), "attention": config.model.attention}
+    chosen = {
+        "dtype": dtype or loaded_dtype(config.model),
+        **config.model.model_dump(include={"attention", "quantization"}),
+    }
     changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
     return {LOADING: changed} if changed else {}
 

@@ -17,6 +17,10 @@ _DIRECTIONS = 0.5
 guess: the most that `agcl/RESULTS.md` states is a third, the base model alone at energy 0.9."""
 
 
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in four bits: a byte of scale per 64, whose scale is a float32 per 256."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One term of a stage's peak."""
@@ -132,6 +136,11 @@ def model_parts(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part
     """
     shape, size = setting.shape, size or setting.weight_bytes
     parts = [Part("weights", size * shape.weights // setting.shards)]
+    if setting.config.model.quantization:
+        others = shape.weights - shape.linear_weights
+        parts = [Part("weights", int(_NF4 * shape.linear_weights) + size * others)]
+        widest = max(out * width for out, width in shape.linears)
+        parts.append(Part("a weight that computes", size * widest))
     if setting.config.adapter:
         parts.append(Part("adapter", FLOAT * entries(setting.factors)))
     if setting.shards > 1:
@@ -140,6 +149,13 @@ def model_parts(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part
         parts.append(Part("gathered layers", (1 + gathered) * size * largest))
         parts.append(Part("the whole model while it loads", size * shape.weights, on_host=True))
     return parts
+
+
+def cast_weights(setting: Setting) -> int:
+    """Weights that autocast copies: of linear layers, but those in four bits, and of the head."""
+    shape = setting.shape
+    own = 0 if setting.config.model.quantization else shape.linear_weights
+    return own + shape.vocabulary * shape.width
 
 
 def largest(setting: Setting, moments: Sequence[Parts]) -> Parts:

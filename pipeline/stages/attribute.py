@@ -47,7 +47,7 @@ def attribute(
         for parameter in model.parameters():
             # Of an adapter, whose factors are float32 on any base: each would read a copy of its
             # input, and count as an input of its own.
-            if parameter.dtype != model.dtype:
+            if parameter.is_floating_point() and parameter.dtype != model.dtype:
                 parameter.data = parameter.data.to(model.dtype)
         try:
             importance = _importance(model, config, folders, context, logged)

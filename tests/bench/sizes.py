@@ -1,5 +1,7 @@
 """`PYTHONPATH=tests python -m bench.sizes`: the table of predicted memory in `agcl/SPEED.md`."""
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +43,8 @@ LLAMAS = {
 METHODS = ("sequential", "agcl", "lora_agcl")
 HALF = " in bfloat16"
 """Behind a method's name: with `model.dtype: bfloat16`."""
+NF4 = ", base in 4 bits"
+"""Behind that: with `model.quantization: nf4`, the adapter not merged."""
 GPUS = {"24 GB": (24, 1), "80 GB": (80, 1), "8 x 80 GB": (80, 8)}
 ROW = Row(tokens=512, answer=256)
 _GB = 10**9
@@ -54,14 +58,18 @@ def shape_named(name: str) -> Shape:
 
 def setting_of(shape: Shape, method: str, workers: int = 1) -> Setting:
     """A method at its defaults in bfloat16 autocast, on GPUs; several workers share the model."""
-    method, half, _ = method.partition(HALF)
-    settings = {
+    method, half, bits = method.partition(HALF)
+    settings: dict[str, dict[str, Any]] = {
         "training": {"precision": "bfloat16"},
         "evaluation": {"precision": "bfloat16", "batch_size": 16},
         "resources": {"num_workers": workers, "gpus_per_worker": 1, "shard_model": workers > 1},
     }
     if half:
         settings["model"] = {"path": "given", "dtype": "bfloat16"}
+    if bits:
+        settings["model"]["quantization"] = "nf4"
+        settings["adapter"] = {"merge": False}
+        settings["resources"]["shard_model"] = False
     config = loading.validate(loading.with_preset(method, settings))
     return Setting(shape, config, ROW)
 
@@ -74,7 +82,8 @@ def table() -> str:
     ]
     for name in LLAMAS:
         shape = shape_named(name)
-        for method in (*METHODS, METHODS[1] + HALF, METHODS[2] + HALF):
+        halves = [METHODS[1] + HALF, METHODS[2] + HALF, METHODS[2] + HALF + NF4]
+        for method in (*METHODS, *halves):
             lines.append(_line(name, method, shape))
     return "\n".join(lines)
 
@@ -85,9 +94,9 @@ def _line(name: str, method: str, shape: Shape) -> str:
     sizes = [f"{needed[k] / _GB:.0f}" if k in needed else "" for k in ("train", "attribute")]
     kept = sum(part.size for part in disk_per_task(setting) if part.name != "checkpoint")
     cells = [_verdict(setting_of(shape, method, n), gb * _GB) for gb, n in GPUS.values()]
-    plain, half, _ = method.partition(HALF)
+    plain, half, bits = method.partition(HALF)
     sizes += [f"{needed['evaluate'] / _GB:.0f}", f"{kept / _GB:.1f}"]
-    row = [f"{name}, `{plain}`{half}", *sizes]
+    row = [f"{name}, `{plain}`{half}{bits}", *sizes]
     return f"| {' | '.join([*row, *cells])} |"
 
 
