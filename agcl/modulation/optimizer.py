@@ -219,7 +219,7 @@ class GatedAdamW(torch.optim.AdamW):
         """A piece's codes and magnitudes, which share memory with the state."""
         state = self.state[piece.parameter]
         codes, magnitudes = piece.of(state[key]), state[key + _MAGNITUDES]
-        first = codes.storage_offset() // quantized.BLOCK
+        first = (codes.storage_offset() - state[key].storage_offset()) // quantized.BLOCK
         return codes, magnitudes[first : first + codes.numel() // quantized.BLOCK]
 
 
