@@ -24,8 +24,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-compile torch
+# pip unpacks on one core, and resolves slowly: the pinned versions come in two halves side by side, and the
+# next line adds what they may lack.
+	@for half in 0 1; do \
+		grep -v '^#' constraints.txt | awk "NR % 2 == $$half" | xargs $(PIP) --no-compile --no-deps & \
+	done; wait
 	$(PIP) --no-compile --editable '.[dev]'
-	# pip would compile on one core, and much that nobody imports. Templates that some packages hold fail.
+# pip would compile on one core, and much that nobody imports. Templates that some packages hold fail.
 	@$(BIN)/python -m compileall -q -j 0 -x '/(tests|rllib)/|transformers/models/' $(VENV)/lib \
 		> /dev/null 2>&1 || true
 	touch $@
