@@ -104,6 +104,7 @@ def die(config, inputs, out_dir, context):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
     stage = replace(measured[0].resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
     with pytest.raises(ProbeFailed, match="killed, most likely out of memory"):

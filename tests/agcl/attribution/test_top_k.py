@@ -150,6 +150,7 @@ def test_threads_share_the_rows_and_are_left_as_they_were(threads):
     assert torch.equal(top.values, alone.values)
 
 
+@pytest.mark.slow
 def test_the_first_insertion_of_a_process_leaves_torchs_threads():
     code = (
         "import torch; from agcl.attribution.top_k import TopK; torch.set_num_threads(1)\n"
