@@ -40,7 +40,7 @@ def meter(model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, float]]
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     outside = {p for module in embeddings if module is not None for p in module.parameters()}
     counted = [p for p in model.parameters() if p not in outside]
-    per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in counted)
+    per_token = sum((6 if p.requires_grad else 4) * _weights(p) for p in counted)
     per_pair = 12 * config.num_hidden_layers * config.hidden_size
     peak = _peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if device.type == "cuda":
@@ -67,6 +67,11 @@ def meter(model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, float]]
 def _peak(name: str) -> float | None:
     """FLOP per second of a GPU; None if it is not in the table."""
     return next((1e12 * t for part, t in _PEAK_TERAFLOPS.items() if part in name), None)
+
+
+def _weights(parameter: torch.Tensor) -> int:
+    """Of a parameter; bitsandbytes packs two into a byte."""
+    return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -18,7 +18,14 @@ from agcl.attribution.inputs import (
     test_matrix,
 )
 from agcl.importance import Importance
-from agcl.lrp import RuleSet, attributed_linears, evaluating, relevance_backward, weight_of
+from agcl.lrp import (
+    RuleSet,
+    attributed_linears,
+    evaluating,
+    input_width,
+    relevance_backward,
+    weight_of,
+)
 from agcl.lrp.families import architecture_of
 from agcl.model.forward import Precision, answer_logits, autocast, fast_products
 from agcl.parallel import distributed, sharding
@@ -103,12 +110,14 @@ def attribute(
     top_k = None if by_likelihood else top_k
     linears = attributed_linears(model)
     names = list(linears) if entries else []
+    if not all(weight_of(linears[n]).is_floating_point() for n in names):
+        raise ValueError("weights in four bits have no entries; attribute moments, or an adapter")
     collectors = {
         n: Collector(linears[n], estimator, top_k, running_values)
         for n in _of_rank(model, {n: weight_of(linears[n]).numel() for n in names}, split)
     }
     reads = shared_inputs(model, linears) if moments else {}
-    widths = {n: weight_of(linears[n]).shape[1] for n in dict.fromkeys(reads.values())}
+    widths = {n: input_width(linears[n]) for n in dict.fromkeys(reads.values())}
     sizes = {n: w * (sketch if w > 2 * sketch else w) for n, w in widths.items()}
     wide = {width for width in widths.values() if width > 2 * sketch}
     tests = {width: test_matrix(width, sketch, _like(model)) for width in wide}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agcl.importance.moment import Moment, of_matrix, of_sketch
-from agcl.lrp import weight_of
+from agcl.lrp import input_width, weight_of
 from agcl.parallel import distributed
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
@@ -65,7 +65,7 @@ class InputMoment:
         weight = weight_of(reader)
         # Computed in float32, or in float64 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        width = weight.shape[1]
+        width = input_width(reader)
         self.weighting, self.unit_inputs, self.test = weighting, unit_inputs, test
         columns = width if test is None else test.shape[1]
         self.sum = torch.zeros(width, columns, dtype=dtype, device=weight.device)

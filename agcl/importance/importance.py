@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from agcl.errors import InputError
 from agcl.files import tensor_file
 from agcl.importance.moment import Moment, orthonormal
-from agcl.lrp import weight_of
+from agcl.lrp import input_width
 
 _KIND = "importance"
 _ENTRIES, _DIRECTIONS, _ENERGIES = "entries/", "directions/", "energies/"
@@ -176,7 +176,7 @@ def check_file(
 def _shape(layer: nn.Module, part: str) -> tuple[int, ...]:
     if part == _ENTRIES:
         return tuple(cast(Tensor, layer.weight).shape)
-    return (weight_of(layer).shape[1],)
+    return (input_width(layer),)
 
 
 @cache

@@ -1,7 +1,13 @@
 """Layer-wise relevance propagation (LRP) as an ordinary backward pass with modified rules."""
 
 from agcl.lrp.composite import evaluating, relevance_backward
-from agcl.lrp.families import FAMILIES, attributed_linears, stored_transposed, weight_of
+from agcl.lrp.families import (
+    FAMILIES,
+    attributed_linears,
+    input_width,
+    stored_transposed,
+    weight_of,
+)
 from agcl.lrp.rules import RuleSet
 
 __all__ = [
@@ -9,6 +15,7 @@ __all__ = [
     "RuleSet",
     "attributed_linears",
     "evaluating",
+    "input_width",
     "relevance_backward",
     "stored_transposed",
     "weight_of",

@@ -173,6 +173,11 @@ def weight_of(linear: nn.Module) -> Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+def input_width(linear: nn.Module) -> int:
+    """The width of an attributed layer's input, also where its weight is packed into four bits."""
+    return len(linear.weight) if isinstance(linear, Conv1D) else cast(nn.Linear, linear).in_features
+
+
 def stored_transposed(model: nn.Module) -> frozenset[str]:
     """Names of the attributed weights that are stored (in, out)."""
     return frozenset(n for n, m in attributed_linears(model).items() if isinstance(m, Conv1D))

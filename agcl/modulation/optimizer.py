@@ -36,8 +36,9 @@ class GatedAdamW(torch.optim.AdamW):
     depend on `seed`, the parameter's name and its number of steps, hence are the same on all ranks
     and after resuming. With `"nearest"` bfloat16 weights step as in torch, and cannot be protected.
 
-    With `eight_bit` the two running means of tensors with at least 4096 weights take one byte each
-    between steps (`agcl.modulation.eight_bit`), and are float32 a few pieces at a time.
+    With `eight_bit` the two running means of contiguous, unsharded tensors with at least 4096
+    float32 or stochastically rounded weights take one byte each between steps
+    (`agcl.modulation.eight_bit`), and are float32 a few pieces at a time.
     """
 
     def __init__(
@@ -104,14 +105,26 @@ class GatedAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch, which would give all states the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        """As of torch, which would give all states the parameter's dtype.
+
+        Raises `ValueError` for states of 8 bits without `eight_bit`, and the other way around.
+        """
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, parameter in zip(saved, parameters, strict=True):
-            for key, exact in state_dict["state"].get(number, {}).items():
-                if key != "step" and exact.dtype != parameter.dtype:
-                    self.state[parameter][key] = exact.to(parameter.device, copy=True)
+        states = {
+            parameter: state_dict["state"][number]
+            for number, parameter in zip(numbers, parameters, strict=False)  # Torch checks it.
+            if number in state_dict["state"]
+        }
+        for parameter, state in states.items():
+            if (_MEANS[0] + _MAGNITUDES in state) is not self._is_quantized(parameter):
+                raise ValueError("these states are of an optimizer with another eight_bit")
+        super().load_state_dict(state_dict)
+        for parameter, state in states.items():
+            if self._is_quantized(parameter) or self._rounds(parameter):
+                for key in state.keys() - {"step"}:
+                    exact = state[key].to(parameter.device, copy=True)
+                    self.state[parameter][key] = exact
 
     def _in_chunks(self, parameter: Tensor) -> bool:
         """Whether a step needs float32 copies of the parameter or its states."""
@@ -122,7 +135,8 @@ class GatedAdamW(torch.optim.AdamW):
         return self.rounding == "stochastic" and parameter.dtype == torch.bfloat16
 
     def _is_quantized(self, parameter: Tensor) -> bool:
-        return self.eight_bit and quantized.fits(parameter)
+        stepped_in_float32 = parameter.dtype == torch.float32 or self._rounds(parameter)
+        return self.eight_bit and stepped_in_float32 and quantized.fits(parameter)
 
     def _make_states(self, parameters: list[Tensor]) -> None:
         for parameter in parameters:

@@ -136,6 +136,10 @@ def _check_dtype(config: Config, dtype: str) -> None:
     if dtype == "bfloat16" and config.starts_from_corda:
         raise InputError("adapter.init: corda needs weights in float32, model.dtype=float32")
     to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
+    if to_nearest and config.training.optimizer == "adamw_8bit" and not config.adapter:
+        raise InputError(
+            "training.rounding: nearest cannot be combined with training.optimizer=adamw_8bit"
+        )
     if to_nearest and config.protect and not config.adapter:
         raise InputError(
             "training.rounding: nearest would undo the protection of bfloat16 weights, as method "

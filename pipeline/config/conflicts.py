@@ -91,6 +91,8 @@ def _with_quantization(config: "Config") -> Iterator[str]:
         )
     if config.starts_from_corda:
         yield "model.quantization: adapter.init=corda changes the weights below its factors"
+    if config.importance.entries and config.base.protect != "none":
+        yield "importance.entries: weights in four bits have none; leave it out, or base.protect"
     if config.resources.shard_model or config.training.compile:
         yield "model.quantization: cannot be combined with resources.shard_model or compile"
 

@@ -67,7 +67,7 @@ class Model(Section):
             )
         for key in ("dtype", "attention", "quantization"):
             if self.is_builtin and getattr(self, key) != self.default(key):
-                raise ValueError(f"{key}: the builtin model is float32 with sdpa")
+                raise ValueError(f"{key}: the builtin model has float32 weights and sdpa")
         return self
 
     @classmethod

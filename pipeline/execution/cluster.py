@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,8 @@ def cluster(resources: Resources) -> Iterator[int]:
         raise
     except Exception as error:  # Such as a slow raylet or a version mismatch; no common type.
         ray.shutdown()
-        raise RayFailed(f"Ray did not start: {error}{_remedy(error)}") from error
+        remedy = "" if os.environ.get("RAY_ADDRESS") else _remedy(error)
+        raise RayFailed(f"Ray did not start: {error}{remedy}") from error
     try:
         yield side_by_side(resources, nodes())
     finally:
@@ -98,7 +100,8 @@ def _remedy(error: Exception) -> str:
         return "; set RAY_TMPDIR to a folder with a short name"
     if isinstance(error, OSError) and ".ray" in Path(str(error.filename)).parts:
         return "; set HOME to a folder that can be written to"
-    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs"
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    logs = Path(place) / "ray" / "session_latest" / "logs"
     return f"; on a busy machine another try may help, and {logs} say more"
 
 

@@ -37,12 +37,13 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
     config = setting.config
     whole = config.adapter is None and not config.resources.shard_model
     if kind == TRAIN and whole and config.training.optimizer == "adamw":
-        small = _with(setting, "training", optimizer="adamw_8bit")
-        yield from _joined("training.optimizer=adamw_8bit", small, kind)
+        fewer_bits = _with(setting, "training", optimizer="adamw_8bit")
+        yield from _joined("training.optimizer=adamw_8bit", fewer_bits, kind)
     if whole and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
         yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
-    shards = not (config.subspace or config.starts_from_corda)
+    small = config.model.quantization or config.training.optimizer == "adamw_8bit"
+    shards = not (config.subspace or config.starts_from_corda or small)
     for workers in _WORKERS if shards else ():
         if workers > config.resources.num_workers:
             sharded = _with(setting, "resources", num_workers=workers, shard_model=True)

@@ -185,6 +185,9 @@ def _protection(setting: Setting) -> list[Part]:
         parts.append(Part("bases", bases // 2 if half else bases))
         beside = setting.on_gpu or half
         parts += [Part("bases in main memory", bases, on_host=True)] * beside
+        if half:  # A piece of a step multiplies with its basis in float32.
+            widest = int(FLOAT * setting.directions * max(setting.inputs) ** 2)
+            parts.append(Part("a basis in float32", widest))
     if "gate" in kinds:
         parts.append(Part("gates", count // _shards(setting)))
         parts.append(Part("gates in main memory", FLOAT * count, on_host=True))

@@ -6,7 +6,7 @@ import json
 import pytest
 from reference import chat
 
-from jobs import cli
+from jobs import cli, init
 from pipeline.config import loading
 from pipeline.run import open_run
 
@@ -133,3 +133,11 @@ def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_f
     assert agcl("init", model_folder, "a.jsonl")[0] == cli.OK
     code, (line,) = agcl("init", model_folder, "a.jsonl")
     assert (code, "config.yaml exists" in line) == (cli.BAD_INPUT, True)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "name"),
+    [(["a b"], "a-b"), (["x", "y", "z"], "x-z"), (["x", "x"], "x"), (["?"], "run")],
+)
+def test_a_run_is_named_after_its_first_and_last_task(tasks, name):
+    assert init._run_name(tasks) == name

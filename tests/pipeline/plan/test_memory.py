@@ -7,6 +7,7 @@ import pytest
 from bench.sizes import METHODS, setting_of, shape_named, table
 
 import agcl
+from pipeline.config.conflicts import conflicts
 from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import fits, on_device, remedy
 from pipeline.plan.memory import peaks
@@ -161,9 +162,10 @@ def test_recomputed_activations_and_smaller_passes_take_less(large):
     assert on_device(recomputed, "train") < on_device(setting, "train") - at_once // 2
 
 
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw_8bit"}])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_advised_fits_and_the_cheapest_is_advised_first(large, method):
-    setting = setting_of(large, method)
+def test_what_is_advised_fits_and_the_cheapest_is_advised_first(large, method, settings):
+    setting = with_section(setting_of(large, method), "training", **settings)
     for kind in peaks(setting):
         for size in (8, 16, 24, 40, 80):
             if fits(setting, kind, size * GB):
@@ -178,6 +180,7 @@ def test_what_is_advised_fits_and_the_cheapest_is_advised_first(large, method):
                     given = known.get(value, int(value) if value.isdecimal() else value)
                     changed = with_section(changed, section, **{name: given})
                 assert fits(changed, kind, size * GB), said
+                assert not list(conflicts(changed.config)), said
     train = on_device(setting, "train")
     assert remedy(setting, "train", train).startswith("training.max_tokens=4096")
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from agcl.attribution import attribute
 from agcl.errors import InputError
+from agcl.importance import Importance
 from agcl.lrp import attributed_linears
 from agcl.model import adapter, models
 from agcl.tasks.batches import collate
@@ -33,7 +34,7 @@ def test_only_an_adapter_apart_can_be_trained_on_it(tiny_config, base, tmp_path)
     for method, settings in (("agcl", NF4[:1]), ("lora", NF4[:1]), ("olora", NF4[:1])):
         with pytest.raises(InputError, match="not merged"):
             tiny_config(tmp_path, f"model.path={base}", *settings, method=method)
-    with pytest.raises(InputError, match="quantization: the builtin model is float32"):
+    with pytest.raises(InputError, match="quantization: the builtin model has float32 weights"):
         tiny_config(tmp_path, *NF4, method="lora")
 
 
@@ -45,9 +46,12 @@ def test_a_missing_package_is_named(tiny_config, base, tmp_path, monkeypatch):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("method", ["lora", "lora_agcl"])
-def test_a_run_learns_protects_and_leaves_an_adapter(run, base, method):
+@pytest.mark.parametrize(
+    ("method", "protect"), [("lora", "none"), ("lora_agcl", "none"), ("lora_agcl", "self")]
+)
+def test_a_run_learns_protects_and_leaves_an_adapter(run, base, method, protect):
     settings = ["training.learning_rate=5e-3", "evaluation.batch_size=8"]
+    settings.append(f"base.protect={protect}")
     works = run(f"model.path={base}", *NF4, *settings, method=method)
     found = json.loads((works["report"].folder / "metrics.json").read_text())
     folder = works["train/2-valley"].folder
@@ -58,8 +62,11 @@ def test_a_run_learns_protects_and_leaves_an_adapter(run, base, method):
     # The base model in four bits is compared with itself, with its adapter off.
     assert found["base"]["kl_answers"][-1] > 1e-3
     if method == "lora_agcl":
-        checks = json.loads((folder / "checks.json").read_text())
-        assert checks
+        assert json.loads((folder / "checks.json").read_text())
+    if protect == "self":
+        importance = Importance.load(works["attribute/0-base"].folder / "importance.safetensors")
+        widths = {moment.directions.shape[0] for moment in importance.moments.values()}
+        assert widths == {128, 352}
 
 
 @needs_bitsandbytes

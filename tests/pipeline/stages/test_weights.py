@@ -204,7 +204,9 @@ def test_flash_attention_needs_a_gpu_and_half_precision(config, tmp_path, monkey
 @pytest.mark.parametrize("key", ["dtype", "attention"])
 def test_the_builtin_model_is_as_it_is(key):
     values = {"dtype": "bfloat16", "attention": "eager"}
-    with pytest.raises(InputError, match=f"^model.{key}: the builtin model is float32 with sdpa"):
+    with pytest.raises(
+        InputError, match=f"^model.{key}: the builtin model has float32 weights and sdpa"
+    ):
         validate({"model": {key: values[key]}})
 
 
