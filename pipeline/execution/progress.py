@@ -78,7 +78,8 @@ class StageProgress:
     def _advance(self, artifact: str, record: Record) -> None:
         if artifact not in self.running:
             return
-        bar, total = self.running[artifact][0], record.get("of_steps") or record.get("of_rows")
+        bar = self.running[artifact][0]
+        total = next((value for key, value in record.items() if key.startswith("of_")), None)
         self.bars.update(
             bar, completed=float(record["step"]), total=float(total) if total else None
         )

@@ -193,11 +193,17 @@ def styles_of(names: Sequence[str]) -> Styles:
     Other names (two runs with the same method and seed) get further ones, in their order.
     """
     order = [*METHODS, *dict.fromkeys(name for name in names if name not in METHODS)]
-    found = {}
-    for i, name in enumerate(order):
-        color = matplotlib.colormaps["tab20"]((2 * i) % 20 + (i // 10) % 2)
-        found[name] = {"color": color, "marker": _MARKERS[(i + i // 20) % len(_MARKERS)]}
-    return found
+    strong, muted = matplotlib.colormaps["tab20"], matplotlib.colormaps["tab20b"]
+    # First those far apart: tab20 has pairs of a hue, tab20b four shades of five.
+    colors = [strong((2 * i) % 20 + i // 10) for i in range(20)]
+    colors += [muted((4 * i) % 20 + i // 5) for i in range(20)]
+    return {
+        name: {
+            "color": colors[i % len(colors)],
+            "marker": _MARKERS[(i + i // 20) % len(_MARKERS)],
+        }
+        for i, name in enumerate(order)
+    }
 
 
 def tip(*texts: str) -> str:

@@ -245,10 +245,12 @@ def test_a_long_stage_shows_loss_speed_memory_and_time_left(monkeypatch):
         shown.observe([{"artifact": "a-1", "state": "started"}])
         record = {"artifact": "a-1", "step": 3, "of_steps": 9, "loss": 0.5, "seconds_left": 61.4}
         shown.observe([record | speed])
-    last = out.getvalue().splitlines()[-1]
-    assert last.endswith(
+        shown.observe([{"artifact": "a-1", "step": 8, "texts": 8, "of_texts": 96}])
+    *_, loss, texts = out.getvalue().splitlines()
+    assert loss.endswith(
         "train/1-x 3/9 loss 0.5000, 1,234 tokens/s, 42% of peak, 3.1 GB, 1:01 left"
     )
+    assert texts.rstrip().endswith("8/96")
 
 
 def test_a_store_that_does_not_answer_is_no_lost_worker():

@@ -283,6 +283,7 @@ def test_example_answers_are_right_and_wrong_ones_before_and_after(agcl):
 
 def test_a_method_has_its_color_in_every_report():
     of_all, of_two = styles_of(list(METHODS)), styles_of(["gate", "sequential"])
+    assert len({style["color"] for style in of_all.values()}) == len(METHODS)
     assert of_two["gate"] == of_all["gate"]
     assert len({str(style) for style in of_all.values()}) == len(METHODS)
     twice = styles_of(["agcl seed 0 #1", "agcl seed 0 #2"])
