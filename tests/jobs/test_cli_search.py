@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 
 from jobs import cli
-from jobs.search import TrialTable, trial_table
+from jobs.search import TrialTable, _described, trial_table
+from pipeline.config.search import Choice, Float, Int
 from pipeline.search.trial import Progress, Trial
 
 HALF = Progress(average=0.5, learned=0.75, retained=None)
@@ -78,3 +79,10 @@ def test_the_final_table_has_the_settings_and_marks_the_best_in_80_columns():
     assert lines[4].split() == [
         "0", "*", "finished", "2", "0.625", "0.750", "0.500", "0.8123", "null",
     ]  # fmt: skip
+
+
+def test_a_dimension_is_described_in_words():
+    rate = Float(type="loguniform", low=1e-4, high=1e-2)
+    assert _described(rate) == "0.0001 to 0.01, loguniform"
+    assert _described(Int(type="int", low=2, high=8)) == "2 to 8, int"
+    assert _described(Choice(type="choice", values=(True, 0.5))) == "one of True, 0.5"
