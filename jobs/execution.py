@@ -11,6 +11,7 @@ from rich.text import Text
 from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.config.naming import CHANGES, method_description, method_name
+from pipeline.config.weights import slow_on_cpu
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
 from pipeline.results.model_card import MODEL
@@ -39,23 +40,7 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
     console = Console()
     named = ", ".join(runs) if len(runs) <= REPORTS_EACH else f"{len(runs)} runs"
     console.print(f"[bold]{title}[/]: {named}", highlight=False)
-    changed = {method_name(run.config): method_description(run.config) for run in runs.values()}
-    for name, said in changed.items():
-        if name.endswith(CHANGES):
-            console.print(f"  {name}: {said}", highlight=False, markup=False, soft_wrap=True)
-    unused = {
-        method_name(config): None
-        for config in (run.config for run in runs.values())
-        if config.base.protect != "none" and not config.measures_base
-    }
-    if unused:
-        console.print(
-            "  base.protect is ignored without an item in protect that needs an importance, or "
-            f"adapter.init=corda: {', '.join(unused)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    _say_before(console, [run.config for run in runs.values()])
     results = execute(runs, folder, title=title, command=command, console=console)
     by_label = dict(zip(runs, results, strict=True))
     if len(runs) <= REPORTS_EACH:
@@ -75,6 +60,30 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
         places += [f"final model {_final_model(run)}" for run in runs.values()]
     for place in places:
         console.print(place, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_before(console: Console, configs: Sequence[Config]) -> None:
+    """What the user should know of the configs before they run."""
+    changed = {method_name(config): method_description(config) for config in configs}
+    for name, said in changed.items():
+        if name.endswith(CHANGES):
+            console.print(f"  {name}: {said}", highlight=False, markup=False, soft_wrap=True)
+    for line in dict.fromkeys(map(slow_on_cpu, configs)):
+        if line:
+            warn(console, line)
+    unused = {
+        method_name(config): None
+        for config in configs
+        if config.base.protect != "none" and not config.measures_base
+    }
+    if unused:
+        console.print(
+            "  base.protect is ignored without an item in protect that needs an importance, or "
+            f"adapter.init=corda: {', '.join(unused)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _advise(console: Console, results: Mapping[str, RunResult]) -> None:

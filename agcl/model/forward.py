@@ -26,6 +26,12 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU, as autocast takes for granted."""
+    available = torch.backends.mkldnn.is_available()
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextmanager
 def fast_products(precision: Precision) -> Iterator[None]:
     """With `bfloat16`, round the factors of float32 matrix products: to TF32, on a CPU to bfloat16.

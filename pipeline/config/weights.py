@@ -1,10 +1,12 @@
-"""The dtypes of a model's weights: in its files, and in memory."""
+"""The dtypes of a model's weights: in its files, in memory, and which are slow to compute with."""
 
 import json
 
 import torch
 from agcl.model import models
+from agcl.model.forward import cpu_has_bfloat16
 
+from pipeline.config.config import Config
 from pipeline.config.method import Importance
 from pipeline.config.model import Model
 
@@ -30,3 +32,25 @@ def attributed_dtype(model: Model, importance: Importance) -> str:
     """
     half = importance.precision == "bfloat16" and loaded_dtype(model) == "bfloat16"
     return "bfloat16" if half else "float32"
+
+
+def slow_on_cpu(config: Config) -> str | None:
+    """What to set where bfloat16 would be many times as slow as float32, or None.
+
+    PyTorch then multiplies matrices without a library. The CPU is this machine's.
+    """
+    if config.resources.gpus_per_worker or cpu_has_bfloat16():
+        return None
+    used = {
+        "model.dtype": loaded_dtype(config.model),
+        "training.precision": config.training.precision,
+        "evaluation.precision": config.evaluation.precision,
+        "importance.precision": config.importance.precision,
+    }
+    settings = [f"{key}=float32" for key, dtype in used.items() if dtype == "bfloat16"]
+    if not settings:
+        return None
+    return (
+        "this CPU has no bfloat16 instructions, and steps in bfloat16 can take over ten times as "
+        f"long as in float32: set {' '.join(settings)}"
+    )

@@ -21,6 +21,7 @@ from pipeline.config import loading
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
 from pipeline.config.usual import unusual
+from pipeline.config.weights import slow_on_cpu
 
 ROOT = Path(__file__).parent.parent.parent
 FACTS = ROOT / "jobs" / "configs" / "facts.yaml"
@@ -257,6 +258,23 @@ def test_plan_writes_nothing_and_lists_the_stages(agcl, capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in ("prepare/harbour", "pretrain", "train/4-", "report"))
     assert not list(agcl.place.iterdir())
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_plan_warns_of_bfloat16_on_a_cpu_without_it(agcl, capsys, monkeypatch, has):
+    monkeypatch.setattr("pipeline.config.weights.cpu_has_bfloat16", lambda: has)
+    settings = ["training.precision=bfloat16", "--no-probe"]
+    assert cli.main(["plan", str(FACTS), *settings]) == cli.OK
+    out = capsys.readouterr().out
+    assert ("set training.precision=float32" in out) is not has
+    on_gpu = loading.validate(
+        {
+            "method": "sequential",
+            "training": {"precision": "bfloat16"},
+            "resources": {"gpus_per_worker": 1},
+        }
+    )
+    assert slow_on_cpu(on_gpu) is None
 
 
 def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder, tmp_path):
