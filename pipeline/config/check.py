@@ -1,13 +1,10 @@
-"""Checks of a config's inputs before any work: model, tasks, every row, importance files."""
+"""Checks of a config's inputs before any work: storage, devices, model, data, importance files."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from agcl.errors import InputError
@@ -15,29 +12,14 @@ from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
 from agcl.model import corda, models, subspace
-from agcl.scoring import probes
-from agcl.scoring.scorers import scorer_named
-from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
-from agcl.tasks.messages import kinds_of_turns
+from agcl.tasks import Row, encode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.config import hub
+from pipeline.config.check_data import check_data, named
 from pipeline.config.config import Config
-from pipeline.config.sources import (
-    base_rows,
-    held_out_sources,
-    open_task,
-    selection,
-    sources,
-    text_files,
-)
-from pipeline.config.task_section import Source
 from pipeline.config.weights import loaded_dtype
-from pipeline.storage.artifact import folder_name
-
-_CHECKED: set[str] = set()
-"""The sources whose rows were checked by this process."""
 
 
 def check_inputs(config: Config, *, weights: bool = True) -> None:
@@ -52,18 +34,14 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
     _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
     _check_model(config, weights)
     _check_dtype(config, loaded_dtype(config.model))
-    tasks = _open_tasks(config)
-    for task in tasks:
-        scorer_named(task.scorer, f"tasks.scorer (task {task.name})")
-    _check_evaluation(config, tasks)
+    check_data(config)
     _check_layers(config)
     _check_factors(config)
-    _check_base(config)
     if config.importance.past:
         linears = attributed_linears(models.empty_model(config.model.folder))
         kinds = {item.kind for item in config.measured}
         for file in config.importance.past:
-            with _named("importance.past"):
+            with named("importance.past"):
                 check_pulled(file)
             check_file(
                 file,
@@ -71,15 +49,6 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
                 entries=bool(kinds - {"project"}),
                 moments="project" in kinds,
             )
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Put the config key before the message of an `InputError`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
 
 
 def _check_storage(storage: Path) -> None:
@@ -169,7 +138,7 @@ def _check_model_as_of(
 ) -> None:
     """Cached until a file changes: a search checks its base model in every trial."""
     logging.disable_progress_bar()
-    with _named("model.path"):
+    with named("model.path"):
         tokenizer = models.check_folder(folder, weights=weights)
     if not chat:
         return
@@ -177,125 +146,6 @@ def _check_model_as_of(
         encode(tokenizer, [Row("What is agcl?", " A package.")], chat=True)
     except InputError as error:
         raise InputError(f"tasks.chat_template: {error}") from None
-
-
-def _open_tasks(config: Config) -> list[Task]:
-    """The tasks of the sequence, with names that can be used for folders."""
-    found = sources(config)
-    names = [source.name for source in found]
-    check_names(names)
-    taken = {source.name for source in held_out_sources(config)}
-    by_folder: dict[str, str] = {}
-    for name in names:
-        if name in taken:
-            raise InputError(f"task name {name!r} is taken by a held-out set")
-        other = by_folder.setdefault(folder_name(name), name)
-        if other != name:
-            raise InputError(
-                f"task names {other!r} and {name!r} give the same folder name, in which unusual "
-                "characters become _; rename one"
-            )
-    return [_open_task(config, source, "tasks") for source in found]
-
-
-def _open_task(config: Config, source: Source, section: str) -> Task:
-    """A task whose rows were checked."""
-    for path in source.files.values():
-        with _named(f"{section}.sequence (task {source.name})"):
-            check_pulled(path)
-    chosen = selection(config, source)
-    task = open_task(source.settings, source.files, chosen)
-    stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
-    by_template = [config.tasks.chat_template, config.model.path]
-    key = json.dumps([source.settings, chosen, stamps, by_template], sort_keys=True)
-    _check_rows_once(config, task, key)
-    return task
-
-
-def _check_rows_once(config: Config, task: Task, key: str) -> None:
-    """Check every row of a task, once per process: the runs of a comparison have the same tasks."""
-    if key not in _CHECKED:
-        check = _conversation_check(config)
-        for split in task.splits:
-            check_rows(task, split, check)
-        _CHECKED.add(key)
-
-
-def _conversation_check(config: Config) -> Callable[[Row], None]:
-    """A check whether the chat template renders a row's kinds of turns.
-
-    Once per kind: rendering every row would take as long as preparing them does.
-    """
-    seen: set[str] = set()
-
-    def check(row: Row) -> None:
-        if row.conversation and not seen.issuperset(kinds := kinds_of_turns(row.conversation)):
-            seen.update(kinds)
-            if config.model.is_builtin:
-                raise InputError(
-                    f"{row.conversation.place}: messages need a chat template, which the builtin "
-                    "model's tokenizer does not have; set model.path"
-                )
-            encode(models.load_tokenizer(config.model.folder), [row])
-
-    return check
-
-
-def _stamp(path: Path) -> list[Any]:
-    """Size and modification time of a file, or of a folder's files by name."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-
-
-def _check_evaluation(config: Config, tasks: list[Task]) -> None:
-    for scorer in config.evaluation.scorers:
-        scorer_named(scorer, "evaluation.scorers")
-    common = set.intersection(*(set(task.scored) for task in tasks))
-    if not common - {VALIDATION}:
-        raise InputError("tasks.sequence: either every task needs a test file, or none")
-    wanted = config.evaluation.set
-    if wanted is not None and wanted not in common:
-        raise InputError(
-            f"evaluation.set: not every task has a set {wanted!r} (all have "
-            f"{', '.join(sorted(common))})"
-        )
-    for probe in config.evaluation.probes:
-        with _named("evaluation.probes"):
-            check_pulled(probe)
-            probes.read(probe)
-    if (file := config.evaluation.text) and not _has_text(file, "evaluation.text", whole=True):
-        raise InputError(f"evaluation.text: {file} is empty")
-
-
-def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:
-    """Whether a file holds more than white space. Reads up to the first text, or the `whole`.
-
-    Raises `InputError` if it cannot be read as UTF-8 so far.
-    """
-    with _named(key):
-        check_pulled(file)
-    try:
-        with file.open(encoding="utf-8") as text:
-            found = any(part.strip() for part in iter(partial(text.read, 1000), ""))
-            while whole and text.read(2**20):
-                pass
-            return found
-    except OSError as error:
-        raise InputError(f"{key}: {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{key}: {file} is not UTF-8 text") from None
-
-
-def _check_base(config: Config) -> None:
-    if config.base.protect == "text" and config.base.text:
-        with _named("base.text"):
-            files = text_files(config.base.text)
-        with_text = [_has_text(file, "base.text") for file in files]
-        if not any(with_text):
-            raise InputError(f"base.text: no text in {config.base.text}")
-    if given := base_rows(config):
-        for source in sources(given):
-            _open_task(given, source, "base.rows")
 
 
 def _check_factors(config: Config) -> None:
