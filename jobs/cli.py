@@ -101,7 +101,7 @@ def _check(parsed: argparse.Namespace) -> None:
     """Find typing errors in the config before the imports of a command, which take seconds."""
     from agcl.errors import InputError
     from pipeline.config import loading, sources
-    from pipeline.config.presets import METHODS
+    from pipeline.config.presets import METHODS, no_method
 
     bundled = _CONFIGS / f"{parsed.config}.yaml"
     if not parsed.config.exists() and bundled.is_file():
@@ -109,11 +109,12 @@ def _check(parsed: argparse.Namespace) -> None:
     methods: list[str | None] = [None]
     if "methods" in parsed:
         named = list(METHODS) if parsed.methods == "all" else parsed.methods.split(",")
-        parsed.methods = methods = [*dict.fromkeys(named)]
-        for method in methods:
+        parsed.methods = methods = [*named]
+        for index, method in enumerate(named):
             if method not in METHODS:
-                there = ", ".join(METHODS)
-                raise InputError(f"--methods: no method {method!r} (there are {there})")
+                raise InputError(f"--methods: {no_method(method)}")
+            if method in named[:index]:
+                raise InputError(f"--methods: {method} is named twice")
     for method in methods:
         sources.check_places(loading.load(parsed.config, parsed.settings, method=method))
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from agcl.errors import InputError
 from agcl.model import models
+from agcl.tasks import TRAIN
 from pipeline.config import hub, loading
 from pipeline.config.check import check_inputs
 from pipeline.config.model import Model
@@ -45,6 +46,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     tokenizer = models.check_folder(model.folder)
     chat, positions = bool(tokenizer.chat_template), models.positions(model.folder)
     data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
+    held_out = {f for each in data for split, f in each.files.items() if split != TRAIN}
+    data = [each for each in data if each.files[TRAIN] not in held_out]  # Of data/*.jsonl.
     _check_together(data)
     lengths = sorted(length for each in data for length in each.lengths)
     limit = min(positions, _max_length(lengths))
@@ -115,7 +118,10 @@ def _check_together(data: Sequence[Data]) -> None:
             )
         if ("test" in first.files) != ("test" in other.files):
             with_test, without = (one, another) if "test" in first.files else (another, one)
-            raise InputError(f"{with_test} has a test file beside it, but {without} has none")
+            raise InputError(
+                f"{with_test} has a test file beside it, but {without} has none; every task needs "
+                "one, or none does (NAME-test.jsonl beside NAME.jsonl, or test.jsonl in a folder)"
+            )
     by_name: dict[str, str] = {}
     for each in data:
         if each.name in by_name:

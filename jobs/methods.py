@@ -5,7 +5,7 @@ import argparse
 import yaml
 
 from agcl.errors import InputError
-from pipeline.config.presets import METHODS
+from pipeline.config.presets import METHODS, no_method
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -17,7 +17,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             print(f"{each:{width}}  {method.description}")
         return
     if name not in METHODS:
-        raise InputError(f"no method {name!r} (there are {', '.join(METHODS)})")
+        raise InputError(no_method(name))
     method, knob = METHODS[name], METHODS[name].knob
     print(f"{name}: {method.description}")
     if method.variant_of:

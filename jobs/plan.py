@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         place = f"[dim]{escape(work.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
-    if slow := slow_on_cpu(run.config):
+    if not memory and (slow := slow_on_cpu(run.config)):
         warn(console, slow)
     model = run.config.model
     if not model.is_builtin:

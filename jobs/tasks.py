@@ -27,7 +27,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     run = open_run(loading.load(arguments.config, arguments.settings))
     prepare_tasks(run, console)
     counted = table(
-        ("task", "rows"), ("number", "tokens", "loss tokens", "cut", "too long", "empty")
+        ("task", "split"), ("rows", "tokens", "loss tokens", "cut", "too long", "empty")
     )
     prepared = summaries(run)
     for task, summary in prepared.items():
@@ -35,6 +35,11 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             keys = ("rows", "tokens", "answer_tokens", "truncated", "too_long", "empty")
             counted.add_row(escape(task), split, *(f"{counts.get(key, 0):,}" for key in keys))
     console.print(counted)
+    console.print(
+        "[dim]cut: prompts that lost their beginning (tasks.truncate=left); too long, empty: rows "
+        "left out[/]",
+        soft_wrap=True,
+    )
     for line in left_out({task: summary["splits"] for task, summary in prepared.items()}):
         console.print(f"  {escape(line)}", soft_wrap=True)
     if "tokenizer" in run.resolved:

@@ -46,7 +46,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Templa
     if not tokenizer.chat_template:
         raise InputError(
             f"{place and f'{place}: '}the tokenizer in {tokenizer.name_or_path} has no chat "
-            "template, which messages need"
+            "template, which messages and chat_template: true need"
         )
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
     tokens = {*tokenizer.all_special_tokens, *added}

@@ -78,10 +78,13 @@ def is_empty(row: Row) -> bool:
     return not row.prompt.strip() or not row.answer.strip()
 
 
-def check_rows(task: Task, split: str, check: Callable[[Row], None] = lambda row: None) -> int:
+def check_rows(
+    task: Task, split: str, check: Callable[[Row], None] = lambda row: None, *, file: str = ""
+) -> int:
     """Read a split once; return its number of non-empty rows, each of which `check` is called with.
 
-    Raises `InputError` for a row that cannot be read or a split without rows.
+    Raises `InputError` for a row that cannot be read or a split without rows, which names its
+    `file` if given.
     """
     num_rows = 0
     for row in task.splits[split]():
@@ -89,5 +92,6 @@ def check_rows(task: Task, split: str, check: Callable[[Row], None] = lambda row
             check(row)
             num_rows += 1
     if num_rows == 0:
-        raise InputError(f"task {task.name}: the {split} split has no rows with prompt and answer")
+        where = f"{file} has no row" if file else f"the {split} split has no rows"
+        raise InputError(f"task {task.name}: {where} with prompt and answer")
     return num_rows

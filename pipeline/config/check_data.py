@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from agcl.files.pointers import check_pulled
 from agcl.model import models
 from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
-from agcl.tasks import VALIDATION, Row, Task, check_names, check_rows, encode
+from agcl.tasks import TEST, VALIDATION, Row, Task, check_names, check_rows, encode, is_empty
+from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.messages import kinds_of_turns
 
 from pipeline.config.config import Config
@@ -29,6 +31,7 @@ from pipeline.storage.artifact import folder_name
 
 _CHECKED: set[str] = set()
 """The sources whose rows were checked by this process."""
+_ROWS_AT_A_TIME = 16
 
 
 def check_data(config: Config) -> None:
@@ -76,19 +79,41 @@ def _open_task(config: Config, source: Source, section: str) -> Task:
     chosen = selection(config, source)
     task = open_task(source.settings, source.files, chosen)
     stamps = {role: (str(path), _stamp(path)) for role, path in source.files.items()}
-    by_template = [config.tasks.chat_template, config.model.path]
-    key = json.dumps([source.settings, chosen, stamps, by_template], sort_keys=True)
-    _check_rows_once(config, task, key)
+    encoding = config.tasks.model_dump(include={"chat_template", "max_length", "truncate"})
+    key = json.dumps([source.settings, chosen, stamps, encoding, config.model.path], sort_keys=True)
+    if key not in _CHECKED:  # The runs of a comparison have the same tasks.
+        check = _conversation_check(config)
+        for split in task.splits:
+            file = source.files.get(split)
+            check_rows(task, split, check, file=str(file or ""))
+            _check_length(config, task, split, file)
+        _CHECKED.add(key)
     return task
 
 
-def _check_rows_once(config: Config, task: Task, key: str) -> None:
-    """Check every row of a task, once per process: the runs of a comparison have the same tasks."""
-    if key not in _CHECKED:
-        check = _conversation_check(config)
-        for split in task.splits:
-            check_rows(task, split, check)
-        _CHECKED.add(key)
+def _check_length(config: Config, task: Task, split: str, file: Path | None) -> None:
+    """Refuse a split of which no row is short enough; the first row mostly is."""
+    if config.model.is_builtin or config.tasks.truncate == "left":
+        return
+    positions = models.positions(config.model.folder)
+    limit = min(config.tasks.max_length, positions)
+    tokenizer, shortest = models.load_tokenizer(config.model.folder), 0
+    rows = (row for row in task.splits[split]() if not is_empty(row))
+    while block := list(islice(rows, _ROWS_AT_A_TIME)):
+        encoded = encoded_rows(encode(tokenizer, block, chat=config.tasks.chat_template))
+        length = min(len(row.input_ids) for row in encoded)
+        if length <= limit:
+            return
+        shortest = min(shortest or length, length)
+    raise InputError(
+        f"task {task.name}: all rows of {file or f'the {split} split'} are longer than {limit} "
+        f"tokens, the shortest has {shortest}: "
+        + (
+            "tasks.truncate=left cuts prompts to what the model has positions for"
+            if limit == positions
+            else "raise tasks.max_length, or cut prompts with tasks.truncate=left"
+        )
+    )
 
 
 def _conversation_check(config: Config) -> Callable[[Row], None]:
@@ -122,7 +147,13 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
         scorer_named(scorer, "evaluation.scorers")
     common = set.intersection(*(set(task.scored) for task in tasks))
     if not common - {VALIDATION}:
-        raise InputError("tasks.sequence: either every task needs a test file, or none")
+        first = set(tasks[0].scored)
+        other = next(task for task in tasks if not first.intersection(task.scored) - {VALIDATION})
+        pair = (tasks[0], other) if TEST in first else (other, tasks[0])
+        raise InputError(
+            "tasks.sequence: task {} has test rows and task {} has none; every task needs a test "
+            "file, or none does".format(*(task.name for task in pair))
+        )
     wanted = config.evaluation.set
     if wanted is not None and wanted not in common:
         raise InputError(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.config import yaml12
 from pipeline.config.config import Config
 from pipeline.config.method import METHOD_SECTIONS, Importance
-from pipeline.config.presets import METHODS
+from pipeline.config.presets import METHODS, no_method
 from pipeline.config.resources import CREDENTIALS
 from pipeline.config.section import Section
 from pipeline.config.tasks import FactsTasks
@@ -57,7 +57,7 @@ def load(file: Path, overrides: Sequence[str] = (), method: str | None = None) -
     in_file = raw.get("method", Config.model_fields["method"].default)
     name = in_file if chosen is None else chosen
     if name not in list(METHODS):
-        raise InputError(f"method: no method {_shown(name)} (there are {', '.join(METHODS)})")
+        raise InputError(f"method: {no_method(name)}")
     if in_file not in (name, METHODS[name].variant_of):
         raw = _for_any_method(raw)
     raw = with_preset(name, raw)

@@ -1,7 +1,10 @@
 """The named methods: the settings of each, and the setting that tuning varies."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
+
+from pipeline.secrets import masked
 
 
 @dataclass(frozen=True)
@@ -215,3 +218,10 @@ METHODS: dict[str, Method] = {
         "control: only embeddings, norms and head frozen", {"freeze": {"ungated": True}}
     ),
 }
+
+
+def no_method(name: object) -> str:
+    """What to say of a name that no method has."""
+    close = get_close_matches(str(name), METHODS, n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"no method {masked(repr(name))[:100]} ({meant}there are {', '.join(METHODS)})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks import encode, files, is_empty, records
+from agcl.tasks import TEST, VALIDATION, encode, files, is_empty, records
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.layouts import LAYOUTS, task_of_records
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,8 @@ class Data:
 def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Data:
     """Look at one task: a file, or a folder with `train` and perhaps `test` and `validation` files.
 
-    Beside a file called `train`, its `test` and `validation` files are taken too. `chat` renders
+    Beside a file called `train`, its `test` and `validation` files are taken too, and beside
+    `NAME.jsonl`, for example, `NAME-test.jsonl` or `NAME_test.jsonl`. `chat` renders
     rows with the tokenizer's chat template. Raises `InputError` for what cannot be read, and for
     columns that tell no prompt and answer.
     """
@@ -65,6 +66,10 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
     splits = {split: str(file) for split, file in found.items()}
     if not given.is_dir():
         splits["train"] = path
+        for split in (TEST, VALIDATION):
+            names = [f"{stem}{mark}{split}{given.name.removeprefix(stem)}" for mark in "-_."]
+            if beside_it := [file for file in map(given.with_name, names) if file.is_file()]:
+                splits.setdefault(split, str(beside_it[0]))
     train = Path(splits["train"])
     first = next((record for _, record in records.read(train, records.ANY)), None)
     if first is None:

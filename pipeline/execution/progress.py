@@ -69,7 +69,8 @@ class StageProgress:
                     self._end(artifact, state)
                 case _ if "warning" in record:
                     said = f"{self.titles[artifact]}: {escape(str(record['warning']))}"
-                    self.console.print(f"  [yellow]warning[/] {said}", highlight=False)
+                    line = f"  [yellow]warning[/] {said}"
+                    self.console.print(line, highlight=False, soft_wrap=True)
                 case _ if "note" in record:
                     self._say(artifact, escape(str(record["note"])))
                 case _:
@@ -86,7 +87,8 @@ class StageProgress:
         detail = ", ".join(show(record[key]) for key, show in _SHOWN.items() if key in record)
         self.bars.update(bar, detail=detail)
         if not self.console.is_terminal:
-            self._say_now_and_then(artifact, f"{record['step']}/{total or '?'} {detail}")
+            of = f"/{total}" if total else ""
+            self._say_now_and_then(artifact, f"{record['step']}{of} {detail}")
 
     def _say_now_and_then(self, artifact: str, detail: str) -> None:
         """Print the progress of a long stage occasionally."""

@@ -18,6 +18,7 @@ from agcl.tasks.batches import collate
 from jobs import cli
 from jobs.plan import memory_of
 from pipeline.config import loading
+from pipeline.config.check import check_inputs
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
 from pipeline.config.usual import unusual
@@ -42,7 +43,46 @@ def test_an_unknown_option_is_no_setting(agcl):
 def test_an_unknown_method_is_named(agcl):
     code, lines = agcl("compare", FACTS, "--methods", "sequential,agc")
     assert code == cli.BAD_INPUT
-    assert lines[0].startswith("agcl: --methods: no method 'agc'")
+    assert lines[0].startswith("agcl: --methods: no method 'agc' (did you mean 'agcl'?")
+
+
+def test_a_method_named_twice_is_refused(agcl):
+    code, lines = agcl("compare", FACTS, "--methods", "agcl,sequential,agcl")
+    assert (code, lines) == (cli.BAD_INPUT, ["agcl: --methods: agcl is named twice"])
+
+
+def test_rows_that_are_all_too_long_are_refused(refused, model_folder, tmp_path):
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    row = json.dumps({"prompt": "Who runs the shop? " * 100, "answer": " Ada"}) + "\n"
+    long.write_text(row * 20)
+    short.write_text(row * 20 + '{"prompt": "Who?", "answer": " Ada"}\n')
+    config = {"method": "sequential", "model": {"path": str(model_folder)}}
+    tasks = {"format": "jsonl", "max_length": 64, "sequence": [{"name": "a", "train": str(short)}]}
+    check_inputs(loading.validate({**config, "tasks": tasks}))
+    tasks["sequence"].append({"name": "b", "train": str(long)})
+    line = refused({**config, "tasks": tasks})
+    assert f"task b: all rows of {long} are longer than 64 tokens, the shortest has" in line
+    assert "raise tasks.max_length" in line
+    check_inputs(loading.validate({**config, "tasks": {**tasks, "truncate": "left"}}))
+
+
+def test_a_file_without_rows_is_named(refused, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Who?", "answer": " "}\n')
+    tasks = {"format": "jsonl", "sequence": [{"name": "a", "train": str(file)}]}
+    line = refused({"method": "sequential", "tasks": tasks})
+    assert line == f"agcl: task a: {file} has no row with prompt and answer"
+
+
+def test_tasks_of_which_only_some_have_test_rows_are_named(refused, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Who?", "answer": " Ada"}\n')
+    sequence = [
+        {"name": "a", "train": str(file)},
+        {"name": "b", "train": str(file), "test": str(file)},
+    ]
+    line = refused({"method": "sequential", "tasks": {"format": "jsonl", "sequence": sequence}})
+    assert "task b has test rows and task a has none" in line
 
 
 @pytest.mark.parametrize(
@@ -149,8 +189,8 @@ GOOD = {"prompt": "Who?", "answer": "Me."}
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([], "no rows"),
-        ([{"prompt": "Who?", "answer": " "}], "no rows"),
+        ([], "no row with prompt and answer"),
+        ([{"prompt": "Who?", "answer": " "}], "no row with prompt and answer"),
         ([GOOD, {"prompt": "Who?"}], "line 2"),
         ([GOOD, {"prompt": "Who?", "answer": [3]}], "line 2"),
     ],

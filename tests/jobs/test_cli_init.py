@@ -87,6 +87,19 @@ def test_a_folder_has_its_splits_and_every_file_is_a_task(agcl, model_folder):
     assert not config.tasks.chat_template  # The model has none.
 
 
+def test_a_file_has_the_test_file_that_is_named_like_it(agcl, model_folder):
+    for name in ("a.jsonl", "a-test.jsonl", "b.v2.jsonl", "b_test.v2.jsonl"):
+        written(agcl.place / name, [{"prompt": "Who?", "answer": "Me"}] * 9)
+    files = sorted(path.name for path in agcl.place.glob("*.jsonl"))  # As a shell expands *.jsonl.
+    code, lines = agcl("init", model_folder, *files)
+    assert code == cli.OK, lines
+    sequence = loading.load(agcl.place / "config.yaml").tasks.sequence
+    assert [(task.name, task.test.name) for task in sequence] == [
+        ("a", "a-test.jsonl"),
+        ("b", "b_test.v2.jsonl"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

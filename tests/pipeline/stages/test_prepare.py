@@ -13,7 +13,7 @@ from tokenizers.normalizers import Replace
 from agcl.errors import InputError
 from agcl.model import models
 from agcl.tasks import EncodedRows, facts
-from pipeline.config import check
+from pipeline.config import check_data
 from pipeline.config.check import check_inputs
 from pipeline.config.loading import validate
 from pipeline.plan.plan import plan
@@ -186,10 +186,12 @@ def test_the_rows_of_equal_sources_are_checked_once_until_a_file_changes(tiny_co
     task = f"tasks={{format: jsonl, sequence: [{{name: a, train: {file}}}]}}"
     with pytest.MonkeyPatch.context() as patch:
         read = []
-        patch.setattr(check, "check_rows", lambda task, split, check: read.append(split))
+        patch.setattr(
+            check_data, "check_rows", lambda task, split, check, file: read.append((split, file))
+        )
         for method in ("sequential", "agcl", "gate"):
             check_inputs(tiny_config(tmp_path, task, method=method))
-    assert read == ["train"]
+    assert read == [("train", str(file))]
     file.write_text("no JSON\n")
     with pytest.raises(InputError, match="line 1"):
         check_inputs(tiny_config(tmp_path, task))
