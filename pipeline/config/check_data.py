@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from agcl.scoring.scorers import scorer_named
 from agcl.tasks import TEST, VALIDATION, Row, Task, check_names, check_rows, encode, is_empty
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.messages import kinds_of_turns
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.config import Config
 from pipeline.config.sources import (
@@ -97,7 +98,7 @@ def _check_length(config: Config, task: Task, split: str, file: Path | None) -> 
         return
     positions = models.positions(config.model.folder)
     limit = min(config.tasks.max_length, positions)
-    tokenizer, shortest = models.load_tokenizer(config.model.folder), 0
+    tokenizer, shortest = _tokenizer(config.model.folder), 0
     rows = (row for row in task.splits[split]() if not is_empty(row))
     while block := list(islice(rows, _ROWS_AT_A_TIME)):
         encoded = encoded_rows(encode(tokenizer, block, chat=config.tasks.chat_template))
@@ -131,9 +132,18 @@ def _conversation_check(config: Config) -> Callable[[Row], None]:
                     f"{row.conversation.place}: messages need a chat template, which the builtin "
                     "model's tokenizer does not have; set model.path"
                 )
-            encode(models.load_tokenizer(config.model.folder), [row])
+            encode(_tokenizer(config.model.folder), [row])
 
     return check
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return _tokenizer_as_of(folder, tuple(_stamp(folder)))
+
+
+@cache
+def _tokenizer_as_of(folder: Path, stamp: tuple[Any, ...]) -> PreTrainedTokenizerBase:
+    return models.load_tokenizer(folder)
 
 
 def _stamp(path: Path) -> list[Any]:
