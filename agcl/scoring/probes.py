@@ -62,9 +62,7 @@ def _question(place: str, record: Mapping[str, Any]) -> Question:
     if not all(text.strip() for text in texts):
         raise InputError(f"{place}: a choice is empty")
     if not (answer.isdecimal() and int(answer) < len(texts)):
-        raise InputError(
-            f"{place}: 'answer' must be an index, 0 to {len(texts) - 1}, not {answer!r}"
-        )
+        raise InputError(f"{place}: 'answer' must be an index, 0 to {len(texts) - 1}, not {answer}")
     return Question(context, texts, int(answer))
 
 

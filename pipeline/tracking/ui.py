@@ -50,7 +50,6 @@ def serve(
     if not (storage / DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
     _check_free(port)
-    log(f"starting MLflow's server on port {port} ...")
     address, pages = f"http://127.0.0.1:{port}", []
     with suppress(TrackingFailed):  # Then the server says why.
         pages = [f"{address}/#/experiments/{found}/runs?{_VIEW}" for found in _view(storage)]
@@ -76,7 +75,6 @@ def serve(
                 log(line.rstrip("\n"))
         return server.wait()
     except KeyboardInterrupt:
-        log("stopped")
         return 130
     finally:
         with suppress(ProcessLookupError):
