@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pipeline.config import loading
 from pipeline.storage import artifact
@@ -45,8 +46,18 @@ class Driver:
         )
 
     def finish(self, *settings, **environment):
+        """Run to the end: the exit code and what was printed, or fail with where it hangs."""
         process = self.start(*settings, **environment)
-        out, err = process.communicate(timeout=600)
+        try:
+            out, err = process.communicate(timeout=300)  # Less than the timeout of its tests.
+        except subprocess.TimeoutExpired:
+            stacks = where(process)
+            for below in processes_below(process):
+                with suppress(psutil.Error):
+                    below.kill()
+            process.kill()
+            out, err = process.communicate(timeout=60)
+            pytest.fail(f"no end after 300 s:\n{out}\n{err}\n{stacks}")
         return process.returncode, out, err
 
     def wait_for(self, stage, process):
@@ -81,6 +92,18 @@ def processes_below(process, title=""):
                 if title in " ".join(below.cmdline()):
                     found.append(below)
     return found
+
+
+def where(process):
+    """Stacks of the Python threads of a process and of all below it."""
+    py_spy = Path(sys.executable).with_name("py-spy")
+    found = []
+    for each in [process, *processes_below(process)]:
+        dump = subprocess.run(
+            [py_spy, "dump", "--pid", str(each.pid)], capture_output=True, text=True, timeout=60
+        )
+        found.append(dump.stdout or f"{each.pid}: {dump.stderr}")
+    return "\n".join(found)
 
 
 def wait_until_no_process_is_left(storage):
