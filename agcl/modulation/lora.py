@@ -62,29 +62,30 @@ def orthogonality(
 
 
 def product_penalty(
-    peft_model: PeftModel, past: Sequence[Importance], *, strength: float
+    peft_model: PeftModel, importances: Sequence[Importance], *, strength: float
 ) -> Callable[[], Tensor]:
     """A function that adds the gradient of ½ λ Σ F ΔW² to `.grad` and returns its value.
 
-    ΔW is the update of a new adapter, scale · B A, λ the `strength`, and F the sum over past tasks
-    of the positive importance entries of the weights below it: elastic weight consolidation of the
-    merged weight, anchored where the adapter starts. This is EWC-LoRA (Zheng et al. 2026, arXiv
-    2602.17559): Fisher information of the weight, not of the factors. The authors take it from
-    batches' mean gradients, where ours is of single samples; and their code adds up the tasks'
-    factors A and B, where we merge their products. Holds F in float32. Raises `ValueError` for a
-    negative strength, without importances, and for one without entries or of other weights.
+    ΔW is the update of a new adapter, scale · B A, λ the `strength`, and F the sum over importances
+    (of the base model and past tasks) of the positive entries of the weights below it: elastic
+    weight consolidation of the merged weight, anchored where the adapter starts. This is EWC-LoRA
+    (Zheng et al. 2026, arXiv 2602.17559): Fisher information of the weight, not of the factors. The
+    authors take it from batches' mean gradients, where ours is of single samples; and their code
+    adds up the tasks' factors A and B, where we merge their products. Holds F in float32. Raises
+    `ValueError` for a negative strength, without importances, and for one without entries or of
+    other weights.
     """
     if not strength >= 0:
         raise ValueError(f"strength must be at least 0, not {strength}")
-    if not past or not all(each.entries for each in past):
-        raise ValueError("a penalty needs at least one importance of a past task, all with entries")
+    if not importances or not all(each.entries for each in importances):
+        raise ValueError("a penalty needs at least one importance, all with entries")
     layers = _layers(peft_model)
-    if layers.keys() != set(past[0].entries):
+    if layers.keys() != set(importances[0].entries):
         raise ValueError("the importance is that of other weights than those with an adapter")
     fisher: dict[str, Tensor] = {}
     for name, layer in layers.items():
         factor = cast(Tensor, layer.lora_A["default"].weight)
-        parts = (each.entries[name].to(factor).clamp(min=0) for each in past)
+        parts = (each.entries[name].to(factor).clamp(min=0) for each in importances)
         fisher[name] = reduce(torch.add, parts)
         if layer.fan_in_fan_out:
             fisher[name] = fisher[name].T

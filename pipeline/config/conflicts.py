@@ -91,8 +91,9 @@ def _with_quantization(config: "Config") -> Iterator[str]:
         )
     if config.starts_from_corda:
         yield "model.quantization: adapter.init=corda changes the weights below its factors"
-    if config.importance.entries and config.base.protect != "none":
-        yield "importance.entries: weights in four bits have none; leave it out, or base.protect"
+    if config.measures_entries and config.base.protect != "none":
+        needing = ", ".join(config.needing_entries) or "importance.entries"
+        yield f"base.protect: weights in four bits have no importance entries, as {needing} needs"
     if config.resources.shard_model or config.training.compile:
         yield "model.quantization: cannot be combined with resources.shard_model or compile"
 
@@ -103,10 +104,11 @@ def _with_an_adapter(config: "Config") -> Iterator[str]:
             "protect: with adapter.fresh only project and penalty can be used; a gate of "
             "earlier factors does not apply to fresh ones"
         )
-    if config.base.protect != "none" and {i.kind for i in config.protect} - {"project"}:
+    usable = {"project", "penalty"} if config.adapter and config.adapter.fresh else {"project"}
+    if config.base.protect != "none" and {item.kind for item in config.protect} - usable:
         yield (
-            "base.protect: with an adapter only project can be used; the importance of the "
-            "base model's weights does not apply to factors"
+            "base.protect: with an adapter only project can be used, with adapter.fresh penalty "
+            "too; the importance of the base model's weights does not apply to factors"
         )
     if config.merge and config.adapter and not config.adapter.fresh:
         yield "merge: with an adapter needs adapter.fresh, which adds each task to the weights"

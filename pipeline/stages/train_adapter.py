@@ -56,9 +56,10 @@ def train_adapter(
     past, base = past_importances(inputs), base_importance(inputs)
     if context.is_first_worker:
         warn_of_missing(config, past, base, context.warn)
-    of_base = base_directions(base, config, model.device)
-    if settings["fresh"] and (past or of_base):
-        protection = _protect_fresh(peft_model, config, past, of_base)
+    projects = any(item["kind"] == "project" for item in config["protect"])
+    of_base = base_directions(base if projects else None, config, model.device)
+    if settings["fresh"] and (past or base):
+        protection = _protect_fresh(peft_model, config, past, base, of_base)
     else:
         # The factors A of an adapter that never saw the base model's inputs pass nothing of them.
         known = lora.keep_away(peft_model, of_base) if of_base else None
@@ -89,19 +90,20 @@ def _protect_fresh(
     peft_model: PeftModel,
     config: Mapping[str, Any],
     past: list[Importance],
+    base: Importance | None,
     of_base: Mapping[str, Tensor],
 ) -> Protection:
     """Prepare the config's `protect` for new factors.
 
     No importance of earlier factors applies to them, only that of the weights below them, and the
-    inputs that earlier tasks used.
+    inputs that the base model and earlier tasks used.
     """
     model = peft_model.get_base_model()
-    protection = Protection()
+    protection, every = Protection(), [*([base] if base else []), *past]
     for item in config["protect"]:
         if item["kind"] == "penalty":
             strength = item["strength"]
-            protection.penalty = lora.product_penalty(peft_model, past, strength=strength)
+            protection.penalty = lora.product_penalty(peft_model, every, strength=strength)
         else:
             basis = basis_of(item, past, of_base, config["seed"], model.device)
             protection.basis = lora.keep_away(peft_model, basis)

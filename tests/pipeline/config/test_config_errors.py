@@ -287,6 +287,10 @@ def test_a_key_of_another_library_or_section_is_pointed_to(problem, key, meant):
         (["base.rows={format: xml}"], "base.rows.format: must be one of"),
         (["base.rows={path: x}"], "base.rows.format: must be one of"),
         (["method=lora", "base.protect=self", "protect=[{kind: gate}]"], "base.protect: with an"),
+        (
+            ["method=lora", "base.protect=self", "protect=[{kind: penalty}]"],
+            "base.protect: with an",
+        ),
         (["method=sequential", "protect=[{kind: gate}]"], "method: sequential protects nothing"),
         (["method=solo", "base.protect=self", "protect=[{kind: project}]"], "method: solo prot"),
     ],

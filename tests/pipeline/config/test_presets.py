@@ -219,6 +219,26 @@ def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_m
     assert 0.1 * 0.5e6 * costs[0] < last < 10 * 0.5e6 * costs[0]
 
 
+def test_ewc_lora_keeps_what_the_base_model_knew_from_the_first_task_on(run_method):
+    settings = ["training.learning_rate=5e-3", "importance.correct_only=false"]
+    free = run_method("ewc_lora", "protect.0.strength=0", *settings)
+    off, on = (
+        run_method("ewc_lora", f"protect.0.strength={strength}", "base.protect=self", *settings)
+        for strength in (0, 1e6)
+    )
+    assert same_bits(weights(free), weights(off))
+    fisher = Importance.load(on["attribute/0-base"].folder / "importance.safetensors").entries
+    start = weights(on, "pretrain")
+    assert set(fisher) == {name for name in start if "_proj" in name}
+    kept, moved = (
+        sum(float((f.double() * (after[n] - start[n]).double() ** 2).sum()) for n, f in pairs)
+        for after, pairs in (
+            (weights(each, "train/1-harbour"), fisher.items()) for each in (on, off)
+        )
+    )
+    assert 0 < kept < 0.1 * moved
+
+
 @pytest.mark.parametrize("text", ["self", pytest.param("rows", marks=pytest.mark.slow)])
 def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
     works = run_method("corda", f"base.protect={text}", "adapter.rank=3")
