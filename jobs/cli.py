@@ -22,8 +22,9 @@ _BUNDLED = ", ".join(sorted(file.stem for file in _CONFIGS.glob("*.yaml")))
 _DESCRIPTION = """\
 Attribution-guided continual learning of large language models on Ray.
 
-Takes one model through a sequence of tasks, measures which weights carried the right answers of
-each, protects them while later tasks are learned, and reports what is forgotten.
+Takes one model through a sequence of tasks, measures which inputs of its layers carried what it
+knew and the right answers of each task, keeps later updates off them, and reports what is
+forgotten.
 """
 _EPILOG = """\
 Settings are key.path=value and beat the file: training.epochs=4 protect.0.kind=gate
@@ -161,7 +162,10 @@ def _parser() -> argparse.ArgumentParser:
         help="separated by commas, or all (default: %(default)s); see `agcl methods`",
     )
     sub.add_argument(
-        "--seeds", type=_positive, default=1, help="seeds per method, counting up from the config's"
+        "--seeds",
+        type=_positive,
+        default=1,
+        help="seeds per method, counting up from the config's (default: %(default)s)",
     )
     sub.add_argument(
         "--trials",
@@ -176,8 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         "--trials",
         type=_positive,
         default=12,
-        help="points to try, first the config itself (default: %(default)s); the config's section "
-        "search sets what varies, by default the scaling of the protections and the learning rate",
+        help="number of trials; the first has the config's own values (default: %(default)s); the "
+        "config's section search sets what varies, by default the scaling of the protections and "
+        "the learning rate",
     )
     sub.add_argument(
         "--resume",

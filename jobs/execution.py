@@ -11,7 +11,7 @@ from rich.text import Text
 from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.config.naming import CHANGES, method_description, method_name
-from pipeline.config.weights import slow_on_cpu
+from pipeline.config.weights import slow_here
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
 from pipeline.results.model_card import MODEL
@@ -68,7 +68,7 @@ def _say_before(console: Console, configs: Sequence[Config]) -> None:
     for name, said in changed.items():
         if name.endswith(CHANGES):
             console.print(f"  {name}: {said}", highlight=False, markup=False, soft_wrap=True)
-    for line in dict.fromkeys(map(slow_on_cpu, configs)):
+    for line in dict.fromkeys(map(slow_here, configs)):
         if line:
             warn(console, line)
     unused = {

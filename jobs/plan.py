@@ -15,7 +15,7 @@ from pipeline.config import loading
 from pipeline.config.resources import Resources
 from pipeline.config.row_lengths import longest_row
 from pipeline.config.usual import count_text, unusual
-from pipeline.config.weights import slow_on_cpu
+from pipeline.config.weights import slow_here
 from pipeline.estimate import Needs, estimate
 from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import USABLE, fits, on_device, remedy
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         place = f"[dim]{escape(work.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
-    if not memory and (slow := slow_on_cpu(run.config)):
+    if given is None and (slow := slow_here(run.config)):
         warn(console, slow)
     model = run.config.model
     if not model.is_builtin:

@@ -14,7 +14,7 @@ from jobs.execution import places_beside, print_base, print_matrices, print_metr
 from jobs.tables import number, table
 from pipeline.config import loading
 from pipeline.config.search import Choice, Dimension
-from pipeline.config.weights import slow_on_cpu
+from pipeline.config.weights import slow_here
 from pipeline.errors import Failed
 from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import REPORT_FILE
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     console.print(f"[bold]{search.folder.name}[/]: {search.num_trials} trials of {config.method}")
     for key, dimension in search.space.items():
         console.print(f"  {escape(key)}  [dim]{escape(_described(dimension))}[/]")
-    if slow := slow_on_cpu(search.config):
+    if slow := slow_here(search.config):
         warn(console, slow)
     share = search.config.evaluation.validation
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")

@@ -1,4 +1,4 @@
-"""The dtypes of a model's weights: in its files, in memory, and which are slow to compute with."""
+"""The dtypes of a model's weights in its files and in memory, and what a machine is slow with."""
 
 import json
 
@@ -34,12 +34,17 @@ def attributed_dtype(model: Model, importance: Importance) -> str:
     return "bfloat16" if half else "float32"
 
 
-def slow_on_cpu(config: Config) -> str | None:
-    """What to set where bfloat16 would be many times as slow as float32, or None.
+def slow_here(config: Config) -> str | None:
+    """What to set where a run would be many times slower than this machine can be, or None.
 
-    PyTorch then multiplies matrices without a library. The CPU is this machine's.
+    If it leaves a GPU unused, or computes in bfloat16 on a CPU without instructions for it, where
+    PyTorch multiplies matrices without a library.
     """
-    if config.resources.gpus_per_worker or cpu_has_bfloat16():
+    if config.resources.gpus_per_worker:
+        return None
+    if torch.cuda.is_available():
+        return "resources.gpus_per_worker is 0, so this machine's GPU is not used: set it to 1"
+    if cpu_has_bfloat16():
         return None
     used = {
         "model.dtype": loaded_dtype(config.model),

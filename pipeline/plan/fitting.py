@@ -41,7 +41,7 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
         yield from _joined("training.optimizer=adamw_8bit", fewer_bits, kind)
     if whole and kind != EVALUATE:
         lora = replace(setting, config=_with_lora(config))
-        yield from _joined("method=lora_agcl" if config.protect else "method=lora", lora, kind)
+        yield from _joined(_method_of(lora.config), lora, kind)
     small = config.model.quantization or config.training.optimizer == "adamw_8bit"
     shards = not (config.subspace or config.starts_from_corda or small)
     for workers in _WORKERS if shards else ():
@@ -121,6 +121,15 @@ def _with_lora(config: Config) -> Config:
     """The config with method `lora_agcl`, or `lora` if nothing is protected."""
     kept = tuple(item for item in config.measured if isinstance(item, Project))
     protect = kept or ((Project(kind="project"),) if config.protect else ())
+    base = config.base if protect else Base()
     return config.model_copy(
-        update={"adapter": Adapter(), "base": Base(), "protect": protect, "subspace": None}
+        update={"adapter": Adapter(), "base": base, "protect": protect, "subspace": None}
     )
+
+
+def _method_of(config: Config) -> str:
+    """The settings that choose LoRA with this config's protection."""
+    if not config.protect:
+        return "method=lora"
+    of_base = config.base.protect
+    return "method=lora_agcl" + (f" base.protect={of_base}" if of_base != "none" else "")

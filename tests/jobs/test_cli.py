@@ -22,7 +22,7 @@ from pipeline.config.check import check_inputs
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
 from pipeline.config.usual import unusual
-from pipeline.config.weights import slow_on_cpu
+from pipeline.config.weights import slow_here
 
 ROOT = Path(__file__).parent.parent.parent
 FACTS = ROOT / "jobs" / "configs" / "facts.yaml"
@@ -314,7 +314,14 @@ def test_plan_warns_of_bfloat16_on_a_cpu_without_it(agcl, capsys, monkeypatch, h
             "resources": {"gpus_per_worker": 1},
         }
     )
-    assert slow_on_cpu(on_gpu) is None
+    assert slow_here(on_gpu) is None
+
+
+def test_an_unused_gpu_is_pointed_out(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    on_cpu = loading.validate({"method": "sequential", "training": {"precision": "bfloat16"}})
+    said = slow_here(on_cpu)
+    assert said == "resources.gpus_per_worker is 0, so this machine's GPU is not used: set it to 1"
 
 
 def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder, tmp_path):
