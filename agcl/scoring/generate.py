@@ -29,6 +29,8 @@ def generate(
 ) -> list[list[int]]:
     """Continuation of every prompt, up to an `end` token (excluded) or `max_new_tokens`.
 
+    It ends at the model's last position, too; prompts that come near it are decoded one by one.
+
     Greedy, or with a `seed` sampled at temperature 1 from the most likely tokens that hold 0.98 of
     the probability. Prompts of similar length share a left-padded batch; batches, and the seed of
     each, do not depend on the number of ranks. The model's own generation config (sampling,
@@ -50,14 +52,20 @@ def generate(
     )
     # Summed over ranks at the end: each rank leaves the others' rows at zero.
     generated = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int32, device=model.device)
-    batches = by_length([len(prompt) for prompt in prompts], batch_size)
+    lengths = [len(prompt) for prompt in prompts]
+    room = [max(1, min(max_new_tokens, _positions(model) - length)) for length in lengths]
+    batches: list[list[int]] = []
+    for batch in by_length(lengths, batch_size):
+        fits = min(room[i] for i in batch) == max_new_tokens
+        batches += [batch] if fits else [[i] for i in batch]
     try:
         for number, counts in distributed.in_turn(len(batches)):
             indices = batches[number]
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed * 1_000_003 + number)
-                new = _continue(model, [prompts[i] for i in indices], pad, precision)
+                most = min(room[i] for i in indices)
+                new = _continue(model, [prompts[i] for i in indices], most, pad, precision)
             if counts:
                 generated[indices] = pad
                 generated[indices, : new.shape[1]] = new.to(torch.int32)
@@ -72,10 +80,15 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
+def _positions(model: PreTrainedModel) -> int:
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return 2**31 if found is None else int(found)
+
+
 def _continue(
-    model: PreTrainedModel, prompts: list[Sequence[int]], pad: int, precision: Precision
+    model: PreTrainedModel, prompts: list[Sequence[int]], most: int, pad: int, precision: Precision
 ) -> torch.Tensor:
-    """New tokens of a batch, (prompts, at most max_new_tokens)."""
+    """New tokens of a batch, (prompts, at most `most`)."""
     ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
     padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
@@ -83,6 +96,7 @@ def _continue(
         out = model.generate(
             input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),
+            max_new_tokens=most,
             # Ranks of a sharded model keep running forward passes until all have finished.
             synced_gpus=sharding.is_sharded(model),
         )

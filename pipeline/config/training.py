@@ -96,4 +96,8 @@ class Evaluation(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"probes: two files are called {name!r}; rename one")
+        functions = [scorer.rpartition(":")[2] for scorer in self.scorers]
+        for name in functions:
+            if functions.count(name) > 1:
+                raise ValueError(f"scorers: two are called {name!r}, as their scores would be")
         return self

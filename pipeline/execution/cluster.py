@@ -72,6 +72,7 @@ def cluster(resources: Resources) -> Iterator[int]:
             # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
+                address="local",  # Else it would join one that it finds on this machine.
                 num_cpus=cpus,
                 include_dashboard=False,  # Eleven more processes, at an address not shown.
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -20,7 +20,7 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
-from pipeline.execution.workers import here, run_group
+from pipeline.execution.workers import LOSSES, here, run_group
 from pipeline.plan.schedule import Session
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
@@ -149,6 +149,10 @@ class _Run:
     failures: list[StageFailed] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
     """Failed sessions, and sessions that need them."""
+    lost_starts: int = 0
+    """Groups in a row whose process was lost before it took a session."""
+    unneeded: set[str] = field(default_factory=set)
+    """Groups that were cancelled while they started."""
 
     def start_group(self, train: bool) -> None:
         """Start a group, which runs queued sessions of its kind until there are no more."""
@@ -187,6 +191,7 @@ class _Run:
                 for ref, group in self.groups.items():
                     if group.train == train and group.name not in self.worked:
                         ray.cancel(ref)  # It may still be starting, which can take long.
+                        self.unneeded.add(group.name)
 
     def poll(self) -> None:
         """Wait briefly, then process what the groups report and which of them ended."""
@@ -194,11 +199,19 @@ class _Run:
         records, finished, self.running = ray.get(self.mailbox.take.remote())
         self.worked |= self.running.keys()
         self._see(records)
+        if self.running:
+            self.lost_starts = 0
         for name in finished:
             self.queued.pop(name, None)
         for ref in ended:
             group, error = self.groups.pop(ref), _error_of(ref)
             session = self.queued.get(self.running.get(group.name, ""))
+            if error and not session and group.name not in self.unneeded:
+                self.lost_starts += 1
+                if self.lost_starts >= LOSSES:
+                    session = next(
+                        (s for s in self.queued.values() if s.train == group.train), None
+                    )
             if error and session:
                 self._fail(session, error)
 

@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
     """
     verified: set[Path] = set()
     for stage in stages:
-        with artifact.claimed(stage.folder) if context.is_first_worker else nullcontext():
+        with _claimed(stage, emit) if context.is_first_worker else nullcontext():
             with _emitting_failure(stage, emit):
                 done = context.is_first_worker and stage.storage.publish_left_over(
                     stage.folder, stage.fingerprint
@@ -36,6 +36,13 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
                 done = distributed.broadcast_object(done)
             if not done:
                 _make(stage, context, emit, verified)
+
+
+def _claimed(stage: ResolvedStage, emit: Emit) -> AbstractContextManager[None]:
+    """The exclusive right to make the artifact; says so if another run holds it."""
+    note = "waits for another run, which is making it"
+    waits: Record = {"artifact": stage.folder.name, "note": note}
+    return artifact.claimed(stage.folder, on_wait=lambda: emit([waits]))
 
 
 def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path]) -> None:

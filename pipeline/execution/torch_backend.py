@@ -1,6 +1,8 @@
 """The process group of a group of workers: backend, timeout, network interface."""
 
 import os
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -11,25 +13,33 @@ from ray.train.torch.config import _TorchBackend
 from pipeline.config.resources import Resources
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_MEETING_SECONDS = 240
+"""Workers that are up find each other in seconds. If one does not, all are started again."""
 
 
 def config_of(resources: Resources) -> "ReachableConfig":
     """What Ray Train hands to torch's `init_process_group`.
 
-    The timeout is that of every collective, since all run in the default group: Ray's default is
-    30 minutes, and a group that torch made itself would have torch's, 10 minutes with nccl.
+    `timeout_s` is for the workers to find each other, `collective_timeout_s` for every collective
+    after that, since all run in the default group: Ray's default is 30 minutes, and a group that
+    torch made itself would have torch's, 10 minutes with nccl.
     """
+    seconds = max(1, round(60 * resources.timeout_minutes))
     return ReachableConfig(
         backend="nccl" if resources.gpus_per_worker else "gloo",
-        timeout_s=max(1, round(60 * resources.timeout_minutes)),
+        timeout_s=min(seconds, _MEETING_SECONDS),
+        collective_timeout_s=seconds,
     )
 
 
+@dataclass
 class ReachableConfig(TorchConfig):
     """Ray Train's `TorchConfig`, with gloo on the interface through which Ray reaches the node.
 
     By default, gloo uses the address that the host name resolves to, often 127.0.1.1.
     """
+
+    collective_timeout_s: int = 1800
 
     @property
     def backend_cls(self) -> Any:
@@ -42,6 +52,13 @@ class _Backend(_TorchBackend):
         if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
             worker_group.execute(_listen_where_ray_does)
         super().on_start(worker_group, backend_config)
+        worker_group.execute(_wait_in_collectives, backend_config.collective_timeout_s)
+
+
+def _wait_in_collectives(seconds: int) -> None:
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def _listen_where_ray_does() -> None:

@@ -6,10 +6,12 @@ starts the workers is ready sooner.
 """
 
 import platform
+import signal
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -105,10 +107,19 @@ def _sessions(group: str, train: bool, first: int, mailbox: Any) -> Iterator[Ses
 
 
 def _unfinished(group: str, train: bool, mailbox: Any) -> Sequence[ResolvedStage]:
-    """Unfinished stages of the session that the group is running or would run next."""
-    done = ray.get(mailbox.number_done.remote(group))
-    taken = ray.get(mailbox.next.remote(group, train, done))
-    return [stage for stage in ray.get(taken[0]).stages if not stage.is_complete()] if taken else []
+    """Unfinished stages of the session that the group is running or would run next.
+
+    A session whose last artifact was published just before its workers were lost is finished here:
+    nobody else would say so, and what needs it would wait for ever.
+    """
+    while True:
+        done = ray.get(mailbox.number_done.remote(group))
+        taken = ray.get(mailbox.next.remote(group, train, done))
+        if not taken:
+            return []
+        if left := [stage for stage in ray.get(taken[0]).stages if not stage.is_complete()]:
+            return left
+        ray.get(mailbox.finish.remote(group))
 
 
 def _progress_marker(stage: ResolvedStage) -> tuple[Path, int]:
@@ -149,7 +160,7 @@ def _on_workers(
             del context  # Frees the model while waiting for the next session.
             torch.cuda.empty_cache()
 
-    TorchTrainer(
+    trainer = TorchTrainer(
         loop,
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -166,7 +177,24 @@ def _on_workers(
                 max_failures=0, controller_failure_limit=0
             ),
         ),
-    ).fit()
+    )
+    with _interrupts_as_before():
+        trainer.fit()
+
+
+@contextmanager
+def _interrupts_as_before() -> Iterator[None]:
+    """Take back the handler of SIGINT that Ray Train leaves.
+
+    It refers to the controller of the workers, which would live on, and keep the CPUs of workers
+    that failed to start from the next group.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _check_scratch(scratch: Path, stage: ResolvedStage, emit: "Emit") -> None:
@@ -191,6 +219,7 @@ def _check_room(resources: Resources, stage: ResolvedStage, emit: "Emit") -> Non
         side_by_side(resources, nodes())
     except InputError as error:
         _refuse(str(error), stage, emit)
+    emit([{"artifact": stage.folder.name, "note": "still waits for room for its workers"}])
 
 
 def _refuse(why: str, stage: ResolvedStage, emit: "Emit") -> NoReturn:

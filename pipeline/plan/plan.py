@@ -95,8 +95,10 @@ def _sequence(
     chain = list(solos.values())
     importances: dict[str, Stage] = {}
     models: list[Stage] = []
+    trained: list[Stage] = []
     for index, task in enumerate(tasks, start=1):
-        model = train_stage(config, index, task, base, models, rows, importances, of_base)
+        model = train_stage(config, index, task, base, models, rows, importances, of_base, trained)
+        trained.append(model)
         chain.append(model)
         result = model
         if config.merge:

@@ -3,7 +3,7 @@
 All have the same config keys, but for those that are absent where a setting changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +71,13 @@ def train_stage(
     rows: Mapping[str, Stage],
     importances: Mapping[str, Stage],
     of_base: Stage | None = None,
+    trained: Sequence[Stage] = (),
 ) -> Stage:
-    """Train task `index` (1 to T). All methods share the stage while nothing is protected yet."""
+    """Train task `index` (1 to T). All methods share the stage while nothing is protected yet.
+
+    `trained` are the train stages of the earlier tasks, whose adapters count; `models` are what
+    they became, by merging or as they are.
+    """
     settings = training_settings(config, index)
     inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
     if config.measured:
@@ -96,7 +101,7 @@ def train_stage(
     if config.starts_from_corda and of_base and not models:
         inputs |= adapter_on(base, of_base)
     elif config.adapter and models:
-        inputs |= _adapters(config, base, dict(zip(earlier, models, strict=True)))
+        inputs |= _adapters(config, base, dict(zip(earlier, trained, strict=True)))
     return Stage(
         name=f"train/{index}-{task}",
         fn=train,

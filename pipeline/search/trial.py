@@ -83,6 +83,8 @@ def run_trial(run: Run, shared: Collection[str]) -> None:
     catch_up()
     try:
         _run_stages(run, observe)
+        if not failures:
+            catch_up()  # With what another process made meanwhile, of which there is no record.
     except Exception:
         if not failures:  # The process or its workers were lost.
             raise

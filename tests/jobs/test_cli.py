@@ -148,6 +148,12 @@ def test_layers_that_the_model_has_not_are_refused(refused, model_folder):
     assert refused("", *settings, f"model.path={model_folder}") == said
 
 
+def test_freezing_all_that_is_trained_is_refused(refused):
+    said = "agcl: freeze.layers: all layers, and the other weights are not trained either"
+    for settings in (["method=agcl"], ["method=lora"], ["method=freeze", "freeze.ungated=true"]):
+        assert refused("", *settings, "freeze.layers=[0,1,2,3]").startswith(said), settings
+
+
 def write_rows(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)

@@ -49,7 +49,7 @@ class Driver:
         """Run to the end: the exit code and what was printed, or fail with where it hangs."""
         process = self.start(*settings, **environment)
         try:
-            out, err = process.communicate(timeout=300)  # Less than the timeout of its tests.
+            out, err = process.communicate(timeout=500)  # Less than the timeout of its tests.
         except subprocess.TimeoutExpired:
             stacks = where(process)
             for below in processes_below(process):
@@ -57,7 +57,7 @@ class Driver:
                     below.kill()
             process.kill()
             out, err = process.communicate(timeout=60)
-            pytest.fail(f"no end after 300 s:\n{out}\n{err}\n{stacks}")
+            pytest.fail(f"no end after 500 s:\n{out}\n{err}\n{stacks}")
         return process.returncode, out, err
 
     def wait_for(self, stage, process):

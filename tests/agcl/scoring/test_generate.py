@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import tiny
+from reference import families, tiny
 from reference import workers as remote
 
 from agcl.scoring.generate import generate
@@ -58,6 +58,19 @@ def test_the_models_generation_config_is_ignored(model, end):
     finally:
         model.eval()
         model.generation_config = tiny.llama().generation_config
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
+def test_texts_end_at_the_last_position_and_others_are_not_cut_for_them(batch_size):
+    """GPT-2 has no embedding for a position behind its last; the batch decides nothing."""
+    gpt2 = families.model("GPT2LMHeadModel", max_position_embeddings=12, n_positions=12)
+    prompts = [PROMPTS[0], list(range(2, 12)), PROMPTS[2][:4], list(range(2, 11))]
+    found = generate(gpt2, prompts, end=[], max_new_tokens=LONGEST, batch_size=batch_size)
+    for prompt, ids in zip(prompts, found, strict=True):
+        room = min(LONGEST, 12 - len(prompt))
+        alone = generate(gpt2, [prompt], end=[], max_new_tokens=room, batch_size=1)[0]
+        assert ids[:room] == alone
+        assert not any(ids[room:])  # Filled up.
 
 
 def test_no_prompts_give_no_continuations(model):

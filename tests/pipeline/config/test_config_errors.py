@@ -69,6 +69,7 @@ def problem(tmp_path):
         ("evaluation.batch_size=0", "evaluation.batch_size: "),
         ("evaluation.probe_rows=0", "evaluation.probe_rows: "),
         ("evaluation.probes=[a/x.jsonl, b/x.json]", "evaluation.probes: two files are called 'x'"),
+        ("evaluation.scorers=[a.b:s, c:s]", "evaluation.scorers: two are called 's'"),
         ("resources.num_workers=0", "resources.num_workers: "),
         ("seed=4294967296", "seed: "),
         ("training.epochs=1000000000000", "training.epochs: "),

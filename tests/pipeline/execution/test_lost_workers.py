@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -19,11 +20,17 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import is_peer_loss, why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
-from pipeline.execution.scheduler import run_sessions
+from pipeline.execution.scheduler import _Group, _Run, run_sessions
 from pipeline.execution.session import run_stages
-from pipeline.execution.workers import LOSSES, _check_scratch
+from pipeline.execution.workers import (
+    LOSSES,
+    _check_scratch,
+    _interrupts_as_before,
+    _unfinished,
+)
 from pipeline.plan.schedule import Session
 from pipeline.plan.stage import Stage, resolve
+from pipeline.stages.context import Context
 from pipeline.storage import Bucket, Local, artifact
 from pipeline.storage.object_store import StoreFailed
 
@@ -185,6 +192,74 @@ def test_groups_take_sessions_in_order_and_every_rank_gets_the_same(mailbox):
     assert mailbox.take() == ([], ["a"], {"two": "b", "three": "rows"})
     assert mailbox.next("one", True, 1) == ["c"]
     assert mailbox.take() == ([], [], {"one": "c", "two": "b", "three": "rows"})
+
+
+class Remote:
+    """An object in this process that is called as an actor is."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=getattr(self.of, name))
+
+
+@pytest.fixture
+def as_if_remote(monkeypatch):
+    """Ray without processes: what a call returns is its reference, and every reference is ready."""
+    fake = SimpleNamespace(get=lambda ref: ref, wait=lambda refs, timeout: (refs, []))
+    monkeypatch.setattr("pipeline.execution.workers.ray", fake)
+    monkeypatch.setattr("pipeline.execution.scheduler.ray", fake)
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_a_session_that_is_lost_after_its_last_artifact_counts_as_finished(mailbox, tmp_path):
+    """Else what comes after it would wait for ever."""
+
+    def write(config, inputs, out_dir, context):
+        (out_dir / "out.txt").write_text("x")
+
+    def session(name):
+        (work,) = resolve([Stage(name, write, {"name": name})], Local(tmp_path)).values()
+        return Session(name, (work,), True, ("one",), frozenset())
+
+    done, next_one = session("a"), session("b")
+    run_stages(done.stages, Context(ray_data=False), lambda records: None)
+    for each in (done, next_one):
+        mailbox.queue(True, each.name, [each])
+    assert mailbox.next("group", True, 0) == [done]
+    assert _unfinished("group", True, Remote(mailbox)) == list(next_one.stages)
+    assert mailbox.take() == ([], ["a"], {"group": "b"})
+
+
+def test_ray_trains_handler_of_interrupts_is_taken_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyError), _interrupts_as_before():
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        raise KeyError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_groups_that_are_lost_before_they_take_a_session_fail_it_in_the_end(
+    mailbox, tmp_path, monkeypatch
+):
+    (work,) = resolve([Stage("a", run_stages, {})], Local(tmp_path)).values()
+    waiting = Session("a", (work,), True, ("one",), frozenset())
+    run = _Run({}, tmp_path, Resources(), 1, print, False, Remote(mailbox), {"a": waiting})
+    lost = ray.exceptions.WorkerCrashedError()
+    monkeypatch.setattr("pipeline.execution.scheduler._error_of", lambda ref: lost)
+    for number in range(LOSSES):
+        assert not run.failures
+        run.groups = {number: _Group(f"group {number}", True)}
+        run.unneeded = {"group 7"}
+        run.poll()
+    (failure,) = run.failures
+    assert failure.stage == "a"
+    assert not run.queued
+    run.groups = {7: _Group("group 7", True)}
+    run.poll()  # Cancelled by the scheduler itself.
+    assert len(run.failures) == 1
 
 
 def test_a_closed_queue_is_emptied_and_then_ends_its_groups(mailbox):

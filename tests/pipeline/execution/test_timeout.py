@@ -57,6 +57,13 @@ def test_the_setting_is_the_timeout_of_every_collective(group_of, minutes, secon
     assert seconds_of(group_of(timeout_minutes=minutes)) == seconds
 
 
+def test_workers_that_do_not_find_each_other_are_given_up_after_minutes():
+    """A collective may wait an hour for a slow rank; a rank that never comes is another matter."""
+    config = config_of(Resources(timeout_minutes=60))
+    assert (config.timeout_s, config.collective_timeout_s) == (240, 3600)
+    assert config_of(Resources(timeout_minutes=0.5)).timeout_s == 30
+
+
 def test_a_sharded_model_uses_the_same_group(group_of, llama, monkeypatch):
     """Where torch sees a GPU, its `init_device_mesh` makes a group with torch's own timeout."""
     group = group_of(timeout_minutes=90)

@@ -87,6 +87,16 @@ def test_each_task_starts_from_the_last_model_and_the_sum_of_moments_so_far(stag
     }
 
 
+def test_adapters_of_merged_tasks_are_those_that_were_trained(stages):
+    works = stages("tasks.count=3", "merge.factor=0.5", method="olora")
+    assert inputs(works, "train/3-island") == {
+        "model": "merge/2-valley",
+        "rows": "prepare/island",
+        "adapter/harbour": "train/1-harbour",
+        "adapter/valley": "train/2-valley",
+    }
+
+
 def test_solo_importances_come_from_models_that_saw_the_task_alone(stages):
     works = stages("importance.source=solo")
     assert inputs(works, "solo/2-valley") == {"model": "pretrain", "rows": "prepare/valley"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -184,7 +186,9 @@ def test_a_stage_that_fails_fails_its_trial_and_says_why(search, in_process):
 
 
 @pytest.mark.parametrize("method", ["joint", pytest.param("solo", marks=pytest.mark.slow)])
-def test_a_bound_has_the_average_of_its_report(method, tiny_config, tmp_path, in_process):
+def test_a_bound_has_the_average_of_its_report(
+    method, tiny_config, tmp_path, in_process, monkeypatch
+):
     """`compare --trials` tunes these too, and a search refuses them."""
     settings = ("training.epochs=4", WHOLE, "evaluation.validation=0.3")
     config = tiny_config(tmp_path / "storage", *settings, method=method)
@@ -194,6 +198,18 @@ def test_a_bound_has_the_average_of_its_report(method, tiny_config, tmp_path, in
     in_process.report = reports.append
     run_trial(search.run_of(0, {"method": method}), set())
     assert [report["task"] for report in reports] == [1, 2]
+    # Another process may score the last task, of which this one gets no record.
+    trial, computed = search.run_of(0, {"method": method}), list(reports)
+    last = [each for name, each in trial.resolved.items() if name.startswith("evaluate/")][-1]
+    shutil.rmtree(last.folder)
+    reports.clear()
+    with monkeypatch.context() as patch:
+        quiet = partial(run_stages, [last], Context(), lambda records: None)
+        patch.setattr("pipeline.search.trial._run_stages", lambda run, observe: quiet())
+        run_trial(trial, set())
+    assert [(r["task"], r["average"]) for r in reports] == [
+        (r["task"], r["average"]) for r in computed
+    ]
     run = open_run(config)
     run_stages(list(run.resolved.values()), Context(ray_data=False), lambda records: None)
     metrics = json.loads(run.resolved["report"].read("metrics.json"))
