@@ -96,6 +96,16 @@ def complete(stages: Iterable[ResolvedStage]) -> set[Path]:
         return {folder for folder, is_done in zip(folders, done, strict=True) if is_done}
 
 
+def _that_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what changes no bit of the result, such as saving memory.
+
+    Someone who runs out of it in the seventh task keeps the six before it. Compiled code may round
+    otherwise where activations are recomputed.
+    """
+    without = set() if config.get("compile") else {"activation_checkpointing"}
+    return {key: value for key, value in config.items() if key not in without}
+
+
 def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStage]:
     """Resolved stages by name, in dependency order. Equal stages share one folder.
 
@@ -121,7 +131,7 @@ def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStag
         identity = {
             "agcl": agcl.__version__,
             "function": stage.fn.__name__,
-            "config": stage.config,
+            "config": _that_counts(stage.config),
             "inputs": inputs,
         }
         key = artifact.fingerprint(identity)

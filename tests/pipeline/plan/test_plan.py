@@ -87,6 +87,17 @@ def test_each_task_starts_from_the_last_model_and_the_sum_of_moments_so_far(stag
     }
 
 
+def test_saving_memory_by_recomputing_does_not_make_anything_again(stages):
+    recomputed = stages("training.activation_checkpointing=true")
+    assert not changed(stages(), recomputed)
+    assert recomputed["train/1-harbour"].config["activation_checkpointing"]
+    compiled = [
+        stages("training.compile=true", f"training.{s}")
+        for s in ("activation_checkpointing=true", "activation_checkpointing=false")
+    ]
+    assert "train/1-harbour" in changed(*compiled)
+
+
 def test_adapters_of_merged_tasks_are_those_that_were_trained(stages):
     works = stages("tasks.count=3", "merge.factor=0.5", method="olora")
     assert inputs(works, "train/3-island") == {
