@@ -141,7 +141,7 @@ class Base(Section):
     energy: Share = 0.7
     """Share of the base model's second moment that a projection protects, at most
     `importance.keep`; tasks have their own. 0.9 keeps more of the base, leaves less room to learn
-    and takes about four times the directions of 0.7 (RESULTS.md)."""
+    and takes about four times the directions of 0.7 (METHOD.md, section 5)."""
     weighting: Literal["uniform", "relevance", "answer"] = "uniform"
     """Weight of each token's input, as in a projection. `uniform` needs forward passes only."""
     samples: Positive = 96
