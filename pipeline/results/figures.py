@@ -8,38 +8,28 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from pipeline.results.checks import by_kind_and_layer, directions
+from pipeline.results.checks import directions
 from pipeline.results.comparison import BOUNDS, Estimate, compare, compare_base
 from pipeline.results.drawing import (
-    GAP,
     GREY,
-    INK,
-    MOST_TIPS,
     STYLE,
     Array,
     Styles,
-    add_tips,
-    color_bar,
     curve_panels,
-    draw_cells,
     draw_curve,
     fitted,
-    heat_map,
     legend_panels,
-    panel_grid,
     styles_of,
     svg,
     tip,
 )
+from pipeline.results.heat_maps import accuracy_matrix, directions_taken, importances, overlaps
 from pipeline.results.results import (
     LOWER_IS_BETTER,
     Group,
@@ -51,7 +41,6 @@ from pipeline.results.results import (
     groups,
 )
 
-CHANCE = 0.01  # share of top entries that two unrelated tasks have in common
 LEARNED, KEPT = "learning_accuracy", "average_performance"
 _LEAST_SPAN = 0.1  # of the vertical axes of what the base model still knows
 Points = Mapping[str, tuple[Estimate, Estimate]]
@@ -100,7 +89,7 @@ def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]
             yield "stability-plasticity", "", name, _stability_plasticity(points, styles)
         for label, members in matrices.items():
             title = label + (f", mean of {len(members)} seeds" if len(members) > 1 else "")
-            yield "accuracy", label, name, _accuracy(tasks, np.mean(members, axis=0), title)
+            yield "accuracy", label, name, accuracy_matrix(tasks, np.mean(members, axis=0), title)
     if curves := _base_curves(by_method):
         yield "base", "", "", _base(curves, styles)
         if figure := _base_against_learned(runs, styles):
@@ -109,7 +98,7 @@ def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]
         yield "training", "", "", _training(losses, styles)
     shares = {group.label: taken for group in by_method if (taken := directions(group))}
     if shares:
-        yield "directions", "", "", _directions(shares)
+        yield "directions", "", "", directions_taken(shares)
     yield from _importances(by_method)
 
 
@@ -118,11 +107,11 @@ def _importances(by_method: Sequence[Group]) -> Iterator[tuple[str, str, str, Fi
     for group in by_method:
         if summaries := entry_importances(group):
             attributed = [str(name) for name in summaries[0]["tasks"]]
-            yield "importance", group.label, "", _importance(attributed, summaries, group.label)
+            yield "importance", group.label, "", importances(attributed, summaries, group.label)
             if len(attributed) > 1:
-                overlaps = np.array([summary["overlap"] for summary in summaries], dtype=float)
-                overlap = overlaps.mean(axis=0)
-                yield "overlap", group.label, "", _overlap(attributed, overlap, group.label)
+                by_seed = np.array([summary["overlap"] for summary in summaries], dtype=float)
+                overlap = by_seed.mean(axis=0)
+                yield "overlap", group.label, "", overlaps(attributed, overlap, group.label)
 
 
 def _matrices(group: Group, evaluation_set: str) -> list[Array]:
@@ -140,59 +129,6 @@ def _base_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]
                 of_measure = curves.setdefault(measure, {})
                 of_measure.setdefault(group.label, []).append(np.array(values, dtype=float))
     return curves
-
-
-def _accuracy(tasks: Sequence[str], matrix: Array, title: str) -> Figure:
-    figure, axes, _ = heat_map(matrix, tasks, ["base"], "Blues", Normalize(0, 1), title)
-    axes.axhline(0.5, color=GAP, linewidth=3)
-    for i in range(len(tasks)):  # the score right after its own training
-        axes.add_patch(Rectangle((i - 0.5, i + 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1))
-    axes.set_ylabel("after training")
-    return figure
-
-
-def _overlap(tasks: Sequence[str], overlap: Array, title: str) -> Figure:
-    figure, _, bar = heat_map(overlap, tasks, [], "Purples", LogNorm(CHANCE / 3, 1), title)
-    bar.set_yticks([CHANCE, 0.1, 1], ["0.01 = chance", "0.1", "1"])
-    return figure
-
-
-def _importance(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    maps, kinds = _importance_shares(seeds)
-    columns = 2 if len(maps) in (2, 4) else 3 if len(maps) <= 9 else 4
-    figure, panels = panel_grid(len(maps), columns, 4.3, 0.42 + 0.17 * len(kinds))
-    largest = max(np.nanmax(maps), 1e-12)
-    smallest = np.nanmin(np.where(maps > 0, maps, np.nan)) if (maps > 0).any() else largest / 10
-    lowest = min(max(smallest, largest / 1000), largest / 2)
-    norm = LogNorm(lowest, largest)
-    for axes, values, name in zip(panels, maps, tasks, strict=True):
-        image = draw_cells(axes, np.maximum(values, 1e-15), "YlGnBu", norm)
-        if maps.size <= MOST_TIPS:
-            cells = np.ndenumerate(values)
-            tips = [f"{kinds[i]}, layer {j}: {value:.2g} of {name}" for (i, j), value in cells]
-            add_tips(axes, values.shape, tips)
-        axes.set_title(fitted(name, 28))
-        axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
-    figure.supxlabel("layer")
-    ticks = np.geomspace(lowest, largest, 3)
-    bar = color_bar(figure, image, figure.axes, "share of the task")
-    bar.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    figure.suptitle(fitted(title, 60), fontsize=9, x=0.01, ha="left")
-    return figure
-
-
-def _importance_shares(seeds: Sequence[Mapping[str, Any]]) -> tuple[Array, list[str]]:
-    """Mean shares over seeds (task, kind of module, layer), each task summing to 1; the kinds."""
-    first = seeds[0]["by_layer_and_module"]
-    kinds = list(dict.fromkeys(str(kind) for table in first for kind in table))
-    layers = max((len(row) for table in first for row in table.values()), default=1)
-    values = np.full((len(seeds), len(first), max(len(kinds), 1), layers), np.nan)
-    for s, seed in enumerate(seeds):
-        for t, table in enumerate(seed["by_layer_and_module"]):
-            for kind, row in table.items():
-                values[s, t, kinds.index(kind), : len(row)] = row
-    total = np.nansum(values, axis=(2, 3), keepdims=True)
-    return np.mean(values / np.where(total > 0, total, 1), axis=0), kinds
 
 
 def _forgetting(
@@ -292,24 +228,6 @@ def _base(base: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> 
         missing = max(0.0, _LEAST_SPAN - (high - low)) / 2
         axes.set_ylim(low - missing, high + missing)
     figure.supxlabel("tasks trained (0 = base model)")
-    return figure
-
-
-def _directions(by_label: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Heat maps (kind of module, layer) of the share of protected input directions, per method."""
-    maps = {label: by_kind_and_layer(shares) for label, shares in by_label.items()}
-    most = max(len(kinds) for kinds, _ in maps.values())
-    figure, panels = panel_grid(len(maps), 2, 4.3, 0.42 + 0.17 * most, sharey=False)
-    for axes, (label, (kinds, values)) in zip(panels, maps.items(), strict=True):
-        image = draw_cells(axes, values, "YlOrRd", Normalize(0, 1))
-        if values.size <= MOST_TIPS:
-            cells = np.ndenumerate(values)
-            tips = [f"{kinds[i]}, layer {j}: {value:.2f}" for (i, j), value in cells]
-            add_tips(axes, values.shape, tips)
-        axes.set_title(fitted(label, 28))
-        axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
-    figure.supxlabel("layer")
-    color_bar(figure, image, figure.axes, "share protected")
     return figure
 
 
