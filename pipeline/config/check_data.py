@@ -13,7 +13,17 @@ from agcl.files.pointers import check_pulled
 from agcl.model import models
 from agcl.scoring import probes
 from agcl.scoring.scorers import scorer_named
-from agcl.tasks import TEST, VALIDATION, Row, Task, check_names, check_rows, encode, is_empty
+from agcl.tasks import (
+    TEST,
+    VALIDATION,
+    Row,
+    Task,
+    check_names,
+    check_rows,
+    choice,
+    encode,
+    is_empty,
+)
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.messages import kinds_of_turns
 from transformers import PreTrainedTokenizerBase
@@ -170,12 +180,28 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
             f"evaluation.set: not every task has a set {wanted!r} (all have "
             f"{', '.join(sorted(common))})"
         )
+    for task in tasks:
+        if task.memorized and VALIDATION not in task.scored:
+            _check_share(task, config.evaluation.validation)
     for probe in config.evaluation.probes:
         with named("evaluation.probes"):
             check_pulled(probe)
             probes.read(probe)
     if (file := config.evaluation.text) and not _has_text(file, "evaluation.text", whole=True):
         raise InputError(f"evaluation.text: {file} is empty")
+
+
+def _check_share(task: Task, share: float) -> None:
+    """Refuse a share of the scored rows that leaves none of them on one side."""
+    for name, split in task.scored.items() if share else ():
+        rows = (row for row in task.splits[split]() if not is_empty(row))
+        sides = {choice.position(row, seed=0) < share for row in rows}
+        if len(sides) < 2:
+            missing = "test" if True in sides else "validation"
+            raise InputError(
+                f"evaluation.validation: {share} leaves no {missing} row in {name} of task "
+                f"{task.name}; choose another share"
+            )
 
 
 def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:

@@ -148,6 +148,12 @@ def test_layers_that_the_model_has_not_are_refused(refused, model_folder):
     assert refused("", *settings, f"model.path={model_folder}") == said
 
 
+def test_a_share_of_scored_rows_that_leaves_none_is_refused_before_any_work(refused):
+    for share, missing in (("0.000001", "validation"), ("0.999999", "test")):
+        line = refused("", f"evaluation.validation={share}")
+        assert f"leaves no {missing} row in memorization of task harbour" in line, line
+
+
 def test_freezing_all_that_is_trained_is_refused(refused):
     said = "agcl: freeze.layers: all layers, and the other weights are not trained either"
     for settings in (["method=agcl"], ["method=lora"], ["method=freeze", "freeze.ungated=true"]):
