@@ -20,6 +20,7 @@ from pipeline.errors import RayFailed
 WORKER_NODES = "AGCL_WORKER_NODES"
 """Environment variable of an autoscaling cluster: the maximum number of worker nodes and what each
 has, as in `{"count": 8, "CPU": 16, "GPU": 1}`. Ray itself does not report this."""
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 WORKER_ENVIRONMENT = {
     "PYTHONPATH": str(Path(pipeline.__file__).parent.parent),
     "TOKENIZERS_PARALLELISM": "false",
@@ -29,7 +30,7 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Longer than replacing a lost node takes. Then `run_group` checks whether waiting can help.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+    _START_TIMEOUT: "600",
 }
 _OBJECT_STORE_BYTES = 200 * 2**20
 
@@ -68,6 +69,8 @@ def cluster(resources: Resources) -> Iterator[int]:
             environment["env_vars"].pop("PYTHONPATH", None)  # Nodes have the code in another place.
             ray.init(log_to_driver=False, runtime_env=environment, logging_level=logging.ERROR)
         else:
+            if _START_TIMEOUT in environment["env_vars"]:
+                environment["env_vars"][_START_TIMEOUT] = "120"  # No node is replaced.
             cpus = max(os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker)
             # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
