@@ -37,7 +37,7 @@ def test_every_method_of_the_table_is_found_on_every_set():
 def test_the_picture_was_drawn_from_the_table_as_it_stands():
     found = headline(RESULTS.read_text(encoding="utf-8"))
     methods = {point.method for points in found.sets.values() for point in points}
-    assert {"joint", "agcl", "project_uniform", "sequential"} <= methods
+    assert {"joint", "agcl", "sequential"} <= methods
     with Image.open(PICTURE) as picture:
         assert picture.text[SOURCE] == repr(found), "run PYTHONPATH=tests python -m bench.picture"
 
