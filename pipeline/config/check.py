@@ -174,8 +174,9 @@ def _check_layers(config: Config) -> None:
         raise InputError(
             f"freeze.layers: no layer {max(layers)}; the model has layers 0 to {number - 1}"
         )
-    only_layers = config.freeze.ungated or config.adapter or config.subspace
-    only_layers = only_layers or any(item.ungated == "freeze" for item in config.protect)
+    factors = config.adapter is not None or config.subspace is not None
+    freezes_others = any(item.ungated == "freeze" for item in config.protect)
+    only_layers = config.freeze.ungated or factors or freezes_others
     if only_layers and len(set(layers)) == number:
         raise InputError(
             "freeze.layers: all layers, and the other weights are not trained either, so that "
