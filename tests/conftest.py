@@ -70,3 +70,6 @@ def pytest_collection_modifyitems(items):
         for made in ("workers", "raced"):
             name = made if made in item.fixturenames else name
         item.add_marker(pytest.mark.xdist_group(name))
+        if "finished" in item.fixturenames:
+            # The first of these tests waits until the runs are made: ten minutes on a slow machine.
+            item.add_marker(pytest.mark.timeout(1800))

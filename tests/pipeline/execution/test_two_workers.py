@@ -9,7 +9,7 @@ from reference.driver import wait_until_no_process_is_left
 
 from agcl.importance import Importance
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize(
