@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -53,12 +54,8 @@ def importances(tasks: Sequence[str], seeds: Sequence[Mapping[str, Any]], title:
     norm = LogNorm(lowest, largest)
     for axes, values, name in zip(panels, maps, tasks, strict=True):
         image = draw_cells(axes, np.maximum(values, 1e-15), "YlGnBu", norm)
-        if maps.size <= MOST_TIPS:
-            cells = np.ndenumerate(values)
-            tips = [f"{kinds[i]}, layer {j}: {value:.2g} of {name}" for (i, j), value in cells]
-            add_tips(axes, values.shape, tips)
-        axes.set_title(fitted(name, 28))
-        axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
+        tip = "{:.2g} of " + name.replace("{", "{{").replace("}", "}}")
+        _name_cells(axes, values, kinds, name, tip if maps.size <= MOST_TIPS else None)
     figure.supxlabel("layer")
     ticks = np.geomspace(lowest, largest, 3)
     bar = color_bar(figure, image, figure.axes, "share of the task")
@@ -88,12 +85,19 @@ def directions_taken(by_label: Mapping[str, Mapping[str, float]]) -> Figure:
     figure, panels = panel_grid(len(maps), 2, 4.3, 0.42 + 0.17 * most, sharey=False)
     for axes, (label, (kinds, values)) in zip(panels, maps.items(), strict=True):
         image = draw_cells(axes, values, "YlOrRd", Normalize(0, 1))
-        if values.size <= MOST_TIPS:
-            cells = np.ndenumerate(values)
-            tips = [f"{kinds[i]}, layer {j}: {value:.2f}" for (i, j), value in cells]
-            add_tips(axes, values.shape, tips)
-        axes.set_title(fitted(label, 28))
-        axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
+        _name_cells(axes, values, kinds, label, "{:.2f}" if values.size <= MOST_TIPS else None)
     figure.supxlabel("layer")
     color_bar(figure, image, figure.axes, "share protected")
     return figure
+
+
+def _name_cells(
+    axes: Axes, values: Array, kinds: Sequence[str], title: str, tip: str | None
+) -> None:
+    """Title and kinds of a panel (kind of module, layer), and a `tip`, a format, of each cell."""
+    if tip is not None:
+        cells = np.ndenumerate(values)
+        tips = [f"{kinds[i]}, layer {j}: {tip.format(value)}" for (i, j), value in cells]
+        add_tips(axes, values.shape, tips)
+    axes.set_title(fitted(title, 28))
+    axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
