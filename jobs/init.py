@@ -16,6 +16,7 @@ from transformers.utils import logging
 from agcl.errors import InputError
 from agcl.model import models
 from agcl.tasks import TRAIN
+from agcl.tasks.chat_template import can_teach
 from pipeline.config import hub, loading
 from pipeline.config.check import check_inputs
 from pipeline.config.model import Model
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     model = _model(arguments.model, arguments.revision)
     logging.disable_progress_bar()
     tokenizer = models.check_folder(model.folder)
-    chat, positions = bool(tokenizer.chat_template), models.positions(model.folder)
+    chat, positions = can_teach(tokenizer), models.positions(model.folder)
     data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
     held_out = {f for each in data for split, f in each.files.items() if split != TRAIN}
     data = [each for each in data if each.files[TRAIN] not in held_out]  # Of data/*.jsonl.
@@ -72,6 +73,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         revision=arguments.revision,
         num_weights=num_weights,
         chat=chat,
+        template="a" if chat else "no usable" if tokenizer.chat_template else "no",
         data=data,
         lengths=lengths,
         scorer="rouge_l" if long else "exact_match",

@@ -133,7 +133,8 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, row: Any, number: int) -> dic
         return {"input_ids": ids, "labels": labels}
     text = row.get("text") if isinstance(row, Mapping) else row
     if isinstance(text, str):
-        ids = [start_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        start, ids = start_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = ids if ids[:1] == [start] else [start, *ids]  # A rendered conversation has its BOS.
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     if _has_answer(row) or _is_conversation(row):
         (found,) = encoded_rows(encode(tokenizer, [_as_row(row, number)]))

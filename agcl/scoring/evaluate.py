@@ -64,15 +64,19 @@ def predict(
 
 
 def text_loss(
-    model: PreTrainedModel, token_ids: Sequence[int], *, precision: Precision = "float32"
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    *,
+    start: int | None = None,
+    precision: Precision = "float32",
 ) -> float:
     """Mean negative log-likelihood of a text's tokens, in nats per token.
 
-    The text is split into independent windows of 512 tokens (or the model's maximum); the first
-    token of each is not scored. Collective: same result on every rank. Raises `ValueError` for a
+    The text is split into independent windows of 512 tokens (or the model's maximum). With `start`,
+    such as BOS, each begins with that token, otherwise its first token is not scored. Collective: same result on every rank. Raises `ValueError` for a
     text of fewer than two tokens.
     """
-    return _means(model, None, _windows(model, token_ids), precision)[0]
+    return _means(model, None, _windows(model, token_ids, start), precision)[0]
 
 
 def text_loss_and_kl(
@@ -80,6 +84,7 @@ def text_loss_and_kl(
     base: PreTrainedModel,
     token_ids: Sequence[int],
     *,
+    start: int | None = None,
     precision: Precision = "float32",
 ) -> tuple[float, float]:
     """`text_loss`, and on the same tokens the mean KL(base || model), in nats per token.
@@ -88,7 +93,7 @@ def text_loss_and_kl(
     model's (RL's Razor, Shenfeld et al. 2025, arXiv 2509.04259). If `base` is `model` itself, its
     LoRA adapter is disabled for the base's forward passes.
     """
-    return _means(model, base, _windows(model, token_ids), precision)
+    return _means(model, base, _windows(model, token_ids, start), precision)
 
 
 def answer_kl(
@@ -102,9 +107,14 @@ def answer_kl(
     return _means(model, base, rows, precision)[1]
 
 
-def _windows(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Encoded]:
-    size = min(_WINDOW_TOKENS, model.config.max_position_embeddings)
-    windows = [Encoded(list(token_ids[i : i + size]), 1) for i in range(0, len(token_ids), size)]
+def _windows(
+    model: PreTrainedModel, token_ids: Sequence[int], start: int | None
+) -> list[Encoded]:
+    first = [] if start is None else [start]
+    size = min(_WINDOW_TOKENS, model.config.max_position_embeddings) - len(first)
+    windows = [
+        Encoded([*first, *token_ids[i : i + size]], 1) for i in range(0, len(token_ids), size)
+    ]
     windows = [window for window in windows if len(window.input_ids) > 1]
     if not windows:
         raise ValueError(f"a text of {len(token_ids)} tokens has nothing to predict")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.model.forward import Precision
 from agcl.scoring.generate import generate
@@ -65,16 +65,20 @@ def own_texts(
         ]
         log(len(found))
     # A text goes on behind an end token, as it does where documents are packed for training.
-    first = [start_token(tokenizer)]
+    first = [start_token(tokenizer, model.config)]
     plain = write([first] * (samples - len(found)), (), 2, min(tokens, positions - 1))
     log(samples)
     return [*found, *(Encoded([*first, *text], 1) for text in plain)]
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token a text begins with: BOS, or for models without one their end-of-text token."""
-    bos = tokenizer.bos_token_id
-    return cast(int, tokenizer.eos_token_id if bos is None else bos)
+def start_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> int:
+    """The token a text begins with: BOS, or for models without one their end-of-text token.
+
+    The tokenizer's or else, with the model's `config`, that of the config: of Qwen's chat models,
+    whose end-of-sequence token ends a turn, only the config knows the end-of-text token.
+    """
+    known = (tokenizer.bos_token_id, getattr(config, "bos_token_id", None), tokenizer.eos_token_id)
+    return cast(int, next(token for token in known if token is not None))
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from agcl.errors import InputError
@@ -39,6 +40,10 @@ class Template(NamedTuple):
     """The part of the tail that the model must write: up to its first special token."""
     special: re.Pattern[str]
     """A special token."""
+    lead: str = ""
+    """What it writes between header and words, such as Qwen3's empty `<think>` block."""
+    closing: str = ""
+    """What it writes behind a whole conversation only, as Phi-3's end-of-text token."""
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Template:
@@ -53,18 +58,33 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Templa
     longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     asked = [{"role": "user", "content": "?"}]
-    header = tail = ""
+    header = lead = tail = closing = ""
     try:
         question = _apply(tokenizer, asked)
         prompt = _apply(tokenizer, asked, add_generation_prompt=True)
+        answered = _apply(tokenizer, [*asked, {"role": "assistant", "content": _MARK}])
+        alone = question.removesuffix(tokenizer.eos_token or "")
+        if not answered.startswith(question) and answered.startswith(alone):
+            question, closing = alone, question[len(alone) :]
         header = prompt.removeprefix(question) if prompt.startswith(question) else ""
-        tail = _apply(tokenizer, [*asked, {"role": "assistant", "content": _MARK}])
-        tail = tail.rpartition(_MARK)[2] if _MARK in tail else ""
+        before, _, tail = answered.removesuffix(closing).rpartition(_MARK)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
     except Exception:  # The template's own: it may want a system message. Rows tell by themselves.
         pass
     space = len(tail) - len(tail.lstrip())
     found = special.match(tail, space)
-    return Template(tokenizer, header, tail, tail[: found.end()] if found else "", special)
+    end = tail[: found.end()] if found else ""
+    return Template(tokenizer, header, tail, end, special, lead, closing)
+
+
+def can_teach(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether there is a chat template, and rows of a question and its answer can be rendered."""
+    asked = {"role": "user", "content": "?"}
+    try:
+        turns(template_of(tokenizer), Conversation((asked, {"role": "assistant", "content": "!"})))
+    except InputError:
+        return False
+    return True
 
 
 def turns(template: Template, conversation: Conversation) -> Turns:
@@ -80,7 +100,7 @@ def turns(template: Template, conversation: Conversation) -> Turns:
     whole = _render(template, conversation, len(messages))
     prompt = _render(template, conversation, len(messages) - 1, prompt=True)
     if not whole.startswith(prompt):
-        raise _no_prefix(template, conversation, len(messages) - 1)
+        raise _no_prefix(template, conversation, len(messages) - 1, prompt, whole)
     find = _by_mask if _has_mask(template, conversation) else _by_prefixes
     earlier = [
         (start, _ended(template, whole, start, stop)[1])
@@ -105,8 +125,10 @@ def _by_prefixes(template: Template, conversation: Conversation, whole: str) -> 
         if message["role"] == "assistant" and number >= conversation.context:
             before = _render(template, conversation, number, prompt=True)
             up_to = _render(template, conversation, number + 1)
-            if not (whole.startswith(up_to) and up_to.startswith(before)):
-                raise _no_prefix(template, conversation, number)
+            if not up_to.startswith(before):
+                raise _no_prefix(template, conversation, number, before, up_to)
+            if not whole.startswith(up_to):
+                raise _no_prefix(template, conversation, number + 1, up_to, whole)
             found.append((len(before), len(up_to)))
     return found
 
@@ -127,7 +149,7 @@ def _by_mask(template: Template, conversation: Conversation, whole: str) -> list
     if conversation.context:
         context = _render(template, conversation, conversation.context)
         if not whole.startswith(context):
-            raise _no_prefix(template, conversation, conversation.context)
+            raise _no_prefix(template, conversation, conversation.context, context, whole)
         first = len(context)
     header = template.header
     return [
@@ -162,11 +184,12 @@ def _ended(template: Template, whole: str, start: int, stop: int) -> Span:
 def _render(
     template: Template, conversation: Conversation, number: int, *, prompt: bool = False
 ) -> str:
-    """The first messages as text; with `prompt`, up to where the assistant's words start."""
+    """The first messages as text, open for more; with `prompt`, to where the words start."""
     messages = conversation.messages[:number]
     tools = list(conversation.tools) or None
     try:
-        return _apply(template.tokenizer, messages, tools=tools, add_generation_prompt=prompt)
+        text = _apply(template.tokenizer, messages, tools=tools, add_generation_prompt=prompt)
+        return text if prompt else text.removesuffix(template.closing)
     except Exception as error:  # The template's own words, or any of Jinja's.
         reason = " ".join(str(error).split())[:200]
         raise _error(template, conversation, f"cannot render the messages: {reason}") from None
@@ -178,13 +201,20 @@ def _apply(
     return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
 
-def _no_prefix(template: Template, conversation: Conversation, number: int) -> InputError:
+def _no_prefix(
+    template: Template, conversation: Conversation, number: int, part: str, longer: str
+) -> InputError:
+    """The error for `part`, the first `number` messages, that is not how `longer` starts."""
+    same = len(commonprefix([part, longer]))
+    here, there = (text[same : same + 40] for text in (part, longer))
+    several = sum(message["role"] == "assistant" for message in conversation.messages) > 1
+    advice = "give one assistant turn per row, or a template that keeps them"
     return _error(
         template,
         conversation,
-        f"renders message {number + 1} and those before it otherwise when others follow, so what "
-        "the model would see is not what it learns; give one assistant turn per row, or a template "
-        "that keeps them",
+        f"renders what is before message {number + 1} otherwise once that follows ({here!r} "
+        f"becomes {there!r}), so what the model would see is not what it learns; "
+        + (advice if several else "correct the template, or train without it"),
     )
 
 

@@ -137,7 +137,7 @@ def _typed(place: str, dataset: Any) -> Records:
             convert[column] = partial(records.short_float, dtype=feature.dtype)
     for number, record in enumerate(map(dict, dataset), start=1):
         record |= {column: change(record[column]) for column, change in convert.items()}
-        yield f"{place} row {number}", record
+        yield f"{place} row {number}", records.without_nulls(record)
 
 
 def _label(feature: Any, value: int | None) -> str | None:

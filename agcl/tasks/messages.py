@@ -93,7 +93,9 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise InputError(f"{place}: role {role!r} is none of {', '.join(ROLES)}")
-    if calls := message.get("tool_calls"):
+    if not message.get("tool_calls"):  # Some templates take an empty list for calls.
+        message.pop("tool_calls", None)
+    elif calls := message["tool_calls"]:
         message["tool_calls"] = [_call(each, place) for each in _list(calls, "tool_calls", place)]
     content = value.get("content")
     if isinstance(content, list | tuple):

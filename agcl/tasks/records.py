@@ -45,8 +45,10 @@ def read(path: Path, format: str) -> Records:
     """
     files = [path]
     if path.is_dir():  # Archives made on macOS hold a hidden `._NAME` beside every file.
-        ends = endings(ANY) if format == ANY else (f".{format}",)
-        files = sorted(f for f in path.iterdir() if f.name.endswith(ends) and f.name[0] != ".")
+        ends = endings(format)
+        files = sorted(
+            f for f in path.iterdir() if f.name.lower().endswith(ends) and f.name[0] != "."
+        )
     if not files:
         raise InputError(f"{path}: no *{' or *'.join(ends)} file in this folder")
     for file in files:
@@ -122,6 +124,20 @@ def short_float(value: float | None, dtype: str) -> float | None:
     return None if value is None else float(str(np.dtype(dtype).type(value)))
 
 
+def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row, with the keys of nested objects that the row itself has.
+
+    A column of objects has the keys of all rows, null where a row lacks one.
+    """
+    return {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
 _UNREADABLE = (OSError, EOFError, zlib.error)
 """Errors of reading a file, which may be gzip."""
 
@@ -147,8 +163,11 @@ def _no_number(word: str) -> NoReturn:
 
 def json_records(file: Path) -> Records:
     """The objects of a file of JSON lines, or of one JSON list, which is loaded whole."""
-    with _opened(file) as source:
-        start = source.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    try:
+        with _opened(file) as source:
+            start = source.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not readable ({_reason(error)})") from None
     yield from (_json_list if start.startswith(b"[") else _json_lines)(file)
 
 
@@ -222,7 +241,7 @@ def _parquet(file: Path) -> Records:
             floats = [(f.name, short[f.type]) for f in source.schema_arrow if f.type in short]
             for number, record in enumerate(records, start=1):
                 record |= {name: short_float(record[name], dtype) for name, dtype in floats}
-                yield f"{file}, row {number}", record
+                yield f"{file}, row {number}", without_nulls(record)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not readable as Parquet ({_reason(error)})") from None
 

@@ -17,8 +17,9 @@ from agcl.scoring.evaluate import text_loss_and_kl
 from agcl.scoring.own_text import own_texts
 
 folder, data, out = sys.argv[1:]
-rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+rows = [json.loads(line) for line in Path(data).open(encoding="utf-8-sig") if line.strip()]
 tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # The collator pads.
 model, base = (Model.from_pretrained(folder, dtype="float32") for _ in range(2))
 basis = agcl.protect_base(model, tokenizer)  # From text that the model writes itself.
 agcl.freeze_others(model, basis)  # Embeddings and norms have no inputs to keep off.

@@ -3,10 +3,12 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 from agcl.errors import InputError
+from agcl.tasks.layouts import LAYOUTS
 from pydantic import ValidationError
 
 from pipeline.config import yaml12
@@ -183,14 +185,17 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key. Copies each section on the way: presets and YAML aliases are shared."""
     node: Any = raw
     *path, last = key.split(".")
-    for part in path:
-        place = _place(node, part, key)
+    for part, following in pairwise([*path, last]):
+        place = _place(node, part, key, [] if following.isdecimal() else {})
         node[place] = copy(node[place])
         node = node[place]
         if not isinstance(node, dict | list):
             raise InputError(f"{key}: {part} is not a section")
     if isinstance(node, dict) and last in _KINDS and not _alike(last, node.get(last, value), value):
         node.clear()  # The other keys belong to the old kind.
+    if isinstance(node, dict) and last in ("format", "layout") and value in list(LAYOUTS):
+        for template in ("prompt", "answer"):  # Of the file's format; a layout has its own.
+            node.pop(template, None)
     node[_place(node, last, key)] = value
 
 
@@ -201,16 +206,16 @@ def _alike(key: str, old: Any, new: Any) -> bool:
     return old == new or any(old in each and new in each for each in kinds)
 
 
-def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
-    """The key or index that `part` is; an absent section, or item after the last, is added."""
+def _place(node: dict[str, Any] | list[Any], part: str, key: str, absent: Any = None) -> Any:
+    """The key or index that `part` is; what is absent there, or after the last item, is added."""
     if isinstance(node, dict):
         if node.get(part) is None:
-            node[part] = {}
+            node[part] = absent
         return part
     if not part.isdecimal() or int(part) > len(node):
         raise InputError(f"{key}: {part!r} is not an item of the list (it has {len(node)})")
     if int(part) == len(node):
-        node.append({})
+        node.append(absent)
     return int(part)
 
 

@@ -1,9 +1,8 @@
 """The config's `search`: what `agcl search` varies, and how it chooses settings."""
 
-from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.section import Positive, Section
 
@@ -30,15 +29,7 @@ class Int(Section):
     high: int
 
 
-def _number_if_possible(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-Value = Annotated[bool | int | float | str | None, BeforeValidator(_number_if_possible)]
+Value = bool | int | float | str | None
 
 
 class Choice(Section):

@@ -15,6 +15,7 @@ from agcl.scoring.evaluate import predict
 from agcl.scoring.generate import generate
 from agcl.scoring.scorers import TEACHER_FORCED, score, scorer_named
 from agcl.tasks import VALIDATION, EncodedRows
+from agcl.tasks.chat_template import template_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
@@ -125,8 +126,9 @@ def _answers(
 
     One teacher-forced pass finds the exact answers. The others are decoded token by token, or cut
     after their first wrong token if every scorer is exact match. Both texts are those of tokens,
-    without the special ones, except for special tokens that an expected answer has, such as labels.
-    Answers end with the end-of-sequence token, or as the chat template ends them.
+    without the special ones, except for special tokens that an expected answer has, such as labels,
+    and without what the chat template itself writes before an answer, such as an empty `<think>`
+    block. Answers end with the end-of-sequence token, or as the chat template ends them.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)
@@ -160,11 +162,21 @@ def _answers(
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
     skipped = special.difference(*answers) | ends
+    lead = _lead(tokenizer, rows)
     texts, expected = (
-        tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
+        [
+            text.lstrip().removeprefix(lead).lstrip() if lead else text
+            for text in tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
+        ]
         for each in (predicted, answers)
     )
     return texts, expected, exact
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows) -> str:
+    """What the chat template writes between its generation prompt and an answer's words."""
+    column = rows.table["earlier"]
+    return template_of(tokenizer).lead.strip() if column.null_count < len(column) else ""
 
 
 def _scored(

@@ -20,6 +20,9 @@ from pipeline.stages.context import Context
 from pipeline.stages.files import KEPT, PROBES, SUMMARY, named, rows_file
 from pipeline.storage.artifact import write_json
 
+_CHARACTERS = 64
+"""Read per token that is asked for: more than tokens of common languages have."""
+
 
 def measure(
     model: PreTrainedModel,
@@ -38,7 +41,7 @@ def measure(
     """
     # First, while memory holds no second model.
     of_probes = probe_scores(model, tokenizer, inputs, config, out_dir, context)
-    options = {"precision": config["precision"]}
+    options: dict[str, Any] = {"precision": config["precision"]}
     found: dict[str, Any] = {}
     base = None
     if "base" in inputs:
@@ -49,8 +52,10 @@ def measure(
     elif config["validation"] is None:
         found["kl_answers"] = 0.0
     if "text" in inputs:
-        text = inputs["text"].read_text(encoding="utf-8")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config["text_tokens"]]
+        ids = _text_ids(tokenizer, inputs["text"], config["text_tokens"])
+        # Models whose tokenizer starts every text with BOS may know no text without it.
+        start = tokenizer.bos_token_id
+        options["start"] = start if tokenizer("")["input_ids"][:1] == [start] else None
         if base is not None:
             found["text_loss"], found["kl"] = text_loss_and_kl(model, base, ids, **options)
         else:
@@ -65,6 +70,12 @@ def measure(
         found["probes"] = of_probes
     if context.is_first_worker:
         write_json(out_dir / KEPT, found)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, file: Path, most: int) -> list[int]:
+    with file.open(encoding="utf-8") as text:
+        ids: list[int] = tokenizer(text.read(most * _CHARACTERS), add_special_tokens=False)["input_ids"]
+    return ids[:most]
 
 
 def probe_scores(

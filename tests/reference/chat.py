@@ -83,6 +83,12 @@ QWEN3_LIKE = r"""{%- for m in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 """Leaves out what earlier turns thought."""
+QWEN3_EMPTY_THOUGHT = QWEN3_LIKE.replace(
+    "{%- else %}{%- set said = m.content %}",
+    "{%- elif m.role == 'assistant' %}{%- set said = '<think>\n\n</think>\n\n' + m.content %}"
+    "{%- else %}{%- set said = m.content %}",
+)
+"""Writes an empty thought before the last answer, which generation prompts lack."""
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Where does Bako live?"},

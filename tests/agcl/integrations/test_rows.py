@@ -57,6 +57,13 @@ def test_rows_of_every_kind_have_the_same_tokens_and_labels(tokenizer, rows):
     assert tokenize_rows(tokenizer, rows) == TOKENIZED
 
 
+def test_a_rendered_conversation_keeps_its_one_bos(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "w3"
+    for text in ("w5 w6", "w3 w5 w6"):
+        assert tokenize_rows(tokenizer, [text])[0]["input_ids"] == [3, 5, 6]
+
+
 def test_of_a_text_every_token_but_the_start_counts_and_long_ones_are_cut(tokenizer):
     found = {"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}
     assert tokenize_rows(tokenizer, ["w5 w6 w7", {"text": "w5 w6 w7"}]) == [found] * 2

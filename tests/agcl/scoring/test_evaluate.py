@@ -101,6 +101,22 @@ def test_text_loss_is_the_mean_over_all_but_each_windows_first_token(length):
     assert text_loss(model, ids) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 300])
+def test_with_a_start_token_every_token_of_the_text_counts(length):
+    model = tiny.llama(width=32)
+    ids = torch.randint(2, tiny.VOCABULARY, (length,)).tolist()
+    losses = []
+    for start in range(0, length, 63):
+        window = torch.tensor([[7, *ids[start : start + 63]]])
+        with torch.no_grad():
+            chances = model(window).logits.double().log_softmax(-1)[0]
+        losses += [-float(chances[i, window[0, i + 1]]) for i in range(window.shape[1] - 1)]
+    assert len(losses) == length
+    expected = pytest.approx(sum(losses) / length, rel=1e-6)
+    assert text_loss(model, ids, start=7) == expected
+    assert text_loss_and_kl(model, model, ids, start=7) == (expected, 0.0)
+
+
 def test_a_text_of_one_token_has_no_loss():
     with pytest.raises(ValueError, match="nothing to predict"):
         text_loss(tiny.llama(), [3])

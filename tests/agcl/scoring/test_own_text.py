@@ -105,6 +105,8 @@ def test_texts_fit_the_models_positions():
 def test_the_start_is_bos_or_else_the_end_of_text():
     assert start_token(tokenizer(bos_token="w7")) == 7
     assert start_token(tokenizer()) == 1
+    # Qwen's chat tokenizers have no BOS, and end a turn, not a text, by their end token.
+    assert start_token(tokenizer(), families.model("GPT2LMHeadModel", bos_token_id=9).config) == 9
 
 
 def test_progress_is_told(model):

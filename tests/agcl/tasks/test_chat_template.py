@@ -5,7 +5,7 @@ from reference import chat
 
 from agcl.errors import InputError
 from agcl.tasks import Row, encode, messages
-from agcl.tasks.chat_template import template_of, turns
+from agcl.tasks.chat_template import can_teach, template_of, turns
 from agcl.tasks.encoding import encoded_rows
 
 GEMMA = (
@@ -25,7 +25,11 @@ LLAMA3 = (
 )
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+DEEPSEEK_R1 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 NO_END = (
     "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
@@ -135,6 +139,18 @@ def test_a_turn_ends_as_its_template_ends_it(template, added, ends, answer):
         assert said[0].rstrip("\n") == answer + ("" if template == NO_END else ends)
 
 
+def test_a_template_whose_generation_prompt_starts_otherwise_is_refused():
+    tokenizer = chat.tokenizer(DEEPSEEK_R1)
+    assert not can_teach(tokenizer)
+    assert can_teach(chat.tokenizer())
+    assert not can_teach(chat.tokenizer(None))
+    with pytest.raises(InputError) as error:
+        encoded(tokenizer, chat.MESSAGES[:3])
+    said = "before message 3 otherwise once that follows ('<think>\\n' becomes 'In Rome.<|im_end|>')"
+    assert said in str(error.value)
+    assert "one assistant turn" not in str(error.value)  # It has one.
+
+
 def test_prompt_and_answer_are_a_users_message_and_the_assistants():
     """`chat_template: true`."""
     tokenizer = chat.tokenizer()
@@ -167,7 +183,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
     with pytest.raises(InputError) as error:
         encoded(tokenizer, thinking)
     assert str(error.value).startswith(
-        "chat.jsonl, line 3: the chat template of models/thinker renders message 2 and those before"
+        "chat.jsonl, line 3: the chat template of models/thinker renders what is before message 3"
     )
     one = encoded(tokenizer, thinking[:2])
     assert learned(tokenizer, one) == ["<think>\nHm.\n</think>\nIn Rome.<|im_end|>"]
@@ -179,7 +195,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
         (None, "has no chat template"),
         (GEMMA, "line 3: the chat template of x cannot render the messages: System role not supp"),
         ("{{ messages[0].content }}", "line 3: the chat template of x does not render the ass"),
-        ("{{ messages | length }}", "line 3: the chat template of x renders message 7 and those"),
+        ("{{ messages | length }}", "line 3: the chat template of x renders what is before message 7 "),
         ("{{ messages[0", "line 3: the chat template of x cannot render the messages: unexpected"),
     ],
 )

@@ -147,6 +147,39 @@ def test_every_type_of_file_gives_the_same_rows(tmp_path):
     assert list(task.splits[TRAIN]()) == expected
 
 
+def test_keys_that_a_table_adds_to_nested_objects_are_left_out(tmp_path):
+    calls = [{"city": "Rome"}, {"unit": "C"}]
+    records = [
+        {"messages": [ASKED, {**SAID, "tool_calls": [{"function": {"arguments": each}}]}]}
+        for each in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
+    Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    settings = {"subset": None, "revision": None, "layout": "messages"}
+    task = huggingface.task("one", str(tmp_path / "saved"), {"train": "train"}, **settings)
+    for rows in (rows_of(tmp_path / "d.parquet", layout="messages"), task.splits[TRAIN]()):
+        said = [row.conversation.messages[-1]["tool_calls"][0] for row in rows]
+        assert said == [{"function": {"arguments": each}} for each in calls]
+
+
+@pytest.mark.parametrize(("format", "ends"), [("jsonl", ["jsonl", "json", "ndjson.gz"]),
+                                              ("csv", ["csv", "csv.gz", "CSV"])])  # fmt: skip
+def test_a_folder_of_one_format_has_files_of_all_its_endings(tmp_path, format, ends):
+    content = b'{"prompt": "a", "answer": "b"}\n' if format == "jsonl" else b"prompt,answer\na,b\n"
+    for number, end in enumerate(ends):
+        packed = gzip.compress(content) if end.endswith("gz") else content
+        (tmp_path / f"{number}.{end}").write_bytes(packed)
+    (tmp_path / "notes.txt").write_text("no rows")
+    texts = {"prompt": "{prompt}", "answer": "{answer}"}
+    assert len(rows_of(tmp_path, format, **texts)) == 3
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8bx")
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: not readable"):
+        rows_of(tmp_path / "a.jsonl.gz", layout="messages")
+
+
 def test_csv_is_text_as_it_is_written(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes('\ufeffprompt,answer\r\n007,1.50\r\n\r\n"a, ""b""\nc",None\r\n'.encode())

@@ -16,6 +16,13 @@ def row_of(conversation, tools=None, **options):
     return messages.row_of(conversation, tools, "f, line 2", **options)
 
 
+@pytest.mark.parametrize("calls", [[], None, ""])
+def test_no_calls_of_tools_are_left_out(calls):
+    """Mistral's template takes an empty list for calls, and writes it instead of the content."""
+    row = row_of([ASKED, {**SAID, "tool_calls": calls}])
+    assert row.conversation.messages == (ASKED, SAID)
+
+
 @pytest.mark.parametrize(
     ("conversation", "said"),
     [

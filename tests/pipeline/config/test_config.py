@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -107,6 +109,23 @@ def test_an_override_may_open_a_section_that_the_file_lacks(file):
     config = loading.load(file, ["tracking.enabled=false", "evaluation.set=null"])
     assert config.tracking.enabled is False
     assert config.evaluation.set is None
+
+
+def test_an_override_may_be_an_item_of_a_list_that_the_file_lacks(tmp_path):
+    file = write(tmp_path, "{}\n")
+    config = loading.load(file, ["evaluation.probes.0=a.jsonl", "evaluation.probes.1=b.jsonl"])
+    assert [probe.name for probe in config.evaluation.probes] == ["a.jsonl", "b.jsonl"]
+    config = loading.load(file, ["method=replay", "protect.0.kind=gate", "protect.0.strength=0.5"])
+    assert config.protect == (Gate(kind="gate", strength=0.5),)
+
+
+def test_another_layout_drops_the_files_templates():
+    """The configs that come with agcl have some, which no command line can take out."""
+    fine_tune = Path(__file__).parents[3] / "jobs" / "configs" / "fine_tune.yaml"
+    config = loading.load(fine_tune, ["tasks.format=messages"])
+    assert (config.tasks.format, config.tasks.has_conversations) == ("messages", True)
+    with pytest.raises(InputError, match="layout messages has no templates"):
+        loading.load(fine_tune, ["tasks.format=messages", "tasks.answer=:{answer}"])
 
 
 def test_an_override_may_be_a_whole_section_or_list(file):

@@ -193,7 +193,7 @@ def test_projection_must_be_last_and_kinds_unique(problem, kinds):
 
 def test_a_method_that_protects_nothing_refuses_protections(problem):
     message = problem("method: sequential\n", "protect.0.kind=gate")
-    assert message.startswith("protect: ")
+    assert message.startswith("method: sequential protects nothing; choose another method")
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,19 @@ def test_a_sentence_of_a_longer_scorer_stops_at_the_end_of_the_turn(ran, talks):
     assert not any("<|im" in text for text in predictions["predicted"].to_pylist())
 
 
+def test_what_the_template_writes_before_an_answer_is_learned_and_not_scored(ran, talks, tmp_path):
+    """Qwen3's empty `<think>` block would count as two right words."""
+    base = chat.folder(tmp_path / "base", template=chat.QWEN3_EMPTY_THOUGHT)
+    file = lines(tmp_path / "short.jsonl", [{"messages": talk[:3]} for talk in TALKS])
+    tasks = {"format": "messages", "sequence": [{"name": "mine", "train": file}]}
+    scored = ran(tasks, folder=base, evaluation={"scorers": ["rouge_l"]})["evaluate/1-mine"]
+    assert json.loads(scored.read("saved.json"))["agree"] == 4
+    predictions = pq.read_table(scored.folder / "predictions.parquet").to_pylist()
+    assert [row["answer"].partition("In")[0] for row in predictions] == ["<think>\n\n</think>\n\n"] * 8
+    assert [row["predicted"] for row in predictions] == [talk[2]["content"] for talk in TALKS] * 2
+    assert {row["score"] for row in predictions} == {1}
+
+
 def test_alpaca_json_and_csv_run_as_they_are(ran, tmp_path):
     records = [
         {"instruction": f"Where is {i}?", "input": "", "output": p} for i, p in enumerate(PLACES)
