@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def meter(model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, float]]
         tokens = sum(lengths)
         found = {
             "tokens_per_second": round(tokens / seconds, 1),
-            "peak_memory_gb": round(_peak_memory(device) / 1e9, 3),
+            "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
         }
         if peak:
             flops = per_token * tokens + per_pair * sum(length**2 for length in lengths)
@@ -74,9 +75,13 @@ def _weights(parameter: torch.Tensor) -> int:
     return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
+def peak_memory(device: torch.device | None = None) -> int:
+    """Peak memory of a GPU, as torch allocated it, or else of this process, in bytes."""
+    if device and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where rusage would include the parent's peak.
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     # Kilobytes, but on macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from agcl.tasks import TRAIN
+from agcl.throughput import peak_memory
 from transformers.utils import logging
 
 from pipeline.config.config import Config
@@ -141,15 +141,7 @@ def _run(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
         failed = next(record for record in records if record.get("state") == "failed")
         stage = next(stage for stage in stages if stage.folder.name == failed["artifact"])
         raise ProbeFailed(f"{stage.name}: {failed['error']}") from None
-    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
-
-
-def peak_memory() -> int:
-    """Peak memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if not status.exists():  # Not Linux, where rusage would include the parent's peak.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return peak_memory(torch.device(device))
 
 
 def _rows(config: Config) -> _Rows:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Literal, cast, get_args
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +28,13 @@ from agcl.lrp import (
     weight_of,
 )
 from agcl.lrp.families import architecture_of
-from agcl.model.forward import Precision, answer_logits, autocast, fast_products
+from agcl.model.forward import (
+    Precision,
+    answer_logits,
+    any_dtype_attention,
+    autocast,
+    fast_products,
+)
 from agcl.parallel import distributed, sharding
 from agcl.scoring.evaluate import answered_correctly
 from agcl.tasks.batches import Batch, answer_places, answer_tokens
@@ -127,7 +134,12 @@ def attribute(
         if moments
     }
     counts = torch.zeros(2, dtype=torch.long, device=model.device)
-    with ExitStack() as hooks:
+    with (
+        ExitStack() as hooks,
+        any_dtype_attention(model),
+        # Under autocast PEFT would give each factor a float32 copy, an input of its own.
+        disable_input_dtype_casting(model, active=model.dtype == torch.float32),
+    ):
         hooks.enter_context(relevance_backward(model, rules) if backward else evaluating(model))
         hooks.enter_context(fast_products(precision))
         for name, collector in collectors.items():
@@ -145,7 +157,7 @@ def attribute(
                 correct_only=correct_only,
                 precision=precision,
             )
-            log(int(counts[0]))
+            log(int(counts[0]) * (distributed.world_size() if split == "samples" else 1))
     if split == "samples":
         distributed.sum_in_place([counts])
     _check_counts(*counts.tolist())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from agcl.importance.moment import Moment, of_matrix, of_sketch
 from agcl.lrp import input_width, weight_of
+from agcl.model.forward import any_dtype_attention
 from agcl.parallel import distributed
 
 MomentWeighting = Literal["relevance", "uniform", "answer"]
@@ -29,7 +30,7 @@ def shared_inputs(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> d
         # The tensor is held, so that no later one gets its place in memory.
         found[name], _ = first.setdefault(tensor.data_ptr(), (name, tensor))
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), any_dtype_attention(model):
         for name, layer in linears.items():
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:

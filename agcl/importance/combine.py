@@ -69,7 +69,13 @@ def by_layer_and_module(importance: Importance) -> dict[str, list[float]]:
     Keys are module names within a layer (`self_attn.q_proj`); values are in layer order.
     """
     table: dict[str, list[float]] = {}
-    for name, entries in importance.entries.items():
+    for name in sorted(importance.entries, key=_layer):  # A file has layer 10 before layer 2.
         kind = re.sub(r"^.*\.\d+\.|\.weight$", "", name)
-        table.setdefault(kind, []).append(entries.float().clamp(min=0).sum().item())
+        relevance = importance.entries[name].float().clamp(min=0).sum().item()
+        table.setdefault(kind, []).append(relevance)
     return table
+
+
+def _layer(name: str) -> int:
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else 0

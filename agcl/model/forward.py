@@ -109,6 +109,17 @@ def head_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def any_dtype_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it flash attention, which takes no float32, is replaced by torch's own."""
+    before = model.config._attn_implementation
+    if before == "flash_attention_2":
+        model.set_attn_implementation("sdpa")
+    yield
+    if before == "flash_attention_2":
+        model.set_attn_implementation(before)
+
+
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits that predict the answer tokens, (answer tokens, vocabulary), row by row."""
     with head_at(model, pad(answer_places(batch), (0, 1))):

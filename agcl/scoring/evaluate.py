@@ -73,8 +73,8 @@ def text_loss(
     """Mean negative log-likelihood of a text's tokens, in nats per token.
 
     The text is split into independent windows of 512 tokens (or the model's maximum). With `start`,
-    such as BOS, each begins with that token, otherwise its first token is not scored. Collective: same result on every rank. Raises `ValueError` for a
-    text of fewer than two tokens.
+    such as BOS, each begins with that token, otherwise its first token is not scored. Collective:
+    same result on every rank. Raises `ValueError` for a text without a token to score.
     """
     return _means(model, None, _windows(model, token_ids, start), precision)[0]
 
@@ -107,9 +107,7 @@ def answer_kl(
     return _means(model, base, rows, precision)[1]
 
 
-def _windows(
-    model: PreTrainedModel, token_ids: Sequence[int], start: int | None
-) -> list[Encoded]:
+def _windows(model: PreTrainedModel, token_ids: Sequence[int], start: int | None) -> list[Encoded]:
     first = [] if start is None else [start]
     size = min(_WINDOW_TOKENS, model.config.max_position_embeddings) - len(first)
     windows = [

@@ -52,12 +52,22 @@ def pack(rows: Sequence[Encoded]) -> Batch:
 
     A line has about `_LINE_TOKENS` tokens, or as many as the longest row. Row order changes.
     """
-    ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-    size = max(_LINE_TOKENS, len(ordered[0].input_ids))
-    lines: list[list[Encoded]] = [[] for _ in range(math.ceil(_num_tokens(ordered) / size))]
-    for row in ordered:
-        min(lines, key=_num_tokens).append(row)
-    return _pad(lines)
+    return _pad([[rows[i] for i in line] for line in _lines([len(r.input_ids) for r in rows])])
+
+
+def _lines(lengths: Sequence[int]) -> list[list[int]]:
+    """Row indices of the fewest lines that are found to hold rows of these lengths."""
+    size = max(_LINE_TOKENS, *lengths)
+    for count in range(math.ceil(sum(lengths) / size), len(lengths) + 1):
+        lines: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            line = filled.index(min(filled))
+            lines[line].append(i)
+            filled[line] += lengths[i]
+        if max(filled) <= size:
+            break
+    return lines
 
 
 def _pad(lines: Sequence[Sequence[Encoded]]) -> Batch:
@@ -101,8 +111,8 @@ def micro_batches(
 ) -> list[list[int]]:
     """Row indices of a batch's forward passes; rows of similar length share one.
 
-    A pass has at most `max_rows` rows and `max_tokens` tokens, counting the padding unless rows are
-    packed; a longer row is alone. The number of ranks has no part in it: other passes would round
+    A pass has at most `max_rows` rows and `max_tokens` tokens, counting padding; a longer row is
+    alone. The number of ranks has no part in it: other passes would round
     otherwise, and the same config would give other numbers on other machines.
     """
     passes: list[list[int]] = []
@@ -116,7 +126,23 @@ def micro_batches(
             passes.append([])
             tokens = lengths[i]
         passes[-1].append(i)
+    if packing and max_tokens:  # Lines of a few long rows leave room that no row fills.
+        passes = [part for each in passes for part in _within(max_tokens, each, lengths)]
     return passes
+
+
+def _within(max_tokens: int, rows: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    """The rows, halved until a part's lines have at most `max_tokens` tokens or it is one row."""
+    lines = _lines([lengths[i] for i in rows])
+    longest = max(sum(lengths[rows[i]] for i in line) for line in lines)
+    if len(rows) == 1 or len(lines) * longest <= max_tokens:
+        return [rows]
+    middle = (len(rows) + 1) // 2
+    return [
+        part
+        for half in (rows[:middle], rows[middle:])
+        for part in _within(max_tokens, half, lengths)
+    ]
 
 
 def in_order(num_rows: int, batch_size: int) -> list[list[int]]:

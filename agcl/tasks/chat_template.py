@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from agcl.errors import InputError
@@ -205,7 +204,8 @@ def _no_prefix(
     template: Template, conversation: Conversation, number: int, part: str, longer: str
 ) -> InputError:
     """The error for `part`, the first `number` messages, that is not how `longer` starts."""
-    same = len(commonprefix([part, longer]))
+    pairs = enumerate(zip(part, longer, strict=False))
+    same = next((i for i, (one, other) in pairs if one != other), min(len(part), len(longer)))
     here, there = (text[same : same + 40] for text in (part, longer))
     several = sum(message["role"] == "assistant" for message in conversation.messages) > 1
     advice = "give one assistant turn per row, or a template that keeps them"

@@ -231,9 +231,6 @@ class EncodedRows:
     def __init__(self, file: Path) -> None:
         with pa.memory_map(str(file)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        for field in SCHEMA:  # agcl 0.9.0 wrote fewer columns.
-            if field.name not in self.table.column_names:
-                self.table = self.table.append_column(field, pa.nulls(len(self), field.type))
 
     def where(self, keep: Sequence[bool]) -> "EncodedRows":
         """The rows for which `keep` is true, in order."""

@@ -17,7 +17,8 @@ from agcl.scoring.evaluate import text_loss_and_kl
 from agcl.scoring.own_text import own_texts
 
 folder, data, out = sys.argv[1:]
-rows = [json.loads(line) for line in Path(data).open(encoding="utf-8-sig") if line.strip()]
+with Path(data).open(encoding="utf-8-sig") as lines:
+    rows = [json.loads(line) for line in lines if line.strip()]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # The collator pads.
 model, base = (Model.from_pretrained(folder, dtype="float32") for _ in range(2))

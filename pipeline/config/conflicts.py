@@ -33,6 +33,9 @@ def _of_the_run(config: "Config") -> Iterator[str]:
         yield "resources.shard_model: cannot be combined with training.compile"
     if config.resources.shard_model and config.training.optimizer == "adamw_8bit":
         yield "training.optimizer: adamw_8bit cannot be combined with resources.shard_model"
+    if config.training.packing and config.model.attention == "flash_attention_2":
+        # transformers' mask for it knows rows in a batch of one line only.
+        yield "training.packing: cannot be combined with model.attention=flash_attention_2"
     if config.tracking.enabled and not (config.tracking.uri or config.storage.tracking_uri):
         yield (
             "tracking.uri: required if storage is an object store, which cannot hold MLflow's "
@@ -105,11 +108,8 @@ def _with_an_adapter(config: "Config") -> Iterator[str]:
             "earlier factors does not apply to fresh ones"
         )
     usable = {"project", "penalty"} if config.adapter and config.adapter.fresh else {"project"}
-    if config.base.protect != "none" and {item.kind for item in config.protect} - usable:
-        yield (
-            "base.protect: with an adapter only project can be used, with adapter.fresh penalty "
-            "too; the importance of the base model's weights does not apply to factors"
-        )
+    if config.base.protect != "none":
+        yield from _with_an_adapter_on_the_base(config, usable)
     if config.merge and config.adapter and not config.adapter.fresh:
         yield "merge: with an adapter needs adapter.fresh, which adds each task to the weights"
     if config.loss.reference == "previous" and config.adapter and not config.adapter.merge:
@@ -129,6 +129,20 @@ def _with_an_adapter(config: "Config") -> Iterator[str]:
         yield (
             "importance: with an adapter neither past nor source solo can be used; they belong "
             "to other factors"
+        )
+
+
+def _with_an_adapter_on_the_base(config: "Config", usable: set[str]) -> Iterator[str]:
+    if {item.kind for item in config.protect} - usable:
+        yield (
+            "base.protect: with an adapter only project can be used, with adapter.fresh penalty "
+            "too; the importance of the base model's weights does not apply to factors"
+        )
+    random = any(isinstance(i, Project) and i.directions == "random" for i in config.protect)
+    if random and config.adapter and not config.adapter.fresh:
+        yield (
+            "base.protect: with random directions needs adapter.fresh; an adapter for all tasks "
+            "would lose what it learned in the base model's own directions"
         )
 
 

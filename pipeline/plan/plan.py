@@ -138,7 +138,7 @@ def _joint(
     model = replace(
         model,
         name="train/joint",
-        config={**model.config, "replay": 1.0},
+        config={**model.config, "replay": 1.0, "order": tasks},  # In which rows are drawn from.
         inputs={**model.inputs, **others_rows},
     )
     name = f"{len(tasks)}-joint"

@@ -115,6 +115,7 @@ def _importance(
     estimator = config["estimator"]
 
     def log(done: int) -> None:
+        done = min(done, len(chosen))
         # A second pass, on all rows, is no second curve.
         if done > logged.get("rows", 0):
             logged["rows"] = done

@@ -54,6 +54,7 @@ def evaluate(
             scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
             verdicts.append(verdict)
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
+        _check_common(scores)
         measure(model, tokenizer, config, inputs, out_dir, context)
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
@@ -61,7 +62,8 @@ def evaluate(
         if config["saved"]:
             found: dict[str, Any] = {"skipped": "the model is sharded"}
             if not context.shard_model:
-                context.held.clear()  # No later stage needs it, and two models may not fit.
+                del model  # No later stage needs it, and two models may not fit.
+                context.held.clear()
                 found = check_answers(inputs, tokenizer, verdicts, config, context)
             write_json(out_dir / SAVED, found)
 
@@ -98,6 +100,16 @@ def _score_task(
             scores[set_name] = fmean(scored)
             tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
     return scores, sorted(verdicts, key=itemgetter(1), reverse=True)
+
+
+def _check_common(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise `ValueError` if the tasks have no evaluation set in common, and so no matrix."""
+    if not set.intersection(*map(set, scores.values())):
+        found = "; ".join(f"{task} has {', '.join(sets)}" for task, sets in scores.items())
+        raise ValueError(
+            f"the tasks have no evaluation set in common ({found}): give each a test file of rows "
+            "that it is not trained on, or none of them a test file"
+        )
 
 
 def _rows_to_score(
@@ -162,21 +174,17 @@ def _answers(
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(token for token, each in added if each.special)}
     skipped = special.difference(*answers) | ends
-    lead = _lead(tokenizer, rows)
     texts, expected = (
-        [
-            text.lstrip().removeprefix(lead).lstrip() if lead else text
-            for text in tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
-        ]
+        tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
         for each in (predicted, answers)
     )
+    of_chat = rows.table["earlier"].null_count < len(rows)
+    if of_chat and (lead := template_of(tokenizer).lead.strip()):
+        texts, expected = (
+            [text.lstrip().removeprefix(lead).lstrip() for text in each]
+            for each in (texts, expected)
+        )
     return texts, expected, exact
-
-
-def _lead(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows) -> str:
-    """What the chat template writes between its generation prompt and an answer's words."""
-    column = rows.table["earlier"]
-    return template_of(tokenizer).lead.strip() if column.null_count < len(column) else ""
 
 
 def _scored(

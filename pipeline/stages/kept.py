@@ -74,7 +74,8 @@ def measure(
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, file: Path, most: int) -> list[int]:
     with file.open(encoding="utf-8") as text:
-        ids: list[int] = tokenizer(text.read(most * _CHARACTERS), add_special_tokens=False)["input_ids"]
+        beginning = text.read(most * _CHARACTERS)
+    ids: list[int] = tokenizer(beginning, add_special_tokens=False)["input_ids"]
     return ids[:most]
 
 

@@ -163,7 +163,7 @@ def _directions_of(model: PreTrainedModel, energy: float) -> dict[str, Tensor]:
     """The leading input directions of every attributed weight. Collective."""
     names = attributed_linears(model)
     weights = {name: p for name, p in model.named_parameters() if name in names}
-    return weight_bases(weights, energy=energy, transposed=stored_transposed(model))
+    return _shared(weight_bases(weights, energy=energy, transposed=stored_transposed(model)))
 
 
 def base_directions(
@@ -171,7 +171,7 @@ def base_directions(
 ) -> dict[str, Tensor]:
     """The base model's input directions to protect, per weight; none without its importance."""
     energy = config["base_energy"]
-    return bases([base], energy=energy, device=device) if base and energy else {}
+    return _shared(bases([base], energy=energy, device=device)) if base and energy else {}
 
 
 def basis_of(
@@ -187,8 +187,17 @@ def basis_of(
     """
     basis = dict(known)
     if past:
-        basis |= bases(past, energy=item["energy"], known=known, device=device)
-    return random_bases(basis, seed=seed) if item["directions"] == "random" else basis
+        basis |= _shared(bases(past, energy=item["energy"], known=known, device=device))
+    return _shared(random_bases(basis, seed=seed)) if item["directions"] == "random" else basis
+
+
+def _shared(basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's directions. Machines may round them otherwise, or take one more. Collective."""
+    shapes = distributed.broadcast_object({name: u.shape for name, u in basis.items()})
+    return {
+        name: distributed.broadcast(u if u.shape == shapes[name] else u.new_empty(shapes[name]), 0)
+        for name, u in basis.items()
+    }
 
 
 def freeze(
@@ -281,15 +290,18 @@ def write_checks(
     after = dict(protection.protected(model))
     if after:
         transposed = stored_transposed(model)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         gate = {
             name: sampled(each, transposed=name in transposed)
             for name, each in (protection.gate or {}).items()
+            if name in trained  # Frozen weights move the same whatever their gate.
         }
         found = check(
             protection.before,
             after,
             gate=gate or None,
-            on=protection.on,
+            # SGD's steps are as unequal as gradients, whatever the gate.
+            on="gradient" if config.get("optimizer") == "sgd" else protection.on,
             basis=protection.basis,
             steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
             learning_rate=config["learning_rate"],

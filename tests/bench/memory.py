@@ -21,9 +21,9 @@ from transformers.utils import logging
 
 from agcl.model import models
 from agcl.tasks import TRAIN, EncodedRows
+from agcl.throughput import peak_memory
 from bench.shapes import save_random
 from pipeline.config import loading
-from pipeline.estimate import peak_memory
 from pipeline.execution.session import run_stages
 from pipeline.plan.memory import peaks
 from pipeline.plan.plan import Run

@@ -17,11 +17,11 @@ from agcl.attribution.inputs import InputMoment, shared_inputs
 from agcl.lrp import attributed_linears
 from agcl.modulation import GatedAdamW, random_bases
 from agcl.scoring.evaluate import answer_kl, predict
+from agcl.throughput import peak_memory
 from agcl.train import train_task
 from bench.figures import not_decomposed
 from bench.measure import Figure, Setting, figure
 from pipeline.config import loading
-from pipeline.estimate import peak_memory
 from pipeline.plan import setting as plan
 from pipeline.plan.memory import peaks
 from pipeline.plan.shape import shape_of

@@ -24,12 +24,12 @@ from agcl.model import models
 from agcl.modulation import GatedAdamW, bases
 from agcl.tasks import TRAIN, Encoded, encode, facts
 from agcl.tasks.batches import collate, in_order
+from agcl.throughput import peak_memory
 from agcl.train import train_task
 from bench.measure import Figure, figure
 from bench.shapes import SHAPES, save_random
 from pipeline.config.config import Config
 from pipeline.config.sources import open_task, selection, sources
-from pipeline.estimate import peak_memory
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.schedule import sessions

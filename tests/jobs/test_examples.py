@@ -35,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_fine_tuning_with_a_trainer_needs_neither_ray_nor_mlflow(tmp_path):
-    assert len(SCRIPT.read_text().splitlines()) <= 41
+    assert len(SCRIPT.read_text().splitlines()) <= 42
     model, data, out = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out"
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -43,7 +43,8 @@ def test_fine_tuning_with_a_trainer_needs_neither_ray_nor_mlflow(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(model)
     tiny.llama().save_pretrained(model)
     rows = [{"prompt": f"w{i} w{i + 1}", "answer": f" w{i + 2}"} for i in range(2, 9)]
-    written = (json.dumps(row, ensure_ascii=False) + "\n\n" for row in [*rows, {"text": "w5\u2028w6"}])
+    rows.append({"text": "w5\u2028w6"})
+    written = (json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
     data.write_text("\ufeff" + "".join(written), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PIPELINE, SCRIPT, model, data, out],

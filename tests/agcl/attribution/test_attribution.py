@@ -134,6 +134,25 @@ def test_a_model_in_half_precision_is_refused(rows, dtype, precision):
         attribute(tiny.llama(dtype=dtype), batches(rows, 4), precision=precision)
 
 
+def test_under_autocast_relevance_arrives_at_an_input_from_base_and_adapter():
+    """PEFT casts the input of float32 factors, and the copy would be an input of its own."""
+    torch.manual_seed(0)
+    model = adapter.attach(tiny.llama(), rank=4, alpha=8, seed=0).get_base_model()
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_B" in name:
+                factor.normal_(std=0.2)
+    options = {"moments": "relevance", "entries": False, "correct_only": False, "keep": 1}
+    exact, rounded = (
+        attribute(model, [collate(tiny.random_rows(16))], precision=precision, **options)
+        for precision in ("float32", "bfloat16")
+    )
+    for name, moment in exact.moments.items():
+        matrix = moment.matrix()
+        error = (matrix - rounded.moments[name].matrix()).norm() / matrix.norm()
+        assert error < 0.05, name
+
+
 @pytest.mark.parametrize("estimator", ["lrp", "grad_x_param", "fisher"])
 def test_bfloat16_weights_give_nearly_what_they_give_in_float32(estimator):
     rows = tiny.random_rows(24)

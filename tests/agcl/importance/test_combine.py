@@ -68,11 +68,11 @@ def test_positive_relevance_is_summed_per_layer_and_module_kind():
     importance = Importance(
         {
             f"model.layers.{layer}.{kind}.weight": torch.tensor([[layer + 1.0, -7.0], [0.5, 0.0]])
-            for layer in (0, 1, 10)
+            for layer in (0, 1, 10, 2)  # As files have them: in the order of the names as text.
             for kind in ("self_attn.q_proj", "mlp.up_proj")
         }
     )
     assert by_layer_and_module(importance) == {
-        "self_attn.q_proj": [1.5, 2.5, 11.5],
-        "mlp.up_proj": [1.5, 2.5, 11.5],
+        "self_attn.q_proj": [1.5, 2.5, 3.5, 11.5],
+        "mlp.up_proj": [1.5, 2.5, 3.5, 11.5],
     }

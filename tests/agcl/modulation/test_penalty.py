@@ -53,6 +53,9 @@ def test_value_and_gradient_equal_those_of_the_quadratic_form(parameters, past):
     torch.testing.assert_close(a.grad, expected[0] + 1)
     torch.testing.assert_close(b.grad, expected[1])
     assert parameters["free"].grad is None
+    parameters["b"].requires_grad_(False).grad = None
+    penalise()
+    assert parameters["b"].grad is None  # Nobody would clear it.
     # Its Hessian is the diagonal λ ΣF: the penalty is EWC's second-order expansion.
     hessian = torch.autograd.functional.hessian(lambda x: slow(x, b), a).reshape(12, 12)
     fisher = sum(i.entries["a"].double().clamp(min=0) for i in past)

@@ -10,6 +10,7 @@ from agcl.tasks.batches import (
     answer_tokens,
     collate,
     in_order,
+    micro_batches,
     pack,
     shuffled,
 )
@@ -53,6 +54,25 @@ def test_packed_lines_have_bounded_similar_lengths_and_hold_every_row_once(longe
     assert batch.lengths.min() > 0.9 * batch.lengths.max() > 0.8 * bound
     real = torch.arange(batch.input_ids.shape[1]) < batch.lengths.unsqueeze(1)
     assert sorted(batch.input_ids[real].tolist()) == [i for row in rows for i in row.input_ids]
+
+
+def test_long_rows_are_packed_without_doubling_a_line():
+    """Rows that fill a line but for a few tokens: two of them in a line would pad all others."""
+    rows = [Encoded(list(range(240)), 1)] * 16
+    assert pack(rows).input_ids.shape == (16, 240)
+
+
+def test_a_pass_of_packed_rows_has_at_most_so_many_tokens_with_its_padding():
+    generator = torch.Generator().manual_seed(0)
+    for most in (300, 600, 2000):
+        lengths = torch.randint(2, 400, (50,), generator=generator).tolist()
+        passes = micro_batches(lengths, max_tokens=most, packing=True)
+        assert sorted(i for each in passes for i in each) == list(range(50))
+        sizes = [
+            pack([Encoded([0] * lengths[i], 1) for i in each]).input_ids.numel() for each in passes
+        ]
+        assert all(size <= most or len(each) == 1 for size, each in zip(sizes, passes, strict=True))
+        assert sum(sizes) < 1.5 * sum(lengths)
 
 
 def test_padding_does_not_change_a_rows_logits(llama):

@@ -146,7 +146,9 @@ def test_a_template_whose_generation_prompt_starts_otherwise_is_refused():
     assert not can_teach(chat.tokenizer(None))
     with pytest.raises(InputError) as error:
         encoded(tokenizer, chat.MESSAGES[:3])
-    said = "before message 3 otherwise once that follows ('<think>\\n' becomes 'In Rome.<|im_end|>')"
+    said = (
+        "before message 3 otherwise once that follows ('<think>\\n' becomes 'In Rome.<|im_end|>')"
+    )
     assert said in str(error.value)
     assert "one assistant turn" not in str(error.value)  # It has one.
 
@@ -195,7 +197,10 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
         (None, "has no chat template"),
         (GEMMA, "line 3: the chat template of x cannot render the messages: System role not supp"),
         ("{{ messages[0].content }}", "line 3: the chat template of x does not render the ass"),
-        ("{{ messages | length }}", "line 3: the chat template of x renders what is before message 7 "),
+        (
+            "{{ messages | length }}",
+            "line 3: the chat template of x renders what is before message",
+        ),
         ("{{ messages[0", "line 3: the chat template of x cannot render the messages: unexpected"),
     ],
 )

@@ -343,6 +343,19 @@ def test_a_start_of_an_adapter_says_what_is_wrong(problem, settings, start):
     assert problem("method: corda\n", *settings).startswith(start)
 
 
+def test_random_directions_for_an_adapter_of_all_tasks_leave_out_the_base(problem):
+    """Each task would start by losing what its factors learned in the base's own directions."""
+    random = "protect.0.directions=random"
+    message = problem("method: lora_agcl\n", "base.protect=self", random)
+    assert message.startswith("base.protect: with random directions needs adapter.fresh")
+
+
+def test_packed_rows_need_an_attention_that_tells_them_apart(problem):
+    settings = ["model.path=models/mine", "model.attention=flash_attention_2"]
+    message = problem("{}", "training.packing=true", *settings)
+    assert message.startswith("training.packing: cannot be combined with model.attention=flash")
+
+
 def test_a_gate_of_fresh_factors_is_refused(problem):
     settings = ["protect=[{kind: gate}]", "base.protect=none"]
     assert problem("method: inflora\n", *settings).startswith(

@@ -218,6 +218,21 @@ def test_validation_rows_of_the_task_are_chosen_by_and_never_reported(scored, tm
     }
 
 
+def test_tasks_without_a_common_evaluation_set_are_named(tmp_path, model_folder):
+    """One is tested on its training rows, a share of which chooses settings; one has others."""
+    tokenizer = models.load_tokenizer(model_folder)
+    inputs = {"model": model_folder}
+    for task, name in (("one", "test"), ("two", "validation")):
+        scored, splits = {name: "train"}, {"train": LEARNED}
+        inputs[f"rows/{task}"] = write_rows(
+            tmp_path / task, tokenizer, splits, scored=scored, scorer="exact_match"
+        )
+    with pytest.raises(
+        ValueError, match="no evaluation set in common \\(one has test; two has val"
+    ):
+        evaluate({**SETTINGS, "validation": 0.9}, inputs, tmp_path, Context())
+
+
 def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
     """A fact has two questions here, the trained one and a paraphrase."""
     tokenizer = models.load_tokenizer(model_folder)
