@@ -17,7 +17,7 @@ from pipeline.config.revision import pinned
 from pipeline.plan.plan import Run
 from pipeline.results.run_folder import CONFIG_FILE
 from pipeline.run import open_run
-from pipeline.search.search import VALIDATION
+from pipeline.search.search import SEARCH_FILE, VALIDATION
 from pipeline.search.trial import undecided
 from pipeline.search.tuning import execute_tuning, open_tuning
 from pipeline.tracking.sync import warn
@@ -32,8 +32,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         settings.append(f"evaluation.validation={VALIDATION}")
     folder = first.storage.root / f"{first.name}-compare"
     if first.model.on_hub:  # Once for all runs: the branch may move in between.
-        begun = sorted(folder.glob(f"*/{CONFIG_FILE}"))
-        settings.append(f"model.revision={pinned(first, begun).model.revision}")
+        files = begun(first, folder, methods, arguments.seeds)
+        settings.append(f"model.revision={pinned(first, files).model.revision}")
 
     def load(more: list[str], method: str) -> Config:
         return loading.load(arguments.config, [*settings, *more], method=method)
@@ -52,9 +52,25 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             )
         names[name] = method
         for seed in range(config.seed, config.seed + arguments.seeds):
-            label = name if arguments.seeds == 1 else f"{name}-seed{seed}"
+            label = _label(name, seed, arguments.seeds)
             runs[label] = open_run(config.model_copy(update={"seed": seed}), folder / label)
     execute_runs(runs, folder, folder.name, command)
+
+
+def _label(name: str, seed: int, seeds: int) -> str:
+    """A run's name in the comparison: of its folder, too."""
+    return name if seeds == 1 else f"{name}-seed{seed}"
+
+
+def begun(first: Config, folder: Path, methods: Sequence[str], seeds: int) -> list[Path]:
+    """The configs that an earlier command for the same comparison may have left."""
+    labels = {
+        _label(method, seed, seeds)
+        for method in methods
+        for seed in range(first.seed, first.seed + seeds)
+    }
+    files = [folder / "tuning" / SEARCH_FILE, *(folder / each / CONFIG_FILE for each in labels)]
+    return sorted({*files, *folder.glob(f"*/{CONFIG_FILE}")})  # In a bucket, all may be elsewhere.
 
 
 def _tune(

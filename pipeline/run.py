@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agcl.errors import InputError
 from rich.console import Console
 
 from pipeline.config.check import check_inputs
@@ -185,9 +186,9 @@ def prepare_tasks(run: Run, console: Console) -> None:
     run.config.storage.check_writable()
     stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
     todo = sessions({run.config.name: stages}, run.config.storage)
-    failures = run_with_progress(
-        todo, run.folder, run.config.resources, lambda records: None, console
-    )
+    # Not the run's own folder, where `agcl run` may have workers at the same time.
+    aside = run.folder / ".tasks"
+    failures = run_with_progress(todo, aside, run.config.resources, lambda records: None, console)
     for failure in failures:
         write_log(run.folder, failure)
         raise failure
@@ -202,6 +203,8 @@ def rewrite_report(place: str) -> Path:
     bucket, folder = bucket_of(place) if "://" in place else (None, Path(place).absolute())
     with bucket.results(folder) if bucket else nullcontext():
         results = [read_result(each) for each in runs_in(folder)]
+        if len({tuple(each.metrics["tasks"]) for each in results}) > 1:
+            raise InputError(f"{place}: holds runs of different tasks; name one of its folders")
         title = results[0].metrics["name"] if (folder / METRICS).is_file() else folder.name
         write_report(folder / REPORT_FILE, results, title=title, trials=read_trials(folder))
     return folder / REPORT_FILE

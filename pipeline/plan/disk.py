@@ -2,6 +2,7 @@
 
 from pipeline.config.method import Project
 from pipeline.plan.memory_of_training import state_size, trained_weights
+from pipeline.plan.nodes import measures_solos
 from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
 from pipeline.plan.training import sums_moments
 
@@ -16,8 +17,10 @@ def disk_per_task(setting: Setting) -> Parts:
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
     size = FLOAT if config.adapter or config.subspace else setting.weight_bytes
+    alone = measures_solos(config)
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
+        Part("model trained alone", setting.weight_bytes * setting.shape.weights * alone),
         Part(
             "merged model",
             setting.weight_bytes * setting.shape.weights * (config.merge is not None),

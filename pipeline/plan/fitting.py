@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.config.method import Adapter, Base, Project
+from pipeline.config.conflicts import conflicts
+from pipeline.config.method import Adapter, Base, Freeze, Loss, Project, Replay
 from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
-from pipeline.plan.setting import Setting, total
+from pipeline.plan.setting import HALF, Setting, total
 
 USABLE = 0.9
 """Share of a GPU's memory that tensors can have: the rest is the CUDA context and fragments."""
@@ -22,8 +23,17 @@ def on_device(setting: Setting, kind: str) -> int:
 
 def remedy(setting: Setting, kind: str, memory: int) -> str | None:
     """The cheapest change of the config that makes a kind of stage fit; None if none does."""
-    found = (said for said, changed in _changes(setting, kind) if fits(changed, kind, memory))
-    return next(found, None)
+    possible = ((said, each) for said, each in _changes(setting, kind) if _is_accepted(each))
+    return next((said for said, changed in possible if fits(changed, kind, memory)), None)
+
+
+def _is_accepted(setting: Setting) -> bool:
+    """Whether a changed config could be run."""
+    training, config = setting.config.training, setting.config
+    to_nearest = training.rounding == "nearest" and setting.weight_bytes == HALF
+    if to_nearest and training.optimizer == "adamw_8bit" and not config.adapter:
+        return False
+    return not any(conflicts(config))
 
 
 def fits(setting: Setting, kind: str, memory: int) -> bool:
@@ -122,9 +132,10 @@ def _with_lora(config: Config) -> Config:
     kept = tuple(item for item in config.measured if isinstance(item, Project))
     protect = kept or ((Project(kind="project"),) if config.protect else ())
     base = config.base if protect else Base()
-    return config.model_copy(
-        update={"adapter": Adapter(), "base": base, "protect": protect, "subspace": None}
-    )
+    method = "lora_agcl" if protect else "lora"
+    changes = {"method": method, "adapter": Adapter(), "base": base, "protect": protect}
+    others = {"replay": Replay(), "freeze": Freeze(), "loss": Loss(), "merge": None}
+    return config.model_copy(update={**changes, **others, "subspace": None})
 
 
 def _method_of(config: Config) -> str:

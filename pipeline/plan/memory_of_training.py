@@ -70,6 +70,9 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
     if size == HALF:
         kept = shape.kept_in_bfloat16(tokens, setting.row.tokens, frozen=frozen)
+    if config.adapter:
+        bits = {"autocast": config.training.precision == "bfloat16", "in_half": size == HALF}
+        kept += shape.kept_for_adapter(tokens, config.adapter.rank, **bits)
     checkpointing = config.training.activation_checkpointing
     # The backward pass begins with gradients of what its first layer kept.
     activations = kept * (shape.layers + 1)
@@ -156,11 +159,14 @@ def _has_factors(setting: Setting) -> bool:
 
 
 def _pass(setting: Setting) -> tuple[int, int]:
-    """Rows of the largest forward pass of a training step, and passes of a worker per step."""
-    training, ranks = setting.config.training, setting.ranks
+    """Rows of the largest forward pass of a training step, and passes of a worker per step.
+
+    However many workers there are: `agcl.tasks.batches.micro_batches` does not look at them.
+    """
+    training = setting.config.training
     rows = min(training.batch_size, max(1, training.max_tokens // setting.row.tokens))
-    rows = min(rows, training.micro_batch_size or math.ceil(training.batch_size / ranks))
-    return rows, math.ceil(training.batch_size / (rows * ranks))
+    rows = min(rows, training.micro_batch_size or rows)
+    return rows, math.ceil(training.batch_size / (rows * setting.ranks))
 
 
 def _cast(setting: Setting, checkpointing: bool) -> int:

@@ -95,6 +95,17 @@ class Shape:
         whole = self.kept_by_training(tokens, length, half=False, frozen=frozen)
         return whole // 2 + tokens * extra
 
+    def kept_for_adapter(self, tokens: int, rank: int, *, autocast: bool, in_half: bool) -> int:
+        """What LoRA of float32 factors adds to these: what each A makes, and its input's copy.
+
+        PEFT makes one for every layer where the weights are `in_half`. `autocast` rounds both to
+        bfloat16.
+        """
+        size, copies = 2 if autocast else 4, 0
+        if in_half:
+            copies = size * sum(width for _, width in self.of_layer) - 2 * sum(self.inputs)
+        return tokens * (copies + size * rank * len(self.of_layer))
+
     def kept_by_attribution(self, tokens: int, length: int, *, half: bool = False) -> int:
         """The same for a relevance backward pass, without what its hooks hold.
 

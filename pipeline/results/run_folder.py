@@ -29,7 +29,7 @@ RESULT_FILE = "result.json"
 """What a report needs of a run beside its config and metrics; of several runs, their folders."""
 TRIALS_FILE = "trials.parquet"
 """The trials of a search, one per row."""
-_FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
+FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
 """Sections that a rerun into the same folder may change: they do not change results."""
 _MOST_NAMED = 3
 
@@ -49,7 +49,7 @@ def check_folder(config: Config, file: Path, kind: str = "run") -> None:
         stored = loading.load(file)  # Keys that came with a later version have their defaults.
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
-    before, now = (dict(loading.leaves(each, exclude=_FREE[kind])) for each in (stored, config))
+    before, now = (dict(loading.leaves(each, exclude=FREE[kind])) for each in (stored, config))
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
         values = ["null" if of.get(k) is None else of[k] for k in differing for of in (before, now)]
@@ -80,6 +80,8 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
         if stage.folder.exists():  # Of a bucket, only what was needed is on this machine.
             _link(run.folder / folder_name(name), stage.folder)
         artifact.remove_leftovers(stage.folder)
+        if not stage.storage.shared and name.startswith("train/"):  # Killed after its upload.
+            stage.storage.checkpoint(stage.folder, stage.fingerprint, 1).remove()
     report = run.resolved["report"]
     prepared = summaries(run)
     metrics = {

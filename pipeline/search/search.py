@@ -1,11 +1,12 @@
 """From a config to a finished search: check, run the shared stages, try, score the best once."""
 
-import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from agcl.errors import InputError
@@ -22,7 +23,7 @@ from pipeline.plan.schedule import sessions
 from pipeline.results.report import numbers, write_report
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import (
-    CONFIG_FILE,
+    FREE,
     TRIALS_FILE,
     check_folder,
     open_folder,
@@ -40,6 +41,10 @@ from pipeline.tracking.sync import Mirror
 SEARCH_FILE, BEST_CONFIG, BEST = "search.yaml", "best.yaml", "best"
 VALIDATION = 0.3
 """Share of the scored rows to choose settings by, if the config sets none."""
+_BEST_SUFFIX = "-best"
+"""Of the name of the best trial as a run."""
+_MOST_CORNERS = 256
+"""Pairs of opposite points to try, where values of several keys exclude each other."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -63,6 +68,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         raise InputError(f"method: {config.method} is a bound and no sequence; there is no search")
     folder = config.storage.root / f"{config.name}-search"
     config = only_validation(pinned(config, [folder / SEARCH_FILE]))
+    loading.changed(config, {"name": f"{config.name}{_BEST_SUFFIX}"})  # A name may be too long.
     space = space_of(config)
     search = Search(config, folder, num_trials, space)
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
@@ -162,8 +168,15 @@ def example_runs(search: Search) -> dict[str, Run]:
         points = [settings for settings, _ in search.known.values()]
         runs = [search.run_of(number, settings) for number, settings in enumerate(points)]
         return {run.folder.name: run for run in runs}
-    one, other = (search.run_of(0, settings) for settings in corners(search.space))
-    return {"one": one, "other": other}
+    first: InputError | None = None
+    for pair in islice(corners(search.space), _MOST_CORNERS):
+        try:
+            one, other = (search.run_of(0, settings) for settings in pair)
+        except InputError as error:
+            first = first or error
+        else:
+            return {"one": one, "other": other}
+    raise InputError(f"search.space: its values cannot be combined: {first}")
 
 
 def _artifacts(run: Run) -> set[str]:
@@ -236,14 +249,22 @@ def _score(
 
 def best_run(search: Search, best: Trial) -> Run:
     """The best trial as an ordinary run, which scores test rows too."""
-    settings = {**best.settings, "evaluation.rows": "all", "name": f"{search.config.name}-best"}
+    settings = {
+        **best.settings,
+        "evaluation.rows": "all",
+        "name": f"{search.config.name}{_BEST_SUFFIX}",
+    }
     config = loading.changed(search.config, settings)
     file, folder = search.folder / BEST_CONFIG, search.folder / BEST
-    if file.is_file() and file.read_text(encoding="utf-8") != loading.dump(config):
+    if file.is_file() and _results_of(loading.load(file)) != _results_of(config):
         # With more trials another one may win. What the last one left is copies and links.
-        config.storage.forget(folder / CONFIG_FILE)
-        shutil.rmtree(folder, ignore_errors=True)
+        config.storage.forget_folder(folder)
     return open_run(config, folder)
+
+
+def _results_of(config: Config) -> dict[str, Any]:
+    """The settings that decide results."""
+    return dict(loading.leaves(config, exclude=FREE["run"]))
 
 
 def _finish(

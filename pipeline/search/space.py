@@ -1,7 +1,8 @@
 """The space that a search varies: by default or from the config, and as Optuna knows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import product
 from typing import Any
 
 import optuna
@@ -66,7 +67,8 @@ def default_space(config: Config) -> dict[str, Dimension]:
                     "importance.top_k": Choice(type="choice", values=(1, 4, 16, None)),
                 }
             case Project():
-                space[f"{at}.energy"] = Float(type="uniform", low=0.5, high=0.95)
+                high = min(0.95, config.importance.keep)  # More is not stored of a moment.
+                space[f"{at}.energy"] = Float(type="uniform", low=min(0.5, high), high=high)
             case Penalty():
                 space[f"{at}.strength"] = _log_scale(1e1, 1e7)
     return space
@@ -92,13 +94,19 @@ def own_point(config: Config, space: Mapping[str, Dimension]) -> Settings | None
     return point if inside else None
 
 
-def corners(space: Mapping[str, Dimension]) -> tuple[Settings, Settings]:
-    """Two points that differ in every dimension with more than one value.
+def corners(space: Mapping[str, Dimension]) -> Iterator[tuple[Settings, Settings]]:
+    """Pairs of points that differ in every dimension with more than one value.
 
-    A stage that is the same at both is the same at every point.
+    A stage that is the same at both is the same at every point. There are several pairs since
+    values that can be combined with the rest of the config may exclude each other.
     """
-    ends = {key: _extremes(dimension) for key, dimension in space.items()}
-    return {k: values[0] for k, values in ends.items()}, {k: v[-1] for k, v in ends.items()}
+    ends = [(values[0], values[-1]) for values in map(_extremes, space.values())]
+    for flips in product((False, True), repeat=max(0, len(ends) - 1)):
+        turned = [
+            end[:: -1 if flip else 1] for end, flip in zip(ends, (False, *flips), strict=True)
+        ]
+        one, other = (dict(zip(space, point, strict=True)) for point in zip(*turned, strict=True))
+        yield one, other
 
 
 def _step(node: Any, part: str) -> Any:

@@ -68,7 +68,11 @@ def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
     # them, and assigns dimensions by name: a method's knob would decide which rates it tries.
     for x, y in qmc.Halton(d=2, scramble=False).random(num_trials + 1)[2:].tolist():
         values = {_RATE: _rounded(middle * LEARNING_RATE ** (2 * x - 1))}
-        found.append(values | ({knob.key: _rounded(_between(knob, y))} if knob else {}))
+        if knob:
+            values[knob.key] = _rounded(_between(knob, y))
+            if knob.key.endswith(".energy"):  # More is not stored of a moment.
+                values[knob.key] = min(values[knob.key], config.importance.keep)
+        found.append(values)
     return found[:num_trials]
 
 

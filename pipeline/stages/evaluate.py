@@ -18,6 +18,7 @@ from agcl.tasks import VALIDATION, EncodedRows
 from agcl.tasks.chat_template import template_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config.sources import BASE_TASK
 from pipeline.stages.context import Context
 from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, named, rows_file
 from pipeline.stages.kept import measure
@@ -104,8 +105,9 @@ def _score_task(
 
 def _check_common(scores: Mapping[str, Mapping[str, float]]) -> None:
     """Raise `ValueError` if the tasks have no evaluation set in common, and so no matrix."""
-    if not set.intersection(*map(set, scores.values())):
-        found = "; ".join(f"{task} has {', '.join(sets)}" for task, sets in scores.items())
+    of_tasks = {task: list(sets) for task, sets in scores.items() if task != BASE_TASK}
+    if not set.intersection(*map(set, of_tasks.values())):
+        found = "; ".join(f"{task} has {', '.join(sets)}" for task, sets in of_tasks.items())
         raise ValueError(
             f"the tasks have no evaluation set in common ({found}): give each a test file of rows "
             "that it is not trained on, or none of them a test file"

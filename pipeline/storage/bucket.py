@@ -220,6 +220,14 @@ class Bucket(Storage):
         if self._modified(file):
             object_store.remove(self.uri, self._name(file))
 
+    @override
+    def forget_folder(self, folder: Path) -> None:
+        super().forget_folder(folder)
+        names = object_store.sizes(self.uri, self._name(folder))
+        object_store.for_each(
+            names, lambda name: object_store.remove(self.uri, self._name(folder, name))
+        )
+
     def _push(self, file: Path) -> None:
         object_store.upload(self.uri, file, self._name(file))
 

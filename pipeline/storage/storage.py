@@ -5,6 +5,7 @@ or the cache of a bucket.
 """
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -121,6 +122,10 @@ class Storage(ABC):
     def forget(self, file: Path) -> None:
         """Delete one file in a run's folder."""
         file.unlink(missing_ok=True)
+
+    def forget_folder(self, folder: Path) -> None:
+        """Delete a folder of results, with all that is in it."""
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from agcl.errors import InputError
@@ -93,6 +94,11 @@ class Child(NamedTuple):
     is_finished: bool
 
 
+def _texts(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Nested params as MLflow has them: dotted keys, and text of limited length."""
+    return ((key, str(value)[:_PARAM_LENGTH]) for key, value in flat(params))
+
+
 class Tracker:
     """The runs of our experiment. Only the driver writes them, always by explicit run id."""
 
@@ -129,15 +135,21 @@ class Tracker:
         return str(run.info.run_id)
 
     def open(
-        self, folder: Path, name: str, tags: Mapping[str, str], parent: str | None = None
+        self,
+        folder: Path,
+        name: str,
+        tags: Mapping[str, str],
+        parent: str | None = None,
+        params: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The id of the run that `mlflow.json` in a folder names, reopened, or of a new run.
 
+        A run whose params differ from `params` is another one: its settings could not be changed.
         The file holds a key before the run exists. If the process is killed in between, the next
         one finds the run by its key instead of creating a second one.
         """
         file, uri = folder / _RUN_FILE, masked(self.uri)
-        run_id = self._known(file, uri, parent)
+        run_id = self._known(file, uri, parent, params)
         if run_id is None:
             key = uuid.uuid4().hex
             write_json(file, {"key": key, "uri": uri})
@@ -145,7 +157,9 @@ class Tracker:
         write_json(file, {"run_id": run_id, "uri": uri})
         return run_id
 
-    def _known(self, file: Path, uri: str, parent: str | None) -> str | None:
+    def _known(
+        self, file: Path, uri: str, parent: str | None, params: Mapping[str, Any]
+    ) -> str | None:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
             if known["uri"] != uri:
@@ -158,8 +172,11 @@ class Tracker:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         try:
-            info = self.client.get_run(run_id).info
+            run = self.client.get_run(run_id)
+            info, now = run.info, dict(_texts(params))
             if info.experiment_id != self.experiment:
+                return None
+            if any(now.get(key, text) != text for key, text in run.data.params.items()):
                 return None
             self.client.update_run(run_id, status="RUNNING")
         except TrackingFailed as error:
@@ -192,7 +209,7 @@ class Tracker:
         from mlflow.entities import Param
 
         existing = self.client.get_run(run_id).data.params
-        params = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in flat(values) if k not in existing]
+        params = [Param(k, text) for k, text in _texts(values) if k not in existing]
         self.client.log_batch(run_id, params=params)
 
     def metrics(

@@ -11,6 +11,7 @@ from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
+from pipeline.results.run_folder import FREE
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
 from pipeline.tracking.client import Content, Tracker
@@ -101,7 +102,8 @@ class MirroredRun:
         config, folder = self.run.config, self.run.folder
         tags = {"kind": self.kind, "method": method_name(config), "seed": str(config.seed)}
         self.tracker = tracker
-        run_id = self.tracker.open(folder, self.name, tags, above)
+        fixed = config.model_dump(mode="json", exclude=FREE["run"])
+        run_id = self.tracker.open(folder, self.name, tags, above, fixed)
         self.tracker.params(run_id, config.model_dump(mode="json"))
         self.tracker.artifacts(run_id, {"config.yaml": folder / "config.yaml"})
         stages = {work.fingerprint: stage for stage, work in self.resolved.items()}

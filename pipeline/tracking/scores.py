@@ -18,7 +18,8 @@ def scores_of(run: Run, work: ResolvedStage, index: int) -> dict[str, float]:
     if BASE_TASK in scores.keys() - set(tasks):
         row["base/facts"] = next(iter(scores[BASE_TASK].values()))
     for name in scores[tasks[0]]:
-        if all(name in scores[task] for task in tasks):
+        # Of `solo` each task has a model of its own, which knows no other.
+        if run.config.method != "solo" and all(name in scores[task] for task in tasks):
             seen = [scores[task][name] for task in tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
     base = json.loads(work.read(KEPT) or b"{}")

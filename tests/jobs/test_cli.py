@@ -365,6 +365,18 @@ def test_a_report_of_no_run_is_refused(agcl):
     assert "nowhere" in line
 
 
+def test_a_report_of_runs_over_different_tasks_is_refused(agcl):
+    recorded = ROOT / "tests" / "pipeline" / "results" / "recorded"
+    for name in ("agcl-seed0", "sequential-seed0"):
+        shutil.copytree(recorded / name, agcl.place / "all" / name)
+    file = agcl.place / "all" / "agcl-seed0" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps(metrics | {"tasks": metrics["tasks"][::-1]}))
+    code, (line,) = agcl("report", "all")
+    assert code == cli.BAD_INPUT
+    assert "holds runs of different tasks; name one of its folders" in line
+
+
 def test_help_and_bad_usage_answer_without_loading_torch_or_ray():
     script = (
         "import sys\n"

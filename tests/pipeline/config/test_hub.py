@@ -13,6 +13,7 @@ from reference.hub import Hub, files_of
 from agcl.errors import InputError
 from agcl.model import models
 from jobs import cli
+from jobs.compare import begun
 from pipeline.config import hub, loading
 from pipeline.config.model import Model
 from pipeline.config.revision import pinned
@@ -168,6 +169,20 @@ def test_a_run_stays_on_its_commit_and_another_one_starts_from_the_new_one(
     server.push(ID, weights, ["v2"])
     assert pinned(config("model.revision=v2"), [file]).model.revision == f"v2@{old}"
     assert pinned(config(f"model.revision={new}"), [file]).model.revision == new
+
+
+def test_a_comparison_stays_on_the_commit_of_its_tuning(server, weights, config, tmp_path):
+    """Interrupted while it tunes, it has no run yet."""
+    old = server.push(ID, weights)
+    folder = tmp_path / "compare"
+    for file in (folder / "tuning" / "search.yaml", folder / "agcl-seed1" / "config.yaml"):
+        file.parent.mkdir(parents=True)
+        file.write_text(loading.dump(open_run(config()).config))
+        server.push(ID, {**weights, "generation_config.json": b"{}"})
+        found = begun(config(), folder, ["sequential", "agcl"], 2)
+        assert pinned(config(), found).model.revision == f"main@{old}"
+        file.unlink()
+        server.push(ID, weights)
 
 
 def test_a_run_trains_and_a_worker_elsewhere_downloads_what_its_cache_lacks(

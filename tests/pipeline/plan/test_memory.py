@@ -185,12 +185,48 @@ def test_what_is_advised_fits_and_the_cheapest_is_advised_first(large, method, s
     assert remedy(setting, "train", train).startswith("training.max_tokens=4096")
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype", "kind", "refused"),
+    [
+        ({"compile": True}, "float32", "evaluate", "shard_model"),
+        ({"rounding": "nearest"}, "bfloat16", "train", "adamw_8bit"),
+    ],
+)
+def test_what_the_config_excludes_is_not_advised(large, settings, dtype, kind, refused):
+    setting = with_section(setting_of(large, "sequential"), "model", dtype=dtype)
+    barred = with_section(setting, "training", **settings)
+    said = [
+        [remedy(each, kind, size * GB) or "" for size in range(1, 60)] for each in (setting, barred)
+    ]
+    assert any(refused in each for each in said[0])
+    assert not any(refused in each for each in said[1])
+
+
+def test_models_trained_alone_are_kept_too(large):
+    setting = setting_of(large, "gate")
+    alone = with_section(setting, "importance", source="solo")
+    sizes_of = [{p.name: p.size for p in disk_per_task(each)} for each in (setting, alone)]
+    assert sizes_of[0]["model trained alone"] == 0
+    assert sizes_of[1]["model trained alone"] == sizes_of[1]["model"]
+
+
+def test_a_forward_pass_is_as_large_on_several_workers(large):
+    """Batches are cut by `max_tokens`, so that numbers do not depend on the workers."""
+    one, eight = (
+        sizes(with_section(setting_of(large, "sequential"), "resources", num_workers=n), "train")
+        for n in (1, 8)
+    )
+    assert eight["activations"] == one["activations"]
+
+
 def test_a_model_too_large_for_one_gpu_is_shared_by_as_few_workers_as_it_takes():
     setting = setting_of(shape_named("Llama-3.1-8B"), "sequential")
     said = remedy(setting, "evaluate", 60 * GB)
     assert said.startswith("resources.shard_model=true resources.num_workers=4")
     assert not fits(setting, "train", 80 * GB)
-    assert fits(setting_of(setting.shape, "sequential", 8), "train", 80 * GB)
+    # Workers share the weights, but each passes forward what fits `training.max_tokens`.
+    shared = setting_of(setting.shape, "sequential", 8)
+    assert remedy(shared, "train", 80 * GB) == "training.max_tokens=2048"
     # Nothing is cheaper than an adapter where smaller passes do not help.
     assert remedy(setting, "train", 70 * GB).startswith("method=lora ")
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from agcl.attribution import attribute
 from agcl.loss import summed_loss
 from agcl.lrp import attributed_linears
+from agcl.model import adapter
 from agcl.model.forward import autocast
 from agcl.tasks import Encoded
 from agcl.tasks.batches import collate
@@ -71,7 +72,8 @@ def batch():
 def per_layer(architecture, alive):
     """What a layer adds, from models of two and of three layers; and the shape."""
     two, three = (model_of(architecture, layers) for layers in (2, 3))
-    return alive(three) - alive(two), shape_of(two)
+    shape = shape_of(two)
+    return alive(three) - alive(two), shape
 
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)
@@ -101,6 +103,34 @@ def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
         expected = shape.kept_in_bfloat16(TOKENS, LENGTH, frozen=frozen)
     expected += 2 * half * shape.linear_weights // shape.layers  # Their copies in bfloat16.
     assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("in_half", [False, True])
+def test_what_a_layer_keeps_while_its_adapter_trains(architecture, precision, in_half):
+    def alive(model):
+        if in_half:
+            model.bfloat16()
+        inner = adapter.attach(model, rank=4, alpha=8, seed=0).get_base_model()
+        for name, parameter in inner.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        with Ledger(inner) as ledger:
+            with autocast(torch.device("cpu"), precision):
+                loss = summed_loss(inner.train(), batch())
+            held = ledger.alive()
+        del loss
+        return held
+
+    found, shape = per_layer(architecture, alive)
+    half = precision == "bfloat16"
+    expected = shape.kept_for_adapter(TOKENS, 4, autocast=half, in_half=in_half)
+    if in_half:
+        expected += shape.kept_in_bfloat16(TOKENS, LENGTH, frozen=True)
+    else:
+        expected += shape.kept_by_training(TOKENS, LENGTH, half=half, frozen=True)
+        expected += 2 * half * shape.linear_weights // shape.layers
+    assert found == pytest.approx(expected, rel=TOLERANCE + 0.02)
 
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)

@@ -314,6 +314,17 @@ def test_another_winner_of_more_trials_takes_the_place_of_the_earlier_one(search
         assert stored.training.learning_rate == winner.settings["training.learning_rate"]
 
 
+def test_the_same_winner_on_other_machines_keeps_its_folder(search):
+    """Its MLflow run, and the version of its model that is registered."""
+    winner = trials.Trial(0, {"training.learning_rate": 1e-3})
+    for more in ((), ("resources.cpus_per_worker=2",), ("tracking.enabled=false",)):
+        of = search(3, *more)
+        run = best_run(of, winner)
+        assert (run.folder / CONFIG_FILE).exists() == bool(more)
+        open_folder(run)
+        artifact.write_text(of.folder / BEST_CONFIG, loading.dump(run.config))
+
+
 @pytest.mark.parametrize(
     ("settings", "resume", "said"),
     [
@@ -325,6 +336,7 @@ def test_another_winner_of_more_trials_takes_the_place_of_the_earlier_one(search
             "search.objective: one task alone",
         ),
         (("tasks.count=0",), False, "tasks.count"),
+        (("name=" + "x" * 96,), False, "name: "),  # With "-best", at the end, it is too long.
     ],
 )
 def test_a_search_that_cannot_be_is_refused_and_nothing_is_written(

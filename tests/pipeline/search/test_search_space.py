@@ -144,8 +144,28 @@ def test_with_importances_of_solo_models_these_are_shared_too(config, tmp_path):
 
 def test_corners_differ_in_every_dimension(config):
     space = space_of(config(method="gate"))
-    one, other = corners(space)
-    assert all(one[key] != other[key] for key in space)
+    pairs = list(corners(space))
+    assert all(one[key] != other[key] for one, other in pairs for key in space)
+    assert len(pairs) == 2 ** (len(space) - 1)
+    points = [tuple(point.items()) for pair in pairs for point in pair]
+    assert len(set(points)) == len(points)
+
+
+def test_values_that_exclude_each_other_are_combined_otherwise(config, tmp_path):
+    """An adapter for all tasks may stay unmerged, a fresh one may not."""
+    space = """search.space={adapter.fresh: {type: choice, values: [true, false]},
+        adapter.merge: {type: choice, values: [false, true]}}"""
+    mine = config("adapter.fresh=false", space, method="lora")
+    with pytest.raises(InputError, match="adapter"):
+        config("adapter.fresh=true", "adapter.merge=false", method="lora")
+    runs = example_runs(Search(mine, tmp_path / "search", 1, space_of(mine)))
+    found = {(run.config.adapter.fresh, run.config.adapter.merge) for run in runs.values()}
+    assert found == {(True, True), (False, False)}
+
+
+def test_no_more_energy_is_searched_than_is_stored(config):
+    assert space_of(config("importance.keep=0.9"))["protect.0.energy"].high == 0.9
+    assert space_of(config())["protect.0.energy"].high == 0.95
 
 
 def test_a_config_changed_by_settings_is_checked_like_a_file(config):

@@ -53,6 +53,14 @@ def test_methods_with_the_same_knob_try_the_same_values(load):
         assert candidates(load([], control), 6) == tried
 
 
+def test_no_more_energy_is_tried_than_is_stored(load):
+    config = load(["importance.keep=0.8"], "agcl")
+    tried = candidates(config, 6)
+    assert max(settings.get("protect.0.energy", 0) for settings in tried) == 0.8
+    for settings in tried:
+        load(["importance.keep=0.8", *arguments(settings)], "agcl")
+
+
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(load):
     config = load([], "agcl")
     assert candidates(config, 3) == candidates(config, 9)[:3]

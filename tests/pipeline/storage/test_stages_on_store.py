@@ -55,6 +55,21 @@ def test_stages_that_another_machine_finished_are_neither_run_nor_downloaded(toy
     assert [work.read("out.txt") for work in toys.works()] == [b"a", b"ab", b"abc"]
 
 
+def test_a_folder_of_results_is_forgotten_with_all_that_is_in_it(bucket, elsewhere):
+    """Else the next winner of a search would get the MLflow run of the last one back."""
+    storage = Bucket(bucket.uri)
+    for name in ("best/config.yaml", "best/mlflow.json", "best/model/a.txt", "best2/config.yaml"):
+        file = storage.root / "search" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    storage.save_results(storage.root / "search")
+    elsewhere()
+    storage = Bucket(bucket.uri)
+    storage.forget_folder(storage.root / "search" / "best")
+    files = [name for name in bucket.names() if not name.endswith("/")]  # pyarrow marks folders.
+    assert [name for name in files if "search" in name] == ["search/best2/config.yaml"]
+
+
 def test_a_stage_downloads_what_it_reads_and_no_more(toys, bucket, elsewhere):
     assert toys.start()[1] is None
     last = toys.works()[-1].folder

@@ -245,6 +245,19 @@ def test_the_same_command_again_leaves_the_end_time_and_new_work_moves_it(replay
     assert end() > first
 
 
+def test_other_settings_in_the_folder_of_a_killed_run_are_another_run(replay, shown):
+    """MLflow's params and tags would stay those of the first."""
+    runs = []
+    for settings in ((), ("resources.cpus_per_worker=2",), ("training.learning_rate=1e-5",)):
+        replay.use(None, *settings)
+        with replay.mirror() as mirror:
+            mirror.add("tiny", replay.run)
+        runs.append(json.loads((replay.run.folder / "mlflow.json").read_text())["run_id"])
+    assert runs[0] == runs[1] != runs[2]
+    client = mlflow.MlflowClient(replay.uri)
+    assert client.get_run(runs[2]).data.params["training.learning_rate"] == "1e-05"
+
+
 def test_the_experiment_is_a_setting(replay):
     replay.use(None, "tracking.experiment=/Users/me/sequence")
     with replay.mirror() as mirror:
