@@ -13,7 +13,7 @@ from agcl.errors import InputError
 from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
 from pipeline.config.resources import Resources
-from pipeline.config.row_lengths import longest_row
+from pipeline.config.row_lengths import longest_of_base, longest_row
 from pipeline.config.usual import count_text, unusual
 from pipeline.config.weights import slow_here
 from pipeline.estimate import Needs, estimate
@@ -48,8 +48,12 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         warn(console, slow)
     model = run.config.model
     if not model.is_builtin:
+        of_base = longest_of_base(run.config)
         setting = Setting(
-            shape_of(empty_model(model.folder)), run.config, Row(*longest_row(run.config))
+            shape_of(empty_model(model.folder)),
+            run.config,
+            Row(*longest_row(run.config)),
+            of_base=of_base and Row(*of_base),
         )
         for line in unusual(run.config, setting.shape.weights):
             warn(console, line)

@@ -187,7 +187,10 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
     last = len(named("rows/", example.inputs)) if stage.fn is evaluate else math.inf
     at = [line["seconds"] for line in log if line["step"] <= last]
     for_rows = (at[-1] - at[0]) * len(at) / (len(at) - 1) if len(at) > 1 else manifest["seconds"]
-    seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / run.num_workers
-    seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
     kind = stage.name.partition("/")[0]
+    # Workers that share layers all pass every row; CorDA's decomposition is one worker's.
+    by_layers = run.shard_model or stage.config.get("split") == "layers"
+    shared = 1 if kind == "corda" or (kind == "attribute" and by_layers) else run.num_workers
+    seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / shared
+    seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
     needs.seconds[kind] = needs.seconds.get(kind, 0.0) + seconds

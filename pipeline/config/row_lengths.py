@@ -7,11 +7,27 @@ from agcl.tasks import Row, encode
 from agcl.tasks.encoding import encoded_rows
 
 from pipeline.config.config import Config
-from pipeline.config.sources import open_task, selection, sources
+from pipeline.config.sources import base_rows, open_task, selection, sources
 
 _LONGEST = 8
 """Rows per split that are tokenized: those with the most characters, and with the longest answer.
 One with fewer characters rarely has more tokens."""
+
+_OF_TEMPLATE = 64
+"""Tokens of a chat template around two turns, system message included; most have fewer."""
+
+
+def longest_of_base(config: Config) -> tuple[int, int] | None:
+    """The same of what the base model is measured on; None if it is not."""
+    tokens = config.base.tokens
+    match config.base.protect:
+        case "none":
+            return None
+        case "rows" if given := base_rows(config):
+            return longest_row(given)
+        case "self" if models.load_tokenizer(config.model.folder).chat_template:
+            return 2 * tokens + _OF_TEMPLATE, tokens  # A user's words and the answer.
+    return tokens + 1, tokens
 
 
 def longest_row(config: Config) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Not counted: Python and torch themselves, the CUDA context, and what an allocato
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from agcl.attribution.attribute import SKETCH
@@ -37,14 +38,20 @@ def peaks(setting: Setting) -> dict[str, Parts]:
     """The parts of each kind of stage's peak; only of kinds that the config has."""
     config, found = setting.config, {TRAIN: train_peak(setting)}
     if config.measured:
-        found[ATTRIBUTE] = attribute_peak(setting)
+        attributed = [attribute_peak(setting)]
+        if setting.of_base and config.base.protect != "none":
+            attributed.append(attribute_peak(replace(setting, row=setting.of_base), of_base=True))
+        found[ATTRIBUTE] = largest(setting, attributed)
     if config.starts_from_corda:
         found[DECOMPOSE] = decompose_peak(setting)
     return found | {EVALUATE: evaluate_peak(setting)}
 
 
-def attribute_peak(setting: Setting) -> Parts:
-    """The end of a forward pass, or the end, when results are beside what they are made from."""
+def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
+    """The end of a forward pass, or the end, when results are beside what they are made from.
+
+    Of a task, or `of_base`, the base model, whose weighting is its own.
+    """
     shape, config = setting.shape, setting.config
     importance, row = config.importance, setting.row
     sharing = setting.ranks if setting.shards > 1 or importance.split == "layers" else 1
@@ -64,12 +71,15 @@ def attribute_peak(setting: Setting) -> Parts:
     size = setting.attributed_bytes
     half = size == HALF
     hooks = shape.held_by_hooks(tokens, entries=bool(own), half=half)
-    backward = own or (projection and projection.weighting == "relevance")
+    weighting = config.base.weighting if of_base else projection and projection.weighting
+    backward = own or (projection and weighting == "relevance")
     layer = shape.passing(tokens, half=half)
     if backward:
         layer = shape.kept_by_attribution(tokens, row.tokens, half=half) + hooks
     activations = layer * (shape.layers + 1) if backward else layer
-    if not backward and importance.correct_only:  # Inputs wait until it is known which rows count.
+    if (
+        not (backward or of_base) and importance.correct_only
+    ):  # Inputs wait until it is known which rows count.
         activations += hooks * shape.layers
     held = [
         *model_parts(setting, gathered=False, size=size),

@@ -51,6 +51,8 @@ class Setting:
     config: Config
     row: Row
     directions: float = _DIRECTIONS
+    of_base: Row | None = None
+    """The longest row that the base model is measured on."""
 
     @property
     def ranks(self) -> int:

@@ -202,6 +202,20 @@ def test_what_the_config_excludes_is_not_advised(large, settings, dtype, kind, r
     assert not any(refused in each for each in said[1])
 
 
+def test_the_rows_that_the_base_is_measured_on_may_be_the_longest(large):
+    short = replace(setting_of(large, "ewc_base"), row=Row(20, 4))
+    own = replace(short, of_base=Row(1920, 640))
+    assert sizes(own, "attribute") == sizes(replace(short, row=Row(1920, 640)), "attribute")
+    assert on_device(own, "attribute") > 1.5 * on_device(short, "attribute")
+    # With equal weights there is no backward pass, whatever the tasks' rows take.
+    agcl = setting_of(large, "agcl")
+    long = replace(agcl, of_base=Row(1920, 64))
+    assert on_device(long, "attribute") == on_device(agcl, "attribute")
+    weighed = with_section(replace(long, row=Row(20, 4)), "base", weighting="relevance")
+    alike = replace(agcl, row=Row(1920, 64))
+    assert on_device(weighed, "attribute") == on_device(alike, "attribute")
+
+
 def test_models_trained_alone_are_kept_too(large):
     setting = setting_of(large, "gate")
     alone = with_section(setting, "importance", source="solo")
