@@ -63,6 +63,8 @@ def _run(parsed: argparse.Namespace, command: str) -> int:
     try:
         if "config" in parsed:
             _check(parsed)
+            if sys.stderr.isatty():  # Imports, and a look at all rows, take seconds.
+                print("checking config, model and data ...", file=sys.stderr, flush=True)
         if (
             "run_dir" in parsed
             and "://" not in parsed.run_dir
