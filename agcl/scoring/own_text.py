@@ -8,10 +8,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from agcl.model.forward import Precision
 from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
+from agcl.tasks.chat_template import around_user
 
 _BATCH_SIZE = 32
 """Part of what is drawn, as each batch has a seed of its own; so not a setting."""
-_MARK = "\N{SNOWMAN}agcl\N{SNOWMAN}"
 
 
 def own_texts(
@@ -86,13 +86,6 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
     None without a template that renders one user message, with its words once and as they are.
     """
-    if not tokenizer.chat_template:
-        return None
-    messages = [{"role": "user", "content": _MARK}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # The template's own, such as a missing system message, or any of Jinja's.
-        return None
-    parts = cast(str, text).split(_MARK)
+    parts = around_user(tokenizer) or ()
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
     return (ids[0], ids[1]) if len(ids) == 2 and all(ids) else None

@@ -76,6 +76,21 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Templa
     return Template(tokenizer, header, tail, end, special, lead, closing)
 
 
+def around_user(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
+    """What the template writes before a user's words, and from them to the assistant's answer.
+
+    None without a template that renders one user message, with its words once and as they are.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        asked = [{"role": "user", "content": _MARK}]
+        before, after = _apply(tokenizer, asked, add_generation_prompt=True).split(_MARK)
+    except Exception:  # The template's own, such as a missing system message, or any of Jinja's.
+        return None
+    return before, after
+
+
 def can_teach(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether there is a chat template, and rows of a question and its answer can be rendered."""
     asked = {"role": "user", "content": "?"}

@@ -24,7 +24,7 @@ Settings = dict[str, Any]
 SEARCHABLE = ("training", *METHOD_SECTIONS)
 """Config sections that a search may vary. Trials on other rows or another model would not be
 comparable."""
-_LEARNING_RATE = 4.0
+LEARNING_RATE = 4.0
 """By default the learning rate varies from a quarter of the config's to four times it."""
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -54,7 +54,7 @@ def default_space(config: Config) -> dict[str, Dimension]:
     """The learning rate, and how strongly each protection scales by the importances."""
     rate = config.training.learning_rate
     space: dict[str, Dimension] = {
-        "training.learning_rate": _log_scale(rate / _LEARNING_RATE, rate * _LEARNING_RATE)
+        "training.learning_rate": _log_scale(rate / LEARNING_RATE, rate * LEARNING_RATE)
     }
     for index, item in enumerate(config.protect):
         at = f"protect.{index}"

@@ -17,14 +17,12 @@ from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
 from pipeline.search.search import execute_trials, mirrored_search, only_validation, why_none
-from pipeline.search.space import Settings
+from pipeline.search.space import LEARNING_RATE, Settings
 from pipeline.search.trial import Trial
 from pipeline.storage.artifact import write_json
 
 SEED_OFFSET = 10_000
 """Added to the seed of trials, so that no reported run is chosen by its own result."""
-LEARNING_RATE = 4.0
-"""Trials go from the config's learning rate divided by this to it multiplied by this."""
 ADAPTER_LEARNING_RATE = 10.0
 """Trials of LoRA are around this many times the config's rate: what it needs to learn as full
 fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`, Concept-1K)."""
