@@ -63,8 +63,6 @@ def _run(parsed: argparse.Namespace, command: str) -> int:
     try:
         if "config" in parsed:
             _check(parsed)
-            if sys.stderr.isatty():  # Imports, and a look at all rows, take seconds.
-                print("checking config, model and data ...", file=sys.stderr, flush=True)
         if (
             "run_dir" in parsed
             and "://" not in parsed.run_dir
@@ -120,6 +118,8 @@ def _check(parsed: argparse.Namespace) -> None:
                 raise InputError(f"--methods: {method} is named twice")
     for method in methods:
         sources.check_places(loading.load(parsed.config, parsed.settings, method=method))
+    if sys.stderr.isatty():  # The imports, and then a look at all rows, take seconds.
+        print("checking config, model and data ...", file=sys.stderr, flush=True)
 
 
 def _say(code: int, message: str) -> int:
