@@ -45,6 +45,7 @@ def meter(model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, float]]
     per_pair = 12 * config.num_hidden_layers * config.hidden_size
     peak = _peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if device.type == "cuda":
+        _highest_before[device] = highest_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
     last = time.perf_counter()
 
@@ -75,13 +76,23 @@ def _weights(parameter: torch.Tensor) -> int:
     return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
+_highest_before: dict[torch.device, int] = {}
+"""Peak of each GPU before it was last set back."""
+
+
+def highest_memory(device: torch.device) -> int:
+    """`peak_memory` since the process started, whatever was metered in between."""
+    return max(_highest_before.get(device, 0), peak_memory(device))
+
+
 def peak_memory(device: torch.device | None = None) -> int:
     """Peak memory of a GPU, as torch allocated it, or else of this process, in bytes."""
     if device and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where rusage would include the parent's peak.
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    # Linux, where rusage would include the parent's peak; some sandboxes leave the line out.
+    if status.exists() and (peak := status.read_text().partition("VmHWM:")[2]):
+        return 1024 * int(peak.split()[0])
     # Kilobytes, but on macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -56,8 +56,9 @@ def train_task(
     loss of `agcl/loss.py`. `penalise` adds a penalty's gradient to `.grad`, identically on every
     rank, and returns the penalty's value; the logged loss excludes it. `measure` gets the rows'
     lengths after each step and returns more metrics to log, such as `throughput.meter`. With a
-    `checkpoint`, resume after its last step and log its steps again; the result is bit-identical to
-    an uninterrupted run. Raises `NonFiniteLoss`.
+    `checkpoint`, resume after its last step and log its steps again; on a CPU the result is
+    bit-identical to an uninterrupted run (a GPU's attention may round differently each time).
+    Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device

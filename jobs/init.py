@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         revision=arguments.revision,
         num_weights=num_weights,
         chat=chat,
-        template="a" if chat else "no usable" if tokenizer.chat_template else "no",
+        template="a" if chat else "an unusable" if tokenizer.chat_template else "no",
         data=data,
         lengths=lengths,
         scorer="rouge_l" if long else "exact_match",

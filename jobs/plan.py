@@ -20,6 +20,7 @@ from pipeline.estimate import Needs, estimate
 from pipeline.plan.disk import disk_per_task
 from pipeline.plan.fitting import USABLE, fits, on_device, remedy
 from pipeline.plan.memory import peaks
+from pipeline.plan.plan import Run
 from pipeline.plan.setting import Part, Row, Setting, total
 from pipeline.plan.shape import shape_of
 from pipeline.run import open_run
@@ -59,18 +60,25 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             warn(console, line)
         for line in _predicted(setting, memory):
             console.print(line)
-    if num_done == len(run.plan.stages) or not arguments.probe:
-        return
+    if num_done < len(run.plan.stages) and arguments.probe:
+        _probe(run, console)
+
+
+def _probe(run: Run, console: Console) -> None:
+    """Run a few rows, and print what the rest needs; or why that cannot be done."""
+    model, resources = run.config.model, run.config.resources
+    gpu = resources.gpus_per_worker
     if not model.is_builtin and not has_weights(model.folder):
         console.print(f"no probe on a few rows: no weights in {escape(str(model.folder))}")
         return
-    gpu = run.config.resources.gpus_per_worker
+    if resources.shard_model:
+        console.print("no probe on a few rows: it would need the whole model on one device")
+        return
     if gpu and not torch.cuda.is_available():
         console.print("no estimate: resources.gpus_per_worker is set, but this machine has no GPU")
         return
     console.print("[dim]running a few rows of each task ...[/]")
-    needs = estimate(run, "cuda" if gpu else "cpu")
-    for line in _lines(needs, run.config.resources):
+    for line in _lines(estimate(run, "cuda" if gpu else "cpu"), resources):
         console.print(line)
 
 
@@ -93,14 +101,18 @@ def _memory_here() -> int | None:
 def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
     """Lines on every kind of stage: its peak by the formula, and whether it fits a GPU."""
     if memory:
+        share = min(1.0, setting.config.resources.gpus_per_worker or 1.0)
+        memory = int(memory * share)  # Other runs have the rest of a GPU that they share.
         resources = setting.config.resources.model_copy(update={"gpus_per_worker": 1})
         setting = replace(
             setting, config=setting.config.model_copy(update={"resources": resources})
         )
-    row = setting.row
+    row, of_base = setting.row, setting.of_base
     yield (
         f"predicted for {count_text(setting.shape.weights)} weights and rows of up to "
-        f"{row.tokens} tokens, {row.answer} of them answers (agcl/SPEED.md has the formula):"
+        f"{row.tokens} tokens, {row.answer} of them answers"
+        + (f", the base model measured on up to {of_base.tokens}" if of_base else "")
+        + " (agcl/SPEED.md has the formula):"
     )
     where = "on the GPU" if setting.on_gpu else "beyond Python's own"
     for kind, parts in peaks(setting).items():

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from agcl.tasks import TRAIN
-from agcl.throughput import peak_memory
+from agcl.throughput import highest_memory
 from transformers.utils import logging
 
 from pipeline.config.config import Config
@@ -141,7 +141,8 @@ def _run(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
         failed = next(record for record in records if record.get("state") == "failed")
         stage = next(stage for stage in stages if stage.folder.name == failed["artifact"])
         raise ProbeFailed(f"{stage.name}: {failed['error']}") from None
-    return peak_memory(torch.device(device))
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
+    return highest_memory(place or torch.device(device))
 
 
 def _rows(config: Config) -> _Rows:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agcl.importance.moment import Moment, of_matrix, of_sketch
-from agcl.lrp import input_width, weight_of
+from agcl.lrp import evaluating, input_width, weight_of
 from agcl.model.forward import any_dtype_attention
 from agcl.parallel import distributed
 
@@ -30,7 +30,8 @@ def shared_inputs(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> d
         # The tensor is held, so that no later one gets its place in memory.
         found[name], _ = first.setdefault(tensor.data_ptr(), (name, tensor))
 
-    with ExitStack() as hooks, torch.no_grad(), any_dtype_attention(model):
+    # In eval mode: with dropout each factor A would read a tensor of its own.
+    with ExitStack() as hooks, evaluating(model), any_dtype_attention(model):
         for name, layer in linears.items():
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
@@ -100,7 +101,7 @@ class InputMoment:
         inputs = self.inputs.flatten(0, 1)[self.tokens].to(self.sum.dtype)
         lengths = torch.linalg.vector_norm(inputs, dim=-1)
         if self.arriving is None:
-            relevance, roots = lengths.new_tensor(len(lengths)), lengths.new_ones(())
+            relevance, roots = lengths.new_full((), len(lengths)), lengths.new_ones(())
         else:
             weights = self.arriving.flatten()[self.tokens].to(self.sum.dtype)
             relevance, roots = weights.sum(), weights.sqrt()
@@ -108,7 +109,9 @@ class InputMoment:
         if self.unit_inputs:
             roots = torch.where(lengths == 0, 0, roots / lengths)
         scaled = lengths * roots
-        self.totals += torch.stack([relevance, lengths.new_tensor(len(lengths)), scaled @ scaled])
+        # `new_full`, as `new_tensor` would copy from the CPU and make a GPU wait.
+        count = lengths.new_full((), len(lengths))
+        self.totals += torch.stack([relevance, count, scaled @ scaled])
         vectors = inputs * roots.unsqueeze(-1)
         if self.test is not None:
             self.sum.addmm_(vectors.T, vectors @ self.test)

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-_TILE_ENTRIES = 2**20
-"""Products of all samples that are in memory at a time without a kernel: 4 MB in float32."""
+_TILE_ENTRIES, _TILES_ON_GPU = 2**20, 64
+"""Products of all samples that are in memory at a time without a kernel: 4 MB in float32, which fit
+a CPU's cache. On a GPU, where every tile is several launches, so many times as much."""
 _MAX_K_ON_GPU = 8
 """Running values that fit into a GPU's registers beside a tile of products."""
 
@@ -40,7 +41,8 @@ class TopK:
             gpu.insert_products(self.values, weight, x, g)
             return
         compiled = self._fits_the_cpu_kernel(weight)
-        rows = max(1, _TILE_ENTRIES // (max(1, samples) * width))
+        tile = _TILE_ENTRIES * (_TILES_ON_GPU if weight.is_cuda else 1)
+        rows = max(1, tile // (max(1, samples) * width))
         if compiled and self.values.dtype == self.computed_in:
             rows = len(weight)  # Needs no copies.
         for first in range(0, len(weight), rows):

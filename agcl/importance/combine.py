@@ -24,18 +24,22 @@ def scaled(entries: Tensor, log_scale: float) -> Tensor:
     )
 
 
-def running_sum(importances: Sequence[Importance], *, keep: float) -> Importance:
+def running_sum(
+    importances: Sequence[Importance], *, keep: float, device: torch.device | str = "cpu"
+) -> Importance:
     """What several tasks relied on, as one importance: their summed moments, without entries.
 
-    Each moment is cut again as in `attribute`. Raises `ValueError` without importances, or if one
-    has no moments.
+    Each moment is cut again as in `attribute`. Computed on `device`, returned on the CPU. Raises
+    `ValueError` without importances, or if one has no moments.
     """
     if not importances or not all(i.moments for i in importances):
         raise ValueError("nothing to sum: an importance has no input moments")
     first = importances[0]
     by_input = {first.input_of(name): name for name in reversed(first.weights)}
     moments = {
-        key: summed([i.moments[i.input_of(name)] for i in importances], keep=keep)
+        key: summed([i.moments[i.input_of(name)].to(device) for i in importances], keep=keep).to(
+            "cpu"
+        )
         for key, name in reversed(by_input.items())
     }
     kept = min(moment.kept for moment in moments.values())

@@ -48,8 +48,10 @@ class Importance:
         tensor_file.write(Path(file), tensors, _KIND, {**self.header, **parts})
 
     @classmethod
-    def load(cls, file: Path | str, *, verify: bool = True) -> "Importance":
-        """Open lazily: tensors are read on access and not cached.
+    def load(
+        cls, file: Path | str, *, verify: bool = True, device: torch.device | str = "cpu"
+    ) -> "Importance":
+        """Open lazily: tensors are read on access and not cached, moments onto `device`.
 
         Raises `InputError` naming the file if it is not an importance file or, with `verify`, if
         its checksum is wrong.
@@ -62,7 +64,8 @@ class Importance:
             tensor_file.verify(file, _KIND)
         _refuse_old(file, keys)
         traces, inputs = header.pop(_TRACES, {}), header.pop(_INPUTS, {})
-        return cls(_Entries(file, keys), _Moments(file, keys, traces), header, inputs)
+        moments = _Moments(file, keys, traces, device)
+        return cls(_Entries(file, keys), moments, header, inputs)
 
     @property
     def weights(self) -> list[str]:
@@ -121,14 +124,20 @@ class _Entries(_Stored[Tensor]):
 
 
 class _Moments(_Stored[Moment]):
-    def __init__(self, file: Path, keys: list[str], traces: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        keys: list[str],
+        traces: Mapping[str, float],
+        device: torch.device | str,
+    ) -> None:
         super().__init__(file, _DIRECTIONS, keys)
-        self.traces = traces
+        self.traces, self.device = traces, device
 
     def __getitem__(self, name: str) -> Moment:
-        trace = self.traces[name]
-        directions = orthonormal(self._read(_DIRECTIONS + name))
-        return Moment(directions, self._read(_ENERGIES + name), trace)
+        # On the device: of wide inputs a CPU would need minutes.
+        directions = orthonormal(self._read(_DIRECTIONS + name).to(self.device))
+        return Moment(directions, self._read(_ENERGIES + name).to(self.device), self.traces[name])
 
 
 def _refuse_old(file: Path, keys: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from agcl.attribution.attribute import attribute, check_precision
 from agcl.importance import Importance
@@ -28,7 +28,11 @@ _KINDS = (
 
 
 def tokenize_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Any], *, max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Any],
+    *,
+    max_tokens: int | None = None,
+    config: PretrainedConfig | None = None,
 ) -> list[dict[str, list[int]]]:
     """Rows as a `Trainer` with `DataCollatorForSeq2Seq` takes them: `input_ids` and `labels`.
 
@@ -41,11 +45,12 @@ def tokenize_rows(
     - a dict with `input_ids`, as of a tokenized dataset: tokens count where `labels` are not -100,
       or where `completion_mask` and `assistant_masks` are 1; without any of them all do.
 
-    Tokens after `max_tokens` are cut off. Raises `ValueError` naming the row for any other kind,
-    and for labels that are not the row's own tokens.
+    Tokens after `max_tokens` are cut off. A text starts with BOS, for some tokenizers that of the
+    model's `config` (`own_text.start_token`). Raises `ValueError` naming the row for any other
+    kind, and for labels that are not the row's own tokens.
     """
     return [
-        {key: ids[:max_tokens] for key, ids in _tokenized(tokenizer, row, number).items()}
+        {key: ids[:max_tokens] for key, ids in _tokenized(tokenizer, row, number, config).items()}
         for number, row in enumerate(rows)
     ]
 
@@ -80,7 +85,8 @@ def attribute_dataset(
     if correct_only is None:
         correct_only = all(_has_answer(row) for row in rows)
     positions = inner.config.max_position_embeddings
-    tokenized = tokenize_rows(tokenizer, rows, max_tokens=min(max_tokens or positions, positions))
+    most = min(max_tokens or positions, positions)
+    tokenized = tokenize_rows(tokenizer, rows, max_tokens=most, config=inner.config)
     counted = [row for row in tokenized if set(row["labels"][1:]) - {IGNORED}]
     if not counted:
         raise ValueError(f"none of the {len(rows)} rows has a token to attribute")
@@ -122,7 +128,9 @@ def protect_base(
     return bases([importance], energy=energy, device=inner.device)
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, row: Any, number: int) -> dict[str, list[int]]:
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, row: Any, number: int, config: PretrainedConfig | None
+) -> dict[str, list[int]]:
     if isinstance(row, Mapping) and "input_ids" in row:
         ids = list(row["input_ids"])
         labels = _labels(row, ids)
@@ -133,7 +141,8 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, row: Any, number: int) -> dic
         return {"input_ids": ids, "labels": labels}
     text = row.get("text") if isinstance(row, Mapping) else row
     if isinstance(text, str):
-        start, ids = start_token(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = start_token(tokenizer, config)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = ids if ids[:1] == [start] else [start, *ids]  # A rendered conversation has its BOS.
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     if _has_answer(row) or _is_conversation(row):

@@ -69,6 +69,16 @@ def attention_inputs(
     return scale_gradient(query, 0.25), scale_gradient(key, 0.25), scale_gradient(value, 0.5)
 
 
+def _lacks_kernel(query: Tensor, key: Tensor) -> bool:
+    """Whether torch would hold all attention weights: in float32 on a GPU with grouped heads.
+
+    Its efficient kernels take grouped heads in half precision only. Given a mask, transformers
+    repeats key and value instead of passing groups.
+    """
+    grouped = key.shape[1] < query.shape[1]
+    return query.is_cuda and query.dtype == torch.float32 and grouped
+
+
 def attention(base: Callable[..., Any], rules: RuleSet) -> Callable[..., Any]:
     """Wrap `base`, a function of transformers' attention interface; its forward is unchanged."""
 
@@ -80,6 +90,14 @@ def attention(base: Callable[..., Any], rules: RuleSet) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
+        if (
+            attention_mask is None
+            and getattr(module, "is_causal", True)
+            and _lacks_kernel(query, key)
+        ):
+            tokens = query.shape[2]
+            attention_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+            attention_mask = attention_mask.tril().expand(len(query), 1, -1, -1)
         query, key, value = attention_inputs(query, key, value, rules)
         return base(module, query, key, value, attention_mask, **kwargs)
 

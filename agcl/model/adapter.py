@@ -38,7 +38,7 @@ def attach(
     loaded from the adapter in `start`. Raises `InputError` if that is not an adapter of this rank.
     """
     if start is not None:
-        check_saved(start, rank)
+        check_saved(start, rank, alpha)
         return load(model, start)
     config = lora_config(model, rank=rank, alpha=alpha)
     with torch.random.fork_rng():
@@ -116,11 +116,12 @@ def factor_a(name: str) -> str:
     return name.removesuffix(".weight") + f".lora_A.{_ADAPTER}.weight"
 
 
-def check_saved(folder: Path, rank: int) -> None:
-    """Raise `InputError` if a folder holds no adapter of this rank."""
+def check_saved(folder: Path, rank: int, alpha: float | None = None) -> None:
+    """Raise `InputError` if a folder holds no adapter of this rank and, if given, this alpha."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: no {file}, so there is no adapter to continue from")
-    found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("r")
-    if found != rank:
-        raise InputError(f"{folder}: the adapter has rank {found}, not {rank}")
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for name, key, asked in (("rank", "r", rank), ("alpha", "lora_alpha", alpha)):
+        if asked is not None and found.get(key) != asked:
+            raise InputError(f"{folder}: the adapter has {name} {found.get(key)}, not {asked}")

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from agcl.errors import InputError
 from agcl.lrp import attributed_linears
 from agcl.model import adapter
+from agcl.model.forward import any_dtype_attention
 from agcl.parallel import sharding
 
 _PREFIX = "base_model.model."
@@ -65,7 +66,8 @@ def decompose(
             model(torch.tensor([list(ids)], device=model.device), use_cache=False)
             log(done)
 
-    preprocess_corda(model, config, run_model=read)
+    with any_dtype_attention(model):
+        preprocess_corda(model, config, run_model=read)
     model.train(training)
     found: Factors = {}
     for name, linear in linears.items():

@@ -55,9 +55,9 @@ def fast_products(precision: Precision) -> Iterator[None]:
 def activation_checkpointing(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
     """Recompute each layer's activations in the backward pass instead of storing them.
 
-    Holds the activations of one layer at a time, at the cost of a second forward pass. Gradients
-    are bit-identical, dropout included (Chen 2016, "Training deep nets with sublinear memory
-    cost"). Raises `ValueError` for a model that does not support it.
+    Holds the activations of one layer at a time, at the cost of a second forward pass. On a CPU
+    gradients are bit-identical, dropout included (Chen 2016, "Training deep nets with sublinear
+    memory cost"). Raises `ValueError` for a model that does not support it.
     """
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -111,13 +111,16 @@ def head_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
 
 @contextmanager
 def any_dtype_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it flash attention, which takes no float32, is replaced by torch's own."""
+    """Within it flash attention, which takes no float32, is replaced by torch's or by eager."""
     before = model.config._attn_implementation
-    if before == "flash_attention_2":
-        model.set_attn_implementation("sdpa")
-    yield
-    if before == "flash_attention_2":
-        model.set_attn_implementation(before)
+    is_flash = "flash" in (before or "")  # Also a kernel from the hub.
+    if is_flash:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        if is_flash:
+            model.set_attn_implementation(before)
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

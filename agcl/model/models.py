@@ -15,8 +15,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -178,12 +180,23 @@ def save(
         known = config.eos_token_id
         ends = list(dict.fromkeys([*taught, *(known if isinstance(known, list) else [])]))
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    _make_valid(model.generation_config)
     state = None
     if sharding.is_sharded(model):
         state = dict(sharding.on_rank_zero(model.named_parameters()))
     if distributed.rank() == 0:
         model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
+
+
+def _make_valid(config: GenerationConfig | None) -> None:
+    """Let a changed config be saved: transformers refuses sampling settings without sampling."""
+    try:
+        if config:
+            config.validate(strict=True)
+    except ValueError:
+        assert config
+        config.do_sample = True  # As the settings of older checkpoints mean it.
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -286,10 +299,17 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def config_of(folder: Path) -> PretrainedConfig:
+    """What `config.json` in a folder says."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return config
+
+
 def positions(folder: Path) -> int:
     """The most tokens that the folder's model was made for."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return int(config.max_position_embeddings)
+    return int(config_of(folder).max_position_embeddings)
 
 
 def num_weights(folder: Path) -> int:
@@ -299,7 +319,6 @@ def num_weights(folder: Path) -> int:
 
 def empty_model(folder: Path) -> PreTrainedModel:
     """The folder's model on the meta device: parameter names and shapes without memory."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(folder))
     return model

@@ -1,7 +1,7 @@
 """The collectives agcl needs. In a single process every function is the identity."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TypeVar
 
@@ -113,3 +113,25 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(values, source)
     return values[0]
+
+
+def of_rank_zero(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Rank 0's tensors, which other ranks computed too but may have rounded differently.
+
+    Shapes may differ, names may not. They are sent through `device`, since nccl takes nothing from
+    the CPU. Names that share a tensor still do.
+    """
+    if world_size() == 1:
+        return dict(tensors)
+    firsts: dict[int, str] = {}
+    first_of = {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    shapes = broadcast_object({name: tensors[name].shape for name in firsts.values()})
+    found: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        own = tensors[name] if tensors[name].shape == shape else tensors[name].new_empty(shape)
+        sent = torch.empty(shape, dtype=own.dtype, device=device)
+        if rank() == 0:
+            sent.copy_(own)
+        # In place, so that the layout in memory, by which products round, is that of one rank.
+        found[name] = own.copy_(broadcast(sent, 0))
+    return {name: found[first] for name, first in first_of.items()}

@@ -112,8 +112,8 @@ def micro_batches(
     """Row indices of a batch's forward passes; rows of similar length share one.
 
     A pass has at most `max_rows` rows and `max_tokens` tokens, counting padding; a longer row is
-    alone. The number of ranks has no part in it: other passes would round
-    otherwise, and the same config would give other numbers on other machines.
+    alone. The number of ranks has no part in it: other passes would round otherwise, and the same
+    config would give other numbers on other machines.
     """
     passes: list[list[int]] = []
     tokens = 0

@@ -227,8 +227,8 @@ def _no_prefix(
     return _error(
         template,
         conversation,
-        f"renders what is before message {number + 1} otherwise once that follows ({here!r} "
-        f"becomes {there!r}), so what the model would see is not what it learns; "
+        f"renders the messages before message {number + 1} differently once that follows ({here!r} "
+        f"becomes {there!r}), so the model would learn from text that it never sees; "
         + (advice if several else "correct the template, or train without it"),
     )
 

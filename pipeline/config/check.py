@@ -19,7 +19,7 @@ from transformers.utils import logging
 from pipeline.config import hub
 from pipeline.config.check_data import check_data, named
 from pipeline.config.config import Config
-from pipeline.config.weights import loaded_dtype
+from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
 
 
 def check_inputs(config: Config, *, weights: bool = True) -> None:
@@ -104,11 +104,11 @@ def _check_dtype(config: Config, dtype: str) -> None:
         raise InputError("training.optimizer: sgd needs float32 weights; set model.dtype=float32")
     if dtype == "bfloat16" and config.starts_from_corda:
         raise InputError("adapter.init: corda needs weights in float32, model.dtype=float32")
-    to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
-    if to_nearest and config.training.optimizer == "adamw_8bit" and not config.adapter:
+    if rounds_8bit_to_nearest(config, dtype):
         raise InputError(
             "training.rounding: nearest cannot be combined with training.optimizer=adamw_8bit"
         )
+    to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
     if to_nearest and config.protect and not config.adapter:
         raise InputError(
             "training.rounding: nearest would undo the protection of bfloat16 weights, as method "

@@ -154,7 +154,7 @@ def _change(raw: dict[str, Any], method: str, key: str, value: Any) -> None:
 
 def _order(key: str) -> tuple[bool, bool]:
     path, _, last = key.rpartition(".")
-    return bool(path), last not in _KINDS
+    return bool(path), last not in (*_KINDS, "layout")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Model(Section):
     'agcl[quantization]'), computed in `dtype`: for an adapter that is not merged."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers; `flash_attention_2` needs a GPU, half precision
-    and the package `flash_attn`. Changes results by rounding only."""
+    and the package `flash_attn`; importance is measured without it. Changes results by
+    rounding only."""
     pretraining: Pretraining = Pretraining()
     """For `builtin` only."""
 

@@ -18,16 +18,19 @@ _OF_TEMPLATE = 64
 
 
 def longest_of_base(config: Config) -> tuple[int, int] | None:
-    """The same of what the base model is measured on; None if it is not."""
-    tokens = config.base.tokens
-    match config.base.protect:
-        case "none":
-            return None
-        case "rows" if given := base_rows(config):
-            return longest_row(given)
-        case "self" if models.load_tokenizer(config.model.folder).chat_template:
-            return 2 * tokens + _OF_TEMPLATE, tokens  # A user's words and the answer.
-    return tokens + 1, tokens
+    """Tokens of the longest row that the base model is measured on, and of those with loss.
+
+    None if it is not measured.
+    """
+    if not config.measures_base:
+        return None
+    if given := base_rows(config):
+        return longest_row(given)
+    most = models.positions(config.model.folder)
+    words = min(config.base.tokens, most - 1)  # A start token is before them.
+    if config.base.protect == "self" and models.load_tokenizer(config.model.folder).chat_template:
+        return min(most, 2 * words + _OF_TEMPLATE), words  # A user's words and the answer.
+    return words + 1, words
 
 
 def longest_row(config: Config) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class Training(Section):
     packing: bool = False
     """Concatenate a micro-batch's rows instead of padding them to the longest; rows do not attend
     to each other. Faster for large micro-batches with rows of different lengths. Changes results
-    by rounding only."""
+    by rounding only. Not with `model.attention: flash_attention_2`."""
     compile: bool = False
     """Train with `torch.compile`, which needs a C++ compiler. Compiling takes half a minute or more
     and saved up to 6 % per step of a 135M model on a CPU, so it pays off for tasks of hundreds of
@@ -78,7 +78,8 @@ class Evaluation(Section):
     used instead), or of the scored rows for tasks that are scored on their training rows."""
     text: Place | None = None
     """Text file (UTF-8) to measure the language-model loss on, before and after every task: what
-    training costs the model's other skills."""
+    training costs the model's other skills. Where the tokenizer starts texts with BOS, each window
+    of 512 tokens begins with it."""
     text_tokens: int = Field(20_000, ge=2)
     """Maximum tokens, from the beginning of the text."""
     probes: tuple[Place, ...] = ()

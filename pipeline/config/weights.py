@@ -34,6 +34,13 @@ def attributed_dtype(model: Model, importance: Importance) -> str:
     return "bfloat16" if half else "float32"
 
 
+def rounds_8bit_to_nearest(config: Config, dtype: str) -> bool:
+    """Whether 8-bit Adam would round weights of this dtype to nearest, which it cannot."""
+    training = config.training
+    to_nearest = dtype == "bfloat16" and training.rounding == "nearest"
+    return to_nearest and training.optimizer == "adamw_8bit" and not config.adapter
+
+
 def slow_here(config: Config) -> str | None:
     """What to set where a run would be many times slower than this machine can be, or None.
 

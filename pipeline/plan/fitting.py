@@ -7,8 +7,9 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.config.conflicts import conflicts
 from pipeline.config.method import Adapter, Base, Freeze, Loss, Project, Replay
+from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
 from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
-from pipeline.plan.setting import HALF, Setting, total
+from pipeline.plan.setting import Setting, total
 
 USABLE = 0.9
 """Share of a GPU's memory that tensors can have: the rest is the CUDA context and fragments."""
@@ -29,11 +30,8 @@ def remedy(setting: Setting, kind: str, memory: int) -> str | None:
 
 def _is_accepted(setting: Setting) -> bool:
     """Whether a changed config could be run."""
-    training, config = setting.config.training, setting.config
-    to_nearest = training.rounding == "nearest" and setting.weight_bytes == HALF
-    if to_nearest and training.optimizer == "adamw_8bit" and not config.adapter:
-        return False
-    return not any(conflicts(config))
+    dtype = loaded_dtype(setting.config.model)
+    return not (any(conflicts(setting.config)) or rounds_8bit_to_nearest(setting.config, dtype))
 
 
 def fits(setting: Setting, kind: str, memory: int) -> bool:

@@ -187,6 +187,7 @@ def evaluate_stage(
             "validation": settings.validation if in_trial else None,
             "saved": last and not in_trial,
             "new": list(new),
+            "facts": BASE_TASK if config.model.is_builtin else None,
             **loading(config),
         },
         inputs=inputs,

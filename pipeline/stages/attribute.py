@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from agcl.attribution import attribute as attribute_batches
 from agcl.attribution.attribute import NoCorrectAnswer, Split
 from agcl.importance import Importance, magnitude, permuted, random, running_sum
@@ -63,20 +64,22 @@ def attribute(
         raise ValueError("every importance is zero: no relevance reached any weight")
     if context.is_first_worker:
         importance.save(out_dir / IMPORTANCE_FILE)
-        if earlier := past_moments(inputs):
-            both = running_sum([*earlier, importance], keep=config["keep"])
+        if earlier := past_moments(inputs, context.device):
+            summed = [*earlier, importance]
+            both = running_sum(summed, keep=config["keep"], device=context.device)
             both.save(out_dir / PAST_FILE)
 
 
-def past_moments(inputs: Mapping[str, Path]) -> list[Importance]:
+def past_moments(inputs: Mapping[str, Path], device: torch.device) -> list[Importance]:
     """The summed moments of earlier tasks, in the input `past`, and files in inputs `past/...`.
 
     Artifacts were verified when they were fetched; files of the user are verified here.
     """
-    found = [Importance.load(file) for file in named("past/", inputs).values()]
+    files = named("past/", inputs).values()
+    found = [Importance.load(file, device=device) for file in files]
     if folder := inputs.get("past"):
         file = next(f for f in (folder / PAST_FILE, folder / IMPORTANCE_FILE) if f.is_file())
-        found.append(Importance.load(file, verify=False))
+        found.append(Importance.load(file, verify=False, device=device))
     return found
 
 

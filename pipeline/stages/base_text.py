@@ -47,13 +47,16 @@ def cut_text(
 ) -> None:
     """Cut pieces out of the text file, or the files of the folder, `text`: files as above."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
+    has_config = (inputs["tokenizer"] / "config.json").exists()  # The built-in tokenizer has none.
+    model_config = models.config_of(inputs["tokenizer"]) if has_config else None
     pieces = pieces_of(
         inputs["text"],
         samples=config["samples"],
         size=config["tokens"] * _BYTES_PER_TOKEN,
         seed=config["seed"],
     )
-    first, ids = start_token(tokenizer), (_ids(tokenizer, piece) for piece in pieces)
+    first = start_token(tokenizer, model_config)
+    ids = (_ids(tokenizer, piece) for piece in pieces)
     texts = [Encoded([first, *each[: config["tokens"]]], 1) for each in ids if each]
     if not texts:
         raise ValueError(f"base.text: nothing but white space was drawn from {inputs['text']}")

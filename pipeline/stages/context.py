@@ -1,5 +1,6 @@
 """What a stage gets besides its config and inputs: device, log, and the model held in memory."""
 
+import gc
 import json
 import time
 from collections import deque
@@ -68,6 +69,8 @@ class Context:
         if model is not None and model.dtype == dtype:
             return model
         del model  # Before another copy takes memory.
+        if self.shard_model:
+            gc.collect()  # Cycles keep a sharded one.
         return self.loaded(folder, config)
 
     def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:

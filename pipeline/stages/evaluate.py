@@ -18,7 +18,6 @@ from agcl.tasks import VALIDATION, EncodedRows
 from agcl.tasks.chat_template import template_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.sources import BASE_TASK
 from pipeline.stages.context import Context
 from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, named, rows_file
 from pipeline.stages.kept import measure
@@ -38,7 +37,7 @@ def evaluate(
     answer, with exact match alone only up to its first wrong token. With a `validation` share, only
     validation rows are scored: those of the task's own split, or else those whose fact's `position`
     is below it. `base.json` holds what the model still knows of what the base model knew
-    (`kept.measure`).
+    (`kept.measure`). The config's `facts` names the base model's facts among the tasks, or is None.
 
     A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
     files are loaded again to answer a few rows, and `saved.json` holds how many agree; a
@@ -55,7 +54,7 @@ def evaluate(
             scores[task], verdict = _score_task(model, tokenizer, config, task, folder, tables)
             verdicts.append(verdict)
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
-        _check_common(scores)
+        _check_common({task: scores[task] for task in tasks if task != config["facts"]})
         measure(model, tokenizer, config, inputs, out_dir, context)
     if context.is_first_worker:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
@@ -96,18 +95,18 @@ def _score_task(
         texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
         right_first = sorted(range(len(rows)), key=lambda i: not exact[i])[:ANSWERS]
         verdicts += [(rows[i], exact[i]) for i in right_first]
+        answers = _without_lead(tokenizer, rows, rows.table["answer"].to_pylist())
         for set_name, scorer in sets.items():
             scored = _scored(scorer, texts, expected, rows.table, exact)
             scores[set_name] = fmean(scored)
-            tables.append(_predictions(task, set_name, scorer, texts, rows.table, scored))
+            tables.append(_predictions(task, set_name, scorer, texts, answers, rows.table, scored))
     return scores, sorted(verdicts, key=itemgetter(1), reverse=True)
 
 
 def _check_common(scores: Mapping[str, Mapping[str, float]]) -> None:
     """Raise `ValueError` if the tasks have no evaluation set in common, and so no matrix."""
-    of_tasks = {task: list(sets) for task, sets in scores.items() if task != BASE_TASK}
-    if not set.intersection(*map(set, of_tasks.values())):
-        found = "; ".join(f"{task} has {', '.join(sets)}" for task, sets in of_tasks.items())
+    if not set.intersection(*map(set, scores.values())):
+        found = "; ".join(f"{task} has {', '.join(sets)}" for task, sets in scores.items())
         raise ValueError(
             f"the tasks have no evaluation set in common ({found}): give each a test file of rows "
             "that it is not trained on, or none of them a test file"
@@ -180,13 +179,17 @@ def _answers(
         tokenizer.batch_decode([[i for i in ids if i not in skipped] for ids in each])
         for each in (predicted, answers)
     )
-    of_chat = rows.table["earlier"].null_count < len(rows)
-    if of_chat and (lead := template_of(tokenizer).lead.strip()):
-        texts, expected = (
-            [text.lstrip().removeprefix(lead).lstrip() for text in each]
-            for each in (texts, expected)
-        )
+    texts, expected = (_without_lead(tokenizer, rows, each) for each in (texts, expected))
     return texts, expected, exact
+
+
+def _without_lead(
+    tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, texts: list[str]
+) -> list[str]:
+    """Answers without what the chat template writes before their words, if the rows have one."""
+    of_chat = rows.table["earlier"].null_count < len(rows)
+    lead = template_of(tokenizer).lead.strip() if of_chat else ""
+    return [text.lstrip().removeprefix(lead).lstrip() for text in texts] if lead else texts
 
 
 def _scored(
@@ -215,7 +218,13 @@ def _scored(
 
 
 def _predictions(
-    task: str, name: str, scorer: str, texts: list[str], rows: pa.Table, scored: list[float]
+    task: str,
+    name: str,
+    scorer: str,
+    texts: list[str],
+    answers: list[str],
+    rows: pa.Table,
+    scored: list[float],
 ) -> pa.Table:
     return pa.table(
         {
@@ -223,7 +232,7 @@ def _predictions(
             "evaluation_set": [name] * len(texts),
             "row": range(len(texts)),
             "prompt": rows["prompt"],
-            "answer": rows["answer"],
+            "answer": answers,
             "references": rows["references"],
             "predicted": texts,
             "scorer": [scorer] * len(texts),

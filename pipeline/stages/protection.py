@@ -65,25 +65,26 @@ class Protection:
         self.before = dict(self.protected(model))
 
 
-def past_importances(inputs: Mapping[str, Path]) -> list[Importance]:
+def past_importances(inputs: Mapping[str, Path], device: torch.device) -> list[Importance]:
     """The importances of earlier tasks: artifacts of stages, or files of the user.
 
     Where only moments count, this is one importance, their sum. Artifacts were verified when they
     were fetched; files are verified here.
     """
-    return [*past_moments(inputs)] or [
-        Importance.load(path / IMPORTANCE_FILE, verify=False)
+    return [*past_moments(inputs, device)] or [
+        Importance.load(path / IMPORTANCE_FILE, verify=False, device=device)
         if path.is_dir()
-        else Importance.load(path)
+        else Importance.load(path, device=device)
         for path in named("importance/", inputs).values()
     ]
 
 
-def base_importance(inputs: Mapping[str, Path]) -> Importance | None:
+def base_importance(inputs: Mapping[str, Path], device: torch.device) -> Importance | None:
     """What the base model relied on before the first task, if that is protected."""
     if "base_importance" not in inputs:
         return None
-    return Importance.load(inputs["base_importance"] / IMPORTANCE_FILE, verify=False)
+    file = inputs["base_importance"] / IMPORTANCE_FILE
+    return Importance.load(file, verify=False, device=device)
 
 
 def warn_of_missing(
@@ -163,7 +164,8 @@ def _directions_of(model: PreTrainedModel, energy: float) -> dict[str, Tensor]:
     """The leading input directions of every attributed weight. Collective."""
     names = attributed_linears(model)
     weights = {name: p for name, p in model.named_parameters() if name in names}
-    return _shared(weight_bases(weights, energy=energy, transposed=stored_transposed(model)))
+    found = weight_bases(weights, energy=energy, transposed=stored_transposed(model))
+    return distributed.of_rank_zero(found, model.device)
 
 
 def base_directions(
@@ -171,7 +173,11 @@ def base_directions(
 ) -> dict[str, Tensor]:
     """The base model's input directions to protect, per weight; none without its importance."""
     energy = config["base_energy"]
-    return _shared(bases([base], energy=energy, device=device)) if base and energy else {}
+    return (
+        distributed.of_rank_zero(bases([base], energy=energy, device=device), device)
+        if base and energy
+        else {}
+    )
 
 
 def basis_of(
@@ -187,17 +193,10 @@ def basis_of(
     """
     basis = dict(known)
     if past:
-        basis |= _shared(bases(past, energy=item["energy"], known=known, device=device))
-    return _shared(random_bases(basis, seed=seed)) if item["directions"] == "random" else basis
-
-
-def _shared(basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rank 0's directions. Machines may round them otherwise, or take one more. Collective."""
-    shapes = distributed.broadcast_object({name: u.shape for name, u in basis.items()})
-    return {
-        name: distributed.broadcast(u if u.shape == shapes[name] else u.new_empty(shapes[name]), 0)
-        for name, u in basis.items()
-    }
+        basis |= bases(past, energy=item["energy"], known=known, device=device)
+    if item["directions"] == "random":
+        basis = random_bases(basis, seed=seed)
+    return distributed.of_rank_zero(basis, device)
 
 
 def freeze(
@@ -294,7 +293,7 @@ def write_checks(
         gate = {
             name: sampled(each, transposed=name in transposed)
             for name, each in (protection.gate or {}).items()
-            if name in trained  # Frozen weights move the same whatever their gate.
+            if name in trained  # Frozen weights do not move, whatever their gate.
         }
         found = check(
             protection.before,

@@ -1,5 +1,6 @@
 """Train one task, starting from the previous task's model."""
 
+import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,9 +61,13 @@ def train(
         inner = peft_model.get_base_model()
         freeze(inner, Protection(), config["freeze"])
         fit(inner, config, rows, context, Protection(), loss_of(config, inputs, context))
-        _finish(subspace.merged(peft_model), inputs["model"], out_dir, context, rows)
+        model = subspace.merged(peft_model)
+        del peft_model, inner
+        gc.collect()  # PEFT's hooks keep the factors alive in cycles.
+        _finish(model, inputs["model"], out_dir, context, rows)
         return
-    past, base = past_importances(inputs), base_importance(inputs)
+    place = context.device
+    past, base = past_importances(inputs, place), base_importance(inputs, place)
     if context.is_first_worker:
         warn_of_missing(config, past, base, context.warn)
     protection = protect(model, past, config, base)

@@ -53,7 +53,7 @@ def train_adapter(
     else:
         peft_model = adapter.attach(model, **size, seed=config["seed"], start=start)
     model = peft_model.get_base_model()
-    past, base = past_importances(inputs), base_importance(inputs)
+    past, base = past_importances(inputs, context.device), base_importance(inputs, context.device)
     if context.is_first_worker:
         warn_of_missing(config, past, base, context.warn)
     projects = any(item["kind"] == "project" for item in config["protect"])

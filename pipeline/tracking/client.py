@@ -176,7 +176,8 @@ class Tracker:
             info, now = run.info, dict(_texts(params))
             if info.experiment_id != self.experiment:
                 return None
-            if any(now.get(key, text) != text for key, text in run.data.params.items()):
+            if params and not self._is_of(run, now):
+                self._close(run_id)
                 return None
             self.client.update_run(run_id, status="RUNNING")
         except TrackingFailed as error:
@@ -186,6 +187,18 @@ class Tracker:
         if info.status == "FINISHED" and info.end_time:
             self._finished[run_id] = (info.end_time / 1000, parent)
         return run_id
+
+    def _is_of(self, run: Any, params: Mapping[str, str]) -> bool:
+        """Whether a run has these params, or none yet; it may have more of other sections."""
+        sections = {key.partition(".")[0] for key in params}
+        logged = run.data.params.items()
+        return all(params.get(k) == v for k, v in logged if k.partition(".")[0] in sections)
+
+    def _close(self, run_id: str) -> None:
+        """End a run that was killed and will not be resumed, and its children."""
+        for each in (*(child.run_id for child in self.children(run_id)), run_id):
+            if self.client.get_run(each).info.status == "RUNNING":
+                self.client.set_terminated(each, "KILLED")
 
     def children(self, parent: str) -> list[Child]:
         """The stage runs below a run."""

@@ -184,7 +184,7 @@ def conversations(file, *talks, **changes):
         ),
         (
             [ASKED, SAID] * 2,
-            "line 2: the chat template of {folder} renders what is before message 3 otherwise",
+            "line 2: the chat template of {folder} renders the messages before message 3 dif",
         ),
     ],
 )

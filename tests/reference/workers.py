@@ -318,3 +318,35 @@ def trained_by_a_trainer(way: str, folder: Path) -> Any:
     made = trainer(model, folder, gradient_accumulation_steps=1, ddp_backend="gloo", **options)
     made.train()
     return type(made.model_wrapped).__name__, weights(model)
+
+
+def bases_of_rank_zero() -> dict[str, Any]:
+    """Bases that each rank computed otherwise, one for two weights and one in columns; rank 0's."""
+    from agcl.parallel import distributed
+
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    shared = torch.randn(6, 2 + rank, generator=generator)
+    columns = torch.randn(4, 6, generator=generator).T
+    placed: list[torch.device] = []
+    send = dist.broadcast
+
+    def seen(tensor: torch.Tensor, source: int) -> None:
+        placed.append(tensor.device)
+        assert tensor.is_contiguous()
+        send(tensor, source)
+
+    dist.broadcast = seen
+    try:
+        found = distributed.of_rank_zero(
+            {"q": shared, "k": shared, "o": columns}, torch.device("cpu")
+        )
+    finally:
+        dist.broadcast = send
+    strides = {name: tensor.stride() for name, tensor in found.items()}
+    return {
+        "found": {name: tensor.clone() for name, tensor in found.items()},
+        "shared": found["q"] is found["k"],
+        "strides": strides,
+        "sent": len(placed),
+    }

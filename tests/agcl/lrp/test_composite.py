@@ -48,6 +48,31 @@ def test_logits_inside_and_outside_are_bit_identical(model, rules, dtype):
 
 
 @pytest.mark.parametrize("rules", ["attnlrp", "cp"])
+def test_a_mask_in_place_of_grouped_heads_changes_nothing(rules, monkeypatch):
+    """As on a GPU in float32, where torch would hold all attention weights of grouped heads."""
+    model = tiny.llama(dtype=torch.float64)
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    found, masks = [], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*args, **options):
+        masks.append(options.get("attn_mask"))
+        assert not (options.get("enable_gqa") and masks[-1] is not None)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    for lacks in (False, True):
+        monkeypatch.setattr("agcl.lrp.rules._lacks_kernel", lambda query, key, lacks=lacks: lacks)
+        with relevance_backward(model, rules):
+            inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+            logits = model(inputs_embeds=inputs, use_cache=False).logits
+            logits[:, -1].sum().backward()
+        found.append((logits.detach(), inputs.grad))
+    assert {mask is None for mask in masks} == {True, False}
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cp"])
 def test_flags_attention_and_gradients_are_restored(model, rules, gradients):
     before, slopes = flags(model), gradients(model)
     with relevance_backward(model, rules):

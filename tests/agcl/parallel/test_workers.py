@@ -212,3 +212,14 @@ def test_a_collective_fails_after_the_timeout_of_the_group(tmp_path, wait):
             own.run(remote.wait_for_a_slow_rank, wait, 4, 1)
     finally:
         own.close()
+
+
+def test_every_rank_has_rank_zeros_bases_where_machines_round_differently(workers):
+    first, second = workers.run(remote.bases_of_rank_zero)
+    for name, tensor in first["found"].items():
+        assert torch.equal(second["found"][name], tensor), name
+    assert first["found"]["q"].shape == (6, 2)
+    assert first["shared"]
+    assert second["shared"]  # As the optimizer relies on: one copy for query, key and value.
+    assert first["sent"] == 2
+    assert first["strides"]["o"] == second["strides"]["o"] == (1, 6)

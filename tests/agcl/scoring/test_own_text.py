@@ -31,7 +31,8 @@ def model():
 
 
 def written(model, template=None, *, samples=40, tokens=6, seed=0):
-    return own_texts(model, tokenizer(template), samples=samples, tokens=tokens, seed=seed)
+    made = tokenizer(template, additional_special_tokens=["w5", "w6"])
+    return own_texts(model, made, samples=samples, tokens=tokens, seed=seed)
 
 
 def test_texts_have_the_asked_number_and_length_and_begin_at_the_start(model):
@@ -77,6 +78,35 @@ def test_with_a_template_every_second_text_answers_words_that_the_model_made_up(
         assert not {1, 5} & {*prompt[2:-3], *answer[:-1]}
         assert answer[-1] == 5 or len(answer) == 6  # Cut, it has no end.
     assert {ids[-1] == 5 for ids, *_ in talks} == {True, False}
+
+
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}w2 {{ m.content }} w5 {% else %}"
+    "{{ m.content }} w6 {% endif %}{% endfor %}"
+)
+IN_WORDS = (
+    "{% for m in messages %}{% if m.role == 'user' %}w2 {{ m.content }} w7 w8 {% else %}"
+    "{{ m.content }} w1 {% endif %}{% endfor %}"
+)
+
+
+def test_an_answer_ends_as_the_template_ends_it_not_as_the_users_words_do(model):
+    talks = [text for text in written(model, MISTRAL) if text.prompt_tokens > 1]
+    assert talks
+    for ids, prompt_tokens, _ in talks:
+        assert ids[prompt_tokens - 1] == 5
+        assert 6 not in ids[prompt_tokens:-1]
+        assert ids[-1] == 6 or len(ids) - prompt_tokens == 6
+    assert {ids[-1] == 6 for ids, *_ in talks} == {True, False}
+
+
+def test_ordinary_tokens_end_the_users_words_together(model):
+    """As a line end and `### Response:`; a line end alone may be one of the words."""
+    talks = [t for t in written(model, IN_WORDS, samples=400) if t.prompt_tokens > 1]
+    words = [ids[1 : prompt_tokens - 2] for ids, prompt_tokens, _ in talks]
+    assert any(7 in each for each in words)
+    assert not any([7, 8] in ([*each][i : i + 2] for i in range(len(each))) for each in words)
+    assert all(ids[-1] == 1 or len(ids) - prompt == 6 for ids, prompt, _ in talks)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_template_whose_generation_prompt_starts_otherwise_is_refused():
     with pytest.raises(InputError) as error:
         encoded(tokenizer, chat.MESSAGES[:3])
     said = (
-        "before message 3 otherwise once that follows ('<think>\\n' becomes 'In Rome.<|im_end|>')"
+        "before message 3 differently once that follows ('<think>\\n' becomes 'In Rome.<|im_end|>')"
     )
     assert said in str(error.value)
     assert "one assistant turn" not in str(error.value)  # It has one.
@@ -185,7 +185,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
     with pytest.raises(InputError) as error:
         encoded(tokenizer, thinking)
     assert str(error.value).startswith(
-        "chat.jsonl, line 3: the chat template of models/thinker renders what is before message 3"
+        "chat.jsonl, line 3: the chat template of models/thinker renders the messages before"
     )
     one = encoded(tokenizer, thinking[:2])
     assert learned(tokenizer, one) == ["<think>\nHm.\n</think>\nIn Rome.<|im_end|>"]
@@ -199,7 +199,7 @@ def test_a_template_that_changes_earlier_turns_is_refused_for_several_turns():
         ("{{ messages[0].content }}", "line 3: the chat template of x does not render the ass"),
         (
             "{{ messages | length }}",
-            "line 3: the chat template of x renders what is before message",
+            "line 3: the chat template of x renders the messages before",
         ),
         ("{{ messages[0", "line 3: the chat template of x cannot render the messages: unexpected"),
     ],

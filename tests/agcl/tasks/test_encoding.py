@@ -210,17 +210,10 @@ def test_kept_characters_become_kept_tokens(tokenizer, framing_tokenizer, chat):
         each.chat_template = None
 
 
-def test_references_round_trip_and_rows_without_the_column_are_read(tmp_path, tokenizer):
+def test_references_round_trip(tmp_path, tokenizer):
     table = encode(tokenizer, [Row("2+2=", "4", references=("four", "IV")), ROWS[0]])
     rows = EncodedRows(write(tmp_path / "rows.arrow", table))
     assert rows.table["references"].to_pylist() == [["four", "IV"], None]
-    older = table.drop_columns(["references", "kept"])
-    file = tmp_path / "older.arrow"
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, older.schema) as writer:
-        writer.write_table(older)
-    read = EncodedRows(file)
-    assert read.table.schema == SCHEMA
-    assert [*read] == [*rows]
 
 
 def test_conversations_round_trip(tmp_path, tokenizer):

@@ -161,11 +161,15 @@ def test_what_the_template_writes_before_an_answer_is_learned_and_not_scored(ran
     base = chat.folder(tmp_path / "base", template=chat.QWEN3_EMPTY_THOUGHT)
     file = lines(tmp_path / "short.jsonl", [{"messages": talk[:3]} for talk in TALKS])
     tasks = {"format": "messages", "sequence": [{"name": "mine", "train": file}]}
-    scored = ran(tasks, folder=base, evaluation={"scorers": ["rouge_l"]})["evaluate/1-mine"]
+    resolved = ran(tasks, folder=base, evaluation={"scorers": ["rouge_l"]})
+    scored = resolved["evaluate/1-mine"]
     assert json.loads(scored.read("saved.json"))["agree"] == 4
     predictions = pq.read_table(scored.folder / "predictions.parquet").to_pylist()
-    assert all(row["answer"].startswith("<think>\n\n</think>\n\nIn ") for row in predictions)
-    assert [row["predicted"] for row in predictions] == [talk[2]["content"] for talk in TALKS] * 2
+    for column in ("answer", "predicted"):
+        assert [row[column] for row in predictions] == [talk[2]["content"] for talk in TALKS] * 2
+    rows = EncodedRows(resolved["prepare/mine"].folder / "train.arrow")
+    ids = rows[0].input_ids[rows[0].prompt_tokens :]
+    assert AutoTokenizer.from_pretrained(base).decode(ids).startswith("<think>\n\n</think>\n\nIn ")
     assert {row["score"] for row in predictions} == {1}
 
 

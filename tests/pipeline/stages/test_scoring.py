@@ -37,6 +37,7 @@ SETTINGS = {
     "chat_template": False,
     "saved": False,
     "new": [],
+    "facts": None,
 }
 
 ATTRIBUTION = {
@@ -222,13 +223,13 @@ def test_tasks_without_a_common_evaluation_set_are_named(tmp_path, model_folder)
     """One is tested on its training rows, a share of which chooses settings; one has others."""
     tokenizer = models.load_tokenizer(model_folder)
     inputs = {"model": model_folder}
-    for task, name in (("one", "test"), ("two", "validation")):
+    for task, name in (("base", "test"), ("two", "validation")):
         scored, splits = {name: "train"}, {"train": LEARNED}
         inputs[f"rows/{task}"] = write_rows(
             tmp_path / task, tokenizer, splits, scored=scored, scorer="exact_match"
         )
     with pytest.raises(
-        ValueError, match="no evaluation set in common \\(one has test; two has val"
+        ValueError, match="no evaluation set in common \\(base has test; two has val"
     ):
         evaluate({**SETTINGS, "validation": 0.9}, inputs, tmp_path, Context())
 
