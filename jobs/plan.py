@@ -14,7 +14,7 @@ from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
 from pipeline.config.resources import Resources
 from pipeline.config.row_lengths import longest_of_base, longest_row
-from pipeline.config.usual import count_text, unusual
+from pipeline.config.usual import count_text, too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 from pipeline.estimate import Needs, estimate
 from pipeline.plan.disk import disk_per_task
@@ -56,7 +56,10 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             Row(*longest_row(run.config)),
             of_base=of_base and Row(*of_base),
         )
-        for line in unusual(run.config, setting.shape.weights):
+        for line in (
+            *unusual(run.config, setting.shape.weights),
+            *too_long_for_batches(run.config),
+        ):
             warn(console, line)
         for line in _predicted(setting, memory):
             console.print(line)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from agcl.model.models import config_of
+
 from pipeline.config.config import Config
 
 _LARGE = 1_000_000_000
@@ -53,6 +55,20 @@ def unusual(config: Config, num_weights: int) -> list[str]:
             f"({others.by})"
         )
     return found
+
+
+def too_long_for_batches(config: Config) -> list[str]:
+    """A line if rows may be so long that a model encodes positions differently, for their batch."""
+    model = config_of(config.model.folder)
+    rope = getattr(model, "rope_parameters", None) or {}
+    most = getattr(model, "original_max_position_embeddings", None)
+    most = rope.get("original_max_position_embeddings", most)
+    if rope.get("rope_type") != "longrope" or not most or config.tasks.max_length <= most:
+        return []
+    return [
+        f"tasks.max_length: {config.tasks.max_length} is more than {most}, above which this model "
+        "encodes positions differently for a whole batch: results then depend on the batch size"
+    ]
 
 
 def rate_text(rate: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from reference import tiny
 from safetensors.torch import save_file
+from transformers import Phi3Config
 
 from agcl.attribution import attribute
 from agcl.model import models
@@ -21,7 +22,7 @@ from pipeline.config import loading
 from pipeline.config.check import check_inputs
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
-from pipeline.config.usual import unusual
+from pipeline.config.usual import too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 
 ROOT = Path(__file__).parent.parent.parent
@@ -357,6 +358,19 @@ def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder
     shown = capsys.readouterr().out
     assert "warning training.learning_rate: 1e-1 is above what others use" in shown
     assert not list(agcl.place.iterdir())
+
+
+def test_rows_beyond_the_first_range_of_longrope_are_pointed_out(tmp_path):
+    """Phi-3's long models take one set of factors for a whole batch, by its longest row."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 8192}
+    Phi3Config(**sizes, rope_parameters=rope).save_pretrained(tmp_path)
+    config = loading.load(Path(FACTS), [])
+    for length, lines in ((4096, 0), (4097, 1)):
+        tasks = config.tasks.model_copy(update={"max_length": length})
+        long = config.model_copy(update={"model": Model(path=str(tmp_path)), "tasks": tasks})
+        assert len(too_long_for_batches(long)) == lines
 
 
 def test_a_report_of_no_run_is_refused(agcl):
