@@ -21,7 +21,7 @@ Log = Callable[[dict[str, float], int], None]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss, the penalty or the gradient norm became NaN or infinite."""
 
 
 def train_task(
@@ -47,18 +47,19 @@ def train_task(
 ) -> None:
     """Minimize the mean loss of the answer tokens of every global batch.
 
-    Ranks take a global batch's micro-batches in turn, and its loss is divided by its total number
-    of answer tokens. Order, batches and loss are therefore the same for any number of ranks. A
-    micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens (`micro_batches`).
+    The micro-batches of a global batch are distributed round-robin over ranks, and their summed
+    loss is divided by the total number of answer tokens in the global batch. Order, batches and
+    loss are therefore the same for any number of ranks. A micro-batch has at most
+    `micro_batch_size` rows and `max_tokens` tokens (see `micro_batches`).
 
-    `schedule` and `warmup` are those of `rate_factor`; the optimizer's learning rate is the peak.
-    `packing` avoids padding; results agree up to rounding. `loss_of` is cross-entropy, or another
-    loss of `agcl/loss.py`. `penalise` adds a penalty's gradient to `.grad`, identically on every
-    rank, and returns the penalty's value; the logged loss excludes it. `measure` gets the rows'
-    lengths after each step and returns more metrics to log, such as `throughput.meter`. With a
-    `checkpoint`, resume after its last step and log its steps again; on a CPU the result is
-    bit-identical to an uninterrupted run (a GPU's attention may round differently each time).
-    Raises `NonFiniteLoss`.
+    `schedule` and `warmup`: see `rate_factor`; the optimizer's learning rate is the peak rate.
+    `packing` avoids padding; results agree up to rounding. `loss_of` returns the summed loss of a
+    micro-batch (see `agcl/loss.py`). `penalise` adds the gradient of a penalty to `.grad`, the same
+    on every rank, and returns the penalty, which the logged loss excludes. `measure` is called
+    after each step with the row lengths of the global batch and returns more metrics to log, such
+    as those of `throughput.meter`. With a `checkpoint`, resume after its last step and log its
+    steps again; on a CPU the result is bit-identical to an uninterrupted run (on a GPU, attention
+    may round differently each time). Raises `NonFiniteLoss`.
     """
     model.train()
     device = model.device
@@ -127,7 +128,7 @@ def _dropout_seed(seed: int, step: int, piece: int) -> int:
 
 
 def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:
-    """Sum loss and gradients over all ranks; gradients of sharded parameters already are sums."""
+    """Sum the loss and gradients over all ranks. FSDP has already summed sharded gradients."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:

@@ -209,12 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         "--no-probe",
         dest="probe",
         action="store_false",
-        help="only what a formula predicts, not what the first stages take on a few rows",
+        help="only predict by formula; do not measure the first stages on a few rows",
     )
     sub.add_argument(
         "--gpu-memory",
         metavar="SIZE",
-        help="such as 80GB: say which stages fit a GPU with so much memory, and what to change if "
+        help="say which stages fit a GPU of this size, such as 80GB, and what to change if "
         "one does not (default: this machine's GPU)",
     )
     sub = _add(commands, "methods", "list the methods, or show one")

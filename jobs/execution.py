@@ -191,7 +191,7 @@ def print_metrics(console: Console, results: Mapping[str, RunResult]) -> None:
 
 
 def print_comparison(console: Console, results: Sequence[RunResult]) -> None:
-    """Means over seeds with their intervals, and paired differences, a table an evaluation set."""
+    """Print means over seeds with intervals and paired differences, a table per evaluation set."""
     for name in evaluation_sets(results):
         others = ("backward_transfer", "learning_accuracy")
         titles = [heading(key) for key in (COMPARED, *others)]

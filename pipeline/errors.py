@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Failed(Exception):
-    """The message is that line."""
+    """Base class; `str(error)` is the line to print."""
 
 
 class RayFailed(Failed):

@@ -58,8 +58,8 @@ REPORTS_EACH = 4
 def open_run(config: Config, folder: Path | None = None, *, weights: bool = True) -> Run:
     """Check a config's inputs and resolve its stages. Writes nothing but caches.
 
-    A model on the hub is downloaded, at the commit that the run in the folder began with. With
-    `weights` false, a model's folder may lack them, and its stages are those of such a folder.
+    Downloads a model on the hub, at the commit that an earlier run in the folder started with. With
+    `weights=False`, the model folder may lack its weights; fingerprints then do not cover them.
     Raises `InputError` for bad input, and if the folder holds a run of another config.
     """
     folder = folder or config.storage.root / config.name
@@ -80,12 +80,12 @@ def execute(
     console: Console,
     above: str | None = None,
 ) -> list[RunResult]:
-    """Run what is missing of every run, and write their results and one report on all of them.
+    """Run the unfinished stages of all runs; write each run's results and one report on all.
 
-    Up to `REPORTS_EACH` runs get a report each, too. `above` is the MLflow run that they belong
-    to, if any.
+    Up to `REPORTS_EACH` runs also get a report of their own. `above` is the id of the parent
+    MLflow run, if any.
 
-    Raises `StageFailed`; what was finished by then is kept and not computed again.
+    Raises `StageFailed`; finished stages are kept and not computed again.
     """
     config = next(iter(runs.values())).config  # Storage, resources and tracking are those of all.
     kind = "comparison" if len(runs) > 1 else None
@@ -137,9 +137,9 @@ def mirrored(
     kind: str | None,
     above: str | None = None,
 ) -> Iterator[Mirror]:
-    """Keep other commands out of a folder, mirror it in MLflow, save it at the end.
+    """Lock a folder against other commands, mirror it in MLflow, and save it on exit.
 
-    Waits for another command that works on the folder.
+    Waits while another command holds the lock.
     """
     check_address()
     mirror = Mirror(config, folder, title, console, kind=kind, above=above)
@@ -172,7 +172,7 @@ def _run_missing(
 
 
 def files_for_mlflow(folder: Path, figures: Mapping[str, str]) -> dict[str, Content]:
-    """What MLflow gets of a folder, by artifact path."""
+    """The results and figures of a folder to upload to MLflow, by artifact path."""
     names = (METRICS, REPORT_FILE, TABLE_FILE, BASE_FILE)
     files: dict[str, Content] = {name: folder / name for name in names if (folder / name).exists()}
     return files | {f"figures/{name}": svg for name, svg in figures.items()}

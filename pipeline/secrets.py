@@ -13,7 +13,7 @@ _SHORTEST = 6
 
 
 def has_credentials(uri: str) -> bool:
-    """Whether a URI itself says who asks, or a secret."""
+    """Whether a URI contains a user name, a password or another secret."""
     return bool(_BEFORE_HOST.search(uri) or _IN_QUERY.search(uri))
 
 

@@ -77,15 +77,15 @@ def attribute(
     collects only moments, which is all a projection needs, and runs a backward pass only for
     `moments="relevance"`.
 
-    Moments: per input Σ_t r_t x_t x_tᵀ over the samples' tokens, where layers that read the same
-    tensor (query, key and value) have one input. r_t is the relevance |Σ_i x_ti g_ti| that arrives
-    at the input from all of them, scaled to mean 1 (`relevance`), 1 (`uniform`), or 1 on tokens
-    that predict an answer token and 0 on others (`answer`). With `unit_inputs` every x_t is scaled
-    to length 1; otherwise a few tokens with massive activations (Sun 2024, arXiv 2402.17762)
-    dominate a moment. Of each moment the fewest leading directions that hold the share `keep` of
-    its trace are returned, at most a quarter of the input's width, or 256 if that is more; `keep=1`
-    returns all.
-    Inputs wider than twice `sketch` are summed as a sketch of that many columns (`of_sketch`).
+    Moments: Σ_t r_t x_t x_tᵀ per input, summed over all tokens of the samples but the last of each.
+    Layers that read the same tensor (query, key and value) share one input. The weight r_t is the
+    relevance |Σ_i x_ti g_ti| that reaches the input from all these layers, scaled to mean 1
+    (`relevance`); 1 (`uniform`); or 1 on tokens that predict an answer token and 0 on others
+    (`answer`). With `unit_inputs`, every x_t is scaled to length 1; otherwise a few tokens with
+    massive activations (Sun 2024, arXiv 2402.17762) dominate a moment. Each moment is returned as
+    its fewest leading directions that hold the share `keep` of the trace, at most 256 or a quarter
+    of the input's width, whichever is more; `keep=1` returns all directions. Inputs wider than
+    twice `sketch` are summed as a sketch with `sketch` columns (`of_sketch`).
 
     Other estimators use the ordinary gradient and ignore `rules`. `grad_x_param`: the same
     formula. `fisher`: mean over samples of (∂ log p(answer) / ∂W)², the diagonal of the empirical
@@ -97,15 +97,15 @@ def attribute(
     layers, which are merged at the end. `split="layers"`, required for a sharded model: all ranks
     pass the same batches, and each keeps running values (`top_k` per weight) only for its share of
     the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
-    `precision="bfloat16"` runs the passes under autocast and rounds the factors of other products
-    (to TF32 on a GPU); sums stay in float32. It also takes a model with bfloat16 weights, which
-    needs no copy of them and keeps the residual stream in bfloat16 too.
+    `precision="bfloat16"` runs the passes of a float32 model under autocast and rounds the factors
+    of other products (on a GPU to TF32); sums stay in float32. It also accepts a model with
+    bfloat16 weights, without a float32 copy; the residual stream is then bfloat16 too.
 
-    The result does not depend on batch size, row order or number of ranks, up to rounding. Raises
-    `NoCorrectAnswer` if `correct_only` leaves no sample, and `ValueError` without batches, for an
-    argument with another value than these, for a model in half precision (but for bfloat16 with
-    `precision="bfloat16"`) or in a PEFT wrapper, for a sharded model split by samples, or if
-    neither entries nor moments are requested.
+    Up to rounding, the result does not depend on batch size, row order or number of ranks. Raises
+    `NoCorrectAnswer` if `correct_only` leaves no sample. Raises `ValueError` without batches, for
+    an unknown `estimator`, `moments` or `split`, for `top_k` below 1, for a float16 model, for a
+    bfloat16 model without `precision="bfloat16"`, for a PEFT wrapper, for a sharded model split by
+    samples, for entries of four-bit weights, and if neither entries nor moments are requested.
     """
     _check_arguments(model, estimator, moments, split, top_k)
     check_precision(model, precision)
@@ -137,7 +137,8 @@ def attribute(
     with (
         ExitStack() as hooks,
         any_dtype_attention(model),
-        # Under autocast PEFT would give each factor a float32 copy, an input of its own.
+        # Under autocast PEFT would cast the input of each factor A to float32. The base layer does
+        # not read that copy, so its share of the relevance at the input would be lost.
         disable_input_dtype_casting(model, active=model.dtype == torch.float32),
     ):
         hooks.enter_context(relevance_backward(model, rules) if backward else evaluating(model))
@@ -212,7 +213,7 @@ def _check_arguments(
 
 
 def check_precision(model: PreTrainedModel, precision: Precision = "float32") -> None:
-    """Raise `ValueError` for a model in half precision, unless it is bfloat16 and was asked for."""
+    """Raise `ValueError` for a float16 model, or a bfloat16 one if `precision` is float32."""
     coarse = [torch.float16] + [torch.bfloat16] * (precision == "float32")
     if model.dtype in coarse:
         raise ValueError(
@@ -232,7 +233,11 @@ def _check_counts(seen: int, used: int) -> None:
 
 
 def _of_rank(model: PreTrainedModel, sizes: Mapping[str, int], split: Split) -> list[str]:
-    """What this rank keeps running values of, of items with these sizes: a share of `layers`."""
+    """Names of the items whose running values this rank keeps; `sizes` are their entry counts.
+
+    All of them if split by samples, a balanced share if split by layers. Raises `ValueError` for a
+    sharded model split by samples.
+    """
     if split == "layers":
         owners = distributed.owners(list(sizes.values()), distributed.world_size())
         return [n for n, owner in zip(sizes, owners, strict=True) if owner == distributed.rank()]
@@ -272,10 +277,11 @@ def _attribute_batch(
     correct_only: bool,
     precision: Precision,
 ) -> Tensor:
-    """Pass a batch forward, and backward from a `target`: numbers of rows seen and attributed."""
+    """Run a batch forward and, with a `target`, backward. Returns (rows seen, rows attributed)."""
     keep = torch.ones_like(batch.lengths, dtype=torch.bool)
     selection = _select(batch, keep, weighting)
-    # Without a backward pass inputs are added as they come, if it is known by then which count.
+    # Without a backward pass, forward hooks add inputs immediately, unless `correct_only` needs the
+    # logits first to select rows.
     ahead = target is None and not correct_only
     for each in inputs:
         each.tokens = selection.tokens if ahead else None

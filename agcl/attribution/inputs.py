@@ -50,10 +50,11 @@ def test_matrix(width: int, columns: int, like: Tensor) -> Tensor:
 
 
 class InputMoment:
-    """The running second moment Σ_t r_t d_t d_tᵀ of one input, fed by `hook` of one of its readers.
+    """The running second moment Σ_t r_t d_t d_tᵀ of one input.
 
-    Narrow inputs sum the matrix itself, wide ones its product with a `test` matrix, which is linear
-    too: neither depends on how tokens are split into batches and over ranks.
+    `hook` goes on one of the layers that read the input. For narrow inputs the matrix itself is
+    summed, for wide inputs its product with a `test` matrix. Both are sums over tokens, so they do
+    not depend on how tokens are split into batches and over ranks.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class InputMoment:
     def add(self) -> None:
         """Add the tokens selected in `tokens`, indices into (rows · tokens), of the last pass.
 
-        All count the same without relevance, or where none arrived: the rule set cp cuts off some.
+        Tokens have equal weights without relevance weighting, and at inputs that no relevance
+        reaches (the rule set `cp` cuts some off).
         """
         if self.inputs is None or self.tokens is None:
             return
@@ -146,10 +148,12 @@ def collected(
     keep: float,
     merge: bool,
 ) -> dict[str, Moment]:
-    """Every input's moment, on every rank, on the CPU. `widths` has all ranks' inputs, in order.
+    """Decompose the sums and return every input's moment, on every rank, as CPU tensors.
 
-    With `merge`, all ranks hold all inputs, of different rows; otherwise each rank holds a share,
-    of the same rows. Each rank decomposes its share by `sizes`. `like` tells device and type.
+    Collective. `widths` and `sizes` list the inputs of all ranks in the same order; each rank
+    decomposes a share balanced by `sizes`. With `merge`, every rank holds all inputs, summed over
+    different rows; otherwise it holds its share of the inputs, summed over all rows. `like` gives
+    device and dtype.
     """
     found: dict[str, Moment] = {}
     owners = distributed.owners(list(sizes.values()), distributed.world_size())

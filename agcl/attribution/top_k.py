@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 _TILE_ENTRIES, _TILES_ON_GPU = 2**20, 64
-"""Products of all samples that are in memory at a time without a kernel: 4 MB in float32, which fit
-a CPU's cache. On a GPU, where every tile is several launches, so many times as much."""
+"""Products held in memory at a time if no kernel applies: 4 MB in float32, which fits a CPU's
+cache. On a GPU, where every tile takes several kernel launches, `_TILES_ON_GPU` times as many."""
 _MAX_K_ON_GPU = 8
 """Running values that fit into a GPU's registers beside a tile of products."""
 

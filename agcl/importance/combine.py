@@ -27,10 +27,10 @@ def scaled(entries: Tensor, log_scale: float) -> Tensor:
 def running_sum(
     importances: Sequence[Importance], *, keep: float, device: torch.device | str = "cpu"
 ) -> Importance:
-    """What several tasks relied on, as one importance: their summed moments, without entries.
+    """Sum the moments of several tasks into one importance without entries.
 
-    Each moment is cut again as in `attribute`. Computed on `device`, returned on the CPU. Raises
-    `ValueError` without importances, or if one has no moments.
+    Each sum is cut to the share `keep`, as in `attribute`. Computed on `device`, returned on the
+    CPU. Raises `ValueError` without importances, or if one has no moments.
     """
     if not importances or not all(i.moments for i in importances):
         raise ValueError("nothing to sum: an importance has no input moments")

@@ -135,7 +135,7 @@ class _Moments(_Stored[Moment]):
         self.traces, self.device = traces, device
 
     def __getitem__(self, name: str) -> Moment:
-        # On the device: of wide inputs a CPU would need minutes.
+        # Orthonormalize on the device: for wide inputs this takes minutes on a CPU.
         directions = orthonormal(self._read(_DIRECTIONS + name).to(self.device))
         return Moment(directions, self._read(_ENERGIES + name).to(self.device), self.traces[name])
 

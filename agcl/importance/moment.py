@@ -17,8 +17,8 @@ _ROUNDING = 1e-5
 class Moment:
     """The second moment C = Σ_t r_t d_t d_tᵀ (in, in) of an input, cut to its leading directions.
 
-    What is kept is below C (C minus it is positive semidefinite), so the error in the nuclear norm
-    is `trace` minus the sum of `energies`, exactly; that of an untruncated sketch up to rounding.
+    C minus the kept part is positive semidefinite, so the nuclear norm of that error is exactly
+    `trace` minus the sum of `energies` (up to rounding for a sketch that was not cut).
     """
 
     directions: Tensor
@@ -34,7 +34,7 @@ class Moment:
         return float(self.energies.sum()) / self.trace if self.trace else 1.0
 
     def matrix(self) -> Tensor:
-        """What is kept of C, (in, in)."""
+        """The kept part of C, (in, in)."""
         scaled = self.directions * self.energies.to(self.directions)
         return scaled @ self.directions.T
 
@@ -54,12 +54,12 @@ def of_matrix(matrix: Tensor, trace: float, *, keep: float) -> Moment:
 
 
 def of_sketch(sketch: Tensor, test: Tensor, trace: float, *, keep: float) -> Moment:
-    """Cut a matrix C of which only `sketch` = C `test` is known; both are (in, columns).
+    """Cut a matrix C that is known only through `sketch` = C `test`; both are (in, columns).
 
-    Nyström's approximation C T (Tᵀ C T)⁺ (C T)ᵀ (Tropp 2017, "Fixed-rank approximation of a
-    positive-semidefinite matrix from streaming data"): exact if the rank of C is at most the number
-    of columns s. Otherwise the best rank k of it misses, in expectation and in the nuclear norm, at
-    most 1 + k / (s - k - 1) times what the best rank k of C does (theorem 4.1).
+    Uses Nyström's approximation C T (Tᵀ C T)⁺ (C T)ᵀ (Tropp 2017, "Fixed-rank approximation of a
+    positive-semidefinite matrix from streaming data"), which is exact if the rank of C is at most
+    the number of columns s. Otherwise its best rank-k approximation has an expected nuclear-norm
+    error of at most 1 + k / (s - k - 1) times that of the best one of C (theorem 4.1).
     """
     core = test.T.double() @ sketch.double()
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
@@ -86,9 +86,9 @@ def most_directions(width: int) -> int:
 
 
 def summed(moments: Sequence[Moment], *, keep: float) -> Moment:
-    """The sum of moments of one input, cut again. The errors of the parts and of the cut add up.
+    """Sum moments of one input and cut the sum; a single moment is returned unchanged.
 
-    Raises `ValueError` without moments.
+    The errors of the parts and of the cut add up. Raises `ValueError` without moments.
     """
     if not moments:
         raise ValueError("no moments to sum")
@@ -104,8 +104,9 @@ def summed(moments: Sequence[Moment], *, keep: float) -> Moment:
 def leading(moment: Moment, energy: float, known: Tensor | None = None) -> Tensor:
     """The fewest leading directions that hold `energy` of the trace, or all that are kept: (in, k).
 
-    With `known` directions (in, k): these, and the fewest orthogonal to them that are missing, of
-    the moment with `known` removed on both sides (GPM, Saha 2021, eqs. 8 and 9).
+    With `known` directions (in, k), these come first, followed by the fewest leading directions of
+    the moment with `known` projected out on both sides that, together with `known`, hold `energy`
+    (GPM, Saha 2021, eqs. 8 and 9).
     """
     if known is None or not known.shape[1]:
         rank = _fewest(moment.energies, energy * moment.trace)

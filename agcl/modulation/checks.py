@@ -18,9 +18,9 @@ more stay below it."""
 _MIN_GATE_GAP = 0.2
 """Minimum difference between the outer deciles' mean gates for their movements to be compared."""
 SAMPLED_OUTPUTS = 512
-"""Of each weight. A projection acts on every output alike, hence a sample shows whether it did."""
+"""Outputs checked per weight. A projection treats all outputs alike, so a sample suffices."""
 _NOISE_MARGIN, _NOISE_SPREADS = 1.5, 4
-"""Squared leak by rounding noise that is allowed: a multiple of its bound, and of its spread."""
+"""Factors for the bound and the spread of rounding noise, whose sum is the allowed squared leak."""
 
 
 class ProtectionFailed(ArithmeticError):
@@ -28,10 +28,10 @@ class ProtectionFailed(ArithmeticError):
 
 
 def sampled(weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """A weight's entries for some outputs, those of all if there are few; always the same ones.
+    """The weight's entries for at most `SAMPLED_OUTPUTS` outputs, the same ones on every call.
 
-    So that copies of a model's weights for `check` stay small. They are drawn by a seed: layers
-    have periods, such as the size of a head, that an even spacing could share.
+    Keeps the copies of a model's weights for `check` small. Outputs are drawn with a fixed seed:
+    even spacing could coincide with a period of the layer, such as the head size.
     """
     outputs = weight.shape[transposed]
     if outputs <= SAMPLED_OUTPUTS:
@@ -61,11 +61,12 @@ def check(
     - `directions_by_layer`: fraction k / in of a layer's input directions that are protected, by
       weight; `directions_taken`: their mean.
 
-    All may be `sampled`. `transposed` names weights stored (in, out). Raises `ProtectionFailed` if
-    a projected layer leaks more than rounding explains, or if the most protected decile moved more
-    than the least protected one and rounding. Weights in bfloat16 are taken to be rounded
-    stochastically; `rounding_noise` is allowed, of steps with the peak `learning_rate`. Where steps
-    are so small that their sum is below the noise, nothing can fail.
+    `before`, `after` and `gate` may be `sampled`. `transposed` lists weights stored (in, out).
+    Raises `ProtectionFailed` if a projected layer leaks more than rounding explains, or, with
+    `on="update"`, if the most protected decile moved more than the least protected one plus
+    rounding. bfloat16 weights are assumed to be rounded stochastically and are allowed the
+    `rounding_noise` of steps at the peak `learning_rate`. If the sum of the steps is below that
+    noise, they cannot fail.
     """
     measured: dict[str, Any] = {
         "movement_by_decile": None,
@@ -163,9 +164,10 @@ def _deciles(
     steps: int,
     learning_rate: float,
 ) -> tuple[list[float], list[float], float]:
-    """Movement and mean gate by decile, over an evenly spaced sample.
+    """Measure an evenly spaced sample of the gated weights, by decile of protection.
 
-    And how far rounding alone moves weights of the last decile, in the same units.
+    Returns (movement per decile, mean gate per decile, how far rounding alone moves weights of the
+    last decile, in the units of the movement).
     """
     step = max(1, sum(g.numel() for g in gate.values()) // _SAMPLE_SIZE)
     every = [(before[n].flatten()[::step], after[n].flatten()[::step]) for n in gate]

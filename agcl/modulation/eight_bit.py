@@ -1,11 +1,12 @@
 """Adam's running means in one byte per weight, quantized block by block.
 
-A value is the largest magnitude of its block of 256 times one of 256 numbers, which lie the closer
-the nearer they are to 0 (Dettmers 2021, arXiv 2110.02861, sections 2.1 and 2.2). Numbers, blocks
-and the smallest tensor are those of torchao's and bitsandbytes' 8-bit AdamW, with one difference: a
-running square is never rounded to 0, which would make a weight step by hundreds of learning rates
-where its gradients are a thousandth of its block's largest. torchao's functions are not called:
-with the package installed, transformers imports all of it in every process.
+A value is stored as one of 256 levels, to be multiplied by the largest magnitude in its block of
+256 values; the levels are denser near 0 (Dettmers 2021, arXiv 2110.02861, sections 2.1 and 2.2).
+Levels, block size and the smallest quantized tensor are those of torchao's and bitsandbytes' 8-bit
+AdamW. One difference: a positive running square is never rounded to 0, since a weight whose
+gradients are a thousandth of the largest in its block would then step by hundreds of learning
+rates. torchao itself is not called: if it is installed, transformers imports all of it in every
+process.
 """
 
 from functools import cache
@@ -23,9 +24,10 @@ _SMALLEST = 4096
 
 @cache
 def levels(signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """The 256 numbers, ascending, of values from -1 to 1 or from 0 to 1; float32.
+    """The 256 levels, ascending, float32: from -1 to 1 if `signed`, otherwise from 0 to 1.
 
-    Per power of ten from 1e-6 to 1, twice as many as for the one below, evenly spaced.
+    In each decade (the lowest ends at 1e-6, the highest at 1) the levels are evenly spaced, and
+    there are twice as many as in the decade below.
     """
     found = [0.0, 1.0]
     for exponent in range(7):

@@ -30,15 +30,16 @@ class GatedAdamW(torch.optim.AdamW):
     the weight does not change. Gates are stored in one byte, in steps of 1/255. Gates and states
     of sharded parameters are sharded alike; bases are replicated.
 
-    With `rounding="stochastic"` bfloat16 weights are stepped, gated and projected in float32, a few
-    at a time, and rounded stochastically once. Their Adam states are float32: in bfloat16 the
-    running square could not decay by a thousandth, and would keep its maximum. The random numbers
-    depend on `seed`, the parameter's name and its number of steps, hence are the same on all ranks
-    and after resuming. With `"nearest"` bfloat16 weights step as in torch, and cannot be protected.
+    With `rounding="stochastic"`, bfloat16 weights are stepped, gated and projected in float32, one
+    chunk at a time, and rounded stochastically once per step. Their Adam states are float32: in
+    bfloat16 the running square could not decay by a thousandth and would stay at its maximum. The
+    random numbers depend on `seed`, the parameter's name and its step count, so they are the same
+    on all ranks and after resuming. With `"nearest"`, bfloat16 weights are stepped as in torch and
+    cannot be protected.
 
-    With `eight_bit` the two running means of contiguous, unsharded tensors with at least 4096
-    float32 or stochastically rounded weights take one byte each between steps
-    (`agcl.modulation.eight_bit`), and are float32 a few pieces at a time.
+    With `eight_bit`, each of the two running means takes one byte per weight between steps and is
+    expanded to float32 one chunk at a time. This applies to contiguous, unsharded tensors with at
+    least 4096 float32 or stochastically rounded weights (see `agcl.modulation.eight_bit`).
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class GatedAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        """`params` are named, or groups of named ones: `{"params": [...], "weight_decay": 0.0}`.
+        """`params`: pairs (name, parameter), or groups `{"params": pairs, "weight_decay": 0.0}`.
 
-        `gate` (out, in) and `basis` (in, k) are keyed by those names. `transposed` names weights
-        stored (in, out), such as GPT-2's; their gates are (in, out) too. Raises `ValueError` for
-        an unknown parameter name, a wrong shape, and for a protected parameter in half precision,
-        where rounding to nearest would undo the protection.
+        `gate` (out, in) and `basis` (in, k) are keyed by those names. `transposed` lists weights
+        stored (in, out), such as GPT-2's; their gates are (in, out) too. Raises `ValueError` for an
+        unknown `on`, an unknown parameter name, a wrong shape, and a protected parameter in half
+        precision, unless it is bfloat16 and rounded stochastically: rounding to nearest would undo
+        the protection.
         """
         given: list[Any] = list(params)
         if on not in get_args(GateOn):
@@ -105,9 +107,9 @@ class GatedAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch, which would give all states the parameter's dtype.
+        """Load states without torch's cast of 8-bit and float32 states to the parameter's dtype.
 
-        Raises `ValueError` for states of 8 bits without `eight_bit`, and the other way around.
+        Raises `ValueError` if the states were saved with another setting of `eight_bit`.
         """
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -118,7 +120,7 @@ class GatedAdamW(torch.optim.AdamW):
         }
         for parameter, state in states.items():
             if (_MEANS[0] + _MAGNITUDES in state) is not self._is_quantized(parameter):
-                raise ValueError("these states are of an optimizer with another eight_bit")
+                raise ValueError("these states were saved with another setting of eight_bit")
         super().load_state_dict(state_dict)
         for parameter, state in states.items():
             if self._is_quantized(parameter) or self._rounds(parameter):
@@ -165,7 +167,7 @@ class GatedAdamW(torch.optim.AdamW):
     def _chunk_step(
         self, pieces: list[Piece], group: dict[str, Any], keys: Mapping[Tensor, str]
     ) -> None:
-        """Step, restrict and round a chunk of the protection's."""
+        """Step one chunk from `StepProtection.chunks`: AdamW, gate and basis, rounding."""
         values = [piece.of(piece.parameter) for piece in pieces]
         values = [v.float() if self._rounds(v) else v for v in values]
         before, held = [], []

@@ -29,12 +29,12 @@ def bases(
     """Input directions to protect, per weight: (in, k) with orthonormal columns, on the CPU.
 
     The fewest leading directions of the past tasks' summed moments that hold the fraction `energy`
-    of the trace, in [0, 1]; all that are kept, if they hold less. k = 0 for energy 0. `known` are
-    directions that are protected anyway, such as the base model's: they come first, what they hold
-    counts toward `energy`, and only the rest is decomposed, as GPM adds a task's directions (Saha
-    2021, eqs. 8 and 9). Weights that read the same input share one tensor. Computed on `device`.
-    Raises `ValueError` for another energy, without importances, and for an importance without
-    moments.
+    (0 to 1) of the trace, or all stored directions if they hold less; energy 0 adds none. `known`
+    are directions that are protected anyway, such as the base model's. They come first in the
+    result, their share of the trace counts toward `energy`, and only the rest of the moment is
+    decomposed, as GPM adds a task's directions (Saha 2021, eqs. 8 and 9). Weights that read the
+    same input share one tensor. Computed on `device`. Raises `ValueError` for an energy outside
+    [0, 1], without importances, and for an importance without moments.
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"energy is a fraction in [0, 1], not {energy}")
@@ -58,18 +58,18 @@ def bases(
 def weight_bases(
     weights: Mapping[str, Tensor], *, energy: float, transposed: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Input directions to which the weights themselves respond most: no data is involved.
+    """Input directions that each weight amplifies most, computed from the weights without data.
 
-    Per weight W (out, in) the fewest leading right singular vectors that hold the fraction `energy`
-    of the squared singular values, in [0, 1]: (in, k) with orthonormal columns, float32, on the
-    CPU. k = 0 for energy 0, and at most min(out, in). Every weight has its own, also where several
-    read the same input. Low-rank updates are kept off these directions by OPLoRA (arXiv 2510.13003,
-    which keeps them off the left singular vectors too) and KeepLoRA (arXiv 2601.19659); OSFT (arXiv
-    2504.07097) trains beside them.
+    Per weight W (out, in), the fewest leading right singular vectors that hold the fraction
+    `energy` (0 to 1) of the squared singular values: (in, k) with orthonormal columns, float32, on
+    the CPU. k = 0 for energy 0, and at most min(out, in). Weights that read the same input do not
+    share directions. OPLoRA (arXiv 2510.13003; also for left singular vectors) and KeepLoRA (arXiv
+    2601.19659) keep low-rank updates off these directions; OSFT (arXiv 2504.07097) freezes them and
+    trains the others.
 
-    Computed where the weights are, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in
-    float64. `transposed` names weights stored (in, out). Collective for sharded weights. Raises
-    `ValueError` for another energy.
+    Computed on the weights' device, from the eigenvectors of the smaller of W Wᵀ and Wᵀ W in
+    float64. `transposed` lists weights stored (in, out). Collective for sharded weights. Raises
+    `ValueError` for an energy outside [0, 1].
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"energy is a fraction in [0, 1], not {energy}")

@@ -1,8 +1,9 @@
 """Stochastic rounding of float32 steps into bfloat16 weights.
 
 A bfloat16 weight has 8 significant bits, so rounding to nearest loses every step below about 1/512
-of it. Rounded up with the probability of the part that would be cut off, weights move by their step
-in expectation (Gupta 2015, arXiv 1502.02551; Zamirai 2020, arXiv 2010.06192, for bfloat16).
+of the weight. Stochastic rounding rounds away from 0 with a probability equal to the fraction that
+would be cut off, so weights move by their step in expectation (Gupta 2015, arXiv 1502.02551;
+Zamirai 2020, arXiv 2010.06192, for bfloat16).
 """
 
 import math

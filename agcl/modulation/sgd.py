@@ -13,12 +13,12 @@ from agcl.modulation.step import StepProtection, copies, undo
 class GatedSGD(torch.optim.SGD):
     """`torch.optim.SGD` with the changes to a step that `GatedAdamW` makes to AdamW's.
 
-    A constant gate on the gradient scales SGD's whole step, momentum included, so that it differs
-    from a gate on the update only while gates change; under Adam it cancels. Weight decay is
-    decoupled, W ← (1 - lr · decay) W, as AdamW's: the gate and the projection hold it too.
+    Under SGD a constant gate on the gradient scales the whole step, momentum included, so that it
+    differs from a gate on the update only while gates change; under Adam it cancels. Weight decay
+    is decoupled as in AdamW, W ← (1 - lr · decay) W, and is gated and projected too.
 
-    Without a gate or basis a step is that of `torch.optim.SGD` bit for bit. A step holds copies of
-    all protected weights.
+    Without a gate, basis or weight decay, a step is bit-identical to that of `torch.optim.SGD`. A
+    step needs memory for a copy of all protected weights.
     """
 
     def __init__(

@@ -31,11 +31,11 @@ class Piece(NamedTuple):
 
 
 class StepProtection:
-    """Gates and bases of parameters, and what they leave of a step.
+    """Gates and bases of parameters, which restrict finished optimizer steps.
 
     Gates are stored in one byte, in steps of 1/255, and sharded like their parameters; bases are
-    replicated. Those of bfloat16 weights are in bfloat16, too: it lets 0.2 % of a step through,
-    far less than the weights' own rounding (METHOD.md, section 9).
+    replicated. Bases of bfloat16 weights are bfloat16 too. That error lets 0.2 % of a step through,
+    far less than the rounding of the weights themselves (METHOD.md, section 9).
     """
 
     def __init__(

@@ -15,10 +15,10 @@ from agcl.tasks import Encoded, Rows
 from agcl.tasks.batches import Batch, answer_places, answer_tokens, by_length, collate
 
 _WINDOW_TOKENS = 512
-"""Per window of text."""
+"""Tokens per window of a text."""
 _PASS_TOKENS, _PASS_ANSWERS, _LOGITS_TOKENS = 2048, 512, 128
-"""At most so many tokens, and answer tokens among them, per forward pass on a text or to compare
-with a base model, and tokens whose logits are compared at a time. A longer row is alone."""
+"""Limits for text losses and divergences: tokens and answer tokens per forward pass, and tokens
+whose logits are compared at a time. A row above a limit gets a separate pass."""
 
 
 def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
@@ -171,7 +171,10 @@ def _passes(
     precision: Precision,
     base: PreTrainedModel | None = None,
 ) -> Iterator[tuple[int, Batch, Tensor, Tensor | None]]:
-    """This rank's batches in eval mode: number, batch, logits of its answer tokens, the base's."""
+    """Run this rank's share of the batches in eval mode.
+
+    Yields (batch number, batch, logits of its answer tokens, those of the `base` if given).
+    """
     was_training = {each: each.training for each in (base, model) if each is not None}
     for each in was_training:
         each.eval()

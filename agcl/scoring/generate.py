@@ -29,7 +29,8 @@ def generate(
 ) -> list[list[int]]:
     """Continuation of every prompt, up to an `end` token (excluded) or `max_new_tokens`.
 
-    It ends at the model's last position, too; prompts that come near it are decoded one by one.
+    A continuation also stops at the model's last position. A batch with less room than
+    `max_new_tokens` is decoded one prompt at a time.
 
     Greedy, or with a `seed` sampled at temperature 1 from the most likely tokens that hold 0.98 of
     the probability. Prompts of similar length share a left-padded batch; batches, and the seed of

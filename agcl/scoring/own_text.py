@@ -11,7 +11,7 @@ from agcl.tasks import Encoded
 from agcl.tasks.chat_template import around_user, template_of
 
 _BATCH_SIZE = 32
-"""Part of what is drawn, as each batch has a seed of its own; so not a setting."""
+"""Not a setting: each batch has a separate seed, so the batch size changes the sampled texts."""
 
 
 def own_texts(
@@ -24,15 +24,15 @@ def own_texts(
     precision: Precision = "float32",
     log: Callable[[int], None] = lambda texts_done: None,
 ) -> list[Encoded]:
-    """Texts of `tokens` new tokens that the model samples from its beginning-of-text token.
+    """Sample `samples` texts of `tokens` new tokens from the model's beginning-of-text token.
 
-    Where the tokenizer has a chat template for a user's words, every second one is a conversation:
-    the template up to them, from which the model writes them, and then its own answer (after
-    Magpie, Xu 2024, arXiv 2406.08464). The words end where the model writes what the template
-    writes behind them, the answer at the token by which the template ends it, and both unfinished
-    after `tokens` tokens. All are shorter where the model has fewer positions, and a template that
-    leaves none is not used. See `generate` for how tokens are drawn. The prompt of a row is its
-    first token, or the user's turn. Collective: same result on every rank.
+    If the tokenizer has a chat template, every second text is a conversation (after Magpie, Xu
+    2024, arXiv 2406.08464): from the template's text before a user message, the model writes the
+    message, and then its answer. The message ends where the model writes the text that the template
+    puts after it, the answer at the template's end token; both are cut off after `tokens` tokens.
+    Texts are shorter if the model has fewer positions, and a template that leaves no room is not
+    used. See `generate` for the sampling. The prompt of a row is its first token, or the user's
+    turn. Collective: same result on every rank.
     """
 
     def write(
@@ -92,9 +92,9 @@ def _end_of_answer(tokenizer: PreTrainedTokenizerBase, of_text: int) -> int:
 def start_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> int:
     """The token a text begins with: BOS, or for models without one their end-of-text token.
 
-    The tokenizer's or else, with the model's `config`, that of the config: of Qwen's chat models,
-    whose end-of-sequence token ends a turn, only the config knows the end-of-text token. Raises
-    `ValueError` if there is none.
+    The first of these that exists: the tokenizer's BOS, the BOS of the model's `config` if given,
+    the tokenizer's EOS. Qwen's chat models need the `config`: their EOS ends a turn, and only the
+    config has the end-of-text token. Raises `ValueError` if there is none.
     """
     known = (tokenizer.bos_token_id, getattr(config, "bos_token_id", None), tokenizer.eos_token_id)
     found = [token for token in known if token is not None]

@@ -126,8 +126,8 @@ def _encode(
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of context and continuation per choice, as lm-eval's `HFLM` makes them.
 
-    A continuation is a space and the choice, behind the white space that the context ends with. It
-    has the tokens of the whole text behind as many as the context has alone.
+    A continuation is the context's trailing white space, a space and the choice. Its tokens are
+    those of the whole text, minus the first n if the context alone has n tokens.
     """
     context = question.context.rstrip()
     space = question.context[len(context) :] + " "

@@ -111,9 +111,9 @@ def micro_batches(
 ) -> list[list[int]]:
     """Row indices of a batch's forward passes; rows of similar length share one.
 
-    A pass has at most `max_rows` rows and `max_tokens` tokens, counting padding; a longer row is
-    alone. The number of ranks has no part in it: other passes would round otherwise, and the same
-    config would give other numbers on other machines.
+    A pass has at most `max_rows` rows and `max_tokens` tokens, padding included; a row longer than
+    `max_tokens` gets a separate pass. Passes do not depend on the number of ranks: different passes
+    round differently, and a config must give the same numbers on every machine.
     """
     passes: list[list[int]] = []
     tokens = 0

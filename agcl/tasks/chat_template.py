@@ -32,17 +32,17 @@ class Template(NamedTuple):
 
     tokenizer: "PreTrainedTokenizerBase"
     header: str
-    """Before them: the generation prompt."""
+    """Text before the words: the generation prompt."""
     tail: str
-    """Behind them, such as `<|im_end|>` and a line end."""
+    """Text after the words, such as `<|im_end|>` and a newline."""
     end: str
-    """The part of the tail that the model must write: up to its first special token."""
+    """The part of the tail that the model must write: through its first special token."""
     special: re.Pattern[str]
-    """A special token."""
+    """Matches any special token."""
     lead: str = ""
-    """What it writes between header and words, such as Qwen3's empty `<think>` block."""
+    """Text between header and words, such as Qwen3's empty `<think>` block."""
     closing: str = ""
-    """What it writes behind a whole conversation only, as Phi-3's end-of-text token."""
+    """Text after the end of a conversation only, such as Phi-3's end-of-text token."""
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Template:
@@ -77,9 +77,9 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", place: str = "") -> Templa
 
 
 def around_user(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | None:
-    """What the template writes before a user's words, and from them to the assistant's answer.
+    """The template's text before a user's words, and from there to the assistant's answer.
 
-    None without a template that renders one user message, with its words once and as they are.
+    None without a template, or if it does not render a single user message verbatim and once.
     """
     if not tokenizer.chat_template:
         return None
@@ -104,11 +104,11 @@ def can_teach(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def turns(template: Template, conversation: Conversation) -> Turns:
     """Render a conversation and find its assistant turns.
 
-    By the template's generation mask (`{% generation %}`) where it has one, otherwise by rendering
-    the messages before each turn and up to it. The last turn starts where the generation prompt
-    ends. Each ends with the token by which the template ends it, without the separator behind that.
-    Raises `InputError` naming the row if the template cannot render it, renders messages otherwise
-    when others follow, or leaves out the answer.
+    Turns are found by the template's generation mask (`{% generation %}`) if it has one, otherwise
+    by rendering the messages before each turn and through it. The last turn starts where the
+    generation prompt ends. A turn includes the template's end token but not the separator after it.
+    Raises `InputError` naming the row if the template cannot render it, renders messages
+    differently when others follow, or leaves out the answer.
     """
     messages = conversation.messages
     whole = _render(template, conversation, len(messages))

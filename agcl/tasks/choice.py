@@ -24,8 +24,8 @@ def position(row: Row, *, seed: int) -> float:
 def tests_training_rows(task: Task) -> bool:
     """Whether at least half of the test rows are training rows. Reads both splits once.
 
-    Rows set apart from training would then be facts that the scored rows ask for and nothing
-    teaches.
+    If so, training rows must not be held out for validation: the model would never learn facts that
+    the scored rows ask for.
     """
     tested = {position(row, seed=0) for row in task.splits[TEST]()}
     trained = {p for row in task.splits[TRAIN]() if (p := position(row, seed=0)) in tested}

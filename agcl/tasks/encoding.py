@@ -57,8 +57,8 @@ class Text(NamedTuple):
     prompt: str
     answer: str
     end: str | None = None
-    """What ends the answer; empty, or None for a row without a chat template: the end token. None
-    also adds the tokenizer's special tokens, such as BOS, to the prompt."""
+    """Text that ends the answer; if empty or None, the end-of-sequence token. None marks a row
+    without a chat template, whose prompt also gets special tokens such as BOS."""
     earlier: tuple[Span, ...] = ()
     """Characters of the prompt that are earlier assistant turns."""
     kept: int = 0
@@ -121,10 +121,10 @@ def _as_conversation(row: Row) -> Conversation:
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> list[Encoded]:
-    """Token ids of rows.
+    """Tokenize rows.
 
-    The prompt has the same tokens as alone, as in generation. The answer has those that it has
-    behind its prompt: alone, many tokenizers would put a space before it.
+    The prompt gets the tokens that it has alone, as in generation. The answer gets the tokens that
+    it has after the prompt: many tokenizers would add a space to an answer tokenized alone.
     """
     plain = [text.end is None for text in texts]
     found = {
@@ -183,9 +183,9 @@ def _starts(tokenizer: "PreTrainedTokenizerBase", text: Text) -> list[int]:
     """The character at which each token of the prompt starts; 0 for special tokens before it."""
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer in {tokenizer.name_or_path} tells no places of tokens in the text, "
-            "which conversations of several assistant turns, and instructions that truncation "
-            "keeps, need (tokenizer.json is missing)"
+            f"the tokenizer in {tokenizer.name_or_path} does not report token offsets, which "
+            "conversations with several assistant turns and instructions that truncation keeps "
+            "need (tokenizer.json is missing)"
         )
     special = text.end is None
     read = tokenizer(text.prompt, add_special_tokens=special, return_offsets_mapping=True)

@@ -95,8 +95,11 @@ def _splits(folder: Path, subset: str | None, cache: str) -> Splits:
 
 
 def _text_reader(builder: Any) -> Callable[[Path], Records] | None:
-    """For CSV and JSON files whose types the folder does not declare, which `datasets` would guess:
-    007 would become 7, 1e-05 stand for 0.00001, and None, NA or a date be no text."""
+    """A reader of CSV or JSON files as text; None if the folder declares types or has other files.
+
+    `datasets` would guess undeclared types: 007 would become 7, and 0.00001 would become 1e-05;
+    None, NA and dates would not be text.
+    """
     names = [name for files in (builder.config.data_files or {}).values() for name in files]
     if builder.info.features or not all(map(_PLAIN.search, names)):
         return None

@@ -14,11 +14,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def row_of(messages: Any, tools: Any, place: str, *, context: int = 0) -> Row:
-    """The row of a list of messages, or JSON text of one, up to its last assistant turn.
+    """Make a row of a list of messages (or its JSON text), up to the last assistant turn.
 
     `context`: number of messages at the start whose assistant turns carry no loss. Raises
-    `InputError` naming place and message for an unknown role, content that is not text, messages
-    that do not start with the user's (behind a system message), or none of the assistant.
+    `InputError` naming place and message for an unknown role, content that is not text, a first
+    turn (after system messages) that is not the user's, or no assistant turn after the context.
     """
     checked = [
         _message(value, f"{place}, message {number}")

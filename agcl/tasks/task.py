@@ -29,17 +29,17 @@ class Conversation:
 class Row:
     """One example; the answer starts with the space that separates it from the prompt.
 
-    Of a `conversation` they are the texts, for hashes and checks; its messages are what is encoded.
+    With a `conversation`, its messages are encoded, and both texts serve only hashes and checks.
     """
 
     prompt: str
     answer: str
     fact: str = field(default="", compare=False)
-    """What the row asks for, if other rows ask for the same: no share of the rows separates them.
-    Empty: prompt and answer."""
+    """The fact that the row asks for, shared with its paraphrases, so that a random share of rows
+    has all or none of them. If empty, prompt and answer identify the fact."""
     conversation: Conversation | None = field(default=None, hash=False)
     references: tuple[str, ...] = ()
-    """Further right answers. No training uses them; scores count the best, but for exact match."""
+    """More correct answers, not used in training. All scorers but `exact_match` take the best."""
     kept: int = 0
     """Characters at the start of the prompt, such as an instruction, that `truncate` leaves."""
 
@@ -81,10 +81,10 @@ def is_empty(row: Row) -> bool:
 def check_rows(
     task: Task, split: str, check: Callable[[Row], None] = lambda row: None, *, file: str = ""
 ) -> int:
-    """Read a split once; return its number of non-empty rows, each of which `check` is called with.
+    """Read a split once, call `check` with every non-empty row, and return their number.
 
-    Raises `InputError` for a row that cannot be read or a split without rows, which names its
-    `file` if given.
+    Raises `InputError` for a row that cannot be read, and for a split without non-empty rows, whose
+    message names the `file` if given.
     """
     num_rows = 0
     for row in task.splits[split]():

@@ -52,7 +52,7 @@ def check_inputs(config: Config, *, weights: bool = True) -> None:
 
 
 def _check_storage(storage: Path) -> None:
-    """A submitted job runs in a copy of the code on one node, which is deleted with the job."""
+    """Refuse a folder inside a Ray job's copy of the code, which is deleted with the job."""
     if any(part.startswith("_ray_pkg_") for part in storage.parts):
         raise InputError(
             f"storage: {storage} is deleted with this Ray job; name a folder that all nodes share, "

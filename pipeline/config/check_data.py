@@ -103,7 +103,7 @@ def _open_task(config: Config, source: Source, section: str) -> Task:
 
 
 def _check_length(config: Config, task: Task, split: str, file: Path | None) -> None:
-    """Refuse a split of which no row is short enough; the first row mostly is."""
+    """Refuse a split in which no row fits the length limit; usually reads only a few rows."""
     if config.model.is_builtin or config.tasks.truncate == "left":
         return
     positions = models.positions(config.model.folder)
@@ -192,7 +192,7 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
 
 
 def _check_share(task: Task, share: float) -> None:
-    """Refuse a share of the scored rows that leaves none of them on one side."""
+    """Refuse a validation share that leaves no test row or no validation row."""
     for name, split in task.scored.items() if share else ():
         rows = (row for row in task.splits[split]() if not is_empty(row))
         sides = {choice.position(row, seed=0) < share for row in rows}

@@ -111,7 +111,8 @@ def name_of(path: Path) -> tuple[str, str] | None:
 def _explained(model: str, revision: str) -> Iterator[None]:
     """Turn what `huggingface_hub` raises into an `InputError` that names the key and the remedy.
 
-    Neither the hub's own texts, which hold addresses and request ids, nor a token get into it.
+    The message contains neither the hub's own text, which has addresses and request ids, nor a
+    token.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
 

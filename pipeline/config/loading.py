@@ -81,9 +81,9 @@ def _for_any_method(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_preset(method: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A raw config in which a method's preset fills in what is absent: keys of sections, and lists.
+    """Return a raw config with the method's preset filled in: absent keys and absent lists.
 
-    A variant's changes are made in the given sections too.
+    The changes of a variant override sections that the raw config has, too.
     """
     preset = METHODS[method]
     raw = {**raw, "method": method}

@@ -128,10 +128,10 @@ class Penalty(Protection):
 
 
 class Base(Section):
-    """Protect what the base model knew, as a task before the first one, by the items of `protect`:
-    a method without any ignores this section. With an adapter only a projection can, a penalty if
-    `adapter.fresh`, or `adapter.init: corda`. Measured once, on the base model, and shared by all
-    methods, seeds and trials."""
+    """Protect what the base model knew, as if it were a task before the first one. The items of
+    `protect` do this, or `adapter.init: corda`; a method with neither ignores this section. With an
+    adapter, only a projection can do it or, with `adapter.fresh`, a penalty. Measured once, on the
+    base model, and shared by all methods, seeds and trials."""
 
     protect: Literal["none", "self", "text", "rows"] = "none"
     """On what the base model's importance is measured. `self`: on text that it writes itself, which

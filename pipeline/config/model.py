@@ -39,16 +39,16 @@ class Model(Section):
     downloads it with the `HF_TOKEN` of that machine."""
     revision: str | None = Field(None, pattern=r"^[^\s@]+(@[0-9a-f]{40})?$", max_length=300)
     """Branch, tag or commit on the hub; null is `main`. It is resolved to a commit once, before any
-    work, and written to the run's `config.yaml` as `main@COMMIT`. The same command in the same
-    folder stays on that commit although the branch has moved, so that what was interrupted resumes
-    with the weights it began with; another `name` starts from the branch's new commit."""
+    work, and written to the run's `config.yaml` as `main@COMMIT`. Rerunning the command in the same
+    folder keeps that commit even if the branch has moved, so an interrupted run resumes with the
+    weights it started with; another `name` uses the branch's current commit."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Of the weights in memory; `auto` is what the model's `config.json` says. In bfloat16 weights
-    and gradients take half the memory, 12 instead of 16 bytes per trained weight with the optimizer
-    state, and `training.rounding` decides what becomes of small steps. Protection then holds up to
-    rounding, and a task is attributed on a float32 copy. With an adapter the frozen weights are
-    bfloat16, its factors float32. `training.precision` keeps float32 weights and computes in
-    bfloat16. The final model is saved in the dtype that the base model is saved in."""
+    """Dtype of the weights in memory; `auto` is that of the model's `config.json`. bfloat16 halves
+    the memory of weights and gradients: 12 instead of 16 bytes per trained weight, optimizer state
+    included. Then `training.rounding` sets how small steps are rounded, protection holds up to
+    rounding, and attribution uses a float32 copy unless `importance.precision` is bfloat16. An
+    adapter's factors stay float32 on bfloat16 weights. To keep float32 weights and compute in
+    bfloat16, set `training.precision`. The final model is saved in the base model's dtype."""
     quantization: Literal["nf4"] | None = None
     """`nf4` keeps the linear layers' weights in four bits (bitsandbytes, pip install
     'agcl[quantization]'), computed in `dtype`: for an adapter that is not merged."""

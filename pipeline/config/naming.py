@@ -1,4 +1,4 @@
-"""What results call the method of a config: by what its sections do, not by `method` alone."""
+"""The method's name in results, derived from the config's sections, not from `method` alone."""
 
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ _TUNABLE = {
     *("entries", "top_k", "running_values", "samples", "batch_size", "split", "past"),
     *("correct_only", "keep", "precision"),
 }
-"""Keys of `importance` that no method is known by; like any number that is not 0."""
+"""Keys of `importance` that do not distinguish methods. Other numbers count only as on or off."""
 _OF_BASE = {"base.protect"}
 _OF_PROJECTED_BASE = {*_OF_BASE, "base.energy", "base.weighting"}
 """Keys of `base` that a method is known by; the others say what its text or rows are."""

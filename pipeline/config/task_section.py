@@ -32,9 +32,9 @@ class TaskSection(Section):
     max_length: Positive = 512
     """Maximum tokens per row, prompt and answer; a model with fewer positions lowers it."""
     truncate: Literal["drop", "left"] = "drop"
-    """What becomes of longer rows: dropped, or cut at the beginning of their prompts; BOS stays, as
-    does an instruction of `super_ni`. Of a conversation that is all before its last assistant turn.
-    Counted and shown either way; a row whose answer alone is too long is dropped."""
+    """`drop` rows that are longer, or cut the beginning of their prompts (`left`) but keep BOS and
+    an instruction of `super_ni`. The prompt of a conversation is all before its last assistant
+    turn. Such rows are counted and shown; a row whose answer alone is too long is dropped."""
     train_rows: Positive | None = None
     """Maximum training rows per task, sampled by `seed`; null takes all."""
     test_rows: Positive | None = None

@@ -26,9 +26,9 @@ def loaded_dtype(model: Model) -> str:
 
 
 def attributed_dtype(model: Model, importance: Importance) -> str:
-    """The name of the dtype of weights that are attributed: of bfloat16 ones a float32 copy.
+    """Name of the dtype in which weights are attributed: float32, with a copy of bfloat16 weights.
 
-    Unless attribution may round too: then it takes the weights as they are.
+    If `importance.precision` is bfloat16 too, bfloat16 weights are used without a copy.
     """
     half = importance.precision == "bfloat16" and loaded_dtype(model) == "bfloat16"
     return "bfloat16" if half else "float32"
@@ -42,10 +42,10 @@ def rounds_8bit_to_nearest(config: Config, dtype: str) -> bool:
 
 
 def slow_here(config: Config) -> str | None:
-    """What to set where a run would be many times slower than this machine can be, or None.
+    """A warning with the settings to change if a run would be needlessly slow here, else None.
 
-    If it leaves a GPU unused, or computes in bfloat16 on a CPU without instructions for it, where
-    PyTorch multiplies matrices without a library.
+    That is, if the run leaves a GPU unused, or uses bfloat16 on a CPU without bfloat16
+    instructions, where PyTorch falls back to matrix products without a library.
     """
     if config.resources.gpus_per_worker:
         return None

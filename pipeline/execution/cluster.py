@@ -106,7 +106,7 @@ def _remedy(error: Exception) -> str:
         return "; set HOME to a folder that can be written to"
     place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     logs = Path(place) / "ray" / "session_latest" / "logs"
-    return f"; on a busy machine another try may help, and {logs} say more"
+    return f"; if this machine is busy, try again; the logs are in {logs}"
 
 
 def needs(resources: Resources) -> dict[str, float]:

@@ -39,7 +39,7 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
 
 
 def _claimed(stage: ResolvedStage, emit: Emit) -> AbstractContextManager[None]:
-    """The exclusive right to make the artifact; says so if another run holds it."""
+    """Lock the artifact while it is made; emit a note if another run holds the lock."""
     note = "waits for another run, which is making it"
     waits: Record = {"artifact": stage.folder.name, "note": note}
     return artifact.claimed(stage.folder, on_wait=lambda: emit([waits]))
@@ -55,7 +55,7 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         }
         stage = replace(stage, inputs=fetched)
         _verify_inputs(stage, verified)
-        distributed.meet()  # Downloads take as long as they take.
+        distributed.meet()  # Downloads may outlast a collective's timeout.
         with _prepared(stage, context, emit) as out_dir:
             stage.fn(stage.config, stage.inputs, out_dir, context)
     verified.add(stage.folder)
@@ -132,7 +132,7 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
 
 
 def _resumed(stage: ResolvedStage, metrics: Mapping[str, float], step: int) -> Record:
-    """Where training goes on, for the user."""
+    """A note for the user that says after which step training resumes."""
     total = metrics.get("of_steps")
     note = f"resumes after step {step}" + f" of {total}" * bool(total)
     return {"artifact": stage.folder.name, "note": note}

@@ -18,11 +18,11 @@ _MEETING_SECONDS = 240
 
 
 def config_of(resources: Resources) -> "ReachableConfig":
-    """What Ray Train hands to torch's `init_process_group`.
+    """The config that Ray Train passes to torch's `init_process_group`.
 
-    `timeout_s` is for the workers to find each other, `collective_timeout_s` for every collective
-    after that, since all run in the default group: Ray's default is 30 minutes, and a group that
-    torch made itself would have torch's, 10 minutes with nccl.
+    `timeout_s` limits the rendezvous, `collective_timeout_s` every later collective. The latter
+    works because all collectives use the default group: a new group would have torch's own
+    timeout, 10 minutes with nccl. Ray's default is 30 minutes.
     """
     seconds = max(1, round(60 * resources.timeout_minutes))
     return ReachableConfig(

@@ -1,8 +1,8 @@
 """Groups of workers: processes that take sessions from the mailbox and run them.
 
 Starting a Ray Train worker group often takes longer than a session, so a group stays for the next
-session. Functions that run stages import torch and the stages themselves, so that the process that
-starts the workers is ready sooner.
+session. Functions that run stages import torch and the stages when called: the process that starts
+the workers needs neither, and is ready sooner without them.
 """
 
 import platform
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.2
 
 
 def here() -> NodeAffinitySchedulingStrategy:
-    """A scheduling strategy: on the caller's node, to survive the loss of any other."""
+    """Schedule on the caller's node, so that the loss of any other node does no harm."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
@@ -46,9 +46,9 @@ def run_group(group: str, train: bool, resources: Resources, mailbox: Any, scrat
 
     `scratch` is a folder for Ray Train's own files that all nodes see; with a bucket, only this
     node needs it. A group that loses a worker restarts, and its session resumes at the first
-    unfinished stage. The session fails once it was lost `LOSSES` times without finishing another
-    stage or checkpoint. If no node can fit the workers, the group waits for
-    `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S` and then fails.
+    unfinished stage. The session fails after `LOSSES` losses in a row without a new stage or
+    checkpoint. If the workers do not start within `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`, the
+    session fails if they could never fit on the cluster; otherwise the group keeps waiting.
     """
 
     def emit(records: list[Any]) -> None:
@@ -109,8 +109,8 @@ def _sessions(group: str, train: bool, first: int, mailbox: Any) -> Iterator[Ses
 def _unfinished(group: str, train: bool, mailbox: Any) -> Sequence[ResolvedStage]:
     """Unfinished stages of the session that the group is running or would run next.
 
-    A session whose last artifact was published just before its workers were lost is finished here:
-    nobody else would say so, and what needs it would wait for ever.
+    Marks a session as finished if its workers were lost right after publishing its last artifact.
+    Otherwise, the sessions that depend on it would wait forever.
     """
     while True:
         done = ray.get(mailbox.number_done.remote(group))
@@ -184,10 +184,10 @@ def _on_workers(
 
 @contextmanager
 def _interrupts_as_before() -> Iterator[None]:
-    """Take back the handler of SIGINT that Ray Train leaves.
+    """Restore the SIGINT handler that Ray Train replaces and leaves behind.
 
-    It refers to the controller of the workers, which would live on, and keep the CPUs of workers
-    that failed to start from the next group.
+    Ray Train's handler references the controller of the workers. The controller would stay alive
+    and hold the CPUs of workers that failed to start, so the next group could not have them.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -219,7 +219,7 @@ def _check_room(resources: Resources, stage: ResolvedStage, emit: "Emit") -> Non
         side_by_side(resources, nodes())
     except InputError as error:
         _refuse(str(error), stage, emit)
-    emit([{"artifact": stage.folder.name, "note": "still waits for room for its workers"}])
+    emit([{"artifact": stage.folder.name, "note": "still waiting for room for its workers"}])
 
 
 def _refuse(why: str, stage: ResolvedStage, emit: "Emit") -> NoReturn:

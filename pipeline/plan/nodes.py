@@ -1,6 +1,7 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys, but for `loading`. Train stages: `training.py`.
+All stages of one kind have the same config keys, except for optional ones that are absent at their
+default (`loading`, `truncate`), so that old fingerprints stay valid. Train stages: `training.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -159,9 +160,9 @@ def evaluate_stage(
 ) -> Stage:
     """Score `model`, which is only an adapter on its `base` if adapters are not merged.
 
-    Compares it with its `base`, also on the answers of the `new` tasks, which it was just trained
-    on; None and none of them for the base model itself. The `last` one of a run also checks the
-    saved files. Trials of a search do neither.
+    Also compares it with its `base`, including on the answers of the `new` tasks, which it was just
+    trained on; omit both for the base model itself. The `last` stage of a run also checks the saved
+    files. A search's trials skip the comparison and the check.
     """
     settings = config.evaluation
     in_trial = settings.rows == "validation"

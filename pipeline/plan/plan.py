@@ -138,7 +138,8 @@ def _joint(
     model = replace(
         model,
         name="train/joint",
-        config={**model.config, "replay": 1.0, "order": tasks},  # In which rows are drawn from.
+        # `order` is for the fingerprint, which sorts inputs by role: row order changes the result.
+        config={**model.config, "replay": 1.0, "order": tasks},
         inputs={**model.inputs, **others_rows},
     )
     name = f"{len(tasks)}-joint"

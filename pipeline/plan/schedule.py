@@ -30,8 +30,8 @@ class Session:
 def sessions(plans: Mapping[str, Sequence[Stage]], storage: Storage) -> list[Session]:
     """The sessions that complete every plan (stages by run), in dependency order.
 
-    Complete stages, and stages that only complete stages need, are skipped. Sessions are split by
-    the set of runs that need them, so shared stages are computed once, before all others.
+    Skips complete stages and stages that only complete stages need. Stages needed by different
+    sets of runs are put in different sessions, so that a shared stage is computed once.
     """
     found: dict[Path, tuple[Stage, ResolvedStage]] = {}
     owners: dict[Path, set[str]] = {}
@@ -74,11 +74,11 @@ def needed_for(
 ) -> tuple[Stage, ...]:
     """The goals and the stages they depend on, in the order of `stages`.
 
-    With `resolved`, without complete stages and those that only complete stages need.
+    With `resolved`, skip complete stages and stages that only complete stages need.
     """
     names = {goal.name for goal in goals}
     needed = []
-    for stage in reversed(stages):  # Each stands behind what it needs.
+    for stage in reversed(stages):  # A stage's inputs come before it.
         if stage.name in names and not (resolved and resolved[stage.name].is_complete()):
             needed.append(stage)
             names |= {source.name for source in _sources(stage)}

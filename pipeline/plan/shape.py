@@ -1,4 +1,4 @@
-"""What of a model's shape its memory depends on, and the tensors that a pass through it keeps.
+"""The part of a model's shape that determines memory, and the tensors that a pass keeps.
 
 Counted from what torch saves for the backward pass; the test counts them again for every family.
 """

@@ -25,7 +25,7 @@ class External:
     path: Path
     patterns: tuple[str, ...] = ("*",)
     identity: str | None = None
-    """Stands for the contents in fingerprints, such as a commit; None hashes the files."""
+    """Used in fingerprints instead of the file hashes, such as a commit; None hashes the files."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ResolvedStage:
 
 
 def complete(stages: Iterable[ResolvedStage]) -> set[Path]:
-    """The folders of those that are complete."""
+    """The artifact folders of the stages that are complete."""
     folders = {stage.folder: stage for stage in stages}
     with ThreadPoolExecutor() as pool:  # Each is a request to a bucket.
         done = pool.map(ResolvedStage.is_complete, folders.values())
@@ -97,10 +97,10 @@ def complete(stages: Iterable[ResolvedStage]) -> set[Path]:
 
 
 def _that_counts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what changes no bit of the result, such as saving memory.
+    """The config without settings that change no bit of the result: activation checkpointing.
 
-    Someone who runs out of it in the seventh task keeps the six before it. Compiled code may round
-    otherwise where activations are recomputed.
+    A user who runs out of memory in task 7 can turn it on and keep tasks 1 to 6. It counts with
+    `compile`, because compiled code may round recomputed activations differently.
     """
     without = set() if config.get("compile") else {"activation_checkpointing"}
     return {key: value for key, value in config.items() if key not in without}

@@ -24,9 +24,9 @@ from pipeline.stages.corda import decompose
 def base_importance_stages(
     config: Config, tokenizer: Stage | External, base: Stage | External, rows: Mapping[str, Stage]
 ) -> list[Stage]:
-    """What the base model's importance is measured on, and last that importance; or nothing.
+    """Stages that make the rows to measure the base model on, then the stage that measures it.
 
-    For CorDA the last one is what the adapter starts from.
+    Empty if the base model is not measured. With CorDA, the last stage makes the initial adapter.
     """
     settings, tokens = config.base, config.base.tokens
     if not config.model.is_builtin:
@@ -73,7 +73,7 @@ def base_importance_stages(
 
 
 def _corda_stage(config: Config, inputs: Inputs) -> Stage:
-    """What a CorDA adapter starts from."""
+    """The stage that computes the initial CorDA adapter."""
     assert config.adapter
     return Stage(
         name="corda",

@@ -32,7 +32,7 @@ def rounding(config: Config) -> dict[str, Any]:
 
 
 def adapter_settings(section: Adapter) -> dict[str, Any]:
-    """The config of an adapter, without the start that all had before there was a choice."""
+    """An adapter's config; omits `init: random`, so that fingerprints from before `init` hold."""
     return section.model_dump(exclude={"init"} if section.init == "random" else set())
 
 
@@ -75,8 +75,8 @@ def train_stage(
 ) -> Stage:
     """Train task `index` (1 to T). All methods share the stage while nothing is protected yet.
 
-    `trained` are the train stages of the earlier tasks, whose adapters count; `models` are what
-    they became, by merging or as they are.
+    `trained` are the train stages of the earlier tasks, whose adapters are used. `models` are the
+    stages that made the models to continue from: merge stages, or the train stages themselves.
     """
     settings = training_settings(config, index)
     inputs: Inputs = {"model": models[-1] if models else base, "rows": rows[task]}
@@ -175,10 +175,10 @@ def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | N
 
 
 def _settings_of(item: Protection, *, has_past: bool) -> dict[str, Any]:
-    """An item of `protect`, without what a projection does not use.
+    """An item of `protect`, with None for the settings that a projection does not use.
 
-    That is, if only the base model is protected, what it uses for tasks. So trials and controls
-    that differ in it share their first task.
+    If only the base model is protected, the settings for tasks are unused. Trials and controls
+    that differ only in those share their first task.
     """
     settings = item.model_dump()
     if isinstance(item, Project) and not item.needs_importance:

@@ -26,7 +26,7 @@ from pipeline.storage.artifact import folder_name
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
-"""What a report needs of a run beside its config and metrics; of several runs, their folders."""
+"""What a report needs besides a run's config and metrics; of a comparison, its runs' folders."""
 TRIALS_FILE = "trials.parquet"
 """The trials of a search, one per row."""
 FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
@@ -35,10 +35,10 @@ _MOST_NAMED = 3
 
 
 def check_folder(config: Config, file: Path, kind: str = "run") -> None:
-    """Refuse the folder of `file`, a stored config, if it is of another run or search.
+    """Refuse the folder of `file`, a stored config, if it belongs to another run or search.
 
-    The results there would be lost, or not be comparable with new ones. A run that has no results
-    yet is taken over. Raises `InputError`, which names the keys and both values.
+    Its results would be lost, or not be comparable with new ones. The folder of a run without
+    results is taken over. Raises `InputError`, which names the keys and both values.
     """
     results = file.parent / METRICS
     config.storage.refresh(file)

@@ -77,10 +77,10 @@ class Search:
 
 
 class Points(OptunaSearch):
-    """Optuna's points, numbered. Tells Optuna of stopped and failed trials as such.
+    """`OptunaSearch` that numbers its points and reports stopped trials as pruned, not as results.
 
-    Ray's own class takes the last score of a stopped trial for its result. After fewer tasks there
-    is less to forget, so that such a score would look better than those of whole trials.
+    Ray's class reports the last score of a stopped trial as its result. After fewer tasks there is
+    less to forget, so that score would look better than the scores of complete trials.
     """
 
     def __init__(self, search: Search, num_tasks: int) -> None:
@@ -243,10 +243,11 @@ def _scheduler(search: Search, num_tasks: int) -> tune.schedulers.TrialScheduler
 
 
 def _resources(resources: Resources, side_by_side: int) -> tune.PlacementGroupFactory:
-    """What a trial reserves: what it computes with, or nothing that its workers need.
+    """The resources that Tune reserves for a trial.
 
-    A trial whose workers compute takes a share of the head node, which no spot market takes away,
-    so that only as many trials start as their workers have room for.
+    With one worker, the trial computes in its own process and reserves what that worker needs. With
+    several, it reserves only a share of the head node, which is not a spot instance, so that no
+    more trials start than their workers have room for.
     """
     if resources.num_workers > 1:
         # Not all of it: Ray Train places a helper of each trial's workers on the head too. Rounded

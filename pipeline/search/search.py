@@ -257,7 +257,7 @@ def best_run(search: Search, best: Trial) -> Run:
     config = loading.changed(search.config, settings)
     file, folder = search.folder / BEST_CONFIG, search.folder / BEST
     if file.is_file() and _results_of(loading.load(file)) != _results_of(config):
-        # With more trials another one may win. What the last one left is copies and links.
+        # More trials can change the winner. The old winner's folder holds only copies and links.
         config.storage.forget_folder(folder)
     return open_run(config, folder)
 

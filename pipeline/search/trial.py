@@ -84,7 +84,7 @@ def run_trial(run: Run, shared: Collection[str]) -> None:
     try:
         _run_stages(run, observe)
         if not failures:
-            catch_up()  # With what another process made meanwhile, of which there is no record.
+            catch_up()  # Stages that another process finished meanwhile leave no record here.
     except Exception:
         if not failures:  # The process or its workers were lost.
             raise

@@ -37,17 +37,16 @@ def attribute(
 ) -> None:
     """Write the importance of `model` on the training rows of `rows`, or of all `rows/...`.
 
-    With the input `adapter`, the importance is that of the adapter's factors. With inputs named
-    `past`, or `past/...`, also write the sum of their moments and this task's. A model that answers
-    no row correctly is attributed on all rows, with a warning; raises `ValueError` if its training
-    loss rose.
+    With the input `adapter`, attribute the adapter's factors. With the input `past` or inputs
+    `past/...`, also write the sum of their moments and this task's. If the model answers no row
+    correctly, attribute all rows and warn, or raise `ValueError` if its training loss rose.
     """
     folders = [path for role, path in inputs.items() if role.startswith("rows")]
     logged: dict[str, int] = {}
     with context.borrowed_model(inputs, config) as model:
         for parameter in model.parameters():
-            # Of an adapter, whose factors are float32 on any base: each would read a copy of its
-            # input, and count as an input of its own.
+            # An adapter's factors are float32 on any base. Without the cast, each would read its
+            # own copy of its input, and the copies would count as different inputs.
             if parameter.is_floating_point() and parameter.dtype != model.dtype:
                 parameter.data = parameter.data.to(model.dtype)
         try:
@@ -105,7 +104,7 @@ def _importance(
 ) -> Importance:
     """Attribute the rows of prepared tasks, then apply the control that the config asks for.
 
-    `logged` has the number of rows that progress was logged for.
+    `logged["rows"]` is the number of rows up to which progress was already logged.
     """
     parts: list[Any] = [EncodedRows(folder / rows_file(TRAIN)) for folder in folders]
     rows: Rows = ConcatDataset(parts)

@@ -26,7 +26,7 @@ _BYTES_PER_TOKEN = 16
 def write_own_text(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Let `model` write texts of its own: `texts.jsonl` to read, rows as of a task to attribute."""
+    """Generate texts with `model`; write `texts.jsonl` to read, and rows to attribute."""
     with context.borrowed_model(inputs, config) as model:
         tokenizer = models.load_tokenizer(inputs["model"])
         texts = own_texts(
@@ -45,7 +45,7 @@ def write_own_text(
 def cut_text(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Cut pieces out of the text file, or the files of the folder, `text`: files as above."""
+    """Cut pieces out of the file or folder `text`; write the same files as `write_own_text`."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
     has_config = (inputs["tokenizer"] / "config.json").exists()  # The built-in tokenizer has none.
     model_config = models.config_of(inputs["tokenizer"]) if has_config else None
@@ -66,8 +66,8 @@ def cut_text(
 def pieces_of(path: Path, *, samples: int, size: int, seed: int) -> Iterator[str]:
     """Pieces of at most `size` bytes of UTF-8 text, evenly spread, each at a random word.
 
-    Reads no more than the pieces, which may overlap: less of each is used. Fewer than `samples` if
-    the text is short, or white space in places.
+    Reads only the pieces. They may overlap, since the caller uses only the beginning of each.
+    Yields fewer than `samples` if the text is short or a piece is only white space.
     """
     files = text_files(path)
     starts = list(accumulate((file.stat().st_size for file in files), initial=0))

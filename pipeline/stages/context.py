@@ -89,14 +89,17 @@ class Context:
         return model.to(self.device)
 
     def hold_model(self, model: PreTrainedModel, folder: Path) -> None:
-        """Keep a model in memory as that of `folder` for the next stage."""
+        """Keep the model of artifact `folder` in memory, for the next stage's `take_model`."""
         self.held[folder] = model
 
     @contextmanager
     def borrowed_model(
         self, inputs: Mapping[str, Path], config: Mapping[str, Any]
     ) -> Iterator[PreTrainedModel]:
-        """The input `model`, with the input `adapter` on it if there is one, to read only."""
+        """Lend the input `model`, with the input `adapter` on it if there is one.
+
+        The caller must not change the model's weights: the next stage gets the same object.
+        """
         model, peft_model = self.take_model(inputs["model"], config), None
         if "adapter" in inputs:
             peft_model = adapter.load(model, inputs["adapter"] / ADAPTER)

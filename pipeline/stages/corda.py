@@ -17,9 +17,10 @@ from pipeline.stages.files import ADAPTER, named, rows_file
 def decompose(
     config: Mapping[str, Any], inputs: Mapping[str, Path], out_dir: Path, context: Context
 ) -> None:
-    """Write an adapter that changes nothing in `model` yet, from the texts of all `rows/...`.
+    """Write the initial adapter, computed from the texts of all `rows/...`.
 
-    PEFT reads one text after the other, so the first worker does it and the others wait.
+    It does not change `model`'s outputs yet. PEFT reads the texts one by one, so rank 0 does all
+    the work and the other ranks wait.
     """
     parts: list[Any] = [
         EncodedRows(folder / rows_file(TRAIN)) for folder in named("rows/", inputs).values()

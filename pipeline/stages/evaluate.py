@@ -34,15 +34,16 @@ def evaluate(
     is scored by its task's scorer, and by each of the config's `scorers` as an additional set
     `<set>-<scorer>`; of several references the best counts. `predictions.parquet` holds one line
     per scored row and scorer, enough to recompute every metric; `predicted` is the model's greedy
-    answer, with exact match alone only up to its first wrong token. With a `validation` share, only
-    validation rows are scored: those of the task's own split, or else those whose fact's `position`
-    is below it. `base.json` holds what the model still knows of what the base model knew
-    (`kept.measure`). The config's `facts` names the base model's facts among the tasks, or is None.
+    answer, cut after its first wrong token if exact match is the only scorer. With a `validation`
+    share, only validation rows are scored: the task's validation split or, without one, the rows
+    whose `position` is below the share. `base.json` holds how much of the base model's knowledge is
+    left (`kept.measure`). The config's `facts` names the base model's facts among the tasks, or is
+    None.
 
-    A few rows are tokenized again by the tokenizer beside the model. With `saved`, the model's
-    files are loaded again to answer a few rows, and `saved.json` holds how many agree; a
-    sharded model may fit in no single worker and is not loaded. Raises `ValueError` if either
-    disagrees.
+    Also checks the saved folder: its tokenizer must give a few rows the same tokens. With `saved`,
+    the model is reloaded from its files to answer a few rows, and `saved.json` holds how many
+    answers agree. A sharded model is not reloaded, since it may not fit on one worker. Raises
+    `ValueError` if a check fails.
     """
     scores: dict[str, dict[str, float]] = {}
     tables: list[pa.Table] = []
@@ -76,9 +77,10 @@ def _score_task(
     folder: Path,
     tables: list[pa.Table],
 ) -> tuple[dict[str, float], list[Verdict]]:
-    """The mean score of every evaluation set of a task, and a few rows, those answered right first.
+    """Score one task and append its predictions to `tables`.
 
-    Appends its predictions to `tables`.
+    Returns the mean score per evaluation set, and a few rows with their verdicts, rows that the
+    model answered exactly first.
     """
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     scores: dict[str, float] = {}
@@ -138,10 +140,10 @@ def _answers(
     """For every row the model's answer, the expected one, and whether they agree exactly.
 
     One teacher-forced pass finds the exact answers. The others are decoded token by token, or cut
-    after their first wrong token if every scorer is exact match. Both texts are those of tokens,
-    without the special ones, except for special tokens that an expected answer has, such as labels,
-    and without what the chat template itself writes before an answer, such as an empty `<think>`
-    block. Answers end with the end-of-sequence token, or as the chat template ends them.
+    after their first wrong token if every scorer is exact match. Both texts are decoded without
+    special tokens, except those that occur in an expected answer (labels may be special tokens),
+    and without what the chat template writes before an answer, such as an empty `<think>` block.
+    An answer ends with the end-of-sequence token or the chat template's end token.
     """
     options = {"batch_size": config["batch_size"], "precision": config["precision"]}
     predicted = predict(model, rows, **options)

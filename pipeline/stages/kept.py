@@ -1,4 +1,4 @@
-"""What a model still knows of what the base model knew, measured beside the scores of its tasks."""
+"""How much of the base model's knowledge a model still has, measured with its task scores."""
 
 import gc
 import json
@@ -35,9 +35,9 @@ def measure(
     """Write `base.json`, with keys only for what is measured.
 
     `text_loss` on the input `text`, `kl` from the input `base` on the same tokens, and `kl_answers`
-    on the answers of the config's `new` tasks, all in nats per token. Both are 0 for the base model
-    itself, which has no input `base`, and are not measured in a search's trials. `probes` holds
-    the accuracies on every input `probe/<name>`.
+    on the answers of the config's `new` tasks, all in nats per token. The two divergences are 0 for
+    the base model itself, which has no input `base`; a search's trials do not measure them.
+    `probes` holds the accuracies on every input `probe/<name>`.
     """
     # First, while memory holds no second model.
     of_probes = probe_scores(model, tokenizer, inputs, config, out_dir, context)

@@ -34,8 +34,8 @@ def report(
 
     Inputs are `scores/0` ... `scores/T`, `importance/<task>` and `model/<stage>`. The config holds
     method, seed, task names, the name of the base model's facts among the scores or None, the
-    headline evaluation set, the share of validation rows, and whether only those were scored; then
-    the metrics are computed from them.
+    headline evaluation set, the share of validation rows, and whether only validation rows were
+    scored. If so, the metrics are computed from the validation rows.
     """
     if not context.is_first_worker:
         return

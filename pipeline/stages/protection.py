@@ -93,7 +93,7 @@ def warn_of_missing(
     base: Importance | None,
     warn: Callable[[str], None],
 ) -> None:
-    """Say so if a projection asks for more energy than the importances kept of some input."""
+    """Warn if a projection's energy is more than the importances stored for some input."""
     projections = [
         item for item in config["protect"] if item["kind"] == "project" and not _of_weights(item)
     ]
@@ -104,8 +104,8 @@ def warn_of_missing(
         kept = min(importance.header.get("kept", 1.0) for importance in importances)
         if kept < energy:
             warn(
-                f"{name} {energy:g}: of some inputs importance.keep stored no more directions than "
-                f"hold {kept:g}, so all of these are protected; importance.keep=1 stores all"
+                f"{name} {energy:g}: for some inputs, the directions that importance.keep stored "
+                f"hold only {kept:g}; all of them are protected; importance.keep=1 stores all"
             )
 
 
@@ -118,8 +118,9 @@ def protect(
 ) -> Protection:
     """Prepare the items of the config's `protect` from the importances of earlier tasks.
 
-    The base model's counts as one more. `known` are directions that a projection protects anyway.
-    A projection by the weights' own directions takes those of `model` and needs none of it.
+    The base model's importance counts as that of one more task. `known` are directions that a
+    projection always protects. A projection with `directions: weights` computes its directions from
+    the weights of `model` and uses no importance.
     """
     protection = Protection()
     every = [*([base] if base else []), *past]

@@ -23,7 +23,7 @@ Verdict = tuple[Encoded, bool]
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: EncodedRows, task: str) -> None:
-    """Raise `ValueError` if `tokenizer` gives a few rows other tokens than they have."""
+    """Tokenize a few rows again; raise `ValueError` if `tokenizer` gives different tokens."""
     few = rows.table.slice(0, _ROWS_PER_SET).to_pylist()
     texts = []
     for row in few:
@@ -49,12 +49,12 @@ def check_answers(
     config: Mapping[str, Any],
     context: Context,
 ) -> dict[str, int]:
-    """Let transformers' `generate` answer rows from the saved files; count them.
+    """Answer a few rows with transformers' `generate` from the saved files; count how many agree.
 
-    Takes rows by task that were answered right first, from the latest tasks first; of a
-    conversation, its last turn. Decodes greedily, with the end tokens that the folder's generation
-    config sets, but without its penalties. Raises `ValueError` if it disagrees with more than one
-    of eight verdicts, in bfloat16 with more than half: rounding can turn a close one.
+    Takes rows from each task in turn, latest task first, preferring rows that were answered
+    correctly; of a conversation, only the last turn. Decodes greedily, with the end tokens of the
+    folder's generation config but without its penalties. Raises `ValueError` if more than an eighth
+    of the verdicts differ, in bfloat16 more than half: rounding can flip a close answer.
     """
     device, loading = context.device, config.get(LOADING, {})
     model = models.load_model(inputs["model"], **loading).to(device).eval()

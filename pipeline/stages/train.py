@@ -45,10 +45,10 @@ def train(
 ) -> None:
     """Train `model` on `rows` and write it.
 
-    Inputs named `importance/...` or `past`, and `base_importance`, are what to protect, those named
-    `replay/...` are mixed into the rows, `reference` is the model that the config's `loss` compares
-    with. With `adapter` in the config, train LoRA factors instead of the weights; with `subspace`,
-    the factors of what that share of singular directions leaves.
+    The inputs `importance/...`, `past` and `base_importance` say what to protect. Rows of the
+    inputs `replay/...` are mixed in. `reference` is the model that the config's `loss` compares
+    with. With `adapter` in the config, train LoRA factors instead of the weights. With `subspace`,
+    freeze that leading share of each weight's singular directions and train factors of the rest.
     """
     rows = _rows(config, inputs)
     _warn_of_idle_workers(config, rows, context)
@@ -99,9 +99,9 @@ def _warn_of_idle_workers(config: Mapping[str, Any], rows: Rows, context: Contex
     )
     if len(passes) < workers:
         context.warn(
-            f"a batch fits into {len(passes)} of the {workers} workers' forward passes, and the "
-            "others have nothing to do: training.micro_batch_size="
-            f"{math.ceil(config['batch_size'] / workers)} gives each a part"
+            f"a batch has only {len(passes)} micro-batches for {workers} workers, so some workers "
+            "are idle; to give each one a part, set training.micro_batch_size="
+            f"{math.ceil(config['batch_size'] / workers)}"
         )
 
 

@@ -39,10 +39,11 @@ def train_adapter(
     context: Context,
     rows: Rows,
 ) -> None:
-    """Train factors on `model` and write them, with `merge` also the merged model.
+    """Train LoRA factors on `model` and write them; with `merge`, also write the merged model.
 
-    The factors are new, or continue those of the input `adapter`, for CorDA from what it started
-    from. They are kept orthogonal to the inputs named `adapter/...`.
+    Resumes the factors of the input `adapter` if there is one, else starts new ones. CorDA also
+    reads its initial factors from that adapter. A penalty keeps the factors orthogonal to the
+    adapters in the inputs `adapter/...`.
     """
     settings = config["adapter"]
     size = {"rank": settings["rank"], "alpha": settings["alpha"]}

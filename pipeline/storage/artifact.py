@@ -46,8 +46,8 @@ def file_hash(file: Path) -> str:
 def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files that match a pattern.
 
-    Within a process, a file is read again only if its size or change time is another (a
-    modification time can be set back): a search asks for its base model's hash in every trial.
+    Cached per process, because a search asks for its base model's hash in every trial: a file is
+    read again only if its size or ctime changed (mtime can be set back).
     """
     if path.is_file():
         return _hash_of(path)

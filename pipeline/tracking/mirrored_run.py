@@ -48,8 +48,8 @@ class MirroredRun:
         self.children: defaultdict[str, list[str]] = defaultdict(list)
         """Run ids by stage, the last one in use; several if an answer of MLflow was lost."""
         self.state: dict[str, Literal["live", "late", "recorded"]] = {}
-        """By stage: its child runs, runs but lacks the first records, or has all and is finished.
-        Not here if it has none, or one that failed."""
+        """By stage: `live` if its child run is open, `late` if that lacks the first records,
+        `recorded` if it is complete and finished. Absent if there is no child, or it failed."""
 
     def _find_complete(self) -> None:
         unknown = (work for stage, work in self.resolved.items() if stage not in self.complete)
