@@ -66,9 +66,11 @@ def anchored_loss(
     `probability` weights each token's cross-entropy by its own p(y), without a gradient (DFT, Wu et
     al. 2025, arXiv 2508.05629, the other half of ASFT). `max_perplexity` drops the cross-entropy of
     tokens with 1/q(y) above it (STM, Wu et al. 2025, arXiv 2501.14315); the loss is still divided
-    by all tokens, where STM divides by those left. Without a reference neither that nor a
-    divergence is possible; `strength` is ignored.
+    by all tokens, where STM divides by those left. Without a reference, `strength` is ignored.
+    Raises `ValueError` for `max_perplexity` without a reference.
     """
+    if reference is None and max_perplexity is not None:
+        raise ValueError("max_perplexity needs a reference model")
 
     def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         expected = answer_tokens(batch)[:, None]

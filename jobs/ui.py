@@ -11,6 +11,5 @@ def main(arguments: argparse.Namespace, command: str) -> int:
     """Serve until interrupted."""
     show = partial(print, "MLflow UI  ", flush=True)
     log = partial(print, file=sys.stderr, flush=True)
-    log("starting MLflow; Ctrl-C stops it")
     storage = arguments.storage.expanduser().absolute()
     return serve(storage, arguments.port, show, log, verbose=arguments.verbose)

@@ -48,7 +48,8 @@ class Model(Section):
     included. Then `training.rounding` sets how small steps are rounded, protection holds up to
     rounding, and attribution uses a float32 copy unless `importance.precision` is bfloat16. An
     adapter's factors stay float32 on bfloat16 weights. To keep float32 weights and compute in
-    bfloat16, set `training.precision`. The final model is saved in the base model's dtype."""
+    bfloat16, set `training.precision`. The final model is saved in the base model's dtype, in a
+    bucket in the dtype that it was trained in."""
     quantization: Literal["nf4"] | None = None
     """`nf4` keeps the linear layers' weights in four bits (bitsandbytes, pip install
     'agcl[quantization]'), computed in `dtype`: for an adapter that is not merged."""

@@ -32,7 +32,7 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
 
     The weights have the dtype of the base model's: they are hard links if they were trained in
     it, and copies where the file system has no hard links. With a bucket they are symbolic links
-    into its cache, beside a text file with the model's URI. Replaces an earlier folder; a new one
+    into its cache, in the dtype they were trained in, beside a text file with the model's URI. Replaces an earlier folder; a new one
     is complete before it gets its name.
     """
     folder, model = run.folder / MODEL, run.resolved[run.plan.final_model]
@@ -56,6 +56,8 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
             (aside / file.name).symlink_to(os.path.relpath(file, folder))
         else:
             _place(file, aside / file.name, change)
+    if uri:  # Links into the artifact, whose files stay as they were trained.
+        dtype = getattr(torch, trained)
     text = card(
         run.config, result, mlflow_run, adapter=adapter_alone(model), dtype=dtype, trained=trained
     )

@@ -50,6 +50,7 @@ def serve(
     if not (storage / DATABASE).is_file():
         raise InputError(f"--storage: no MLflow database in {storage}")
     _check_free(port)
+    log("starting MLflow; Ctrl-C stops it")
     address, pages = f"http://127.0.0.1:{port}", []
     with suppress(TrackingFailed):  # Then the server says why.
         pages = [f"{address}/#/experiments/{found}/runs?{_VIEW}" for found in _view(storage)]

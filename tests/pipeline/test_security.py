@@ -343,7 +343,8 @@ def check_that_it_prints_its_address_and_ends(ui):
     view = "workflowType=machine_learning&viewStateShareKey=agcl"
     address = f"http://127.0.0.1:{ui.port}/#/experiments/1/runs?{view}"
     # No line of the server that runs well, such as its requests.
-    assert ui.out.read_text().splitlines() == [f"MLflow UI   {address}"]
+    lines = ["starting MLflow; Ctrl-C stops it", f"MLflow UI   {address}"]
+    assert ui.out.read_text().splitlines() == lines
 
 
 def test_a_local_cluster_serves_no_dashboard_and_logs_no_environment(monkeypatch):

@@ -58,7 +58,7 @@ def test_a_folder_means_its_files_in_name_order(tmp_path):
 
 
 def test_a_folder_without_such_files_is_named(tmp_path):
-    write(tmp_path / "a.json", GOOD)
+    write(tmp_path / "a.txt", GOOD)
     with pytest.raises(InputError, match=rf"{tmp_path}.*jsonl"):
         rows(task(tmp_path))
 

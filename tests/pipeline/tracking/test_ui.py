@@ -8,6 +8,7 @@ import pytest
 from agcl.errors import InputError
 from pipeline.tracking import ui
 
+STARTS = "starting MLflow; Ctrl-C stops it"
 SAID = """\
 [MLflow] Security middleware enabled with default settings
 2026/01/01 10:00:00 INFO:     Started server process [5859]
@@ -37,11 +38,11 @@ def served(tmp_path, monkeypatch):
 
 
 def test_only_errors_are_shown(served):
-    assert served() == (3, SAID.splitlines()[3:])
+    assert served() == (3, [STARTS, *SAID.splitlines()[3:]])
 
 
 def test_verbose_shows_all(served):
-    assert served(verbose=True) == (3, SAID.splitlines())
+    assert served(verbose=True) == (3, [STARTS, *SAID.splitlines()])
 
 
 def test_a_port_that_is_in_use_is_named(served):
