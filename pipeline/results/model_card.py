@@ -32,8 +32,8 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
 
     The weights have the dtype of the base model's: they are hard links if they were trained in
     it, and copies where the file system has no hard links. With a bucket they are symbolic links
-    into its cache, in the dtype they were trained in, beside a text file with the model's URI. Replaces an earlier folder; a new one
-    is complete before it gets its name.
+    into its cache, in the dtype they were trained in, beside a text file with the model's URI.
+    Replaces an earlier folder; a new one is complete before it gets its name.
     """
     folder, model = run.folder / MODEL, run.resolved[run.plan.final_model]
     if run.config.tracking.register_model:
