@@ -56,8 +56,7 @@ def own_texts(
     if before and most > 0:
         of_text = cast(int, tokenizer.eos_token_id)
         # A special token ends a turn; ordinary ones do so together, and each may be a word's.
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        first = [after[0]] if after[0] in special else []
+        first = [after[0]] if after[0] in _special(tokenizer) else []
         said = write([before] * (samples // 2), sorted({*first, of_text}), 0, most)
         prompts = [[*before, *words, *after] for each in said if (words := _up_to(after, each))]
         end = _end_of_answer(tokenizer, of_text)
@@ -73,6 +72,10 @@ def own_texts(
     plain = write([first] * (samples - len(found)), (), 2, min(tokens, positions - 1))
     log(samples)
     return [*found, *(Encoded([*first, *text], 1) for text in plain)]
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def _up_to(sequence: Sequence[int], ids: list[int]) -> list[int]:
@@ -96,7 +99,10 @@ def start_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | N
     the tokenizer's EOS. Qwen's chat models need the `config`: their EOS ends a turn, and only the
     config has the end-of-text token. Raises `ValueError` if there is none.
     """
-    known = (tokenizer.bos_token_id, getattr(config, "bos_token_id", None), tokenizer.eos_token_id)
+    of_config = getattr(config, "bos_token_id", None)
+    if of_config not in _special(tokenizer):  # A default of the config's class, such as 1.
+        of_config = None
+    known = (tokenizer.bos_token_id, of_config, tokenizer.eos_token_id)
     found = [token for token in known if token is not None]
     if not found:
         raise ValueError(f"the tokenizer in {tokenizer.name_or_path} has no BOS or EOS token")

@@ -136,7 +136,9 @@ def test_the_start_is_bos_or_else_the_end_of_text():
     assert start_token(tokenizer(bos_token="w7")) == 7
     assert start_token(tokenizer()) == 1
     # Qwen's chat tokenizers have no BOS, and end a turn, not a text, by their end token.
-    assert start_token(tokenizer(), families.model("GPT2LMHeadModel", bos_token_id=9).config) == 9
+    config = families.model("GPT2LMHeadModel", bos_token_id=9).config
+    assert start_token(tokenizer(additional_special_tokens=["w9"]), config) == 9
+    assert start_token(tokenizer(), config) == 1  # A word: the default of a config's class.
 
 
 def test_progress_is_told(model):
