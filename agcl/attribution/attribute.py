@@ -107,7 +107,15 @@ def attribute(
     bfloat16 model without `precision="bfloat16"`, for a PEFT wrapper, for a sharded model split by
     samples, for entries of four-bit weights, and if neither entries nor moments are requested.
     """
-    _check_arguments(model, estimator, moments, split, top_k)
+    _check_arguments(
+        top_k,
+        keep,
+        estimator=estimator,
+        moments=moments,
+        split=split,
+        running_values=running_values,
+        precision=precision,
+    )
     check_precision(model, precision)
     backward = entries or moments == "relevance"
     if not (backward or moments):
@@ -193,23 +201,22 @@ def attribute(
     )
 
 
-def _check_arguments(
-    model: PreTrainedModel,
-    estimator: Estimator,
-    moments: MomentWeighting | None,
-    split: Split,
-    top_k: int | None,
-) -> None:
+def _check_arguments(top_k: int | None, keep: float, **chosen: str | None) -> None:
     """Raise `ValueError` for an argument that would fail, or be ignored, later."""
-    for name, value, allowed in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("moments", moments, (*get_args(MomentWeighting), None)),
-        ("split", split, get_args(Split)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+    allowed = {
+        "estimator": get_args(Estimator),
+        "moments": (*get_args(MomentWeighting), None),
+        "split": get_args(Split),
+        "running_values": get_args(Precision),
+        "precision": get_args(Precision),
+    }
+    for name, value in chosen.items():
+        if value not in allowed[name]:
+            raise ValueError(f"{name} must be one of {allowed[name]}, not {value!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all samples, not {top_k}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a share in (0, 1], not {keep}")
 
 
 def check_precision(model: PreTrainedModel, precision: Precision = "float32") -> None:

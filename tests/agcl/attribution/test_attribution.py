@@ -117,6 +117,9 @@ def test_no_batches_are_not_called_wrong_answers(llama, rows):
         ("moments", "answers"),
         ("split", "rows"),
         ("top_k", 0),
+        ("running_values", "float16"),
+        ("precision", "half"),
+        ("keep", 0),
         ("rules", ""),
     ],
 )
