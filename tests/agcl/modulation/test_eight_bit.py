@@ -95,7 +95,7 @@ def test_states_of_another_kind_are_refused():
     weight.grad = torch.ones(SHAPE)
     plain.step()
     for optimizer, other in ((plain, eight), (eight, plain)):
-        with pytest.raises(ValueError, match="another eight_bit"):
+        with pytest.raises(ValueError, match="another setting of eight_bit"):
             optimizer.load_state_dict(other.state_dict())
 
 
