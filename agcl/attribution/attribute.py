@@ -103,9 +103,9 @@ def attribute(
 
     Up to rounding, the result does not depend on batch size, row order or number of ranks. Raises
     `NoCorrectAnswer` if `correct_only` leaves no sample. Raises `ValueError` without batches, for
-    an unknown `estimator`, `moments` or `split`, for `top_k` below 1, for a float16 model, for a
-    bfloat16 model without `precision="bfloat16"`, for a PEFT wrapper, for a sharded model split by
-    samples, for entries of four-bit weights, and if neither entries nor moments are requested.
+    an argument with a value other than these, for a float16 model, for a bfloat16 model without
+    `precision="bfloat16"`, for a PEFT wrapper, for a sharded model split by samples, for entries of
+    four-bit weights, and if neither entries nor moments are requested.
     """
     _check_arguments(
         top_k,

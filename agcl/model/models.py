@@ -180,7 +180,8 @@ def save(
         known = config.eos_token_id
         ends = list(dict.fromkeys([*taught, *(known if isinstance(known, list) else [])]))
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    _make_valid(model.generation_config)
+        if config.eos_token_id != known and isinstance(config, GenerationConfig):
+            _allow_sampling(config)
     state = None
     if sharding.is_sharded(model):
         state = dict(sharding.on_rank_zero(model.named_parameters()))
@@ -189,14 +190,12 @@ def save(
         tokenizer.save_pretrained(folder)
 
 
-def _make_valid(config: GenerationConfig | None) -> None:
-    """Let a changed config be saved: transformers refuses sampling settings without sampling."""
+def _allow_sampling(config: GenerationConfig) -> None:
+    """Sample if the config has sampling settings: changed, it is not saved with unused ones."""
     try:
-        if config:
-            config.validate(strict=True)
+        config.validate(strict=True)
     except ValueError:
-        assert config
-        config.do_sample = True  # As the settings of older checkpoints mean it.
+        config.do_sample = True
 
 
 def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -6,7 +6,7 @@ from reference import families
 from torch.nn.functional import cross_entropy
 
 from agcl.lrp import FAMILIES
-from agcl.model.forward import activation_checkpointing, answer_logits
+from agcl.model.forward import activation_checkpointing, answer_logits, any_dtype_attention
 from agcl.tasks import Encoded, batches
 from agcl.tasks.batches import IGNORED, answer_places, answer_tokens, by_length, collate, pack
 
@@ -131,3 +131,18 @@ def test_activation_checkpointing_gives_the_same_gradients_with_less_memory(arch
     assert kept_again < 0.6 * kept
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "other"), [("LlamaForCausalLM", "sdpa"), ("Gemma2ForCausalLM", "eager")]
+)
+def test_flash_attention_is_replaced_where_float32_may_come(architecture, other, monkeypatch):
+    """By what the family has: Gemma 2 has no sdpa. Restored after an error too."""
+    model, chosen = families.model(architecture, dtype=torch.float32), []
+    monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
+    with any_dtype_attention(model):
+        assert not chosen
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(KeyboardInterrupt), any_dtype_attention(model):
+        raise KeyboardInterrupt
+    assert chosen == [other, "flash_attention_2"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from agcl.errors import InputError
 from agcl.lrp import attributed_linears, relevance_backward
@@ -68,6 +68,20 @@ def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
     assert words.eos_token_id == tokenizer.eos_token_id
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("end", "samples"), [(None, None), (3, True)])
+def test_sampling_settings_without_sampling_do_not_stop_a_save(tmp_path, tokenizer, end, samples):
+    """As older checkpoints have them: transformers saves them only as long as nothing changes."""
+    model = models.builtin_model(len(tokenizer), seed=0)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps(written | {"temperature": 0.6}))
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    models.save(model, tokenizer, tmp_path / "saved", end=end)
+    found = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (found["temperature"], found.get("do_sample")) == (0.6, samples)
 
 
 @pytest.mark.parametrize(("known", "saved"), [(0, 1), ([0, 1, 5], [1, 0, 5]), (None, 1), ([1], 1)])
