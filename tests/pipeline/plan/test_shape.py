@@ -69,6 +69,16 @@ def batch():
     return collate([Encoded(ids, LENGTH - 8) for ids in drawn.tolist()])
 
 
+def after_a_pass(model, precision):
+    """Bytes that are alive after a forward pass in training."""
+    with Ledger(model) as ledger:
+        with autocast(torch.device("cpu"), precision):
+            loss = summed_loss(model.train(), batch())
+        held = ledger.alive()
+    del loss
+    return held
+
+
 def per_layer(architecture, alive):
     """What a layer adds, from models of two and of three layers; and the shape."""
     two, three = (model_of(architecture, layers) for layers in (2, 3))
@@ -89,12 +99,7 @@ def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
             names = attributed_linears(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in names or "layers.0" in name or "h.0" in name)
-        with Ledger(model) as ledger:
-            with autocast(torch.device("cpu"), "float32" if in_half else precision):
-                loss = summed_loss(model.train(), batch())
-            held = ledger.alive()
-        del loss
-        return held
+        return after_a_pass(model, "float32" if in_half else precision)
 
     found, shape = per_layer(architecture, alive)
     half = precision == "bfloat16"
@@ -115,12 +120,7 @@ def test_what_a_layer_keeps_while_its_adapter_trains(architecture, precision, in
         inner = adapter.attach(model, rank=4, alpha=8, seed=0).get_base_model()
         for name, parameter in inner.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        with Ledger(inner) as ledger:
-            with autocast(torch.device("cpu"), precision):
-                loss = summed_loss(inner.train(), batch())
-            held = ledger.alive()
-        del loss
-        return held
+        return after_a_pass(inner, precision)
 
     found, shape = per_layer(architecture, alive)
     half = precision == "bfloat16"
