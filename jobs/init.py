@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         raise InputError(f"{file} exists; name another with --output")
     model = _model(arguments.model, arguments.revision)
     logging.disable_progress_bar()
-    tokenizer = models.check_folder(model.folder)
+    tokenizer = models.check_folder(model.folder, weights=not model.on_hub)
     chat, positions = can_teach(tokenizer), models.positions(model.folder)
     data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
     held_out = {f for each in data for split, f in each.files.items() if split != TRAIN}
@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     with TemporaryDirectory() as scratch:
         aside = Path(scratch) / "config.yaml"
         aside.write_text(text, encoding="utf-8")
-        check_inputs(pinned(loading.load(aside), ()))
+        check_inputs(pinned(loading.load(aside), ()), weights=not model.on_hub)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     console = Console(highlight=False, soft_wrap=True)
@@ -135,14 +135,14 @@ def _check_together(data: Sequence[Data]) -> None:
 
 
 def _model(path: str, revision: str | None) -> Model:
-    """The model, downloaded if it is on the hub."""
+    """The model; of one on the hub, all but the weights is downloaded."""
     config = loading.validate({"method": "sequential", "model": _given(path, revision)})
     model = pinned(config, ()).model
     if model.is_builtin:
         raise InputError("the builtin model has the config facts: agcl run facts")
     if model.on_hub:
         asked, commit = hub.parts(model.revision)
-        hub.fetch(model.path, str(commit), asked)
+        hub.fetch(model.path, str(commit), asked, weights=False)
     return model
 
 

@@ -121,7 +121,7 @@ def _check_model(config: Config, weights: bool) -> None:
     if not config.model.is_builtin:
         if config.model.on_hub:
             asked, commit = hub.parts(config.model.revision)
-            hub.fetch(config.model.path, cast(str, commit), asked)
+            hub.fetch(config.model.path, cast(str, commit), asked, weights=weights)
         folder = config.model.folder
         status = (
             {f.name: f.stat() for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}

@@ -57,12 +57,15 @@ def resolve(model: str, revision: str) -> str:
         return HfApi().resolve_revision(model, revision=revision).resolved
 
 
-def fetch(model: str, commit: str, revision: str | None = None) -> Path:
+def fetch(
+    model: str, commit: str, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """Download what is missing of a commit into the cache and return its folder.
 
     Only safetensors, configs and tokenizer files: never a pickle, never Python. Asks nobody if all
-    is there. `revision` is the name for the commit in messages. Raises `InputError`, one line that
-    says what to do.
+    is there. `revision` is the name for the commit in messages. With `weights` false, the weights
+    are left on the hub unless some are here already. Raises `InputError`, one line that says what
+    to do.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -71,13 +74,15 @@ def fetch(model: str, commit: str, revision: str | None = None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with _explained(model, revision or commit):
-        allowed, ignored = [*_FETCHED], [*_LEFT_OUT]
+        weights = weights or any(folder_of(model, commit).glob("*.safetensors*"))
+        allowed = [name for name in _FETCHED if weights or "safetensors" not in name]
+        ignored = [*_LEFT_OUT]
         folder = Path(
             snapshot_download(
                 model, revision=commit, allow_patterns=allowed, ignore_patterns=ignored
             )
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"model.path: {model} has no safetensors at {revision or commit}, and agcl opens no "
             "other weights; name a model.revision that has them (such as refs/pr/1), or convert it "

@@ -278,3 +278,29 @@ def test_planning_needs_no_network_once_the_commit_is_known(server, weights, con
     assert not server.asked
     with pytest.raises(InputError, match="no-such"):
         loading.load(Path("no-such.yaml"))
+
+
+def test_plan_tasks_and_init_leave_the_weights_on_the_hub(server, weights, config, tmp_path):
+    server.push(ID, weights)
+    few = config()
+    planned = open_run(few, weights=False)
+    file = str(tmp_path / "config.yaml")
+    assert cli.main(["plan", file]) == 0
+    assert cli.main(["tasks", file]) == 0
+    made = ["init", ID, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "made.yaml")]
+    assert cli.main(made) == 0
+    assert "config.json" in server.downloaded()
+    assert not [name for name in server.downloaded() if "safetensors" in name]
+    opened = open_run(few)
+    assert "model.safetensors" in server.downloaded()
+    assert {n: s.fingerprint for n, s in opened.resolved.items()} == {
+        n: s.fingerprint for n, s in planned.resolved.items()
+    }
+
+
+def test_a_download_that_was_begun_is_completed_by_a_plan(server, weights, config):
+    commit = server.push(ID, weights)
+    folder = hub.fetch(ID, commit, weights=False)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    hub.fetch(ID, commit, weights=False)
+    assert (folder / "model.safetensors").exists()
