@@ -19,13 +19,14 @@ from pipeline.errors import Failed
 from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import REPORT_FILE
 from pipeline.search.engine import Observe
-from pipeline.search.search import BEST_CONFIG, execute_search, open_search, why_none
+from pipeline.search.search import BEST_CONFIG, execute_search, keeps_base, open_search, why_none
 from pipeline.search.space import own_point
 from pipeline.search.trial import Trial, best, undecided
 from pipeline.tracking.sync import warn
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
-_WIDTH, _WIDTH_OF_SETTING = 54, 13
+_TITLES = {"learned": "learning\naccuracy", "base_kept": "base\nkept"}
+_WIDTH, _WIDTH_OF_SETTING = 64, 13
 """Characters of the table without settings, and of each setting; the file has those left out."""
 _ROWS = 24
 """Trials that the live table shows, the latest ones."""
@@ -45,10 +46,10 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     console.print(f"  compared on validation rows: a share of {share} (evaluation.validation)")
     if own_point(search.config, search.space) is None:
         console.print("  the config itself is outside this space, so it is not among the trials")
-    watch = TrialTable(console, search.num_trials)
+    watch = TrialTable(console, search.num_trials, keep_base=keeps_base(search))
     found = execute_search(search, command=command, console=console, watch=watch)
     fitting = max(0, (console.width - _WIDTH) // _WIDTH_OF_SETTING)
-    console.print(trial_table(found.trials, fitting))
+    console.print(trial_table(found.trials, fitting, found.best))
     if found.best is None or found.result is None:
         raise Failed(why_none(found.trials))
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
@@ -78,8 +79,8 @@ def _described(dimension: Dimension) -> str:
 class TrialTable:
     """The running trials: a live table on a terminal, elsewhere one line per change."""
 
-    def __init__(self, console: Console, num_trials: int) -> None:
-        self.console, self.num_trials = console, num_trials
+    def __init__(self, console: Console, num_trials: int, *, keep_base: bool = False) -> None:
+        self.console, self.num_trials, self.keep_base = console, num_trials, keep_base
         self.trials: dict[int, Trial] = {}
         self.began = time.monotonic()
         self.live = Live(
@@ -107,6 +108,7 @@ class TrialTable:
         if last:
             scores = f"average {last.average:.3f} learning accuracy {last.learned:.3f} "
             scores += f"retained {number(last.retained)}"
+            scores += "" if last.base_kept is None else f" base kept {last.base_kept:.3f}"
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
         self.console.print(
             f"  trial {name} {trial.state} task {len(trial.progress)} {scores}{reason}"
@@ -117,13 +119,16 @@ class TrialTable:
     def _render(self) -> Group:
         shown = sorted(self.trials.values(), key=lambda trial: trial.number)[-_ROWS:]
         tuning = any("method" in trial.settings for trial in shown)
-        return Group(trial_table(shown, int(tuning)), self._outlook())
+        return Group(trial_table(shown, int(tuning), self._best()), self._outlook())
+
+    def _best(self) -> Trial | None:
+        return best(list(self.trials.values()), keep_base=self.keep_base)
 
     def _outlook(self) -> str:
         """How many trials are done, the best so far, and the time left."""
         done = sum(trial.state != "running" for trial in self.trials.values())
         parts = [f"{done}/{self.num_trials} done"]
-        so_far = best(list(self.trials.values()))
+        so_far = self._best()
         if so_far and so_far.last:
             parts.append(f"best {so_far.last.average:.3f} (trial {so_far.number})")
         if done:
@@ -133,22 +138,25 @@ class TrialTable:
         return ", ".join(parts)
 
 
-def trial_table(trials: Sequence[Trial], num_settings: int) -> Table:
-    """One line per trial, with its first `num_settings` settings."""
-    winner = best(trials)
+def trial_table(trials: Sequence[Trial], num_settings: int, winner: Trial | None = None) -> Table:
+    """One line per trial, with its first `num_settings` settings; `winner` stands out."""
     keys = list(dict.fromkeys(k for t in trials for k in t.settings))[:num_settings]
     names = [key.rpartition(".")[2] for key in keys]
-    shown = table(("trial", "state"), ("task", "average", "learning\naccuracy", "retained", *names))
+    scores = ["average", "learned", "retained", "base_kept"]
+    if all(trial.last is None or trial.last.base_kept is None for trial in trials):
+        scores.remove("base_kept")
+    titles = [_TITLES.get(each, each) for each in scores]
+    shown = table(("trial", "state"), ("task", *titles, *names))
     for trial in trials:
         last = trial.last
-        numbers = (last.average, last.learned, last.retained) if last else (None, None, None)
+        numbers = [getattr(last, each) if last else None for each in scores]
         shown.add_row(
-            f"{trial.number}{' *' if trial is winner else ''}",
+            f"{trial.number}{' *' if trial == winner else ''}",
             f"[{_COLOURS[trial.state]}]{trial.state}[/]",
             str(len(trial.progress)),
             *map(number, numbers),
             *(_value(trial.settings.get(key)) for key in keys),
-            style="bold" if trial is winner else None,
+            style="bold" if trial == winner else None,
         )
     return shown
 

@@ -1,8 +1,9 @@
-"""The README's Python code runs as it stands."""
+"""The README's Python code runs as it stands, and tables of all pages are tables."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -10,6 +11,11 @@ from agcl.model import models
 from agcl.tasks import facts
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for folder in (".", "agcl", "pipeline", "jobs")
+    for page in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+)
 
 
 def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
@@ -33,3 +39,16 @@ def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
         torch.equal(found["model"].get_parameter(n), before[n]) for n in frozen if n in before
     )
     assert (tmp_path / "base.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_has_the_line_below_its_head(page):
+    """Without it, or with its rows wrapped, a table is shown as text."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    in_code, before = False, ""
+    for number, line in enumerate(lines, start=1):
+        in_code ^= line.strip().startswith("```")
+        is_row = line.lstrip().startswith("|") and not in_code
+        if is_row and not before.lstrip().startswith("|"):
+            assert re.fullmatch(r"\s*\|[\s|:-]+\|\s*", lines[number]), f"{page}:{number}"
+        before = line

@@ -50,9 +50,12 @@ class Search(Section):
     protections and the learning rate."""
     searcher: Literal["tpe", "random"] = "tpe"
     """Optuna's tree-structured Parzen estimator, or random search."""
-    objective: Literal["average", "retained_and_learned"] = "average"
-    """Maximize the average performance, or find the Pareto front of retention of earlier tasks and
-    learning of new ones. Measured on validation rows."""
+    objective: Literal["average", "retained_and_learned", "base_and_average"] = "average"
+    """Maximize the average performance, or find a Pareto front: of retention of earlier tasks and
+    learning of new ones, or of what the base model still knows and the average. Tasks are scored on
+    validation rows. The base model by its facts if it is the built-in one, otherwise by the loss on
+    `evaluation.text`; the best trial is then the one with the highest average that keeps at least
+    as much of it as the config's own settings."""
     stopping: Literal["none", "asha", "median"] = "none"
     """Stop bad trials after a task of the sequence. With trials side by side, which ones stop
     depends on their speed and can differ from run to run; nothing else can."""

@@ -203,6 +203,16 @@ def description(runs: Sequence[RunResult]) -> str:
         for line in lines:
             cells = [_cell(line.metrics.get(key)) for key in METRIC_TITLES]
             parts[-1] += f"\n| {' | '.join([code(line.group.label), *cells])} |"
+    if base := compare_base(runs):
+        parts.append("**what the base model still knows**, before the first task → after the last\n")
+        parts[-1] += f"\n| method | {' | '.join(map(base_title, base))} |"
+        parts[-1] += "\n| --- |" + " --- |" * len(base)
+        for label in dict.fromkeys(chain(*base.values())):
+            cells = [
+                f"{score(of[label][0].mean)} → {_cell(of[label][-1])}" if label in of else "–"
+                for of in base.values()
+            ]
+            parts[-1] += f"\n| {' | '.join([code(label), *cells])} |"
     return "\n\n".join(parts)
 
 
@@ -213,6 +223,8 @@ def _cell(of: Estimate | None) -> str:
 
 def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
     """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width.
+
+    What the base model still knows after the last task is `base/<method>/<measure>`.
 
     Without set and method: the metrics of the best method on the main set.
     """
@@ -225,6 +237,12 @@ def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
                 found[at] = of.mean
                 if of.half_width is not None:
                     found[f"{at}_95"] = of.half_width
+    for measure, by_label in compare_base(runs).items():
+        for label, rows in by_label.items():
+            at = f"base/{label}/{measure}"
+            found[at] = rows[-1].mean
+            if rows[-1].half_width is not None:
+                found[f"{at}_95"] = rows[-1].half_width
     return found
 
 

@@ -76,6 +76,14 @@ class Search:
         return Run(config, self.run_folder(number), replace(planned, stages=stages), resolved)
 
 
+_METRICS: Mapping[str, str | list[str]] = {
+    "average": "average",
+    "retained_and_learned": ["retained", "learned"],
+    "base_and_average": ["base_kept", "average"],
+}
+"""Fields of `Progress`, by the config's objective."""
+
+
 class Points(OptunaSearch):
     """`OptunaSearch` that numbers its points and reports stopped trials as pruned, not as results.
 
@@ -86,11 +94,11 @@ class Points(OptunaSearch):
     def __init__(self, search: Search, num_tasks: int) -> None:
         section, seed = search.config.search, search.config.seed
         own = own_point(search.config, search.space)
-        two = section.objective == "retained_and_learned"
+        metric = _METRICS[section.objective]
         super().__init__(
             distributions(search.space),
-            metric=["retained", "learned"] if two else "average",
-            mode=["max", "max"] if two else "max",
+            metric=metric,
+            mode="max" if isinstance(metric, str) else ["max"] * len(metric),
             points_to_evaluate=[own] if own else None,
             sampler=optuna.samplers.RandomSampler(seed=seed)
             if section.searcher == "random"

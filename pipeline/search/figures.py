@@ -17,6 +17,11 @@ from pipeline.search.trial import Trial
 
 _FEWEST = 4
 """Finished trials below which the importance of a setting says nothing."""
+_FRONTS = {
+    "pareto-front.png": ["learned", "retained"],
+    "pareto-front-base.png": ["average", "base_kept"],
+}
+"""The two sides of each Pareto front, drawn where both were measured."""
 
 
 def search_figures(space: Mapping[str, Dimension], trials: Sequence[Trial]) -> dict[str, bytes]:
@@ -37,10 +42,10 @@ def search_figures(space: Mapping[str, Dimension], trials: Sequence[Trial]) -> d
             evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
         )
     figures = {name: partial(plot, target_name="average") for name, plot in plots.items()}
-    if finished[0][1].retained is not None:
-        sides = ["learned", "retained"]
-        of_sides = _study(space, finished, *sides)
-        figures["pareto-front.png"] = partial(draw.plot_pareto_front, of_sides, target_names=sides)
+    for name, sides in _FRONTS.items():
+        if all(getattr(finished[0][1], side) is not None for side in sides):
+            of_sides = _study(space, finished, *sides)
+            figures[name] = partial(draw.plot_pareto_front, of_sides, target_names=sides)
     matplotlib.use("Agg")  # Optuna draws with pyplot, which would look for a display.
     with pyplot.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's plots are experimental; axes may be one point.

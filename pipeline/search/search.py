@@ -33,7 +33,7 @@ from pipeline.results.run_folder import (
 from pipeline.run import REPORT_FILE, execute, mirrored, open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search, run_trials
-from pipeline.search.space import Settings, corners, space_of
+from pipeline.search.space import Settings, corners, own_point, space_of
 from pipeline.search.trial import Trial
 from pipeline.storage import artifact
 from pipeline.tracking.sync import Mirror
@@ -71,8 +71,19 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     loading.changed(config, {"name": f"{config.name}{_BEST_SUFFIX}"})  # A name may be too long.
     space = space_of(config)
     search = Search(config, folder, num_trials, space)
+    if keeps_base(search):
+        if not (config.model.is_builtin or config.evaluation.text):
+            raise InputError(
+                "search.objective: base_and_average needs evaluation.text, a text to measure what "
+                "the base model still knows"
+            )
+        if own_point(config, space) is None:
+            raise InputError(
+                "search.objective: base_and_average compares with the config's own settings, and "
+                "search.space does not contain them"
+            )
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
-    if num_tasks < 2 and config.search.objective != "average":
+    if num_tasks < 2 and config.search.objective == "retained_and_learned":
         raise InputError("search.objective: one task alone has nothing to retain")
     # Trials of another search are not comparable with these.
     file = search.folder / SEARCH_FILE
@@ -80,6 +91,11 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     if resume and not file.is_file():
         raise InputError(f"--resume: {search.folder} holds no search to resume")
     return search
+
+
+def keeps_base(search: Search) -> bool:
+    """Whether the best trial must keep as much of the base model as the config's own settings."""
+    return search.config.search.objective == "base_and_average"
 
 
 def only_validation(config: Config) -> Config:
@@ -100,7 +116,7 @@ def execute_search(
     """
     with mirrored_search(search, console) as mirror:
         found = execute_trials(search, mirror, console, watch)
-        best = trials.best(found)
+        best = trials.best(found, keep_base=keeps_base(search))
         result = _score(search, best, mirror, command, console) if best else None
         if result:
             write_runs(search.folder, [search.folder / BEST])
@@ -231,7 +247,12 @@ def _scores_of(trial: Trial | None) -> dict[str, float]:
     if not (trial and trial.last):
         return {}
     last = trial.last
-    scores = {"average": last.average, "learning_accuracy": last.learned, "retained": last.retained}
+    scores = {
+        "average": last.average,
+        "learning_accuracy": last.learned,
+        "retained": last.retained,
+        "base_kept": last.base_kept,
+    }
     return {name: score for name, score in scores.items() if score is not None}
 
 

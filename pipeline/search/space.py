@@ -18,6 +18,7 @@ from pipeline.config.config import Config
 from pipeline.config.loading import changed
 from pipeline.config.method import METHOD_SECTIONS, Gate, Penalty, Project
 from pipeline.config.search import Choice, Dimension, Float, Int
+from pipeline.config.sources import sources
 
 Settings = dict[str, Any]
 """Values by dotted config key."""
@@ -56,7 +57,12 @@ def default_space(config: Config) -> dict[str, Dimension]:
     space: dict[str, Dimension] = {
         "training.learning_rate": _log_scale(rate / LEARNING_RATE, rate * LEARNING_RATE)
     }
+    if config.search.objective == "base_and_average" and config.base.protect != "none":
+        if any(isinstance(item, Project) for item in config.protect):
+            space["base.energy"] = Float(type="uniform", low=0.5, high=0.95)
     for index, item in enumerate(config.protect):
+        if not protects(config, index):
+            continue
         at = f"protect.{index}"
         match item:
             case Gate():
@@ -72,6 +78,18 @@ def default_space(config: Config) -> dict[str, Dimension]:
             case Penalty():
                 space[f"{at}.strength"] = _log_scale(1e1, 1e7)
     return space
+
+
+def protects(config: Config, index: int) -> bool:
+    """Whether an item of `protect` acts at all: a single task has no earlier ones to protect.
+
+    Its settings then act on the base model, if that is protected. A projection's do not: the base
+    has an energy of its own.
+    """
+    item = config.protect[index]
+    if len(sources(config)) > 1 or config.importance.past or not item.needs_importance:
+        return True
+    return not isinstance(item, Project) and config.base.protect != "none"
 
 
 def _log_scale(low: float, high: float) -> Float:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from statistics import fmean
 from typing import Any, Literal
 
@@ -11,12 +12,13 @@ import torch
 from agcl.metrics import Matrix
 from ray import tune
 
+from pipeline.config.sources import BASE_TASK
 from pipeline.execution.scheduler import run_sessions
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
 from pipeline.stages.context import Context, Emit, Record
-from pipeline.stages.files import SCORES
+from pipeline.stages.files import KEPT, SCORES
 
 State = Literal["running", "finished", "stopped", "failed"]
 _SCHEMA = pa.schema(
@@ -24,7 +26,7 @@ _SCHEMA = pa.schema(
         ("trial", pa.int32()),
         ("state", pa.string()),
         ("task", pa.int32()),
-        *((name, pa.float64()) for name in ("average", "learned", "retained", "seconds")),
+        *((name, pa.float64()) for name in ("average", "learned", "retained", "base_kept", "seconds")),
         ("reason", pa.string()),
     ]
 )
@@ -40,6 +42,9 @@ class Progress:
     """Mean score of the tasks so far, each right after its own training."""
     retained: float | None
     """Mean current score of all earlier tasks; None after the first task."""
+    base_kept: float | None = None
+    """What the base model still knows, higher is better: its score on the built-in model's facts,
+    otherwise minus the loss on `evaluation.text`, in nats per token; None without either."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def _reporter(run: Run, shared: Collection[str]) -> Callable[[], None]:
     own = [stage for stage in stages.values() if stage.folder.name not in shared]
     scored = [stage for name, stage in stages.items() if name.startswith("evaluate/")]
     scored += scored[-1:] * (len(tasks) + 1 - len(scored))  # `joint`: once, for all tasks.
+    facts = BASE_TASK if run.config.model.is_builtin else None
     rows: list[Mapping[str, Mapping[str, float]]] = []
 
     def catch_up() -> None:
@@ -112,6 +118,8 @@ def _reporter(run: Run, shared: Collection[str]) -> Callable[[], None]:
                 manifests = [stage.manifest() for stage in own if stage.is_complete()]
                 seconds = round(sum(float(each["seconds"]) for each in manifests if each), 3)
                 scores = progress_after(rows, tasks, alone=run.config.method == "solo")
+                kept = base_kept(rows[-1], facts, json.loads(stage.read(KEPT) or b""))
+                scores = replace(scores, base_kept=kept)
                 tune.report({"task": len(rows) - 1, "seconds": seconds, **asdict(scores)})
 
     return catch_up
@@ -154,9 +162,25 @@ def progress_after(
     )
 
 
-def best(trials: Sequence[Trial]) -> Trial | None:
-    """The finished trial with the highest average, the first of equals; None if none finished."""
+def base_kept(
+    scores: Mapping[str, Mapping[str, float]], facts: str | None, kept: Mapping[str, Any]
+) -> float | None:
+    """What the base model still knows, as `Progress` has it, from an evaluation's two files."""
+    if facts:
+        return next(iter(scores[facts].values()))
+    return -float(kept["text_loss"]) if "text_loss" in kept else None
+
+
+def best(trials: Sequence[Trial], *, keep_base: bool = False) -> Trial | None:
+    """The finished trial with the highest average, the first of equals; None if none finished.
+
+    With `keep_base`, of those that keep at least as much of the base model as trial 0, the config's
+    own settings, if that finished.
+    """
     finished = [(t.last.average, -t.number, t) for t in trials if t.state == "finished" and t.last]
+    kept = {t.number: t.last.base_kept for *_, t in finished if t.last}
+    if keep_base and (own := kept.get(0)) is not None:
+        finished = [each for each in finished if (kept[each[-1].number] or -inf) >= own]
     return max(finished)[-1] if finished else None
 
 

@@ -17,7 +17,7 @@ from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
 from pipeline.search.search import execute_trials, mirrored_search, only_validation, why_none
-from pipeline.search.space import LEARNING_RATE, Settings
+from pipeline.search.space import LEARNING_RATE, Settings, protects
 from pipeline.search.trial import Trial
 from pipeline.storage.artifact import write_json
 
@@ -57,6 +57,8 @@ def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
     from scipy.stats import qmc  # Half a second, and only here.
 
     knob = METHODS[config.method].knob
+    if knob and knob.key.startswith("protect.0.") and not protects(config, 0):
+        knob = None
     middle = config.training.learning_rate
     found: list[dict[str, float]] = [{}]
     if config.adapter:

@@ -13,6 +13,7 @@ one after the other; start several commands for several cores.
 import argparse
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -191,11 +192,13 @@ def print_table(plan: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
     """Print the mean and the 95 % interval of every column, and differences from `against`."""
     columns: dict[str, str] = plan["columns"]
     values: dict[str, dict[int, dict[str, float]]] = {}
+    bases: dict[tuple[str, int], Mapping[str, Any]] = {}
     tuning = [line for line in lines if line["seed"] == TUNING_SEED]
     for line in lines:
         if line["seed"] != TUNING_SEED and line["set"] == best_trial(plan, line["row"], lines):
             found = {title: at(line, path) for title, path in columns.items()}
             values.setdefault(line["row"], {})[line["seed"]] = found
+            bases[line["row"], line["seed"]] = line.get("base", {})
     if tuning:
         print("Validation rows of seed 10000:\n")
         _print_rows(
@@ -210,17 +213,29 @@ def print_table(plan: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
     ordered = {row: values[row] for row in plan["rows"] if row in values}
     _print_rows(ordered, columns)
     if (base := plan.get("against")) in ordered:
-        print(f"`{base}` minus, paired by seed:\n")
+        print(f"`{base}` minus, paired by seed where both started from the same base model:\n")
         differences = {
             row: {
                 seed: {title: ordered[base][seed][title] - of[title] for title in columns}
                 for seed, of in by_seed.items()
-                if seed in ordered[base]
+                if seed in ordered[base] and _same_base(bases[base, seed], bases[row, seed])
             }
             for row, by_seed in ordered.items()
             if row != base
         }
-        _print_rows(differences, columns)
+        _print_rows({row: found for row, found in differences.items() if found}, columns)
+
+
+def _same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs measured the same base model; each machine trains its own built-in one.
+
+    Machines and precisions round differently, by less than 1 in 10,000.
+    """
+    return all(
+        math.isclose(one[measure][0], other[measure][0], rel_tol=1e-4)
+        for measure in one.keys() & other.keys()
+        if isinstance(one[measure], list)
+    )
 
 
 def at(line: Mapping[str, Any], path: str) -> float:

@@ -89,6 +89,23 @@ def test_means_intervals_and_paired_differences_are_printed(capsys):
     assert "| slow | 3 | 0.100 ±0.248 |" in printed.partition("`agcl` minus")[2]
 
 
+def test_differences_are_paired_where_both_started_from_the_same_base_model(capsys):
+    plan = {
+        **PLAN,
+        "columns": {"trained": PLAN["columns"]["trained"]},
+        "rows": {"agcl": None, "other": None, "elsewhere": None},
+    }
+    finished = [
+        ("agcl", 0, 0.9, 0.96), ("agcl", 1, 0.8, 0.95),
+        ("other", 0, 0.7, 0.96), ("other", 1, 0.7, 0.97), ("elsewhere", 0, 0.5, 0.92),
+    ]  # fmt: skip
+    lines = [{**line(*each[:3]), "base": {"facts": [each[3], 0.5]}} for each in finished]
+    table.print_table(plan, lines)
+    said = capsys.readouterr().out.partition("minus")[2]
+    assert "| other | 1 | 0.200 |" in said
+    assert "elsewhere" not in said
+
+
 def test_finished_rows_are_read_from_the_file_beside_the_plan(tmp_path, capsys):
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump(PLAN, sort_keys=False))

@@ -1,6 +1,7 @@
 """`agcl search`: what it refuses, and what it shows while trials run."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -69,7 +70,7 @@ def test_the_final_table_has_the_settings_and_marks_the_best_in_80_columns():
         Trial(1, SETTINGS, "stopped", (HALF,)),
         Trial(2, SETTINGS, "failed"),
     ]
-    Console(file=out, width=80).print(trial_table(trials, 2))
+    Console(file=out, width=80).print(trial_table(trials, 2, trials[0]))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["learning"]
@@ -79,6 +80,16 @@ def test_the_final_table_has_the_settings_and_marks_the_best_in_80_columns():
     assert lines[4].split() == [
         "0", "*", "finished", "2", "0.625", "0.750", "0.500", "0.8123", "null",
     ]  # fmt: skip
+
+
+def test_what_the_base_still_knows_is_a_column_where_it_was_measured():
+    out = io.StringIO()
+    trials = [Trial(0, SETTINGS, "finished", (replace(DONE, base_kept=-3.2),)), Trial(1, SETTINGS)]
+    Console(file=out, width=80).print(trial_table(trials, 0))
+    first, second = (row.split() for row in out.getvalue().splitlines()[4:6])
+    assert first == ["0", "finished", "1", "0.625", "0.750", "0.500", "-3.200"]
+    assert second == ["1", "running", "0", "-", "-", "-", "-"]
+    assert "base kept -3.200" in shown(trials[0], terminal=False)
 
 
 def test_a_dimension_is_described_in_words():

@@ -377,6 +377,12 @@ def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
     assert len(made) == len(expected)
 
 
+def test_what_the_base_is_measured_on_has_a_seed_of_its_own(stages):
+    works, other, reseeded = stages(), stages("seed=1"), stages("base.seed=1")
+    for name in ("own_text", "attribute/0-base"):
+        assert works[name].config == other[name].config != reseeded[name].config
+
+
 def test_the_base_is_measured_once_and_protected_from_the_first_task_on(stages):
     works = stages()
     assert inputs(works, "attribute/0-base") == {"model": "pretrain", "rows/0": "own_text"}

@@ -28,7 +28,7 @@ from pipeline.results import figures
 from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.figures import draw
-from pipeline.results.report import write_report
+from pipeline.results.report import description, numbers, write_report
 from pipeline.results.results import METRIC_TITLES, RunResult, StageRecord, groups, labels, left_out
 from pipeline.results.run_folder import write_runs
 from pipeline.run import rewrite_report
@@ -462,6 +462,20 @@ def base_of(*, lost=0.0, kl=0.25, probes=("hellaswag", "piqa"), steps=3):
                    for i, name in enumerate(probes)},
         "probes_acc": {name: [0.9] * (steps + 1) for name in probes},
     }  # fmt: skip
+
+
+def test_mlflow_gets_what_the_base_still_knows_of_every_method_of_a_comparison():
+    few = {"importance": False, "sets": ["memorization"]}
+    runs = [run("agcl", seed=seed, base=base_of(lost=0.1 * seed), **few) for seed in (1, 3)]
+    runs.append(run("sequential", base=base_of(lost=1.0), **few))
+    found = numbers(runs)
+    assert found["base/agcl/text_loss"] == pytest.approx(3.2)
+    assert found["base/agcl/text_loss_95"] == pytest.approx(1.271, abs=1e-3)
+    assert found["base/sequential/text_loss"] == 4.0
+    assert "base/sequential/text_loss_95" not in found
+    kept = description(runs).partition("what the base model still knows")[2]
+    assert "| `sequential` | " in kept
+    assert "3.000 → 4.000" in kept
 
 
 def test_what_the_base_still_knows_is_averaged_over_seeds(page, tmp_path):

@@ -98,6 +98,23 @@ def test_both_sides_can_be_the_objective(search):
     assert play(of, 1, failed={3}, stopped={5})[0] == points
 
 
+BOTH = (
+    "search.space={training.learning_rate: {type: loguniform, low: 1e-4, high: 1e-2}, "
+    "protect.0.energy: {type: uniform, low: 0.5, high: 0.95}}"
+)
+
+
+def test_the_base_and_the_average_can_be_the_objective(search, monkeypatch, scored=outcome):
+    def costly(rate, energy):
+        return [{**scores, "base_kept": energy} for scores in scored(rate, energy)]
+
+    monkeypatch.setitem(globals(), "outcome", costly)
+    points, known = play(search(6, "search.objective=base_and_average", BOTH))
+    for point, trial in zip(points, known, strict=True):
+        last = costly(*point.values())[1]
+        assert trial.values == [last["base_kept"], last["average"]]
+
+
 @pytest.fixture(scope="module")
 def two_cpus():
     environment = {"env_vars": dict(WORKER_ENVIRONMENT)}

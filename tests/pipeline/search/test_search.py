@@ -335,6 +335,16 @@ def test_the_same_winner_on_other_machines_keeps_its_folder(search):
             False,
             "search.objective: one task alone",
         ),
+        (
+            ("search.objective=base_and_average", "model.path=TINY", "evaluation.text=null"),
+            False,
+            "search.objective: base_and_average needs evaluation.text",
+        ),
+        (
+            ("search.objective=base_and_average", "protect.0.energy=0.4"),
+            False,
+            "search.objective: base_and_average compares with the config's own settings",
+        ),
         (("tasks.count=0",), False, "tasks.count"),
         (("name=" + "x" * 96,), False, "name: "),  # With "-best", at the end, it is too long.
     ],
@@ -437,7 +447,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     assert run.config.protect[0].energy == best.settings["protect.0.energy"]
     table = trials.table(undisturbed).drop(["seconds"])
     assert pq.read_table(of.folder / "trials.parquet").drop(["seconds"]) == table
-    for name in ("optimization-history.png", "slices.png", "pareto-front.png"):
+    for name in ("optimization-history.png", "slices.png", "pareto-front.png", "pareto-front-base.png"):
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     check_mlflow(of.config.storage.tracking_uri, best)
 
@@ -474,7 +484,9 @@ def check_mlflow(uri, best):
     assert parent.data.metrics["best_average"] == best.last.average
     of_trials = {r.info.run_name: r for r in kinds[("trial", "search")]}
     assert sorted(of_trials) == [f"trial-{number}" for number in range(3)]
-    assert of_trials[f"trial-{best.number}"].data.metrics["average"] == best.last.average
+    of_best = of_trials[f"trial-{best.number}"].data.metrics
+    assert of_best["average"] == best.last.average
+    assert of_best["base_kept"] == best.last.base_kept is not None
     assert all(run.data.metrics["base/text_loss"] > 0 for run in of_trials.values())
     stages = {r.data.tags["stage"] for r in kinds[("stage", "trial")]}
     assert "train" in stages

@@ -53,6 +53,16 @@ def test_by_default_the_scaling_of_the_protections_is_searched_and_the_rate(conf
     )
 
 
+def test_one_task_alone_has_no_earlier_tasks_whose_protection_could_be_searched(config):
+    one = ("tasks.count=1",)
+    assert list(default_space(config(*one))) == ["training.learning_rate"]
+    assert list(default_space(config(*one, method="gate"))) == ["training.learning_rate"]
+    of_base = default_space(config(*one, method="ewc_base"))
+    assert list(of_base) == ["training.learning_rate", "protect.0.strength"]
+    both = default_space(config(*one, "search.objective=base_and_average"))
+    assert list(both) == ["training.learning_rate", "base.energy"]
+
+
 def test_the_config_itself_is_a_point(config):
     own = config("importance.top_k=4", method="gate")
     space = default_space(own)

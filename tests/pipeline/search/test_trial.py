@@ -2,7 +2,15 @@
 
 import pytest
 
-from pipeline.search.trial import Progress, Trial, best, progress_after, table, undecided
+from pipeline.search.trial import (
+    Progress,
+    Trial,
+    base_kept,
+    best,
+    progress_after,
+    table,
+    undecided,
+)
 
 ROWS = [
     {"a": {"m": 0.0, "g": 0.1}, "b": {"m": 0.0, "g": 0.3}, "skill": {"m": 1.0}},
@@ -51,6 +59,24 @@ def test_the_first_of_equal_finished_trials_is_the_best():
     assert best(trials[3:]) is None
 
 
+def test_the_best_may_have_to_keep_as_much_of_the_base_as_the_configs_own_settings():
+    def tried(number, average, kept, state="finished"):
+        return Trial(number, {}, state, (Progress(average, average, None, kept),))
+
+    trials = [tried(0, 0.5, -3.2), tried(1, 0.9, -3.3), tried(2, 0.7, -3.2), tried(3, 0.6, -3.1)]
+    assert best(trials).number == 1
+    assert best(trials, keep_base=True).number == 2
+    assert best(trials[:2], keep_base=True).number == 0
+    unknown = [tried(0, 0.5, -3.2, "failed"), *trials[1:]]
+    assert best(unknown, keep_base=True).number == 1
+
+
+def test_the_base_is_known_by_its_facts_or_by_its_loss_on_a_text():
+    assert base_kept(ROWS[1], "skill", {"text_loss": 3.2}) == 0.5
+    assert base_kept(ROWS[1], None, {"text_loss": 3.2}) == -3.2
+    assert base_kept(ROWS[1], None, {}) is None
+
+
 def test_the_table_has_a_row_per_trial_and_a_column_per_setting():
     done = (Progress(average=0.5, learned=0.75, retained=0.25),)
     found = table(
@@ -66,6 +92,7 @@ def test_the_table_has_a_row_per_trial_and_a_column_per_setting():
         "average": 0.5,
         "learned": 0.75,
         "retained": 0.25,
+        "base_kept": None,
         "seconds": 2.0,
         "reason": None,
         "x": 1.0,

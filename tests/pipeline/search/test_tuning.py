@@ -47,6 +47,22 @@ def test_every_method_has_the_same_budget_and_its_defaults_first(load, method):
         assert all(knob.low <= value <= knob.high for value in values)
 
 
+@pytest.mark.parametrize(
+    ("method", "acts"),
+    [
+        ("agcl", False),
+        ("ewc", False),
+        ("gate", False),
+        ("ewc_base", True),
+        ("project_weights", True),
+        ("kl", True),
+    ],
+)
+def test_one_task_alone_tunes_nothing_that_protects_earlier_ones(load, method, acts):
+    tried = candidates(load(["tasks.count=1"], method), 4)
+    assert any(settings.keys() - {RATE} for settings in tried) is acts
+
+
 def test_methods_with_the_same_knob_try_the_same_values(load):
     tried = candidates(load([], "agcl"), 6)
     for control in METHODS["agcl"].controls:

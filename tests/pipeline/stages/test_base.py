@@ -56,6 +56,18 @@ def test_an_adapter_passes_nothing_of_the_base_models_inputs(run, method):
     assert (works["train/1-harbour"].folder / "adapter" / adapter.WEIGHTS).is_file()
 
 
+def test_the_bases_tokens_are_weighted_by_relevance_if_asked(run):
+    few, found = ("base.samples=2", "base.tokens=5", "tasks.count=1", "training.epochs=1"), {}
+    for weighting in ("uniform", "relevance"):
+        works = run(*few, "base.protect=self", f"base.weighting={weighting}")
+        importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+        assert importance.header["moments"] == weighting
+        found[weighting] = importance.moments["model.layers.0.self_attn.q_proj.weight"]
+    uniform, relevance = found["uniform"], found["relevance"]
+    assert relevance.trace == pytest.approx(uniform.trace, rel=1e-4)  # Weights have a mean of 1.
+    assert (relevance.matrix() - uniform.matrix()).norm() > 0.1 * uniform.matrix().norm()
+
+
 def test_own_texts_can_be_read_and_are_what_was_measured(run):
     works = run(*FEW, "base.protect=self", "tasks.count=1")
     lines = (works["own_text"].folder / TEXTS).read_text(encoding="utf-8").splitlines()

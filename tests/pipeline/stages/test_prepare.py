@@ -1,11 +1,13 @@
 """Every task format, streamed through Ray Data into tokens: what is kept, counted and refused."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import yaml
 from datasets import Dataset, DatasetDict
 from reference import trace_files
 from tokenizers.normalizers import Replace
@@ -21,6 +23,7 @@ from pipeline.stages.context import Context
 from pipeline.stages.prepare import FILES, prepare
 
 pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[3]
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 ITEM = {
@@ -167,6 +170,19 @@ def test_trace_from_its_layout(prepared, tmp_path):
     assert texts["train"][0][0].startswith("Sam has")
     assert {split: len(rows) for split, rows in texts.items()} == {"train": 6, "test": 2}
     assert summary["scored"] == {"test": "test"}
+
+
+def test_traces_own_config_keeps_prompts_longer_than_the_model(prepared, tmp_path):
+    """MeetingBank's have 2,853 words on average."""
+    trace_files.write(tmp_path / "trace", rows=6)
+    for file in (tmp_path / "trace" / "MeetingBank").iterdir():
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        long = [{**row, "prompt": "the council met again " * 700} for row in rows]
+        file.write_text(json.dumps(long), encoding="utf-8")
+    shipped = yaml.safe_load((ROOT / "jobs/configs/trace.yaml").read_text(encoding="utf-8"))
+    place = {"path": str(tmp_path / "trace"), "sequence": ["MeetingBank"]}
+    _, summary = prepared({**shipped["tasks"], **place})
+    assert summary["splits"]["train"]["truncated"] == 6
 
 
 def test_a_hugging_face_data_set_in_a_folder(prepared, tmp_path):
