@@ -84,7 +84,8 @@ def _run(parsed: argparse.Namespace, command: str) -> int:
             return _say(BAD_INPUT, f"{os.strerror(error.errno)}: {error.filename[:200]}")
         if error.errno not in _FULL_OR_FORBIDDEN:
             raise
-        return _say(FAILED, f"{os.strerror(error.errno)}: {error.filename}")
+        where = f": {error.filename}" if error.filename else ""
+        return _say(FAILED, f"{os.strerror(error.errno)}{where}")
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

@@ -47,8 +47,9 @@ def of_matrix(matrix: Tensor, trace: float, *, keep: float) -> Moment:
     """Cut a symmetric positive semidefinite matrix, for `keep` see `attribute`."""
     ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(matrix)
     values, vectors = ascending[0].flip(0), ascending[1].flip(1)
-    # Eigenvalues that are nothing but rounding would count where `keep` is 1.
-    least = values[0].clamp(min=0) * len(matrix) * torch.finfo(values.dtype).eps
+    # Eigenvalues that are nothing but rounding would count where `keep` is 1. Rounding grows with
+    # the root of the width; a bound by the width would drop real directions of little energy.
+    least = values[0].clamp(min=0) * len(matrix) ** 0.5 * torch.finfo(values.dtype).eps
     real = int((values > least).sum())
     return _cut(vectors[:, :real], values[:real].double(), trace, keep)
 
@@ -74,7 +75,8 @@ def of_factor(factor: Tensor, trace: float, *, keep: float) -> Moment:
     gram = factor.double().T @ factor.double()
     ascending: tuple[Tensor, Tensor] = torch.linalg.eigh(gram)
     values, vectors = ascending[0].flip(0), ascending[1].flip(1)
-    least = values[:1].clamp(min=0) * len(factor) * torch.finfo(factor.dtype).eps
+    exact, given = (torch.finfo(dtype).eps for dtype in (torch.float64, factor.dtype))
+    least = values[:1].clamp(min=0) * max(len(factor) * exact, len(factor) ** 0.5 * given)
     real = int((values > least).sum())
     vectors = (factor.double() @ (vectors[:, :real] * values[:real].rsqrt())).to(factor.dtype)
     return _cut(vectors, values[:real], trace, keep)

@@ -123,6 +123,10 @@ class GatedAdamW(torch.optim.AdamW):
                 raise ValueError("these states were saved with another setting of eight_bit")
         super().load_state_dict(state_dict)
         for parameter, state in states.items():
+            # Torch leaves it where it was read unless the groups say `fused`, and fused steps need
+            # it beside the parameter.
+            step = state["step"].to(parameter.device, torch.float32, copy=True)
+            self.state[parameter]["step"] = step
             if self._is_quantized(parameter) or self._rounds(parameter):
                 for key in state.keys() - {"step"}:
                     exact = state[key].to(parameter.device, copy=True)

@@ -24,7 +24,8 @@ whose logits are compared at a time. A row above a limit gets a separate pass.""
 def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
     """Whether greedy decoding would produce exactly the answer and its end token, (rows,) bool.
 
-    `logits` are those of `answer_logits`.
+    Of a conversation with several answers the last one counts, as it does in scores. `logits` are
+    those of `answer_logits`.
     """
     # Greedy decoding emits the argmax token by token. If all teacher-forced argmaxes equal the
     # answer, decoding sees the same prefixes and emits the same tokens; otherwise it leaves the
@@ -32,7 +33,10 @@ def answered_correctly(logits: Tensor, batch: Batch) -> Tensor:
     places = answer_places(batch)
     hit = torch.ones_like(places)
     hit[places] = logits.argmax(-1) == answer_tokens(batch)
-    return hit.all(dim=1)
+    behind = places.flip(1)
+    between = ~behind & (behind.cumsum(1) > 0)  # What is not learned, before the last answer.
+    earlier = (between.cumsum(1) > 0).flip(1)
+    return (hit | earlier).all(dim=1)
 
 
 @torch.no_grad()

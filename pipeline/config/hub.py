@@ -57,9 +57,7 @@ def resolve(model: str, revision: str) -> str:
         return HfApi().resolve_revision(model, revision=revision).resolved
 
 
-def fetch(
-    model: str, commit: str, revision: str | None = None, *, weights: bool = True
-) -> Path:
+def fetch(model: str, commit: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Download what is missing of a commit into the cache and return its folder.
 
     Only safetensors, configs and tokenizer files: never a pickle, never Python. Asks nobody if all
@@ -91,14 +89,21 @@ def fetch(
     return folder
 
 
-def on_this_machine(path: Path) -> Path:
+def on_this_machine(path: Path, *, weights: bool = True) -> Path:
     """A snapshot in another machine's cache, found or downloaded in this one's.
 
-    Other paths, and those that exist here, are returned unchanged. Raises `InputError` as `fetch`
-    does.
+    A snapshot in this machine's cache is completed: an interrupted download leaves a part of it.
+    Other paths are returned unchanged. Raises `InputError` as `fetch` does.
     """
     named = name_of(path)
-    return fetch(*named) if named and not path.exists() else path
+    if not named or (path.exists() and path != folder_of(*named)):
+        return path
+    try:
+        return fetch(*named, weights=weights)
+    except InputError:
+        if path.exists():  # Offline: use what is there.
+            return path
+        raise
 
 
 def name_of(path: Path) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from agcl.errors import InputError
 from agcl.parallel import distributed
 
 from pipeline.config.hub import on_this_machine
@@ -36,6 +37,10 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
                 done = distributed.broadcast_object(done)
             if not done:
                 _make(stage, context, emit, verified)
+        if not done and context.is_first_worker:
+            # After the lock is released: who is told may not return for long, such as a trial that
+            # Tune stops, and other trials may need the artifact.
+            emit([{"artifact": stage.folder.name, "state": "finished"}])
 
 
 def _claimed(stage: ResolvedStage, emit: Emit) -> AbstractContextManager[None]:
@@ -50,20 +55,19 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         emit([{"artifact": stage.folder.name, "state": "started"}])
     with _emitting_failure(stage, emit):
         fetched = {
-            role: stage.storage.fetch(on_this_machine(path), stage.reads)
-            for role, path in stage.inputs.items()
+            role: stage.storage.fetch(_here(stage, role), stage.reads) for role in stage.inputs
         }
         stage = replace(stage, inputs=fetched)
         _verify_inputs(stage, verified)
         distributed.meet()  # Downloads may outlast a collective's timeout.
         with _prepared(stage, context, emit) as out_dir:
+            _check_given(stage, context)
             stage.fn(stage.config, stage.inputs, out_dir, context)
+            _check_given(stage, context)  # The stage may have read a file that was being changed.
     verified.add(stage.folder)
     distributed.meet()  # Rank 0 writes and uploads the artifact.
     if context.checkpoint and not context.is_first_worker:
         context.checkpoint.remove()  # This machine's parts of it.
-    if context.is_first_worker:
-        emit([{"artifact": stage.folder.name, "state": "finished"}])
 
 
 @contextmanager
@@ -79,6 +83,12 @@ def _emitting_failure(stage: ResolvedStage, emit: Emit) -> Iterator[None]:
         raise
 
 
+def _here(stage: ResolvedStage, role: str) -> Path:
+    """An input's path on this machine; what it lacks of a model on the hub is downloaded."""
+    source = stage.given.get(role)
+    return on_this_machine(stage.inputs[role], weights=source is None or source.has_weights)
+
+
 def _verify_inputs(stage: ResolvedStage, verified: set[Path]) -> None:
     """Compare the input files with their recorded hashes, once per session."""
     # Rank 0 verifies a shared folder for all ranks. With a bucket, each machine has its own copy.
@@ -88,6 +98,19 @@ def _verify_inputs(stage: ResolvedStage, verified: set[Path]) -> None:
                 artifact.verify(folder, stage.reads)
                 if stage.reads is None:
                     verified.add(folder)
+
+
+def _check_given(stage: ResolvedStage, context: Context) -> None:
+    """Refuse a user's files that are not those the command hashed: the fingerprint would lie."""
+    for role, source in stage.given.items() if context.is_first_worker else ():
+        if source.identity or source.has_weights:
+            continue
+        path = stage.inputs[role]
+        if artifact.content_hash(path, source.patterns) != stage.record["inputs"][role]:
+            raise InputError(
+                f"{path} has changed since the command started, or differs between nodes; run the "
+                "same command again"
+            )
 
 
 @contextmanager

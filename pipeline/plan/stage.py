@@ -27,6 +27,11 @@ class External:
     identity: str | None = None
     """Used in fingerprints instead of the file hashes, such as a commit; None hashes the files."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether a model's weights are among the files, which take long to download or read."""
+        return any("safetensors" in pattern for pattern in self.patterns)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -60,6 +65,8 @@ class ResolvedStage:
     """Written to the manifest; includes the fingerprint."""
     storage: Storage
     reads: tuple[str, ...] | None = None
+    given: Mapping[str, External] = field(default_factory=dict)
+    """The inputs that no stage makes, by role."""
 
     @property
     def fingerprint(self) -> str:
@@ -152,6 +159,7 @@ def resolve(stages: Sequence[Stage], storage: Storage) -> dict[str, ResolvedStag
             record={"stage": stage.name, "fingerprint": key, **identity},
             storage=storage,
             reads=stage.reads,
+            given={r: source for r, source in stage.inputs.items() if isinstance(source, External)},
         )
         return resolved[stage.name]
 

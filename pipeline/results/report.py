@@ -204,7 +204,9 @@ def description(runs: Sequence[RunResult]) -> str:
             cells = [_cell(line.metrics.get(key)) for key in METRIC_TITLES]
             parts[-1] += f"\n| {' | '.join([code(line.group.label), *cells])} |"
     if base := compare_base(runs):
-        parts.append("**what the base model still knows**, before the first task → after the last\n")
+        parts.append(
+            "**what the base model still knows**, before the first task → after the last\n"
+        )
         parts[-1] += f"\n| method | {' | '.join(map(base_title, base))} |"
         parts[-1] += "\n| --- |" + " --- |" * len(base)
         for label in dict.fromkeys(chain(*base.values())):

@@ -6,8 +6,10 @@ trial finds its finished stages in the storage.
 """
 
 import os
+import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exc
@@ -20,7 +22,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from pipeline.config import loading
+from pipeline.config import hub, loading
 from pipeline.config.config import Config
 from pipeline.config.resources import Resources
 from pipeline.config.search import Dimension
@@ -143,8 +145,9 @@ class Watch(TrialProgressCallback):
         if "reason" in result:
             self._change(trial, state="failed", reason=result["reason"])
             folder = self.search.run_folder(self._number(trial))
-            folder.mkdir(parents=True, exist_ok=True)
-            artifact.write_text(folder / "error.log", result["traceback"])
+            with suppress(OSError):  # A full disk must not end the other trials.
+                folder.mkdir(parents=True, exist_ok=True)
+                artifact.write_text(folder / "error.log", result["traceback"])
         else:
             scores = Progress(**{name: result[name] for name in Progress.__annotations__})
             before = self.trials[self._number(trial)].progress[: result["task"] - 1]
@@ -229,10 +232,19 @@ def run_trials(
 
 def _trainable(search: Search, shared: Collection[str]) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
+        model, storage = search.config.model, search.config.storage
         try:
+            if storage.shared and not storage.root.is_dir():
+                raise InputError(
+                    f"storage: node {platform.node()} does not see {storage.root} of the driver's "
+                    "node"
+                )
+            if model.on_hub:
+                hub.on_this_machine(model.folder, weights=False)  # A plan reads its config.
             run_trial(search.run_of(**config["trial"]), shared)
-        except InputError as error:  # It would be the same again: no reason to retry.
-            tune.report({"reason": masked(str(error)), "traceback": masked(format_exc())})
+        except (InputError, OSError) as error:  # Retrying would meet it again.
+            reason = masked(" ".join(str(error).split()))
+            tune.report({"reason": reason, "traceback": masked(format_exc())})
 
     return trial
 

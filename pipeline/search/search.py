@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -214,8 +214,9 @@ def _raise_common(failures: Sequence[StageFailed], runs: Mapping[str, Run], fold
     first = next(iter(runs.values())).resolved
     for failure in failures:
         if failure.stage in first and first[failure.stage].folder.name in common:
-            failure.log = folder / "error.log"
-            artifact.write_text(failure.log, failure.traceback)
+            with suppress(OSError):  # The disk may be full; why the stage failed says more.
+                artifact.write_text(folder / "error.log", failure.traceback)
+                failure.log = folder / "error.log"
             raise failure
 
 

@@ -57,9 +57,9 @@ def default_space(config: Config) -> dict[str, Dimension]:
     space: dict[str, Dimension] = {
         "training.learning_rate": _log_scale(rate / LEARNING_RATE, rate * LEARNING_RATE)
     }
-    if config.search.objective == "base_and_average" and config.base.protect != "none":
-        if any(isinstance(item, Project) for item in config.protect):
-            space["base.energy"] = Float(type="uniform", low=0.5, high=0.95)
+    projects = any(isinstance(item, Project) for item in config.protect)
+    if config.search.objective == "base_and_average" and config.base.protect != "none" and projects:
+        space["base.energy"] = Float(type="uniform", low=0.5, high=0.95)
     for index, item in enumerate(config.protect):
         if not protects(config, index):
             continue

@@ -26,7 +26,10 @@ _SCHEMA = pa.schema(
         ("trial", pa.int32()),
         ("state", pa.string()),
         ("task", pa.int32()),
-        *((name, pa.float64()) for name in ("average", "learned", "retained", "base_kept", "seconds")),
+        *(
+            (name, pa.float64())
+            for name in ("average", "learned", "retained", "base_kept", "seconds")
+        ),
         ("reason", pa.string()),
     ]
 )

@@ -218,9 +218,13 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically: to a temporary file, flushed to disk, then renamed."""
     aside = file.with_name(file.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.replace(file)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # Unnamed if the disk is full.
+        raise
 
 
 @cache

@@ -180,10 +180,22 @@ class Bucket(Storage):
             artifact.checkpoint_of(folder),
             fingerprint,
             seconds,
-            download=self.refresh,
-            upload=self._push,
+            download=self._newest,
+            upload=self._store,
             delete=self.forget,
         )
+
+    def _newest(self, file: Path) -> None:
+        """Download a checkpoint, unless the one here is the one that was stored last."""
+        stored, mark = self._modified(file), _mark(file)
+        known = file.exists() and mark.exists() and mark.read_text() == str(stored)
+        if stored and not known:
+            self._pull(file)
+            mark.write_text(str(stored))
+
+    def _store(self, file: Path) -> None:
+        self._push(file)
+        _mark(file).write_text(str(self._modified(file)))
 
     @override
     def checkpoint_time(self, folder: Path) -> int:
@@ -217,6 +229,7 @@ class Bucket(Storage):
     @override
     def forget(self, file: Path) -> None:
         super().forget(file)
+        _mark(file).unlink(missing_ok=True)
         if self._modified(file):
             object_store.remove(self.uri, self._name(file))
 
@@ -247,6 +260,11 @@ class Bucket(Storage):
 
     def _corrupt(self, folder: Path, why: str) -> CorruptArtifact:
         return CorruptArtifact(artifact.corrupt(self.place(folder), why))
+
+
+def _mark(file: Path) -> Path:
+    """A file that says which upload the checkpoint in the cache is; removed with it."""
+    return file.with_name(file.name + ".stored")
 
 
 @cache

@@ -24,6 +24,7 @@ from pipeline.config.method import Adapter
 from pipeline.config.model import Model
 from pipeline.config.usual import too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
+from pipeline.storage import artifact
 
 ROOT = Path(__file__).parent.parent.parent
 FACTS = ROOT / "jobs" / "configs" / "facts.yaml"
@@ -490,3 +491,10 @@ def test_no_size_of_a_gpu(agcl, size):
     code, (line,) = agcl("plan", "facts", f"--gpu-memory={size}")
     assert code == cli.BAD_INPUT
     assert line == f"agcl: --gpu-memory: {size!r} is not a size such as 80GB"
+
+
+def test_a_full_disk_of_the_command_itself_names_the_file(agcl, monkeypatch):
+    file = agcl.place / "config.yaml"
+    file.with_name("config.yaml.part").symlink_to("/dev/full")
+    monkeypatch.setattr("jobs.methods.main", lambda *given: artifact.write_text(file, "x"))
+    assert agcl("methods") == (1, [f"agcl: No space left on device: {file}"])

@@ -142,3 +142,27 @@ def test_a_zero_moment_keeps_nothing():
     assert (found.trace, found.kept, found.directions.shape) == (0.0, 1.0, (4, 0))
     assert summed([found, found], keep=1).directions.shape == (4, 0)
     assert leading(found, 0.9).shape == (4, 0)
+
+
+def test_little_energy_is_not_taken_for_rounding():
+    """As in real layers: many directions of little energy, which together hold one percent."""
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.full((600,), 1e-5, dtype=torch.float64)
+    energies[0] = 0.6
+    gauss = torch.randn(600, 600, dtype=torch.float64, generator=generator)
+    basis = torch.linalg.qr(gauss)[0]
+    matrix = ((basis * energies) @ basis.T).float()
+    found = of_matrix(matrix, float(energies.sum()), keep=1)
+    assert found.kept == pytest.approx(1, abs=1e-4)
+    assert len(found.energies) == len(matrix)
+    assert summed([found, found], keep=1).kept == pytest.approx(1, abs=1e-4)
+
+
+def test_rounding_is_not_taken_for_energy():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 600, generator=generator) + 3 * torch.randn(1, 600, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    matrix = torch.zeros(600, 600)
+    for _ in range(20):
+        matrix.addmm_(rows.T, rows)
+    assert len(of_matrix(matrix, 400.0, keep=1).energies) == 20

@@ -255,3 +255,15 @@ def test_names_of_a_peft_wrapper_say_what_to_pass_instead(llama):
 def test_an_unknown_side_is_refused(llama):
     with pytest.raises(ValueError, match="on must be one of"):
         GatedAdamW(llama.named_parameters(), on="weights")
+
+
+def test_states_that_were_read_onto_the_cpu_move_to_the_parameters_device():
+    """A Trainer on one GPU reads them so; torch moves `step` only for groups with `fused`."""
+    weight = nn.Parameter(torch.ones(4, 3))
+    weight.grad = torch.ones(4, 3)
+    optimizer = GatedAdamW([("w", weight)])
+    optimizer.step()
+    elsewhere = nn.Parameter(torch.empty(4, 3, device="meta"))
+    resumed = GatedAdamW([("w", elsewhere)])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {t.device.type for t in resumed.state[elsewhere].values()} == {"meta"}

@@ -192,3 +192,16 @@ def test_an_adapter_on_the_base_is_compared_with_the_base_without_it():
 def test_without_rows_there_is_no_kl():
     with pytest.raises(ValueError, match="no answer token"):
         answer_kl(tiny.llama(), tiny.llama(), [])
+
+
+def test_of_a_conversation_the_last_turn_decides():
+    """As in scoring: attribution with `correct_only` takes the rows that are scored as right."""
+    batch = collate([tiny.Encoded([3, 4, 5, 6, 7, 8], 4, ((1, 3),))])
+    one_hot = torch.nn.functional.one_hot
+    right = one_hot(batch.input_ids, tiny.VOCABULARY).float().roll(-1, 1)
+    # Positions 0 and 1 predict the earlier turn, 3 and 4 the last one.
+    for place, verdict in ((0, True), (1, True), (3, False), (4, False)):
+        wrong = right.clone()
+        wrong[:, place] = one_hot(torch.tensor(2), tiny.VOCABULARY).float()
+        logits = wrong[:, :-1][answer_places(batch)]
+        assert answered_correctly(logits, batch).tolist() == [verdict], place

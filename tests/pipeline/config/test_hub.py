@@ -304,3 +304,11 @@ def test_a_download_that_was_begun_is_completed_by_a_plan(server, weights, confi
     (folder / "model.safetensors.index.json").write_text("{}")
     hub.fetch(ID, commit, weights=False)
     assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("left_by", ["a kill", "plan"])
+def test_a_worker_fetches_what_its_snapshot_lacks(server, weights, left_by):
+    commit = server.push(ID, weights)
+    folder = hub.fetch(ID, commit, weights=left_by == "a kill")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert (hub.on_this_machine(folder) / "model.safetensors").is_file()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from agcl.errors import InputError
 from pipeline.execution.failures import explain
 from pipeline.execution.session import run_stages
-from pipeline.plan.stage import Stage, resolve
+from pipeline.plan.stage import External, Stage, resolve
 from pipeline.stages.context import Context
 from pipeline.storage import Local, artifact
 
@@ -268,3 +269,33 @@ def test_no_minutes_mean_no_checkpoints(trained):
     assert not list(folder.parent.iterdir())
     trained.start(minutes=0.0)
     assert trained.begun_at == [0, 0]
+
+
+def test_the_end_of_a_stage_is_told_without_its_lock(toys):
+    """A trial that Tune stops stays in what it tells, and others may need the artifact."""
+    locks = []
+
+    def emit(records):
+        ends = [record for record in records if record.get("state") == "finished"]
+        locks.extend([file.name for file in toys.storage.rglob("*.lock")] for _ in ends)
+
+    run_stages(toys.works(), Context(), emit)
+    assert locks == [[], [], []]
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_file_that_changed_since_the_command_started_is_refused(tmp_path, when):
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text("old")
+
+    def copy(config, inputs, out_dir, context):
+        (out_dir / "seen").write_text(inputs["probe"].read_text())
+        probe.write_text("newer")
+
+    stage = Stage("evaluate/1-x", copy, {}, {"probe": External(probe)})
+    (work,) = resolve([stage], Local(tmp_path / "storage")).values()
+    if when == "before":
+        probe.write_text("new!")
+    with pytest.raises(InputError, match=f"{probe} has changed since the command started"):
+        run_stages([work], Context(), lambda records: None)
+    assert not work.folder.exists()

@@ -104,7 +104,9 @@ BOTH = (
 )
 
 
-def test_the_base_and_the_average_can_be_the_objective(search, monkeypatch, scored=outcome):
+def test_the_base_and_the_average_can_be_the_objective(search, monkeypatch):
+    scored = outcome
+
     def costly(rate, energy):
         return [{**scores, "base_kept": energy} for scores in scored(rate, energy)]
 

@@ -24,6 +24,8 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config import loading
+from pipeline.config.model import Model
+from pipeline.errors import StageFailed
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import plan
 from pipeline.results.run_folder import CONFIG_FILE, open_folder
@@ -33,6 +35,7 @@ from pipeline.search.engine import Points, Search, Watch, _trainable
 from pipeline.search.search import (
     BEST_CONFIG,
     SEARCH_FILE,
+    _raise_common,
     best_run,
     example_runs,
     execute_trials,
@@ -45,6 +48,7 @@ from pipeline.search.trial import run_trial
 from pipeline.stages.context import Context
 from pipeline.stages.files import PREDICTIONS
 from pipeline.storage import artifact
+from pipeline.storage.object_store import StoreFailed
 
 ROOT = Path(__file__).parents[3]
 SPACE = (
@@ -370,6 +374,51 @@ def test_bad_input_within_a_trial_fails_it_with_its_line_and_is_not_retried(sear
     assert "CorruptArtifact" in reported["traceback"]
 
 
+def test_a_store_that_fails_a_trial_is_its_reason(search, in_process, monkeypatch):
+    def unreachable(run, shared):
+        raise StoreFailed("storage: s3://there: no answer")
+
+    monkeypatch.setattr("pipeline.search.engine.run_trial", unreachable)
+    in_process.report = in_process.reported.append
+    of = search(1)
+    of.config.storage.root.mkdir(exist_ok=True)
+    _trainable(of, set())({"trial": {"number": 0, "settings": {}}})
+    (reported,) = in_process.reported
+    assert reported["reason"] == "storage: s3://there: no answer"
+    assert "StoreFailed" in reported["traceback"]
+
+
+def test_a_trial_on_a_node_without_the_storage_is_refused(search, in_process, tmp_path):
+    of = search(1)
+    shutil.rmtree(tmp_path / "storage", ignore_errors=True)
+    in_process.report = in_process.reported.append
+    _trainable(of, set())({"trial": {"number": 0, "settings": {}}})
+    (reported,) = in_process.reported
+    assert f"does not see {tmp_path / 'storage'} of the driver's node" in reported["reason"]
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_trial_gets_the_model_before_it_plans(monkeypatch):
+    """Its node's cache may lack what the driver's has."""
+    model, did = Model(path="org/tiny", revision=f"main@{'a' * 40}"), []
+    monkeypatch.setattr(
+        "pipeline.config.hub.fetch", lambda *named, weights: did.append((*named, weights))
+    )
+    monkeypatch.setattr("pipeline.search.engine.run_trial", lambda run, shared: did.append(run))
+    config = SimpleNamespace(model=model, storage=SimpleNamespace(shared=False))
+    search = SimpleNamespace(config=config, run_of=lambda **trial: "run")
+    _trainable(search, set())({"trial": {"number": 0, "settings": {}}})
+    assert did == [("org/tiny", "a" * 40, False), "run"]
+
+
+def test_a_shared_stage_that_finds_the_disk_full_keeps_its_line(search, tmp_path):
+    run = search(1).run_of(0, {})
+    (tmp_path / "error.log.part").symlink_to("/dev/full")
+    failure = StageFailed("evaluate/0-base", "no space left on device for /x", "traceback")
+    with pytest.raises(StageFailed, match="no space left on device for /x"):
+        _raise_common([failure], {"one": run}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("setting", "outcome"), [("seed=0", EOFError), ("search.round=3", InputError)]
 )
@@ -447,7 +496,12 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     assert run.config.protect[0].energy == best.settings["protect.0.energy"]
     table = trials.table(undisturbed).drop(["seconds"])
     assert pq.read_table(of.folder / "trials.parquet").drop(["seconds"]) == table
-    for name in ("optimization-history.png", "slices.png", "pareto-front.png", "pareto-front-base.png"):
+    for name in (
+        "optimization-history.png",
+        "slices.png",
+        "pareto-front.png",
+        "pareto-front-base.png",
+    ):
         assert (of.folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     check_mlflow(of.config.storage.tracking_uri, best)
 

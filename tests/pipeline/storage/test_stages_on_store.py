@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference.stored import FINGERPRINT, folder_of
+from reference.stored import FINGERPRINT, folder_of, move_to
 
 from pipeline.execution.session import run_stages
 from pipeline.plan.stage import Stage, resolve
@@ -129,3 +129,28 @@ def test_a_checkpoint_outlives_its_machine_until_it_is_not_needed(bucket, elsewh
     assert not checkpoint.file.exists()
     assert bucket.names() in ([], ["stages/"])  # pyarrow leaves the folder.
     checkpoint.remove()
+
+
+def test_a_machine_that_a_run_comes_back_to_takes_the_newest_checkpoint(
+    bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("agcl.files.checkpoint._MAX_TIME_SHARE", 1e9)
+
+    def go_on(machine, more):
+        """Steps before, of training that does `more` steps on a machine."""
+        move_to(tmp_path / machine, monkeypatch)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        checkpoint = Bucket(bucket.uri).checkpoint(folder_of(bucket.uri), FINGERPRINT, 1e-9)
+        checkpoint.file.parent.mkdir(parents=True, exist_ok=True)
+        weights = dict(model.named_parameters())
+        steps = checkpoint.restore(weights, optimizer)
+        before = len(steps)
+        for step in range(before + 1, before + 1 + more):
+            weights["weight"].sum().backward()
+            optimizer.step()
+            steps.append(({"loss": 0.5}, step))
+            checkpoint.write_if_due(weights, optimizer, steps)
+        return before
+
+    assert [go_on("one", 1), go_on("two", 4), go_on("one", 1), go_on("one", 0)] == [0, 1, 5, 6]
