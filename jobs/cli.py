@@ -3,10 +3,12 @@
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 
 _CONFIGS = Path(__file__).parent / "configs"
 _BUNDLED = ", ".join(sorted(file.stem for file in _CONFIGS.glob("*.yaml")))
+_OF_PIPELINE = (
+    *("ray", "mlflow", "pydantic", "yaml", "rich", "datasets", "optuna", "scipy", "matplotlib"),
+    *("jinja2", "psutil", "tensorboardX"),
+)
+"""Modules of the extra `pipeline`: `pip install agcl` alone installs the command without them."""
 
 _DESCRIPTION = """\
 Attribution-guided continual learning of large language models on Ray.
@@ -44,21 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(parsed, " ".join(["agcl", *arguments]))
+        return _run(parsed, shlex.join(["agcl", *arguments]))
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def _run(parsed: argparse.Namespace, command: str) -> int:
     """Run a parsed command; say in one line why it failed."""
-    try:
-        from agcl.errors import InputError
-        from pipeline.errors import Failed
-        from pipeline.secrets import masked
-        from pipeline.storage.object_store import StoreFailed
-    except ModuleNotFoundError as error:
-        print(f"agcl: no module {error.name}; pip install 'agcl[pipeline]'", file=sys.stderr)
+    missing = next((name for name in _OF_PIPELINE if find_spec(name) is None), None)
+    if missing:
+        print(f"agcl: no module {missing}; pip install 'agcl[pipeline]'", file=sys.stderr)
         return BAD_INPUT
+    from agcl.errors import InputError
+    from pipeline.errors import Failed
+    from pipeline.secrets import masked
+    from pipeline.storage.object_store import StoreFailed
 
     try:
         if "config" in parsed:

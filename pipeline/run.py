@@ -104,7 +104,7 @@ def execute(
             write_model_folder(run, result, mirror.run_of(label))
             files = files_for_mlflow(run.folder, figures)
             mirror.finish_run(label, result.metrics, files, note=description([result]))
-        if len(runs) > 1:
+        if [run.folder for run in runs.values()] != [folder]:  # A comparison, also of one run.
             write_runs(folder, [run.folder for run in runs.values()])
             figures = write_report(folder / REPORT_FILE, results, title=title)
             mirror.finish(

@@ -90,9 +90,14 @@ def find(
     for name, tensor in (basis or {}).items():
         of_layer = factors.get(name, [])
         found.factors += of_layer
-        for each in (by_plain[name], *of_layer):
-            if each in trained:
-                found.basis[each] = tensor
+        for each in filter(trained.__contains__, (by_plain[name], *of_layer)):
+            if each in found.basis:
+                raise ValueError(
+                    f"{each} has two bases, its layer's and its own, as if measured on a model "
+                    "with this adapter: merge it (merge_and_unload), measure the merged model, "
+                    "and start another adapter"
+                )
+            found.basis[each] = tensor
     if not found.gate and not found.basis:
         raise ValueError("nothing to protect: no weight of the gate or basis is trained")
     found.transposed = {

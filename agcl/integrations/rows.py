@@ -132,7 +132,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase, row: Any, number: int, config: PretrainedConfig | None
 ) -> dict[str, list[int]]:
     if isinstance(row, Mapping) and "input_ids" in row:
-        ids = list(row["input_ids"])
+        ids = [int(token) for token in row["input_ids"]]  # A dataset may give tensors.
         labels = _labels(row, ids)
         if len(labels) != len(ids) or any(
             label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)
@@ -157,7 +157,7 @@ def _tokenized(
 
 def _labels(row: Mapping[str, Any], ids: list[int]) -> list[int]:
     if row.get("labels") is not None:
-        return list(row["labels"])
+        return [int(label) for label in row["labels"]]
     masks = [row[name] for name in _MASKS if row.get(name) is not None]
     if not masks:
         return ids

@@ -44,8 +44,9 @@ def bases(
         raise ValueError("an importance has no input moments; projection needs them")
     known = known or {}
     by_input: dict[str, Tensor] = {}
-    found = {}
-    for name in past[0].inputs or past[0].moments:
+    names = past[0].inputs or past[0].moments
+    found = {name: tensor.cpu() for name, tensor in known.items() if name not in names}
+    for name in names:
         key = past[0].input_of(name)
         if key not in by_input:
             moment = summed([i.moments[i.input_of(name)].to(device) for i in past], keep=1)

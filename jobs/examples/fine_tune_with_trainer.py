@@ -39,4 +39,5 @@ print("loss and KL before:", text_loss_and_kl(model, base, ids))
 trainer.train()
 print("loss and KL after:", text_loss_and_kl(model, base, ids), "nats per token")
 trainer.save_model(out)
-save_bases(basis, Path(out) / "base.safetensors")  # A later task protects them as well.
+# Beside the folder, whose safetensors are taken for weights. A later task protects them as well.
+save_bases(basis, Path(out).resolve().with_name("base.safetensors"))

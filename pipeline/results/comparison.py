@@ -36,6 +36,11 @@ class Line:
     """Average performance minus that of `sequential` and of each control, by their names."""
 
 
+def is_bound(label: str) -> bool:
+    """Whether a method is an upper bound, also with settings of its own (`joint+changes`)."""
+    return label.removesuffix(CHANGES) in BOUNDS
+
+
 def compare(runs: Sequence[RunResult], evaluation_set: str, metrics: Sequence[str]) -> list[Line]:
     """One line per method that has the evaluation set, in order of first appearance."""
     by_label = {group.label: group for group in groups(runs)}

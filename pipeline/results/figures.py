@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.results.checks import directions
-from pipeline.results.comparison import BOUNDS, Estimate, compare, compare_base
+from pipeline.results.comparison import Estimate, compare, compare_base, is_bound
 from pipeline.results.drawing import (
     GREY,
     STYLE,
@@ -172,7 +172,7 @@ def _against_learned(points: Points, styles: Styles, kept: str) -> tuple[Figure,
         drawn = axes.errorbar(
             learned.mean, value.mean, xerr=learned.half_width, yerr=value.half_width,
             **styles[label], markersize=6, linestyle="", elinewidth=0.7,
-            markerfacecolor="none" if label in BOUNDS else None, label=fitted(label, 24),
+            markerfacecolor="none" if is_bound(label) else None, label=fitted(label, 24),
         )  # fmt: skip
         text = f"{label}: learning accuracy {learned.mean:.3f}, {kept} {value.mean:.3f}"
         drawn.lines[0].set_gid(tip(text))

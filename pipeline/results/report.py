@@ -15,12 +15,12 @@ import yaml
 from pipeline.results.checks import crowded, worst_checks
 from pipeline.results.comparison import (
     BASELINE,
-    BOUNDS,
     COMPARED,
     Estimate,
     Line,
     compare,
     compare_base,
+    is_bound,
 )
 from pipeline.results.results import (
     LOWER_IS_BETTER,
@@ -104,7 +104,7 @@ def write_report(
         metric_titles=METRIC_TITLES,
         metric=metric,
         baseline=BASELINE,
-        bounds=BOUNDS,
+        is_bound=is_bound,
     )
     write_text(file, page)
     write_text(file.with_name(TABLE_FILE), _csv(lines_of))
@@ -251,7 +251,7 @@ def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
 def by_average(runs: Sequence[RunResult]) -> list[Line]:
     """The methods' metrics on the main evaluation set, best average first, without bounds."""
     lines = next(iter(metric_lines(runs).values()))
-    shown = [line for line in lines if line.group.label not in BOUNDS] or lines
+    shown = [line for line in lines if not is_bound(line.group.label)] or lines
     return sorted(shown, key=lambda line: -line.metrics[COMPARED].mean)
 
 
@@ -285,7 +285,7 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
     """The best score of each metric as it is shown, for metrics in which the methods differ."""
     best = {}
     for key in METRIC_TITLES:
-        compared = [line.metrics.get(key) for line in lines if line.group.label not in BOUNDS]
+        compared = [line.metrics.get(key) for line in lines if not is_bound(line.group.label)]
         scores = {score(each.mean) for each in compared if each}
         if len(scores) > 1:
             best[key] = (min if key in LOWER_IS_BETTER else max)(scores, key=float)

@@ -11,6 +11,7 @@ from agcl import metrics
 from agcl.importance import Importance, by_layer_and_module, overlap
 from agcl.tasks import VALIDATION
 
+from pipeline.config.naming import CHANGES
 from pipeline.stages.context import Context
 from pipeline.stages.files import (
     CHECKS,
@@ -153,6 +154,6 @@ def _metrics(config: Mapping[str, Any], rows: list[Scores]) -> dict[str, dict[st
             own = [matrix[j + 1][j] for j in range(len(tasks))]
             matrix = [[*own[:i], *row[i:]] for i, row in enumerate(matrix)]
         sets[name] = metrics.summary(matrix)
-        if config["method"] == "joint":
+        if config["method"].removesuffix(CHANGES) == "joint":  # It may protect the base model.
             sets[name]["forward_transfer"] = None  # No task comes before another.
     return sets

@@ -232,9 +232,11 @@ def provenance() -> dict[str, Any]:
     """Git commit of the code, and versions of Python and packages."""
     root = Path(agcl.__file__).parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    said = ""
+    if (root / ".git").exists():  # Else git would name a repository around site-packages.
+        said = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "git": found.stdout.strip() or "not a git checkout",
+        "git": said or "not a git checkout",
         "versions": {
             "agcl": agcl.__version__,
             "python": platform.python_version(),

@@ -27,6 +27,7 @@ KIND = "custom_model_development"  # Makes the UI open in its training view.
 _NOTE = "mlflow.note.content"
 KIND_TAG = "mlflow.experimentKind"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
+_NO_METRICS = ("step", "seconds_left")
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 DATABASE = "mlflow.db"
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -240,7 +241,9 @@ class Tracker:
             Metric(metric_name(key), float(value), timestamp, record.get("step", 0))
             for record in records
             for key, value in record.items()
-            if key != "step" and not key.startswith("of_") and isinstance(value, int | float)
+            if key not in _NO_METRICS
+            and not key.startswith("of_")
+            and isinstance(value, int | float)
         ]
         self.client.log_batch(run_id, metrics=metrics)
 
@@ -308,6 +311,11 @@ def _experiment(client: Any, uri: str, storage: Path, name: str) -> str:
             found = client.get_experiment_by_name(name)  # Another process was faster.
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":  # It is found by its name all the same.
+        raise InputError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or choose "
+            "another name"
+        )
     return str(found.experiment_id)
 
 

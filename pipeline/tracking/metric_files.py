@@ -21,7 +21,7 @@ from pipeline.tracking.scores import scores_of, task_index, times
 
 Format = Literal["jsonl", "tensorboard"]
 JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
-_ARE_NO_METRICS = ("artifact", "step", "seconds")
+_ARE_NO_METRICS = ("artifact", "step", "seconds", "seconds_left")
 
 
 class MetricFiles:

@@ -498,3 +498,10 @@ def test_a_full_disk_of_the_command_itself_names_the_file(agcl, monkeypatch):
     file.with_name("config.yaml.part").symlink_to("/dev/full")
     monkeypatch.setattr("jobs.methods.main", lambda *given: artifact.write_text(file, "x"))
     assert agcl("methods") == (1, [f"agcl: No space left on device: {file}"])
+
+
+def test_the_recorded_command_can_be_pasted(monkeypatch):
+    seen = []
+    monkeypatch.setattr("jobs.methods.main", lambda parsed, command: seen.append(command))
+    cli.main(["methods", "a b"])
+    assert seen == ["agcl methods 'a b'"]

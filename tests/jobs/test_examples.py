@@ -35,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_fine_tuning_with_a_trainer_needs_neither_ray_nor_mlflow(tmp_path):
-    assert len(SCRIPT.read_text().splitlines()) <= 42
+    assert len(SCRIPT.read_text().splitlines()) <= 43
     model, data, out = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out"
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -63,4 +63,32 @@ def test_fine_tuning_with_a_trainer_needs_neither_ray_nor_mlflow(tmp_path):
     assert loss != later_loss
     assert "not protected" not in done.stderr
     assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in out.iterdir()}
-    assert len(load_bases(out / "base.safetensors")) == 14
+    # Any other would be taken for weights.
+    assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert len(load_bases(tmp_path / "base.safetensors")) == 14
+
+
+WITHOUT_THE_EXTRA = """
+import sys
+from importlib.machinery import PathFinder
+class Library(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] not in ("ray", "mlflow", "pydantic"):
+            return super().find_spec(name, path, target)
+sys.meta_path = [Library if each is PathFinder else each for each in sys.meta_path]
+from jobs.cli import main
+sys.exit(main(["methods"]))
+"""
+
+
+def test_the_library_alone_says_what_the_command_needs():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTRA],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = "agcl: no module ray; pip install 'agcl[pipeline]'\n"
+    assert (done.returncode, done.stderr) == (2, said)

@@ -7,10 +7,15 @@ from reference import tiny
 from reference.trainers import ROWS, basis_of, trainer, weights
 
 from agcl.integrations.names import plain
-from agcl.integrations.transformers import Protect, freeze_others
+from agcl.integrations.transformers import (
+    Protect,
+    attribute_dataset,
+    freeze_others,
+    protect_base,
+)
 from agcl.lrp import attributed_linears
 from agcl.model import adapter
-from agcl.modulation import GatedAdamW, lora
+from agcl.modulation import GatedAdamW, bases, lora
 from agcl.train import train_task
 
 TARGETS = ["q_proj", "o_proj", "up_proj"]
@@ -142,3 +147,20 @@ def test_freezing_others_keeps_the_factors_trained():
 )
 def test_names_lose_what_wrappers_add(name):
     assert plain(name) == f"{LAYER}.weight"
+
+
+def test_an_adapter_that_goes_on_is_not_let_into_what_the_base_knew(tmp_path, tokenizer):
+    basis = protect_base(tiny.llama(), tokenizer, samples=6, tokens=5, energy=0.4)
+    model, rows = with_lora(), ["w5 w6 w7 w8", "w9 w8 w3"]
+    trainer(model, tmp_path, callbacks=[Protect(basis=basis)]).train()
+    later = bases([attribute_dataset(model, tokenizer, rows)], energy=0.5, known=basis)
+    with pytest.raises(ValueError, match="merge it"):
+        trainer(model, tmp_path, callbacks=[Protect(basis=later)]).train()
+    merged = model.merge_and_unload()
+    later = bases([attribute_dataset(merged, tokenizer, rows)], energy=0.5, known=basis)
+    model = with_lora(merged)
+    trainer(model, tmp_path, callbacks=[Protect(basis=later)]).train()
+    for name, factor in model.named_parameters():
+        if "lora_A" in name:
+            u = basis[plain(name.replace(".lora_A.default", ""))]
+            assert (factor.detach() @ u).norm() < 1e-5 * factor.detach().norm()

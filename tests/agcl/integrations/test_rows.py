@@ -6,8 +6,6 @@ import pytest
 import torch
 from datasets import Dataset
 from reference import chat, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from agcl.attribution import attribute
 from agcl.integrations.transformers import attribute_dataset, protect_base, tokenize_rows
@@ -18,13 +16,6 @@ from agcl.tasks import Encoded, Row
 from agcl.tasks.batches import collate
 
 END = tiny.END
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0")
 
 
 def assert_close(found, expected):
@@ -179,3 +170,10 @@ def test_the_base_is_protected_by_its_own_text(llama, tokenizer):
         assert found[name].shape == basis.shape
         overlap = (found[name].T @ basis).norm() ** 2 / basis.shape[1]
         assert overlap == pytest.approx(1, abs=1e-3), name
+
+
+def test_tensors_of_a_dataset_are_numbers(llama, tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+            {"input_ids": [5, 6, 8], "labels": [-100] * 3}]  # fmt: skip
+    found = attribute_dataset(llama, tokenizer, Dataset.from_list(rows).with_format("torch"))
+    assert found.header["rows"] == 1

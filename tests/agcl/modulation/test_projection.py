@@ -7,7 +7,7 @@ from torch import nn
 
 from agcl.errors import InputError
 from agcl.importance import Importance
-from agcl.importance.moment import leading
+from agcl.importance.moment import leading, of_matrix
 from agcl.modulation import (
     GatedAdamW,
     bases,
@@ -269,3 +269,10 @@ def test_training_leaves_what_a_weight_does_to_its_own_directions(dtype):
     assert change.norm() > 0.1
     again = weight_bases({"w": weight.float()}, energy=0.3)["w"].double()
     assert (protected.T @ again).norm() > 0.9 * again.shape[1] ** 0.5
+
+
+def test_known_directions_of_weights_that_were_not_measured_stay():
+    task = Importance({}, {"w": of_matrix(torch.eye(4), 4.0, keep=1)})
+    known = {"other": torch.eye(3)[:, :1], "w": torch.eye(4)[:, :1]}
+    found = bases([task], energy=0.2, known=known)
+    assert torch.equal(found["other"], known["other"])

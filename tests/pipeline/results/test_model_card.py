@@ -3,7 +3,9 @@
 import yaml
 from reference.record_run import recorded
 
+from agcl.metrics import summary
 from pipeline.results.model_card import card
+from pipeline.results.results import RunResult
 
 
 def test_the_card_shows_tasks_scores_and_provenance(tiny_config, tmp_path):
@@ -45,3 +47,13 @@ def test_the_card_says_how_to_serve_and_evaluate_the_model(tiny_config, tmp_path
     assert "vllm serve FOLDER" in lines
     assert "lm_eval --model hf --model_args pretrained=FOLDER --tasks arc_easy" in lines
     assert "mlflow models serve --model-uri models:/mine/VERSION --env-manager local" in lines
+
+
+def test_the_card_of_solo_says_which_model_it_is(tiny_config, tmp_path):
+    found = summary([[0, 0], [0.9, 0], [0.9, 0.8]])
+    metrics = {"method": "solo", "seed": 0, "tasks": ["a", "b"], "evaluation_set": "test", **found,
+               "evaluation_sets": {"test": found}, "scorers": {}}  # fmt: skip
+    text = card(tiny_config(tmp_path, method="solo"), RunResult(metrics, "", [], None, {}), None)
+    assert "one after the other" not in text
+    assert "fine-tuned on `b` alone" in text
+    assert "the other rows are those of models that this folder does not have" in text

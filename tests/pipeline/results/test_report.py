@@ -34,6 +34,7 @@ from pipeline.results.run_folder import write_runs
 from pipeline.run import rewrite_report
 from pipeline.search.trial import Progress, Trial
 from pipeline.search.trial import table as trial_table
+from pipeline.stages.metrics import _metrics
 
 TASKS = ["harbour", "valley", "island"]
 FEW = {"importance": False, "base": {}, "sets": ["memorization"]}  # few figures: fast
@@ -751,3 +752,23 @@ def test_what_was_not_measured_of_the_base_is_not_printed():
     print_base(Console(file=out), "agcl", run(base={}))
     print_base_comparison(Console(file=out), [run("agcl", base={}), run("sequential", base={})])
     assert out.getvalue() == ""
+
+
+def test_joint_is_a_bound_also_where_it_protects_the_base(tmp_path, undrawn):
+    after, before = ({task: {"test": score} for task in "ab"} for score in (0.9, 0.1))
+    config = {"tasks": ["a", "b"], "method": "joint+changes"}
+    assert _metrics(config, [before, after, after])["test"]["forward_transfer"] is None
+    runs = [run("agcl", kept=0.7, **FEW), run("joint+changes", kept=0.9, **FEW)]
+    write_report(tmp_path / "report.html", runs, title="x")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "joint+changes keeps" not in text
+    assert 'class="headline">agcl keeps' in text
+
+
+def test_each_control_has_a_line_of_its_own(tmp_path, undrawn):
+    kept = {"agcl": 0.7, "base_unprotected": 0.4, "project_uniform": 0.55}
+    runs = [run(method, kept=share, **FEW) for method, share in kept.items()]
+    write_report(tmp_path / "report.html", runs, title="x")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Two of three tasks have the score `kept`.
+    assert "<div>base_unprotected 0.200</div><div>project_uniform 0.100</div>" in text

@@ -230,3 +230,17 @@ def test_a_file_written_aside_replaces_the_old_one_whole(tmp_path):
     artifact.write_json(file, {"é": 1.5})
     assert json.loads(file.read_text(encoding="utf-8")) == {"é": 1.5}
     assert names(tmp_path) == ["x.json"]
+
+
+def test_an_installed_package_has_no_commit_of_the_repository_around_it(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    package = tmp_path / "venv" / "site-packages" / "agcl"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(artifact.agcl, "__file__", str(package / "__init__.py"))
+    artifact.provenance.cache_clear()
+    try:
+        assert artifact.provenance()["git"] == "not a git checkout"
+    finally:
+        artifact.provenance.cache_clear()

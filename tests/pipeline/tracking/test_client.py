@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from reference import sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agcl.errors import InputError
 from agcl.model import adapter, models
 from pipeline.storage.artifact import write_json
 from pipeline.tracking import client as tracking
@@ -157,3 +158,9 @@ def test_a_folder_that_mlflow_cannot_describe_fails_in_one_line_and_a_later_try_
     config.write_text(text)
     register(tracker, run, "sums", full, base, TASKS)
     assert len(tracker.client.search_logged_models([tracker.experiment])) == 2
+
+
+def test_a_deleted_experiment_is_named(tracker, tmp_path):
+    tracker.client.delete_experiment(tracker.experiment)
+    with pytest.raises(InputError, match=r"^tracking\.experiment: 'agcl' was deleted"):
+        tracking.Tracker(tmp_path, None)

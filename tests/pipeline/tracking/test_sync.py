@@ -23,6 +23,7 @@ from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run
 from pipeline.tracking import sync
 from pipeline.tracking.client import Client, Tracker, TrackingFailed
+from pipeline.tracking.metric_files import _metrics
 
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
 BACK = "MLflow is back; recorded what it missed"
@@ -477,3 +478,8 @@ def test_metrics_are_plain_files_too_and_complete_whatever_was_seen(replay):
     assert found[".", name] == [(i, pytest.approx(score)) for i, score in enumerate(of_first)]
     losses = [(i, pytest.approx(loss)) for i, loss in enumerate(expected, start=1)]
     assert found[train, "loss"] == losses
+
+
+def test_the_time_left_is_no_metric():
+    record = {"step": 2, "loss": 0.5, "of_steps": 9, "seconds": 1.0, "seconds_left": 61.4}
+    assert _metrics(record) == {"loss": 0.5}
