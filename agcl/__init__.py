@@ -5,4 +5,4 @@ of every weight) and `modulation/` (how relevance slows or redirects updates). `
 each equation to its function.
 """
 
-__version__ = "0.12.0"
+__version__ = "0.13.0"
