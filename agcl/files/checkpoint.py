@@ -84,7 +84,7 @@ class Checkpoint:
         """
         # A machine that a run comes back to may have an old file and not its parts.
         for refresh in (False, True):
-            tensors, steps, header = self._read() if distributed.rank() == 0 else _NOTHING
+            tensors, steps, header = self._read(refresh) if distributed.rank() == 0 else _NOTHING
             distributed.meet()  # Rank 0 may have downloaded it.
             layout = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
             steps, header, layout = distributed.broadcast_object((steps, header, layout))
@@ -194,8 +194,9 @@ class Checkpoint:
     def _stamp(self, attempt: Any) -> dict[str, Any]:
         return {"identity": self.identity, "attempt": attempt}
 
-    def _read(self) -> _Content:
-        self._elsewhere(self.download, self.file)
+    def _read(self, refresh: bool) -> _Content:
+        if refresh or not self.file.exists():
+            self._elsewhere(self.download, self.file)
         try:
             tensor_file.verify(self.file, _KIND)
             stored, header = tensor_file.open_file(self.file, _KIND)

@@ -173,29 +173,31 @@ class Bucket(Storage):
         """A checkpoint that survives the loss of its machine.
 
         A failed upload does not end training; an older checkpoint, or none, remains in the bucket.
+        A file in the cache that another machine has replaced in the bucket since is deleted.
         """
         from agcl.files.checkpoint import Checkpoint  # Imports torch.
 
+        file = artifact.checkpoint_of(folder)
+        mark = _mark(file)
+
+        def set_mark(copied: Path) -> None:
+            if copied == file and file.exists():  # Its parts name the write that they belong to.
+                mark.write_text(str(self._modified(file)))
+
+        def download(wanted: Path) -> None:
+            self.refresh(wanted)
+            set_mark(wanted)
+
+        def upload(written: Path) -> None:
+            self._push(written)
+            set_mark(written)
+
+        stored = self._modified(file) if file.exists() else 0
+        if stored and not (mark.exists() and mark.read_text() == str(stored)):
+            file.unlink()
         return Checkpoint(
-            artifact.checkpoint_of(folder),
-            fingerprint,
-            seconds,
-            download=self._newest,
-            upload=self._store,
-            delete=self.forget,
+            file, fingerprint, seconds, download=download, upload=upload, delete=self.forget
         )
-
-    def _newest(self, file: Path) -> None:
-        """Download a checkpoint, unless the one here is the one that was stored last."""
-        stored, mark = self._modified(file), _mark(file)
-        known = file.exists() and mark.exists() and mark.read_text() == str(stored)
-        if stored and not known:
-            self._pull(file)
-            mark.write_text(str(stored))
-
-    def _store(self, file: Path) -> None:
-        self._push(file)
-        _mark(file).write_text(str(self._modified(file)))
 
     @override
     def checkpoint_time(self, folder: Path) -> int:
@@ -263,7 +265,7 @@ class Bucket(Storage):
 
 
 def _mark(file: Path) -> Path:
-    """A file that says which upload the checkpoint in the cache is; removed with it."""
+    """The file that says which upload the checkpoint in the cache is; removed with it."""
     return file.with_name(file.name + ".stored")
 
 
