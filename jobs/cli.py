@@ -210,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "plan",
         "print the stages, what is done, and memory, disk and time for the rest; run nothing (a "
-        "model folder needs no weights: config.json and tokenizer are enough to predict memory)",
+        "model folder needs no weights, and this machine no GPU: config.json and tokenizer are "
+        "enough to predict memory)",
         config=True,
     )
     sub.add_argument(

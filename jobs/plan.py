@@ -12,6 +12,8 @@ from rich.markup import escape
 from agcl.errors import InputError
 from agcl.model.models import empty_model, has_weights
 from pipeline.config import loading
+from pipeline.config.check import missing_package
+from pipeline.config.config import Config
 from pipeline.config.resources import Resources
 from pipeline.config.row_lengths import longest_of_base, longest_row
 from pipeline.config.usual import count_text, too_long_for_batches, unusual
@@ -33,7 +35,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     """Print one line per stage and an estimate for the unfinished ones."""
     given = arguments.gpu_memory
     memory = _memory_here() if given is None else memory_of(given)
-    run = open_run(loading.load(arguments.config, arguments.settings), weights=False)
+    config = loading.load(arguments.config, arguments.settings)
+    run = open_run(config, weights=False, devices=False)
     console = Console(highlight=False, soft_wrap=True)
     width = max(len(stage.name) for stage in run.plan.stages)
     num_done = 0
@@ -69,20 +72,25 @@ def main(arguments: argparse.Namespace, command: str) -> None:
 
 def _probe(run: Run, console: Console) -> None:
     """Run a few rows, and print what the rest needs; or why that cannot be done."""
-    model, resources = run.config.model, run.config.resources
-    gpu = resources.gpus_per_worker
-    if not model.is_builtin and not has_weights(model.folder):
-        console.print(f"no probe on a few rows: no weights in {escape(str(model.folder))}")
-        return
-    if resources.shard_model:
-        console.print("no probe on a few rows: it would need the whole model on one device")
-        return
-    if gpu and not torch.cuda.is_available():
-        console.print("no estimate: resources.gpus_per_worker is set, but this machine has no GPU")
+    resources = run.config.resources
+    if why_not := _why_no_probe(run.config):
+        console.print(f"no probe on a few rows: {escape(why_not)}")
         return
     console.print("[dim]running a few rows of each task ...[/]")
-    for line in _lines(estimate(run, "cuda" if gpu else "cpu"), resources):
+    for line in _lines(estimate(run, "cuda" if resources.gpus_per_worker else "cpu"), resources):
         console.print(line)
+
+
+def _why_no_probe(config: Config) -> str | None:
+    """What a few rows cannot be run without; None if all is here."""
+    model, resources = config.model, config.resources
+    if not model.is_builtin and not has_weights(model.folder):
+        return f"no weights in {model.folder}"
+    if resources.shard_model:
+        return "it would need the whole model on one device"
+    if resources.gpus_per_worker and not torch.cuda.is_available():
+        return "resources.gpus_per_worker is set, but this machine has no GPU"
+    return missing_package(config)
 
 
 def memory_of(text: str) -> int:

@@ -24,7 +24,8 @@ _LONGEST = 600
 def main(arguments: argparse.Namespace, command: str) -> None:
     """Prepare the tasks where they are not (a run then finds them done) and print them."""
     console = Console(highlight=False)
-    run = open_run(loading.load(arguments.config, arguments.settings), weights=False)
+    config = loading.load(arguments.config, arguments.settings)
+    run = open_run(config, weights=False, devices=False)
     prepare_tasks(run, console)
     counted = table(
         ("task", "split"), ("rows", "tokens", "loss tokens", "cut", "too long", "empty")

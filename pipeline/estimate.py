@@ -106,6 +106,7 @@ def _on_few_rows(config: Config, storage: str) -> Config:
     settings = {
         "storage": storage,
         "tracking.enabled": False,
+        "resources.num_workers": 1,  # The probe is one process, so one GPU is enough.
         "tasks.train_rows": min(most, config.tasks.train_rows or most),
         "tasks.test_rows": min(most, config.tasks.test_rows or most),
         "model.pretraining.epochs": 1,

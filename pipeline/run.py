@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pipeline.config.check import check_inputs
 from pipeline.config.config import Config
+from pipeline.config.resources import Resources
 from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import check_address
@@ -55,17 +56,20 @@ REPORTS_EACH = 4
 """With more runs than this only the report on all is written; each takes seconds."""
 
 
-def open_run(config: Config, folder: Path | None = None, *, weights: bool = True) -> Run:
+def open_run(
+    config: Config, folder: Path | None = None, *, weights: bool = True, devices: bool = True
+) -> Run:
     """Check a config's inputs and resolve its stages. Writes nothing but caches.
 
     Downloads a model on the hub, at the commit that an earlier run in the folder started with. With
     `weights=False`, the model folder may lack its weights; fingerprints then do not cover them.
+    With `devices=False`, this machine may lack the GPUs and packages that running the stages needs.
     Raises `InputError` for bad input, and if the folder holds a run of another config.
     """
     folder = folder or config.storage.root / config.name
     config.storage.check()
     config = pinned(config, [folder / CONFIG_FILE])
-    check_inputs(config, weights=weights)
+    check_inputs(config, weights=weights, devices=devices)
     check_folder(config, folder / CONFIG_FILE)
     planned = plan(config)
     return Run(config, folder, planned, resolve(planned.stages, config.storage))
@@ -188,7 +192,8 @@ def prepare_tasks(run: Run, console: Console) -> None:
     todo = sessions({run.config.name: stages}, run.config.storage)
     # Not the run's own folder, where `agcl run` may have workers at the same time.
     aside = run.folder / ".tasks"
-    failures = run_with_progress(todo, aside, run.config.resources, lambda records: None, console)
+    # Not the run's resources: one process tokenizes, without the GPUs, which may be elsewhere.
+    failures = run_with_progress(todo, aside, Resources(), lambda records: None, console)
     for failure in failures:
         write_log(run.folder, failure)
         raise failure

@@ -22,15 +22,18 @@ from pipeline.config.config import Config
 from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
 
 
-def check_inputs(config: Config, *, weights: bool = True) -> None:
+def check_inputs(config: Config, *, weights: bool = True, devices: bool = True) -> None:
     """Raise `InputError`, one line that names the file, row or key, for the first bad input.
 
-    With `weights` false, the model's folder may lack them.
+    With `weights` false, the model's folder may lack them. With `devices` false, this machine may
+    lack the GPUs, and the packages that only computing with the model needs.
     """
     _check_storage(config.storage.root)
-    _check_devices(config)
+    if devices:
+        _check_devices(config)
+        if missing := missing_package(config):
+            raise InputError(missing)
     _check_attention(config)
-    _check_quantization(config)
     _check_dtype(config, config.model.dtype)  # Before a download, if the files need not tell.
     _check_model(config, weights)
     _check_dtype(config, loaded_dtype(config.model))
@@ -69,12 +72,20 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _check_quantization(config: Config) -> None:
-    if config.model.quantization and find_spec("bitsandbytes") is None:
-        raise InputError(
+def missing_package(config: Config) -> str | None:
+    """What to say of a package that the model needs and that is not installed here."""
+    model = config.model
+    if model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        return (
+            "model.attention: flash_attention_2 needs the package flash_attn, which is not "
+            "installed here; or choose model.attention=sdpa"
+        )
+    if model.quantization and find_spec("bitsandbytes") is None:
+        return (
             "model.quantization: nf4 needs bitsandbytes, which is not installed here: "
             "pip install 'agcl[quantization]'"
         )
+    return None
 
 
 def _check_attention(config: Config) -> None:
@@ -83,7 +94,6 @@ def _check_attention(config: Config) -> None:
     of = {"training": config.training.precision, "evaluation": config.evaluation.precision}
     slow = [f"{key}.precision=bfloat16" for key, used in of.items() if used == "float32"]
     for lacking, remedy in (
-        (find_spec("flash_attn") is None, "the package flash_attn, which is not installed here"),
         (not config.resources.gpus_per_worker, "a GPU (resources.gpus_per_worker=1)"),
         (config.model.dtype == "float32" and slow, f"half precision ({' and '.join(slow)})"),
     ):

@@ -475,6 +475,49 @@ def test_plan_predicts_memory_from_a_model_without_weights(agcl, capsys, bare):
     assert "has no weights" in line
 
 
+def test_plan_predicts_for_gpus_that_this_machine_lacks(agcl, capsys, bare, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    gpus = ["resources.gpus_per_worker=1", "resources.num_workers=8", "resources.shard_model=true"]
+    assert cli.main(["plan", *bare, *gpus, "--gpu-memory", "24GB"]) == cli.OK
+    assert capsys.readouterr().out.count("fits 90% of 24 GB") == 3
+    code, (line,) = agcl("run", *bare, *gpus)
+    assert code == cli.BAD_INPUT
+    assert line.startswith("agcl: resources.gpus_per_worker: 8 workers need a GPU each")
+
+
+FLASH = ["model.attention=flash_attention_2", "model.dtype=bfloat16"]
+NF4 = ["method=lora", "model.quantization=nf4", "adapter.merge=false"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "has", "said"),
+    [
+        (["resources.num_workers=8"], False, "resources.gpus_per_worker is set, but this machine"),
+        (FLASH, True, "model.attention: flash_attention_2 needs the package flash_attn"),
+        (NF4, True, "model.quantization: nf4 needs bitsandbytes"),
+    ],
+)
+def test_plan_says_why_it_runs_no_rows_here(
+    agcl, capsys, bare, model_folder, monkeypatch, settings, has, said
+):
+    """A config for another machine: it is predicted, and `run` refuses it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8 * has)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has)
+    monkeypatch.setattr("pipeline.config.check.find_spec", lambda name: None)
+    settings = [*bare, f"model.path={model_folder}", "resources.gpus_per_worker=1", *settings]
+    assert cli.main(["plan", *settings, "--gpu-memory", "24GB"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert "fits 90% of 24 GB" in shown
+    assert f"no probe on a few rows: {said}" in shown
+    assert agcl("run", *settings)[0] == cli.BAD_INPUT
+
+
+def test_plan_refuses_settings_that_no_machine_could_run(agcl, bare):
+    code, (line,) = agcl("plan", *bare, "model.attention=flash_attention_2")
+    assert code == cli.BAD_INPUT
+    assert "needs a GPU (resources.gpus_per_worker=1)" in line
+
+
 def test_plan_says_what_to_change_where_a_stage_does_not_fit(agcl, capsys, bare):
     assert cli.main(["plan", *bare, "--gpu-memory", "0.012"]) == cli.OK
     shown = capsys.readouterr().out

@@ -238,6 +238,7 @@ def test_marks_and_colours_show_which_tokens_carry_loss():
 
 def in_process(sessions, folder, resources, record, console):
     """Runs sessions without Ray, which `tests/pipeline` starts for prepare stages often enough."""
+    assert not resources.gpus_per_worker, "Ray would refuse to start without GPUs"
     for session in sessions:
         run_stages(session.stages, Context(ray_data=False), record)
     return []
@@ -246,14 +247,17 @@ def in_process(sessions, folder, resources, record, console):
 def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
     benchmarks, capsys, monkeypatch
 ):
+    """Also of a config for GPUs, where there is none."""
     monkeypatch.setattr("pipeline.run.run_with_progress", in_process)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     rows = [{"q": f"Who is {i}?", "a": f" Me, [{i}]"} for i in range(9)]
     lost = [{"q": "Who? " * 300, "a": "Me"}, {"q": "", "a": "Me"}]
     (benchmarks / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + lost))
     file = benchmarks / "config.yaml"
     tasks = section(benchmarks, "jsonl", max_length=100)
     storage = benchmarks / "storage"
-    file.write_text(json.dumps({"method": "sequential", "tasks": tasks, "storage": str(storage)}))
+    config = {"method": "sequential", "tasks": tasks, "storage": str(storage)}
+    file.write_text(json.dumps({**config, "resources": {"gpus_per_worker": 1}}))
     assert cli.main(["tasks", str(file)]) == cli.OK
     shown = capsys.readouterr().out
     counts = next(line.split() for line in shown.splitlines() if line.startswith(" one"))

@@ -73,6 +73,15 @@ def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, m
     assert ratios["evaluate/2-valley"] == pytest.approx((4 * 400 + 64) / (4 * 96 + 64))
 
 
+def test_a_probe_for_several_workers_needs_one_gpu(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(estimates, "_peak_of", lambda *given: 1)
+    monkeypatch.setattr(estimates, "_add", lambda *given: None)
+    settings = ["resources.gpus_per_worker=1", "resources.num_workers=8"]
+    run = open_run(tiny_config(tmp_path, *settings), devices=False)
+    assert estimate(run, "cuda").worker_bytes == 1
+
+
 @pytest.fixture
 def probed_here(monkeypatch):
     """Probes run in this process, which saves imports; its peak memory is not theirs."""
