@@ -182,8 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=1,
         help="tuning trials per method, on validation rows and with a seed that no reported run "
-        "has: its defaults, then other learning rates and values of its knob (default: 1, only the "
-        "defaults, so no tuning)",
+        "has: its defaults, then other learning rates and values of its knob; a new winner's run "
+        "replaces the old winner's (default: 1, only the defaults, so no tuning)",
     )
     sub = _add(commands, "search", "tune one method's settings and learning rate", config=True)
     sub.add_argument(

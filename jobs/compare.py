@@ -1,7 +1,7 @@
 """`agcl compare`: several methods and seeds over the same sequence, shared stages computed once."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,11 +15,11 @@ from pipeline.config.config import Config
 from pipeline.config.naming import method_name
 from pipeline.config.revision import pinned
 from pipeline.plan.plan import Run
-from pipeline.results.run_folder import CONFIG_FILE
-from pipeline.run import open_run
+from pipeline.results.run_folder import CONFIG_FILE, check_folder
+from pipeline.run import locked, open_run
 from pipeline.search.search import SEARCH_FILE, VALIDATION
 from pipeline.search.trial import undecided
-from pipeline.search.tuning import execute_tuning, open_tuning
+from pipeline.search.tuning import execute_tuning, make_room, open_tuning, tuned
 from pipeline.tracking.sync import warn
 
 
@@ -31,6 +31,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     if arguments.trials > 1 and not first.evaluation.validation:
         settings.append(f"evaluation.validation={VALIDATION}")
     folder = first.storage.root / f"{first.name}-compare"
+    first.storage.check()  # Before its stored configs are read.
     if first.model.on_hub:  # Once for all runs: the branch may move in between.
         files = begun(first, folder, methods, arguments.seeds)
         settings.append(f"model.revision={pinned(first, files).model.revision}")
@@ -38,23 +39,42 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     def load(more: list[str], method: str) -> Config:
         return loading.load(arguments.config, [*settings, *more], method=method)
 
-    chosen: dict[str, list[str]] = {method: [] for method in methods}
+    configs = [load([], method) for method in methods]
     if arguments.trials > 1:
+        # Their folders are looked at now, not after hours of trials.
+        for config, place in _places(configs, folder, arguments.seeds):
+            check_folder(config, place / CONFIG_FILE, tuned=tuned(config))
         chosen = _tune(load, methods, arguments.trials, folder / "tuning")
+        configs = [load(chosen[method], method) for method in methods]
+        _make_room(_places(configs, folder, arguments.seeds), folder)
     runs: dict[str, Run] = {}
+    for config, place in _places(configs, folder, arguments.seeds):
+        runs[place.name] = open_run(config, place)
+    execute_runs(runs, folder, folder.name, command)
+
+
+def _places(configs: Iterable[Config], folder: Path, seeds: int) -> Iterator[tuple[Config, Path]]:
+    """The runs of each method's config: one per seed, with its folder."""
     names: dict[str, str] = {}
-    for method in methods:
-        config = load(chosen[method], method)
+    for config in configs:
         name = method_name(config)
         if name in names:
             raise InputError(
-                f"--methods: with these settings {names[name]} and {method} are the same"
+                f"--methods: with these settings {names[name]} and {config.method} are the same"
             )
-        names[name] = method
-        for seed in range(config.seed, config.seed + arguments.seeds):
-            label = _label(name, seed, arguments.seeds)
-            runs[label] = open_run(config.model_copy(update={"seed": seed}), folder / label)
-    execute_runs(runs, folder, folder.name, command)
+        names[name] = config.method
+        for seed in range(config.seed, config.seed + seeds):
+            yield config.model_copy(update={"seed": seed}), folder / _label(name, seed, seeds)
+
+
+def _make_room(places: Iterable[tuple[Config, Path]], folder: Path) -> None:
+    """Delete the runs of an earlier tuning that chose other settings, and name them."""
+    console = Console(highlight=False)
+    with locked(folder, console):
+        for config, place in places:
+            if make_room(config, place):
+                text = f"  {place.name}: other settings won than before; its old run is replaced"
+                console.print(text, markup=False, soft_wrap=True)
 
 
 def _label(name: str, seed: int, seeds: int) -> str:

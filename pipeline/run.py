@@ -5,7 +5,7 @@ results. Nothing here depends on what a stage does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,15 @@ def mirrored(
     """
     check_address()
     mirror = Mirror(config, folder, title, console, kind=kind, above=above)
+    with locked(folder, console), config.storage.results(folder), mirror:
+        yield mirror
+
+
+def locked(folder: Path, console: Console) -> AbstractContextManager[None]:
+    """Lock a folder against other commands. Waits, and says so, while one of them holds it."""
     waiting = f"  waiting for another command that works on {folder}"
     on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
-    with artifact.claimed(folder, on_wait), config.storage.results(folder), mirror:
-        yield mirror
+    return artifact.claimed(folder, on_wait)
 
 
 def _run_missing(

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,14 @@ FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tra
 _MOST_NAMED = 3
 
 
-def check_folder(config: Config, file: Path, kind: str = "run") -> None:
+def check_folder(
+    config: Config, file: Path, kind: str = "run", *, tuned: Collection[str] = ()
+) -> None:
     """Refuse the folder of `file`, a stored config, if it belongs to another run or search.
 
     Its results would be lost, or not be comparable with new ones. The folder of a run without
-    results is taken over. Raises `InputError`, which names the keys and both values.
+    results is taken over. Settings in `tuned` may differ: trials choose their values. Raises
+    `InputError`, which names the keys and both values.
     """
     results = file.parent / METRICS
     config.storage.refresh(file)
@@ -50,7 +53,8 @@ def check_folder(config: Config, file: Path, kind: str = "run") -> None:
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     before, now = (dict(loading.leaves(each, exclude=FREE[kind])) for each in (stored, config))
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    keys = [key for key in before | now if key not in tuned]
+    differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing:
         values = ["null" if of.get(k) is None else of[k] for k in differing for of in (before, now)]
         pairs = zip(differing, values[::2], values[1::2], strict=True)

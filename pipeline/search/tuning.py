@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agcl.errors import InputError
 from rich.console import Console
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
 from pipeline.config.search import Search as SearchSection
 from pipeline.errors import Failed
-from pipeline.results.run_folder import TRIALS_FILE
+from pipeline.results.run_folder import CONFIG_FILE, TRIALS_FILE, check_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
@@ -74,6 +75,28 @@ def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
                 values[knob.key] = min(values[knob.key], config.importance.keep)
         found.append(values)
     return found[:num_trials]
+
+
+def tuned(config: Config) -> set[str]:
+    """The settings that may differ between the trials of the config's method."""
+    knob = METHODS[config.method].knob
+    return {_RATE, knob.key} if knob else {_RATE}
+
+
+def make_room(config: Config, folder: Path) -> bool:
+    """Delete the folder of the same run with other tuned settings; returns whether there was one.
+
+    Raises `InputError` if the folder holds any other run.
+    """
+    file = folder / CONFIG_FILE
+    check_folder(config, file, tuned=tuned(config))
+    try:
+        check_folder(config, file)
+    except InputError:
+        # More trials can change the winner. The old winner's folder holds only copies and links.
+        config.storage.forget_folder(folder)
+        return True
+    return False
 
 
 def arguments(settings: Mapping[str, float]) -> list[str]:

@@ -53,6 +53,75 @@ def test_a_method_named_twice_is_refused(agcl):
     assert (code, lines) == (cli.BAD_INPUT, ["agcl: --methods: agcl is named twice"])
 
 
+COMPARE = ["--methods", "sequential,agcl", "--trials", "4"]
+
+
+@pytest.fixture
+def compared(agcl):
+    """Writes a config, and gives it the finished run of agcl in a comparison; gives both places."""
+
+    def write(*settings):
+        file = agcl.place.parent / "c.yaml"
+        file.write_text("name: tiny\ntasks: {format: facts, count: 2, entities: 3}\n")
+        done = agcl.place / "storage" / "tiny-compare" / "agcl"
+        done.mkdir(parents=True)
+        config = loading.load(file, settings, method="agcl")
+        (done / "config.yaml").write_text(loading.dump(config))
+        (done / "metrics.json").write_text("{}")
+        return file, done
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "evaluation.validation=0.0, not 0.3"),
+        (["evaluation.validation=0.3", "base.energy=0.25"], "base.energy=0.25, not "),
+    ],
+)
+def test_a_comparison_with_other_settings_is_refused_before_it_tunes(
+    agcl, compared, monkeypatch, settings, said
+):
+    def tune(*arguments):
+        raise AssertionError("tuned")
+
+    monkeypatch.setattr("jobs.compare._tune", tune)
+    file, _ = compared(*settings)
+    code, (line,) = agcl("compare", file, *COMPARE)
+    assert code == cli.BAD_INPUT
+    assert said in line
+
+
+def test_methods_that_are_the_same_are_refused_before_they_are_tuned(agcl, monkeypatch):
+    monkeypatch.setattr("jobs.compare._tune", None)
+    same = ["--methods", "agcl,project_uniform", "protect.0.weighting=uniform"]
+    code, (line,) = agcl("compare", FACTS, *same, "--trials", "4")
+    assert code == cli.BAD_INPUT
+    assert line == "agcl: --methods: with these settings agcl and project_uniform are the same"
+
+
+@pytest.mark.parametrize("chosen", [["training.learning_rate=1.00e-03"], ["protect.0.energy=0.5"]])
+def test_only_another_winner_of_more_trials_takes_the_place_of_the_earlier_one(
+    agcl, compared, capsys, monkeypatch, chosen
+):
+    found = {"sequential": [], "agcl": chosen}
+    executed = []
+    monkeypatch.setattr("jobs.compare._tune", lambda *given: found)
+    monkeypatch.setattr("jobs.compare.execute_runs", lambda runs, *given: executed.append(runs))
+    file, done = compared("evaluation.validation=0.3", *chosen)
+    assert cli.main(["compare", str(file), *COMPARE]) == cli.OK
+    assert done.exists()
+    assert "replaced" not in capsys.readouterr().out
+    found["agcl"] = ["training.learning_rate=2.00e-03"]
+    assert cli.main(["compare", str(file), *COMPARE]) == cli.OK
+    assert not done.exists()
+    said = capsys.readouterr().out
+    assert "agcl: other settings won than before; its old run is replaced" in said
+    assert executed[1]["agcl"].config.training.learning_rate == 2e-3
+    assert list(executed[1]) == ["sequential", "agcl"]
+
+
 def test_rows_that_are_all_too_long_are_refused(refused, model_folder, tmp_path):
     long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
     row = json.dumps({"prompt": "Who runs the shop? " * 100, "answer": " Ada"}) + "\n"
