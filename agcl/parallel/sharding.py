@@ -37,8 +37,9 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         if isinstance(module, FSDPModule):
             # Sum, not average: the loss is already divided by the global number of tokens.
             module.set_gradient_divide_factor(1.0)
-            if device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # gloo can only sum.
+            # Else torch asks for a premultiplied sum. gloo has none, and that of nccl multiplies
+            # bfloat16 gradients by 0 (torch 2.13, pytorch issue 190745).
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 

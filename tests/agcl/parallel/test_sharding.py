@@ -1,12 +1,16 @@
 """A model sharded over two ranks gives the same numbers as a whole one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import families, sharded, tiny
+from torch import nn
 
 from agcl.lrp import attributed_linears
 from agcl.model import models
 from agcl.modulation import random_bases
+from agcl.parallel import sharding
 
 ROWS = tiny.random_rows(11)
 LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
@@ -32,6 +36,24 @@ def protections(architecture):
         ),
         "fisher": {n: torch.rand(s, generator=generator) for n, s in shapes.items()},
     }
+
+
+def test_gradients_are_plain_sums_on_every_device(monkeypatch):
+    """nccl's premultiplied sum, torch's choice for a divide factor, zeroes bfloat16 gradients."""
+    told = {}
+
+    class Recorder(nn.Module):
+        def set_gradient_divide_factor(self, factor):
+            told["factor"] = factor
+
+        def set_force_sum_reduction_for_comms(self, on):
+            told["sum"] = on
+
+    monkeypatch.setattr(sharding, "FSDPModule", Recorder)
+    monkeypatch.setattr(sharding, "fully_shard", lambda *args, **options: None)
+    monkeypatch.setattr(sharding, "DeviceMesh", SimpleNamespace(from_group=lambda *args: None))
+    sharding.shard(Recorder(), torch.device("cuda"))
+    assert told == {"factor": 1.0, "sum": True}
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Gemma2ForCausalLM"])
