@@ -155,16 +155,21 @@ def collected(
     different rows; otherwise it holds its share of the inputs, summed over all rows. `like` gives
     device and dtype.
     """
-    found: dict[str, Moment] = {}
-    owners = distributed.owners(list(sizes.values()), distributed.world_size())
-    for (name, width), owner in zip(widths.items(), owners, strict=True):
-        if merge:
-            distributed.sum_in_place([inputs[name].sum, inputs[name].totals])
-        own = inputs[name].moment(keep=keep) if owner == distributed.rank() else None
-        if name in inputs:
+    ranks, rank = distributed.world_size(), distributed.rank()
+    owners = dict(zip(widths, distributed.owners(list(sizes.values()), ranks), strict=True))
+    for name, owner in owners.items() if merge else ():
+        distributed.sum_in_place([inputs[name].sum, inputs[name].totals])
+        if owner != rank:
             inputs[name].sum = like.new_empty(0)  # As each is done with: they are large.
-        found[name] = _from_owner(own, owner, width, like)
-    return found
+    own: dict[str, Moment] = {}
+    for name, moment in inputs.items():  # All ranks at once: nothing in here waits for another.
+        if owners[name] == rank:
+            own[name] = moment.moment(keep=keep)
+            moment.sum = like.new_empty(0)
+    return {
+        name: _from_owner(own.get(name), owner, widths[name], like)
+        for name, owner in owners.items()
+    }
 
 
 def _from_owner(moment: Moment | None, owner: int, width: int, like: Tensor) -> Moment:

@@ -5,6 +5,9 @@ import torch
 from reference import slow_importance, tiny
 
 from agcl.attribution import attribute
+from agcl.attribution import inputs as summed_inputs
+from agcl.importance import Moment
+from agcl.parallel import distributed
 from agcl.tasks.batches import collate, in_order
 
 WRONG = (2, 3, 4)
@@ -166,3 +169,29 @@ def test_wide_inputs_are_summed_as_a_sketch_that_shares_its_test_matrix(llama, r
         found = sketched.moments[name]
         torch.testing.assert_close(found.matrix(), moment.matrix(), rtol=0, atol=2e-4 * scale)
         assert found.trace == pytest.approx(moment.trace)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_rank_decomposes_its_share_before_it_waits_for_another(merge, monkeypatch):
+    order = []
+
+    class Summed:
+        def __init__(self):
+            self.sum, self.totals = torch.zeros(2, 2), torch.zeros(3)
+
+        def moment(self, *, keep):
+            order.append("decomposed")
+            return Moment(torch.eye(2)[:, :1], torch.ones(1, dtype=torch.float64), 1.0)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "sum_in_place", lambda tensors: None)
+    monkeypatch.setattr(distributed, "broadcast", lambda t, source: (order.append("waited"), t)[1])
+    names = ["a", "b", "c", "d"]
+    owners = distributed.owners([4] * 4, 2)
+    inputs = {n: Summed() for n, owner in zip(names, owners, strict=True) if merge or owner == 1}
+    like, widths, sizes = torch.zeros(0), dict.fromkeys(names, 2), dict.fromkeys(names, 4)
+    found = summed_inputs.collected(inputs, widths, sizes, like, keep=0.9, merge=merge)
+    assert list(found) == names
+    assert order[:2] == ["decomposed"] * 2
+    assert "decomposed" not in order[2:]
