@@ -16,6 +16,7 @@ from pipeline.config.check import missing_package
 from pipeline.config.config import Config
 from pipeline.config.resources import Resources
 from pipeline.config.row_lengths import longest_of_base, longest_row
+from pipeline.config.sources import decodes
 from pipeline.config.usual import count_text, too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 from pipeline.estimate import Needs, estimate
@@ -58,6 +59,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             run.config,
             Row(*longest_row(run.config)),
             of_base=of_base and Row(*of_base),
+            decodes=decodes(run.config),
         )
         for line in (
             *unusual(run.config, setting.shape.weights),

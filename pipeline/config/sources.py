@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
+from agcl.scoring.scorers import TEACHER_FORCED
 from agcl.tasks import VALIDATION, Task, choice
 
 from pipeline.config.config import Config
@@ -95,3 +96,9 @@ def open_task(
     rest = {key: value for key, value in settings.items() if key != "format"}
     task = OPEN[settings["format"]](rest, files)
     return choice.select(task, **selection) if selection else task
+
+
+def decodes(config: Config) -> bool:
+    """Whether a scorer needs answers that are decoded token by token."""
+    of_tasks = {open_task(source.settings, source.files).scorer for source in sources(config)}
+    return not {*config.evaluation.scorers, *of_tasks} <= {TEACHER_FORCED}

@@ -117,7 +117,7 @@ def _summed(widths: Sequence[int]) -> int:
 
 
 def evaluate_peak(setting: Setting) -> Parts:
-    """Scoring the tasks, or comparing with the base model, a second model in memory."""
+    """Scoring the tasks, decoding answers, or comparing with the base model beside it."""
     shape, config, row = setting.shape, setting.config, setting.row
     half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
@@ -129,14 +129,13 @@ def evaluate_peak(setting: Setting) -> Parts:
     comparing = logits_size(shape, 2 * _KL_ANSWERS + 4 * _KL_PART, 1)
     second = [Part("the base model", part.size) for part in base]
     second += [Part("its bfloat16 copies", cast)] * bool(base)
+    scored = Part("activations", shape.passing(rows * row.tokens, half=half))
+    cache = Part("keys and values", setting.decodes * _cache(setting, autocast=half))
     return largest(
         setting,
         [
-            (
-                *model,
-                Part("activations", shape.passing(rows * row.tokens, half=half)),
-                Part("logits", logits_size(shape, rows * row.answer, 1)),
-            ),
+            (*model, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
+            (*model, scored, cache),
             (
                 *model,
                 *second,
@@ -145,3 +144,13 @@ def evaluate_peak(setting: Setting) -> Parts:
             ),
         ],
     )
+
+
+def _cache(setting: Setting, *, autocast: bool) -> int:
+    """Keys and values of all layers of a batch that is decoded."""
+    shape, settings, row = setting.shape, setting.config.evaluation, setting.row
+    key = value = setting.weight_bytes
+    if autocast:  # Which does not round rotated keys.
+        key, value = FLOAT if shape.is_rotary else HALF, HALF
+    tokens = row.tokens - row.answer + (settings.max_new_tokens or row.answer)
+    return settings.batch_size * tokens * shape.layers * shape.key * (key + value)

@@ -53,6 +53,8 @@ class Setting:
     directions: float = _DIRECTIONS
     of_base: Row | None = None
     """The longest row that the base model is measured on."""
+    decodes: bool = False
+    """Whether a scorer needs answers that are decoded token by token."""
 
     @property
     def ranks(self) -> int:

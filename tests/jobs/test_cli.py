@@ -587,6 +587,19 @@ def test_plan_refuses_settings_that_no_machine_could_run(agcl, bare):
     assert "needs a GPU (resources.gpus_per_worker=1)" in line
 
 
+@pytest.mark.parametrize(
+    "settings", ["tasks.sequence.0.scorer=rouge_l", "evaluation.scorers=[exact_match, rouge_l]"]
+)
+def test_plan_counts_the_cache_of_scorers_that_decode(agcl, capsys, bare, settings):
+    batch = "evaluation.batch_size=4096"
+    shown = []
+    for more in ([], [settings]):
+        assert cli.main(["plan", *bare, batch, *more]) == cli.OK
+        shown.append(re.search(r"\n  evaluate .*", capsys.readouterr().out)[0])
+    assert "keys and values" not in shown[0]
+    assert "keys and values" in shown[1]
+
+
 def test_plan_says_what_to_change_where_a_stage_does_not_fit(agcl, capsys, bare):
     assert cli.main(["plan", *bare, "--gpu-memory", "0.012"]) == cli.OK
     shown = capsys.readouterr().out

@@ -252,6 +252,23 @@ def test_a_gpu_holds_only_what_lies_on_it(large):
         assert total(parts, on_gpu=False) == total(parts, on_gpu=True) + host
 
 
+def test_decoded_answers_take_keys_and_values_of_all_layers(large):
+    setting = replace(setting_of(large, "lora in bfloat16"), row=Row(2048, 64))
+    setting = with_section(setting, "evaluation", batch_size=64)
+    decoded = replace(setting, decodes=True)
+    parts = sizes(decoded, "evaluate")
+    assert parts["keys and values"] == 64 * 2048 * 16 * 512 * 2 * 2
+    assert on_device(decoded, "evaluate") > on_device(setting, "evaluate")
+    longer = with_section(decoded, "evaluation", max_new_tokens=512)
+    assert sizes(longer, "evaluate")["keys and values"] == 64 * (1984 + 512) * 16 * 512 * 2 * 2
+    said = remedy(decoded, "evaluate", on_device(decoded, "evaluate"))
+    assert said.startswith("evaluation.batch_size=")
+    # Rotated keys stay float32 under autocast.
+    autocast = replace(decoded, config=setting_of(large, "lora").config)
+    autocast = with_section(autocast, "evaluation", batch_size=64)
+    assert sizes(autocast, "evaluate")["keys and values"] == 64 * 2048 * 16 * 512 * (4 + 2)
+
+
 def test_longer_rows_take_more(large):
     setting = setting_of(large, "agcl")
     short = Setting(large, setting.config, Row(64, 16))
