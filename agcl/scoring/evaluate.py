@@ -63,6 +63,7 @@ def predict(
         per_row = logits.argmax(-1).to(torch.int32).split([lengths[i] for i in indices])
         for i, tokens in zip(indices, per_row, strict=True):
             predicted[i, : lengths[i]] = tokens
+        del logits
     distributed.sum_in_place([predicted])
     return [ids[:length] for ids, length in zip(predicted.tolist(), lengths, strict=True)]
 
@@ -146,6 +147,7 @@ def _means(
                 by_base = of_base[part].float().log_softmax(-1)
                 each = kl_div(chances, by_base, reduction="none", log_target=True)
                 kl += each.sum(-1).double().sum()
+        del logits, of_base
     distributed.sum_in_place([totals])
     loss, kl = (totals.sum(1) / sum(answer_lengths)).tolist()
     return loss, kl
@@ -194,5 +196,6 @@ def _passes(
             logits = answer_logits(model, batch)
         if counts:
             yield number, batch, logits, of_base
+        del logits, of_base  # Before those of the next pass, which are as large.
     for each, training in was_training.items():
         each.train(training)

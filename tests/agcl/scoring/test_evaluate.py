@@ -1,12 +1,21 @@
 """Exact match in one forward pass: the same verdict as greedy decoding."""
 
+import weakref
+
 import pytest
 import torch
 from reference import tiny
 
 from agcl.model import adapter
 from agcl.modulation import GatedAdamW
-from agcl.scoring.evaluate import answer_kl, answered_correctly, text_loss, text_loss_and_kl
+from agcl.scoring import evaluate
+from agcl.scoring.evaluate import (
+    answer_kl,
+    answered_correctly,
+    predict,
+    text_loss,
+    text_loss_and_kl,
+)
 from agcl.tasks.batches import answer_places, collate
 from agcl.train import train_task
 
@@ -82,6 +91,29 @@ def test_one_wrong_token_anywhere_in_the_answer_is_wrong():
         wrong = right.clone()
         wrong[:, place] = torch.nn.functional.one_hot(torch.tensor(2), tiny.VOCABULARY).float()
         assert verdict(wrong) == verdicts, place
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (lambda model, rows: predict(model, rows, batch_size=4), [0, 0, 0]),
+        # A pass of the model has the logits of the base model's beside it.
+        (lambda model, rows: answer_kl(model, tiny.llama(width=32), rows), [0, 1] * 4),
+    ],
+)
+def test_logits_of_a_pass_are_gone_when_the_next_one_begins(score, expected, monkeypatch):
+    alive, made, answer_logits = [], [], evaluate.answer_logits
+
+    def passed(model, batch):
+        alive.append(sum(each() is not None for each in made))
+        logits = answer_logits(model, batch)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(evaluate, "answer_logits", passed)
+    monkeypatch.setattr(evaluate, "_PASS_TOKENS", 30)
+    score(tiny.llama(width=32), tiny.random_rows(12))
+    assert alive == expected
 
 
 def test_no_rows_give_no_verdicts(half_trained):
