@@ -1,5 +1,6 @@
 """Runs the stages of a session in this process."""
 
+import gc
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +65,8 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
             _check_given(stage, context)
             stage.fn(stage.config, stage.inputs, out_dir, context)
             _check_given(stage, context)  # The stage may have read a file that was being changed.
+    if context.shard_model:
+        gc.collect()  # Cycles would keep a sharded reference model while the next stage runs.
     verified.add(stage.folder)
     distributed.meet()  # Rank 0 writes and uploads the artifact.
     if context.checkpoint and not context.is_first_worker:

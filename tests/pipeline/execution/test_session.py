@@ -1,7 +1,9 @@
 """`run_stages` in this process, without Ray: skip, crash, resume, explain."""
 
 import errno
+import gc
 import json
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -66,6 +68,29 @@ def test_stages_run_in_order_on_each_others_artifacts(toys):
     for work in toys.works():
         assert work.is_complete()
         artifact.verify(work.folder)
+
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+def test_what_a_stage_leaves_in_cycles_is_gone_when_the_next_begins_if_models_are_sharded(toys):
+    """As a sharded reference model would be left, on a device whose memory the next stage needs."""
+    left, alive, run = [], [], toys.run
+
+    def leaving(*given):
+        run(*given)
+        alive.append(sum(each() is not None for each in left))
+        left.append(weakref.ref(Cycle()))
+
+    toys.run = leaving
+    gc.disable()
+    try:
+        run_stages(toys.works(), Context(shard_model=True), lambda records: None)
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
 
 
 def test_the_manifest_names_the_inputs_with_their_fingerprints(toys):
