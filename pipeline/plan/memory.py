@@ -70,12 +70,14 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
     tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
     size = setting.attributed_bytes
     half = size == HALF
-    hooks = shape.held_by_hooks(tokens, entries=bool(own), half=half)
+    autocast = importance.precision == "bfloat16" and not half
+    bits = {"half": half, "autocast": autocast}
+    hooks = shape.held_by_hooks(tokens, entries=bool(own), **bits)
     weighting = config.base.weighting if of_base else projection and projection.weighting
     backward = own or (projection and weighting == "relevance")
-    layer = shape.passing(tokens, half=half)
+    layer = shape.passing(tokens, half=half or autocast)
     if backward:
-        layer = shape.kept_by_attribution(tokens, row.tokens, half=half) + hooks
+        layer = shape.kept_by_attribution(tokens, row.tokens, **bits) + hooks
     activations = layer * (shape.layers + 1) if backward else layer
     if (
         not (backward or of_base) and importance.correct_only
@@ -99,7 +101,9 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
             (
                 *held,
                 Part("activations", activations),
-                Part("logits", logits_size(shape, answers, 2 + half)),
+                # Kept for the backward pass alone: autocast's cache takes no frozen weight.
+                Part("bfloat16 copies", HALF * cast_weights(setting) * bool(autocast and backward)),
+                Part("logits", logits_size(shape, answers, 2 + (half or autocast))),
                 Part("a weight in float32", widened),
             ),
             (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),

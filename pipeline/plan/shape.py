@@ -106,32 +106,39 @@ class Shape:
             copies = size * sum(width for _, width in self.of_layer) - 2 * sum(self.inputs)
         return tokens * (copies + size * rank * len(self.of_layer))
 
-    def kept_by_attribution(self, tokens: int, length: int, *, half: bool = False) -> int:
+    def kept_by_attribution(
+        self, tokens: int, length: int, *, half: bool = False, autocast: bool = False
+    ) -> int:
         """The same for a relevance backward pass, without what its hooks hold.
 
         No weight is trained, a norm keeps its scale, an activation its factor (`agcl/lrp/rules`).
         `half` is a model with bfloat16 weights: half as much, but for the softmax of eager
-        attention.
+        attention. `autocast` leaves the residual stream in float32 too.
         """
-        heads = self.query + self.key
-        kept = self.norms * self.width + self.has_head_norms * heads
+        heads, rounded = self.query + self.key, half or autocast
+        kept = self.has_head_norms * heads
         kept += self._attended(replaced=False) + 2 * self.eager_heads * length
         kept += (1 + self.is_gated) * self.inner
-        return tokens * ((2 if half else 4) * kept + half * 4 * self.eager_heads * length)
+        kept = (2 if rounded else 4) * kept + rounded * 4 * self.eager_heads * length
+        return tokens * (kept + (2 if half else 4) * self.norms * self.width)
 
     @property
     def inputs(self) -> tuple[int, ...]:
         """Widths of a layer's distinct inputs: of attention, its output, the MLP, its output."""
         return (self.width, self.query, self.width, self.inner)
 
-    def held_by_hooks(self, tokens: int, *, entries: bool, half: bool = False) -> int:
+    def held_by_hooks(
+        self, tokens: int, *, entries: bool, half: bool = False, autocast: bool = False
+    ) -> int:
         """Bytes of a layer's inputs, and of outputs: for entries all, else those of products."""
         outputs = sum(out for out, _ in self.of_layer)
         if not entries:  # The value, or the whole that it is a part of, and the MLP's branches.
             whole = (1 + self.is_rotary) * self.query + 2 * self.key
             outputs = whole if self.is_fused else self.key
             outputs += self.is_gated * (1 + self.is_fused) * self.inner
-        return (2 if half else 4) * tokens * (sum(self.inputs) + outputs)
+        size = 2 if half or autocast else 4
+        # Autocast does not round what a norm returns.
+        return tokens * (size * (sum(self.inputs) + outputs) + autocast * 2 * 2 * self.width)
 
     def passing(self, tokens: int, *, half: bool) -> int:
         """Bytes that one layer needs for a moment in a forward pass without a backward pass."""

@@ -75,10 +75,14 @@ def test_bfloat16_weights_are_attributed_without_a_copy_only_if_attribution_may_
     whole = on_device(setting, "attribute")
     assert on_device(rounded, "attribute") < whole - 2 * large.weights
     assert remedy(setting, "attribute", whole // 2).startswith("importance.precision=bfloat16")
-    # Weights that are float32 gain nothing.
-    plain = setting_of(large, "agcl")
-    same = with_section(plain, "importance", precision="bfloat16")
-    assert peaks(same)["attribute"] == peaks(plain)["attribute"]
+    # Those of float32 weights get copies, which small passes do not make up for.
+    plain = replace(setting_of(large, "agcl"), row=Row(256, 64))
+    cast = with_section(plain, "importance", precision="bfloat16")
+    copies = 2 * (large.linear_weights + 128256 * 2048)
+    assert sizes(cast, "attribute")["bfloat16 copies"] == copies
+    assert sizes(cast, "attribute")["activations"] < sizes(plain, "attribute")["activations"]
+    short = [with_section(each, "importance", batch_size=1) for each in (plain, cast)]
+    assert on_device(short[1], "attribute") > on_device(short[0], "attribute")
 
 
 def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):

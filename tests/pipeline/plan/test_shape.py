@@ -134,9 +134,10 @@ def test_what_a_layer_keeps_while_its_adapter_trains(architecture, precision, in
 
 
 @pytest.mark.parametrize("architecture", families.CONFIGS)
-@pytest.mark.parametrize("half", [False, True])
-def test_what_a_layer_keeps_while_it_is_attributed(architecture, half, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 weights"])
+def test_what_a_layer_keeps_while_it_is_attributed(architecture, precision, monkeypatch):
     """After the forward pass of the second batch; of the first one's nothing is left."""
+    half, autocast = precision == "bfloat16 weights", precision == "bfloat16"
     answer_logits = module.answer_logits
 
     def alive(model):
@@ -152,13 +153,15 @@ def test_what_a_layer_keeps_while_it_is_attributed(architecture, half, monkeypat
 
             monkeypatch.setattr(module, "answer_logits", passed)
             options = {"entries": False, "moments": "relevance", "correct_only": False}
-            options["precision"] = "bfloat16" if half else "float32"
+            options["precision"] = "bfloat16" if half or autocast else "float32"
             attribute(model, [batch(), batch()], **options)
         return torch.tensor(held)
 
     (first, second), shape = per_layer(architecture, alive)
     moments = 4 * sum(width**2 for width in shape.inputs)
-    hooks = shape.held_by_hooks(TOKENS, entries=False, half=half)
-    kept = moments + hooks + shape.kept_by_attribution(TOKENS, LENGTH, half=half)
+    bits = {"half": half, "autocast": autocast}
+    kept = moments + shape.held_by_hooks(TOKENS, entries=False, **bits)
+    kept += shape.kept_by_attribution(TOKENS, LENGTH, **bits)
+    kept += 2 * autocast * shape.linear_weights // shape.layers  # Their copies in bfloat16.
     assert first == pytest.approx(kept, rel=TOLERANCE)
     assert second == pytest.approx(first, rel=TOLERANCE / 10)
