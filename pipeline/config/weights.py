@@ -34,6 +34,13 @@ def attributed_dtype(model: Model, importance: Importance) -> str:
     return "bfloat16" if half else "float32"
 
 
+def rounds_to_nearest(config: Config) -> bool:
+    """Whether weights are trained in bfloat16 as torch does it, Adam's means included."""
+    half = loaded_dtype(config.model) == "bfloat16"
+    factors = config.adapter or config.subspace  # Which are float32.
+    return half and not factors and config.training.rounding == "nearest"
+
+
 def rounds_8bit_to_nearest(config: Config, dtype: str) -> bool:
     """Whether 8-bit Adam would round weights of this dtype to nearest, which it cannot."""
     training = config.training

@@ -8,6 +8,7 @@ from agcl.parallel.distributed import BUCKET_BYTES
 
 from pipeline.config.config import Config
 from pipeline.config.method import Project
+from pipeline.config.weights import rounds_to_nearest
 from pipeline.plan.decomposed import (
     bases_size,
     decomposing,
@@ -140,9 +141,13 @@ def optimizer_states(setting: Setting, trained: int) -> Part:
 
 
 def state_size(config: Config, trained: int) -> int:
-    """Bytes of Adam's two running means, in float32 or one byte each, or of SGD's momentum."""
+    """Bytes of Adam's two running means, or of SGD's momentum.
+
+    In float32; Adam's in one byte each, or as torch has them, in the weights' dtype.
+    """
+    of_mean = HALF if rounds_to_nearest(config) else FLOAT
     return {
-        "adamw": 2 * FLOAT * trained,
+        "adamw": 2 * of_mean * trained,
         "adamw_8bit": 2 * (trained + FLOAT * trained // BLOCK),
         "sgd": FLOAT * trained,
     }[config.training.optimizer]

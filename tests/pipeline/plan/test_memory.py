@@ -85,6 +85,15 @@ def test_bfloat16_weights_are_attributed_without_a_copy_only_if_attribution_may_
     assert on_device(short[1], "attribute") > on_device(short[0], "attribute")
 
 
+def test_bfloat16_weights_rounded_to_nearest_have_adams_means_in_bfloat16(large):
+    setting = with_section(setting_of(large, "sequential"), "model", dtype="bfloat16")
+    nearest = with_section(setting, "training", rounding="nearest")
+    for each, size in ((setting, 8), (nearest, 4)):
+        assert sizes(each, "train")["Adam"] == size * large.weights
+        of_disk = {part.name: part.size for part in disk_per_task(each)}
+        assert of_disk["checkpoint"] == (2 + size) * large.weights
+
+
 def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):
     parts = sizes(setting_of(large, "lora"), "train")
     factors = sum(8 * (out + width) for out, width in large.linears)
