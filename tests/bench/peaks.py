@@ -52,12 +52,12 @@ def train(setting: Setting) -> Figure:
 
 
 def _bases(setting: Setting) -> dict[str, Tensor]:
-    """On the model's device, and once for all weights that read the same input."""
+    """In main memory, as a run has them, and once for all weights that read the same input."""
     reads = shared_inputs(setting.model, attributed_linears(setting.model))
     widths = {name: setting.model.get_parameter(name).shape[1] for name in reads.values()}
     like = {str(w): torch.empty(w, round(_DIRECTIONS * w)) for w in {*widths.values()}}
     of_width = random_bases(like, seed=0)
-    by_input = {n: of_width[str(w)].to(setting.device, copy=True) for n, w in widths.items()}
+    by_input = {n: of_width[str(w)].clone() for n, w in widths.items()}
     return {weight: by_input[name] for weight, name in reads.items()}
 
 

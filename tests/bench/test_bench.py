@@ -1,9 +1,13 @@
 """The benchmark command: it measures what it names, and refuses what it does not know."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from reference import tiny
 
+from bench import peaks
 from bench.__main__ import SINGLE, main
 from bench.measure import figure
 
@@ -43,6 +47,11 @@ def test_a_ratio_is_the_median_over_pairs_with_quartiles():
 def test_quartiles_of_two_unequal_pairs_lie_between_them():
     found = figure("it", [(1.0, 1.0), (40.0, 2.0)], 1.3, "another")
     assert 1.0 < found.low < found.high < 20.0
+
+
+def test_bases_of_a_measured_step_lie_in_main_memory_until_the_optimizer_places_them():
+    on_device = SimpleNamespace(model=tiny.llama(), device=torch.device("meta"))
+    assert {basis.device.type for basis in peaks._bases(on_device).values()} == {"cpu"}
 
 
 @pytest.mark.parametrize(
