@@ -13,8 +13,9 @@ from agcl.parallel import sharding
 
 def magnitude(importance: Importance, linears: Mapping[str, nn.Module]) -> Importance:
     """The importance with entries |W| and the same moments."""
+    # To main memory, a layer at a time: a device may not hold all of a sharded model.
     entries = {
-        name: sharding.whole(cast(Tensor, layer.weight).detach()).abs()
+        name: sharding.whole(cast(Tensor, layer.weight).detach()).abs().cpu()
         for name, layer in linears.items()
     }
     header = {**importance.header, "estimator": "magnitude"}

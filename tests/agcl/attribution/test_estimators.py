@@ -128,6 +128,14 @@ def test_random_depends_only_on_the_seed(importance):
     assert 0 <= first.min() <= first.max() < 1
 
 
+def test_magnitudes_lie_in_main_memory_one_layer_after_the_other(model, importance, monkeypatch):
+    moved, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: moved.append(t.shape) or cpu(t))
+    linears = attributed_linears(model)
+    magnitude(importance, linears)
+    assert moved == [layer.weight.shape for layer in linears.values()]
+
+
 def test_magnitude_is_the_absolute_weight(model, importance):
     linears = attributed_linears(model)
     for name, entries in magnitude(importance, linears).entries.items():
