@@ -102,6 +102,18 @@ def test_an_adapter_has_gradients_and_adam_of_its_factors_alone(large):
     assert parts["weights"] == 4 * large.weights
 
 
+def test_relevance_in_float32_holds_repeated_keys_and_values_on_a_gpu(large):
+    def activations(precision, on_gpu):
+        setting = with_section(setting_of(large, "agcl"), "importance", precision=precision)
+        setting = with_section(setting, "resources", gpus_per_worker=on_gpu)
+        return sizes(setting, "attribute")["activations"]
+
+    # Of 8 rows of 512 tokens, in every layer, and once for gradients.
+    more = activations("float32", 1) - activations("float32", 0)
+    assert more == 4 * 8 * 512 * 2 * (2048 - 512) * 17
+    assert activations("bfloat16", 1) == activations("bfloat16", 0)
+
+
 def test_a_decomposed_weight_has_gradients_adam_and_its_old_factors(large):
     setting = setting_of(large, "osf")  # Of four built-in tasks, the first trains most.
     trained = kept = 0
