@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         work.fetch()
         tokenizer = models.load_tokenizer(work.inputs["tokenizer"])
         rows = EncodedRows(work.folder / f"{TRAIN}.arrow")
-        scorer = prepared[task]["scorer"]
+        scorer = run.plan.scorers[task]
         console.print(
             f"[bold]{escape(task)}[/]: scored by {escape(scorer)}; the loss counts between » and «"
         )

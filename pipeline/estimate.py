@@ -30,6 +30,7 @@ from pipeline.plan.plan import Run
 from pipeline.plan.schedule import needed_for
 from pipeline.plan.stage import ResolvedStage, Stage, StageFunction
 from pipeline.run import open_run
+from pipeline.stages.attribute import attribute
 from pipeline.stages.base_text import cut_text, write_own_text
 from pipeline.stages.context import Context, Record
 from pipeline.stages.evaluate import evaluate
@@ -97,6 +98,8 @@ def _kind(stage: Stage) -> str:
     """Equal for stages that differ only in their rows and their number of past tasks."""
     roles = sorted({role.partition("/")[0] for role in stage.inputs})
     settings = {**stage.config, "seed": None, "new": None}
+    if stage.fn is attribute and "rows" in stage.inputs:  # Those of the base are `rows/...`.
+        settings["correct_only"] = None  # Differs by the task's scorer, and not in the probe.
     return json.dumps([stage.fn.__name__, roles, settings], sort_keys=True)
 
 

@@ -78,7 +78,7 @@ def tokenizer_stage(config: Config) -> Stage | External:
 
 
 def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
-    """A task's rows, tokenized."""
+    """A task's rows, tokenized. They are the same with any scorer."""
     files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
     length = config.tasks.max_length
     if not config.model.is_builtin:
@@ -87,7 +87,7 @@ def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -
         name=f"prepare/{source.name}",
         fn=prepare,
         config={
-            "task": source.settings,
+            "task": {key: of for key, of in source.settings.items() if key != "scorer"},
             "selection": selection(config, source),
             "max_length": length,
             # Only where it is not the default, so that rows prepared before it are found.
@@ -126,7 +126,13 @@ def base_model_stage(
 
 
 def attribute_stage(
-    config: Config, index: int, task: str, session: str, inputs: Mapping[str, Stage | External]
+    config: Config,
+    index: int,
+    task: str,
+    session: str,
+    inputs: Mapping[str, Stage | External],
+    *,
+    correct_only: bool,
 ) -> Stage:
     """The importance of task `index` for the model in `inputs`."""
     projection = next((p for p in config.measured if isinstance(p, Project)), None)
@@ -135,6 +141,7 @@ def attribute_stage(
         fn=attribute,
         config={
             **config.importance.model_dump(exclude={"source", "past"}),
+            "correct_only": correct_only,
             "entries": config.measures_entries,
             "moments": projection and projection.weighting,
             "unit_inputs": projection is None or projection.unit_inputs,
@@ -152,6 +159,7 @@ def evaluate_stage(
     name: str,
     model: Stage | External,
     rows: Mapping[str, Stage],
+    scorers: Mapping[str, str],
     session: str,
     base: Stage | External | None = None,
     new: Sequence[str] = (),
@@ -160,9 +168,9 @@ def evaluate_stage(
 ) -> Stage:
     """Score `model`, which is only an adapter on its `base` if adapters are not merged.
 
-    Also compares it with its `base`, including on the answers of the `new` tasks, which it was just
-    trained on; omit both for the base model itself. The `last` stage of a run also checks the saved
-    files. A search's trials skip the comparison and the check.
+    `rows` and `scorers` are by task. Also compares it with its `base`, including on the answers of
+    the `new` tasks, which it was just trained on; omit both for the base model itself. The `last`
+    stage of a run also checks the saved files. A search's trials skip the comparison and the check.
     """
     settings = config.evaluation
     in_trial = settings.rows == "validation"
@@ -177,14 +185,15 @@ def evaluate_stage(
         inputs |= {f"probe/{file.stem}": External(file) for file in settings.probes}
     if settings.text:
         inputs["text"] = External(settings.text)
-    of_tasks = (str(stage.config["task"].get("scorer", "")) for stage in rows.values())
-    for scorer in sorted({name for name in (*of_tasks, *settings.scorers) if ":" in name}):
+    for scorer in sorted({s for s in (*scorers.values(), *settings.scorers) if ":" in s}):
         inputs |= {f"code/{name}": External(file) for name, file in source_files(scorer).items()}
     return Stage(
         name=f"evaluate/{name}",
         fn=evaluate,
         config={
             **settings.model_dump(mode="json", exclude={"rows", "set", "text", "probes"}),
+            # Pairs, since MLflow allows fewer characters in a param's name than a task has.
+            "task_scorers": sorted(scorers.items()),
             "validation": settings.validation if in_trial else None,
             "saved": last and not in_trial,
             "new": list(new),

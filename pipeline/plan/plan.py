@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agcl.scoring.scorers import RIGHT_OR_WRONG
+
 from pipeline.config.config import Config
-from pipeline.config.sources import held_out_sources, sources
+from pipeline.config.sources import held_out_sources, open_task, sources
 from pipeline.plan.nodes import (
     adapter_on,
     attribute_stage,
@@ -37,6 +39,8 @@ class Plan:
     stages: tuple[Stage, ...]
     """In dependency order; the last one is the report."""
     tasks: tuple[str, ...]
+    scorers: Mapping[str, str]
+    """How answers are scored, by task."""
     final_model: str
     """Name of the stage whose artifact is the final model."""
 
@@ -58,19 +62,20 @@ def plan(config: Config) -> Plan:
     tasks = [source.name for source in sequence]
     tokenizer = tokenizer_stage(config)
     rows = {s.name: prepare_stage(config, s, tokenizer) for s in [*sequence, *held_out]}
+    scorers = {s.name: open_task(s.settings, s.files).scorer for s in [*sequence, *held_out]}
     base = base_model_stage(config, tokenizer, rows)
-    before = evaluate_stage(config, "0-base", base, rows, first_session(config))
+    before = evaluate_stage(config, "0-base", base, rows, scorers, first_session(config))
     builtin = [tokenizer, base] if config.model.is_builtin else []
     of_base = base_importance_stages(config, tokenizer, base, rows)
     start = [*builtin[:1], *rows.values(), *builtin[1:], before, *of_base]
     protected = of_base[-1] if of_base else None
     match config.method:
         case "joint":
-            chain = _joint(config, tasks, base, rows, protected)
+            chain = _joint(config, tasks, base, rows, scorers, protected)
         case "solo":
-            chain = _alone(config, tasks, base, rows)
+            chain = _alone(config, tasks, base, rows, scorers)
         case _:
-            chain = _sequence(config, tasks, base, rows, protected)
+            chain = _sequence(config, tasks, base, rows, scorers, protected)
     scores = [before, *(stage for stage in chain if stage.fn is evaluate)]
     if config.method == "joint":
         # The one model fills every row of the matrix after the first.
@@ -79,6 +84,7 @@ def plan(config: Config) -> Plan:
     return Plan(
         stages=tuple(s for s in [*start, *chain, final] if isinstance(s, Stage)),
         tasks=tuple(tasks),
+        scorers={task: scorers[task] for task in tasks},
         final_model=[stage for stage in chain if stage.fn in (train, merge)][-1].name,
     )
 
@@ -88,6 +94,7 @@ def _sequence(
     tasks: list[str],
     base: Stage | External,
     rows: Mapping[str, Stage],
+    scorers: Mapping[str, str],
     of_base: Stage | None,
 ) -> list[Stage]:
     """One task after the other, each from the previous task's model."""
@@ -115,11 +122,21 @@ def _sequence(
             if sums_moments(config):
                 earlier = list(importances.values())[-1:]
                 inputs |= {"past": earlier[0]} if earlier else past_files(config, "past/")
-            importances[task] = attribute_stage(config, index, task, measured.session, inputs)
+            importances[task] = attribute_stage(
+                config,
+                index,
+                task,
+                measured.session,
+                inputs,
+                # A long answer is scored by similarity; hardly any is exactly right.
+                correct_only=config.importance.correct_only and scorers[task] in RIGHT_OR_WRONG,
+            )
             chain.append(importances[task])
         last = index == len(tasks)
         name = f"{index}-{task}"
-        scored = evaluate_stage(config, name, result, rows, "sequence", base, [task], last=last)
+        scored = evaluate_stage(
+            config, name, result, rows, scorers, "sequence", base, [task], last=last
+        )
         chain.append(scored)
     return chain
 
@@ -129,6 +146,7 @@ def _joint(
     tasks: list[str],
     base: Stage | External,
     rows: Mapping[str, Stage],
+    scorers: Mapping[str, str],
     of_base: Stage | None,
 ) -> list[Stage]:
     """One model trained on all tasks together."""
@@ -143,17 +161,24 @@ def _joint(
         inputs={**model.inputs, **others_rows},
     )
     name = f"{len(tasks)}-joint"
-    return [model, evaluate_stage(config, name, model, rows, "sequence", base, tasks, last=True)]
+    scored = evaluate_stage(config, name, model, rows, scorers, "sequence", base, tasks, last=True)
+    return [model, scored]
 
 
 def _alone(
-    config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
+    config: Config,
+    tasks: list[str],
+    base: Stage | External,
+    rows: Mapping[str, Stage],
+    scorers: Mapping[str, str],
 ) -> list[Stage]:
     """One model per task, each trained from the base model."""
     chain = []
     for index, task in enumerate(tasks, start=1):
         model = train_stage(config, index, task, base, [], rows, {})
         name, last = f"{index}-{task}", index == len(tasks)
-        scored = evaluate_stage(config, name, model, rows, "sequence", base, [task], last=last)
+        scored = evaluate_stage(
+            config, name, model, rows, scorers, "sequence", base, [task], last=last
+        )
         chain += [model, scored]
     return chain

@@ -61,12 +61,13 @@ def base_importance_stages(
     inputs = {f"rows/{number}": stage for number, stage in enumerate(measured_on)}
     if config.starts_from_corda:
         return [*measured_on, _corda_stage(config, {"model": base, **inputs})]
-    measured = attribute_stage(config, 0, "base", first_session(config), {"model": base, **inputs})
+    measured = attribute_stage(
+        config, 0, "base", first_session(config), {"model": base, **inputs}, correct_only=False
+    )
     of_base = {
         **measured.config,
         "seed": settings.seed,
         "samples": settings.samples,
-        "correct_only": False,
         "moments": measured.config["moments"] and settings.weighting,
     }
     return [*measured_on, replace(measured, config=of_base)]

@@ -92,7 +92,7 @@ def write_results(run: Run, command: str, done_before: set[Path]) -> RunResult:
         "name": run.config.name,
         "description": method_description(run.config),
         **(_json(report.read(METRICS)) or {}),
-        "scorers": {task: summary["scorer"] for task, summary in prepared.items()},
+        "scorers": dict(run.plan.scorers),
     }
     artifact.write_json(run.folder / METRICS, metrics)
     manifests = {name: stage.manifest() or {} for name, stage in run.resolved.items()}
@@ -185,7 +185,7 @@ def _weights(run: Run) -> int | None:
 
 
 def summaries(run: Run) -> dict[str, dict[str, Any]]:
-    """What is known of the run's prepared tasks: counts by split, evaluation sets, scorer."""
+    """What is known of the run's prepared tasks: counts by split, evaluation sets."""
     return {
         task: _json(run.resolved[f"prepare/{task}"].read(SUMMARY)) or {} for task in run.plan.tasks
     }

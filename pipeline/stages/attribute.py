@@ -12,21 +12,13 @@ from agcl.attribution.attribute import NoCorrectAnswer, Split
 from agcl.importance import Importance, magnitude, permuted, random, running_sum
 from agcl.lrp import attributed_linears
 from agcl.parallel import distributed
-from agcl.scoring.scorers import RIGHT_OR_WRONG
 from agcl.tasks import TRAIN, EncodedRows, Rows, sample
 from agcl.tasks.batches import collate, in_order
 from torch.utils.data import ConcatDataset
 from transformers import PreTrainedModel
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import (
-    IMPORTANCE_FILE,
-    LOG_FILE,
-    PAST_FILE,
-    SUMMARY,
-    named,
-    rows_file,
-)
+from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, PAST_FILE, named, rows_file
 
 _WORSE = 1.05
 """A loss that rose by more than noise."""
@@ -109,8 +101,6 @@ def _importance(
     parts: list[Any] = [EncodedRows(folder / rows_file(TRAIN)) for folder in folders]
     rows: Rows = ConcatDataset(parts)
     chosen = sample(len(rows), config["samples"] or len(rows), seed=config["seed"])
-    summaries = [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders]
-    right_or_wrong = all(summary["scorer"] in RIGHT_OR_WRONG for summary in summaries)
     batches = in_order(len(chosen), config["batch_size"])
     split: Split = "layers" if context.shard_model else config["split"]
     mine = batches if split == "layers" else batches[distributed.rank() :: distributed.world_size()]
@@ -133,8 +123,7 @@ def _importance(
         moments=config["moments"],
         unit_inputs=config["unit_inputs"],
         entries=config["entries"],
-        # A long answer is scored by similarity; hardly any is exactly right.
-        correct_only=config["correct_only"] and right_or_wrong,
+        correct_only=config["correct_only"],
         split=split,
         running_values=config["running_values"],
         precision=config["precision"],

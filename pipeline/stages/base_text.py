@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import text_files
 from pipeline.stages.context import Context
-from pipeline.stages.files import SUMMARY, TEXTS, rows_file
-from pipeline.storage.artifact import write_json
+from pipeline.stages.files import TEXTS, rows_file
 
 _BYTES_PER_TOKEN = 16
 """Read per token that is asked for: more than tokens of common languages have."""
@@ -115,4 +114,3 @@ def _write(texts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, out_dir
     with (out_dir / TEXTS).open("w", encoding="utf-8") as lines:
         for prompt, text in zip(prompts, answers, strict=True):
             lines.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-    write_json(out_dir / SUMMARY, {"scorer": "exact_match", "texts": len(texts)})

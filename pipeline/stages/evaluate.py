@@ -37,8 +37,8 @@ def evaluate(
     answer, cut after its first wrong token if exact match is the only scorer. With a `validation`
     share, only validation rows are scored: the task's validation split or, without one, the rows
     whose `position` is below the share. `base.json` holds how much of the base model's knowledge is
-    left (`kept.measure`). The config's `facts` names the base model's facts among the tasks, or is
-    None.
+    left (`kept.measure`). The config's `task_scorers` are pairs of a task and its scorer; its
+    `facts` names the base model's facts among the tasks, or is None.
 
     Also checks the saved folder: its tokenizer must give a few rows the same tokens. With `saved`,
     the model is reloaded from its files to answer a few rows, and `saved.json` holds how many
@@ -83,6 +83,7 @@ def _score_task(
     model answered exactly first.
     """
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    scorer_of_task = dict(config["task_scorers"])[task]
     scores: dict[str, float] = {}
     verdicts: list[Verdict] = []
     for name, rows in _rows_to_score(folder, summary, config["validation"]).items():
@@ -92,7 +93,7 @@ def _score_task(
                 f"of task {task}; choose another share"
             )
         check_tokens(tokenizer, rows, task)
-        sets = {name: summary["scorer"]}
+        sets = {name: scorer_of_task}
         sets |= {f"{name}-{s.rpartition(':')[2]}": s for s in config["scorers"]}
         texts, expected, exact = _answers(model, tokenizer, rows, config, set(sets.values()))
         right_first = sorted(range(len(rows)), key=lambda i: not exact[i])[:ANSWERS]

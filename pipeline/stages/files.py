@@ -6,7 +6,7 @@ from pathlib import Path
 LOG_FILE = "log.jsonl"
 """Every stage: its metrics by step, one JSON object per line."""
 SUMMARY = "summary.json"
-"""prepare: row and token counts per split, evaluation sets, scorer."""
+"""prepare: row and token counts per split, evaluation sets."""
 TEXTS = "texts.jsonl"
 """write_own_text, cut_text: the texts to read, one JSON object per line."""
 ADAPTER = "adapter"

@@ -78,10 +78,7 @@ def prepare(
                 "(tasks.max_length, or fewer that the model has positions for)"
             )
         summary[split] = counts
-    write_json(
-        out_dir / SUMMARY,
-        {"splits": summary, "scored": dict(task.scored), "scorer": task.scorer},
-    )
+    write_json(out_dir / SUMMARY, {"splits": summary, "scored": dict(task.scored)})
 
 
 def _encoded_here(

@@ -273,3 +273,8 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
     assert cli.main(["plan", str(file), "--no-probe"]) == cli.OK
     planned = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in planned if "prepare/one" in line] == ["done"]
+    made = sorted((storage / "stages").iterdir())
+    for scorer in ("exact_match", "rouge_l"):
+        assert cli.main(["tasks", str(file), f"tasks.scorer={scorer}"]) == cli.OK
+        assert f"one: scored by {scorer}" in capsys.readouterr().out
+    assert sorted((storage / "stages").iterdir()) == made

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import estimate as estimates
 from pipeline.estimate import ProbeFailed, estimate
+from pipeline.plan.plan import plan
 from pipeline.run import open_run
 from pipeline.stages.files import IMPORTANCE_FILE
 
@@ -80,6 +81,23 @@ def test_a_probe_for_several_workers_needs_one_gpu(tiny_config, tmp_path, monkey
     settings = ["resources.gpus_per_worker=1", "resources.num_workers=8"]
     run = open_run(tiny_config(tmp_path, *settings), devices=False)
     assert estimate(run, "cuda").worker_bytes == 1
+
+
+def test_tasks_with_other_scorers_are_probed_as_one(tiny_config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "answer": " Ada"}\n' * 4)
+    tasks = [f"{{name: {name}, train: {tmp_path / 'rows.jsonl'}}}" for name in "abc"]
+    section = f"tasks={{format: jsonl, sequence: [{', '.join(tasks)}]}}"
+
+    def kinds(*settings):
+        stages = plan(tiny_config(tmp_path, section, *settings)).stages
+        by_kind = {}
+        for stage in stages:
+            by_kind.setdefault(estimates._kind(stage), []).append(stage.name)
+        return list(by_kind.values())
+
+    of_base = "base.samples=8", "importance.samples=8"
+    assert kinds("tasks.sequence.1.scorer=rouge_l") == kinds()
+    assert ["attribute/0-base"] in kinds("tasks.scorer=rouge_l", *of_base)
 
 
 @pytest.fixture

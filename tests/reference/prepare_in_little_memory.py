@@ -36,7 +36,7 @@ def main(rows: Path, folder: Path, cap: int) -> None:
     out.mkdir()
     largest: dict[int, int] = {}
     threading.Thread(target=watch, args=(largest,), daemon=True).start()
-    templates = {"prompt": "{prompt}", "answer": "{answer}", "scorer": "exact_match"}
+    templates = {"prompt": "{prompt}", "answer": "{answer}"}
     config = {
         "task": {"format": "jsonl", "name": "large", **templates},
         "selection": {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0},

@@ -1,12 +1,16 @@
 """Which stages a config asks for, and which of them configs share."""
 
 import pytest
+from reference import trace_files
 
+from agcl.tasks import trace
 from pipeline.config import loading
+from pipeline.config.loading import flat
 from pipeline.plan.plan import plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import resolve
 from pipeline.storage import Local
+from pipeline.tracking.client import metric_name
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
@@ -502,3 +506,93 @@ def test_what_an_adapter_starts_from_does_not_change_fingerprints_by_default(sta
     works = stages(method="lora")
     assert "init" not in works["train/1-harbour"].config["adapter"]
     assert not changed(works, stages("adapter.init=random", method="lora"))
+
+
+@pytest.fixture
+def own(stages, tmp_path):
+    """Works of two tasks of the user's, in files or in a folder of the library `datasets`."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            file = tmp_path / folder / f"{split}.jsonl"
+            file.write_text('{"prompt": "Who?", "answer": " Ada"}\n' * 4)
+
+    def of(*overrides, format="jsonl", **options):
+        names = {"one": "one", "two (2024)": "two"}
+        tasks = [f"{{name: {name}, path: {tmp_path / f}}}" for name, f in names.items()]
+        section = f"tasks={{format: {format}, sequence: [{', '.join(tasks)}]}}"
+        return stages(section, *overrides, **options)
+
+    return of
+
+
+SCORED = {"evaluate/0-base", "evaluate/1-one", "evaluate/2-two (2024)", "report"}
+
+
+@pytest.mark.parametrize("place", ["tasks.scorer", "tasks.sequence.0.scorer"])
+@pytest.mark.parametrize("format", ["jsonl", "huggingface", "alpaca", "messages"])
+@pytest.mark.parametrize(
+    ("scorer", "settings"),
+    [
+        ("rouge_l", {"method": "sequential"}),
+        ("olora_match", {"method": "agcl"}),
+        ("normalised_exact_match", {"method": "solo"}),
+        ("own.module:function", {"method": "joint"}),
+    ],
+)
+def test_another_scorer_scores_again_and_trains_nothing_again(own, place, format, scorer, settings):
+    before = own(format=format, **settings)
+    after = own(f"{place}={scorer}", format=format, **settings)
+    scored = {name for name in after if name.startswith(("evaluate/", "report"))}
+    assert changed(before, after) == scored
+
+
+def test_a_scorer_that_gives_partial_credit_changes_what_is_attributed(own):
+    before, after = own(), own("tasks.sequence.1.scorer=rouge_l")
+    assert changed(before, after) == SCORED | {"attribute/2-two (2024)"}
+    before, after = own(), own("tasks.scorer=rouge_l")
+    of_both = {"attribute/1-one", "train/2-two (2024)", "attribute/2-two (2024)"}
+    assert changed(before, after) == SCORED | of_both
+    of_all = "importance.correct_only=false"
+    assert changed(own(of_all), own(of_all, "tasks.scorer=rouge_l")) == SCORED
+
+
+@pytest.mark.parametrize(
+    ("scorer", "only"),
+    [
+        *((name, True) for name in ("exact_match", "normalised_exact_match", "olora_match")),
+        *((name, False) for name in ("rouge_l", "first_character", "own.module:function")),
+    ],
+)
+def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(own, scorer, only):
+    work = own(f"tasks.scorer={scorer}")["attribute/1-one"]
+    assert work.config["correct_only"] is only
+    work = own(f"tasks.scorer={scorer}", "importance.correct_only=false")["attribute/1-one"]
+    assert work.config["correct_only"] is False
+
+
+def test_a_benchmarks_own_scorers_score_and_decide_what_is_attributed(tiny_config, tmp_path):
+    trace_files.write(tmp_path / "trace", rows=3)
+    planned = plan(tiny_config(tmp_path, f"tasks={{format: trace, path: {tmp_path / 'trace'}}}"))
+    assert planned.scorers == trace.SCORERS
+    works = resolve(planned.stages, Local(tmp_path))
+    scorers = dict(works["evaluate/0-base"].config["task_scorers"])
+    assert scorers == {**trace.SCORERS, "base": "exact_match"}
+    all_rows = {
+        name.partition("-")[2]
+        for name, work in works.items()
+        if name.startswith("attribute/") and not work.config["correct_only"]
+    }
+    assert all_rows == {"base", "MeetingBank", "Py150", "ScienceQA", "20Minuten"}
+
+
+def test_a_scorer_of_rows_that_are_only_measured_counts_for_nothing(stages, tmp_path):
+    (tmp_path / "known.jsonl").write_text('{"prompt": "Who?", "answer": " Ada"}\n')
+    known = f"{{format: jsonl, sequence: [{{name: known, train: {tmp_path / 'known.jsonl'}}}]}}"
+    settings = "base.protect=rows", f"base.rows={known}"
+    assert not changed(stages(*settings), stages(*settings, "base.rows.scorer=rouge_l"))
+
+
+def test_what_stages_depend_on_has_names_that_mlflow_takes(own):
+    keys = {key for work in own().values() for key, _ in flat(work.config)}
+    assert keys == set(map(metric_name, keys))

@@ -28,7 +28,7 @@ CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assi
 
 ITEM = {
     "task": {
-        **{"format": "jsonl", "name": "mine", "scorer": "exact_match"},
+        **{"format": "jsonl", "name": "mine"},
         **{"prompt": "{prompt}", "answer": "{answer}"},
     },
     "selection": {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0},

@@ -32,6 +32,7 @@ SETTINGS = {
     "batch_size": 3,
     "precision": "float32",
     "scorers": [],
+    "task_scorers": [("one", "exact_match")],
     "max_new_tokens": None,
     "validation": None,
     "chat_template": False,
@@ -93,11 +94,12 @@ def scored(tmp_path, model_folder):
     def run(scorer, *, sets=(("test", "test"),), asked=ASKED, **changes):
         tokenizer = models.load_tokenizer(model_folder)
         splits = {"train": LEARNED, "test": asked, "validation": LEARNED[:2]}
-        rows = write_rows(tmp_path / "rows", tokenizer, splits, scored=dict(sets), scorer=scorer)
+        rows = write_rows(tmp_path / "rows", tokenizer, splits, scored=dict(sets))
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         inputs = {"model": model_folder, "rows/one": rows}
-        evaluate({**SETTINGS, **changes}, inputs, out, Context())
+        settings = {**SETTINGS, "task_scorers": [("one", scorer)], **changes}
+        evaluate(settings, inputs, out, Context())
         table = pq.read_table(out / "predictions.parquet").to_pylist()
         by_set = {}
         for row in table:
@@ -154,13 +156,13 @@ def test_labels_that_are_special_tokens_are_told_apart(tmp_path, scorer):
     rows = write_rows(
         tmp_path, tokenizer, {"train": learned, "test": [*learned, Row("Bad?", "<yes>")]}
     )
-    summary = {"scored": {"test": "test"}, "scorer": scorer}
-    (rows / "summary.json").write_text(json.dumps(summary))
+    (rows / "summary.json").write_text(json.dumps({"scored": {"test": "test"}}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     options = {"epochs": 60, "batch_size": 2, "micro_batch_size": 2, "seed": 0}
     train_task(model, EncodedRows(rows / "train.arrow"), optimizer, **options)
     models.save(model, tokenizer, tmp_path)
-    evaluate(SETTINGS, {"model": tmp_path, "rows/one": rows}, tmp_path, Context())
+    settings = {**SETTINGS, "task_scorers": [("one", scorer)]}
+    evaluate(settings, {"model": tmp_path, "rows/one": rows}, tmp_path, Context())
     predictions = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
     assert [row["score"] for row in predictions] == [1, 1, 0]
     assert [row["predicted"] for row in predictions] == ["<yes>", "<no>", "<no>"]
@@ -225,13 +227,13 @@ def test_tasks_without_a_common_evaluation_set_are_named(tmp_path, model_folder)
     inputs = {"model": model_folder}
     for task, name in (("base", "test"), ("two", "validation")):
         scored, splits = {name: "train"}, {"train": LEARNED}
-        inputs[f"rows/{task}"] = write_rows(
-            tmp_path / task, tokenizer, splits, scored=scored, scorer="exact_match"
-        )
+        inputs[f"rows/{task}"] = write_rows(tmp_path / task, tokenizer, splits, scored=scored)
+    scorers = [("base", "exact_match"), ("two", "exact_match")]
+    settings = {**SETTINGS, "task_scorers": scorers, "validation": 0.9}
     with pytest.raises(
         ValueError, match="no evaluation set in common \\(base has test; two has val"
     ):
-        evaluate({**SETTINGS, "validation": 0.9}, inputs, tmp_path, Context())
+        evaluate(settings, inputs, tmp_path, Context())
 
 
 def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
@@ -242,7 +244,7 @@ def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
         "test": [Row(f"Which one is {i}?", " x", fact=f"{i}") for i in range(40)],
     }
     sets = {"memorization": "train", "generalization": "test"}
-    rows = write_rows(tmp_path / "rows", tokenizer, asked, scored=sets, scorer="exact_match")
+    rows = write_rows(tmp_path / "rows", tokenizer, asked, scored=sets)
     found = {}
     for share in (None, 0.3):
         out = tmp_path / str(share)
@@ -279,14 +281,11 @@ def test_no_fact_is_both_a_validation_and_a_test_row(tmp_path, model_folder):
         assert metrics["validation"][name]["average_performance"] == 1
 
 
-@pytest.mark.parametrize(
-    ("scorer", "rows"), [("normalised_exact_match", 1), ("olora_match", 1), ("rouge_l", 4)]
-)
-def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(
-    tmp_path, model_folder, scorer, rows
-):
+@pytest.mark.parametrize(("correct_only", "rows"), [(True, 1), (False, 4)])
+def test_only_right_answers_are_attributed_or_all(tmp_path, model_folder, correct_only, rows):
     tokenizer = models.load_tokenizer(model_folder)
-    folder = write_rows(tmp_path / "rows", tokenizer, {"train": ASKED}, scorer=scorer)
-    attribute(ATTRIBUTION, {"model": model_folder, "rows": folder}, tmp_path, Context())
+    folder = write_rows(tmp_path / "rows", tokenizer, {"train": ASKED})
+    settings = {**ATTRIBUTION, "correct_only": correct_only}
+    attribute(settings, {"model": model_folder, "rows": folder}, tmp_path, Context())
     header = Importance.load(tmp_path / "importance.safetensors").header
     assert (header["rows"], header["rows_attributed"]) == (4, rows)
