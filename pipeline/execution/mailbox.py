@@ -23,6 +23,8 @@ class Mailbox:
         """By group: the sessions it has taken so far."""
         self.done: Counter[str] = Counter()
         """By group: how many of those are finished."""
+        self.lost: set[str] = set()
+        """Groups whose own process was lost."""
         self.finished: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.failed: set[str] = set()
@@ -45,6 +47,8 @@ class Mailbox:
 
         None if there is no session yet, an empty list if there will never be one.
         """
+        if group in self.lost:
+            return []  # Ray is still ending its workers.
         taken = self.taken.setdefault(group, [])
         if index == len(taken) and self.queues[train]:
             taken.append(self.queues[train].pop(0))
@@ -56,6 +60,12 @@ class Mailbox:
         """Record that a group has finished the session it was running."""
         self.finished.append(self.taken[group][self.done[group]][0])
         self.done[group] += 1
+
+    def give_back(self, group: str, train: bool) -> None:
+        """Queue the session again that a group was running whose own process was lost."""
+        self.lost.add(group)
+        if len(self.taken[group]) > self.done[group]:
+            self.queues[train].insert(0, self.taken[group].pop())
 
     def number_done(self, group: str) -> int:
         """How many sessions a group has finished."""

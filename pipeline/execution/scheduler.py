@@ -5,6 +5,7 @@ take them from there. The driver starts one group per queued session, up to the 
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
-from pipeline.execution.workers import LOSSES, here, run_group
+from pipeline.execution.workers import LOSSES, here, progress_marker, run_group
 from pipeline.plan.schedule import Session
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
@@ -103,7 +104,7 @@ def run_sessions(
     try:
         if any(session.train for session in sessions):
             run.start_group(train=True)  # Takes seconds; rows can be prepared meanwhile.
-        while run.waiting or run.groups:
+        while run.waiting or run.queued or run.groups:
             run.queue_ready()
             run.start_groups()
             run.end_unneeded()
@@ -151,6 +152,8 @@ class _Run:
     """Failed sessions, and sessions that need them."""
     lost_starts: int = 0
     """Groups in a row whose process was lost before it took a session."""
+    losses: Counter[tuple[Path, int]] = field(default_factory=Counter)
+    """By the place in a session: how often the process of its group was lost there."""
     unneeded: set[str] = field(default_factory=set)
     """Groups that were cancelled while they started."""
 
@@ -213,7 +216,32 @@ class _Run:
                         (s for s in self.queued.values() if s.train == group.train), None
                     )
             if error and session:
-                self._fail(session, error)
+                is_running = self.running.pop(group.name, None) == session.name
+                if not (is_running and self._give_back(group, session, error)):
+                    self._fail(session, error)
+
+    def _give_back(self, group: _Group, session: Session, error: Exception) -> bool:
+        """Queue a session again whose group's own process was lost; False if it has failed."""
+        if isinstance(error, ray.exceptions.RayTaskError):  # The group is there and gave up.
+            return False
+        if self.failures and not self.keep_going:
+            return False  # No session starts any more.
+        states = [self.states.get(stage.folder.name, {}) for stage in session.stages]
+        if any(record.get("state") == "failed" for record in states):
+            return False
+        # None is left if the process was lost before it could say so. The next group then does.
+        left = [stage for stage in session.stages if not stage.is_complete()]
+        place = progress_marker((left or session.stages)[0])
+        self.losses[place] += 1
+        said: Record = {"state": "lost", "error": why_lost(error)}
+        lost: list[Record] = [{"artifact": stage.folder.name, **said} for stage in left[:1]]
+        if self.losses[place] == LOSSES:
+            failed: Record = {"state": "failed", "traceback": masked(str(error))}
+            self._see([{**record, **failed} for record in lost])
+            return False
+        self._see(lost)
+        self.mailbox.give_back.remote(group.name, group.train)
+        return True
 
     def _see(self, records: Sequence[Record]) -> None:
         """Forward records to `observe`, without failures that are consequences of the first one."""

@@ -47,8 +47,9 @@ def run_group(group: str, train: bool, resources: Resources, mailbox: Any, scrat
     `scratch` is a folder for Ray Train's own files that all nodes see; with a bucket, only this
     node needs it. A group that loses a worker restarts, and its session resumes at the first
     unfinished stage. The session fails after `LOSSES` losses in a row without a new stage or
-    checkpoint. If the workers do not start within `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`, the
-    session fails if they could never fit on the cluster; otherwise the group keeps waiting.
+    checkpoint. If this process itself is lost, the driver queues its session again. If the workers
+    do not start within `RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`, the session fails if they could
+    never fit on the cluster; otherwise the group keeps waiting.
     """
 
     def emit(records: list[Any]) -> None:
@@ -74,7 +75,7 @@ def run_group(group: str, train: bool, resources: Resources, mailbox: Any, scrat
             if _found_no_room(error):
                 _check_room(resources, left[0], emit)
                 continue
-            before, marker = marker, _progress_marker(left[0])
+            before, marker = marker, progress_marker(left[0])
             losses = losses + 1 if marker == before else 1
             why = why_lost(error, kernel_killed=kernel_kills() > kills)
             record = {"artifact": left[0].folder.name, "state": "lost", "error": why}
@@ -122,7 +123,7 @@ def _unfinished(group: str, train: bool, mailbox: Any) -> Sequence[ResolvedStage
         ray.get(mailbox.finish.remote(group))
 
 
-def _progress_marker(stage: ResolvedStage) -> tuple[Path, int]:
+def progress_marker(stage: ResolvedStage) -> tuple[Path, int]:
     """Changes with every finished stage or checkpoint; compare for equality only."""
     return stage.folder, stage.storage.checkpoint_time(stage.folder)
 

@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -16,6 +19,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config.resources import Resources
+from pipeline.errors import StageFailed
 from pipeline.execution import progress
 from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import is_peer_loss, why_lost
@@ -54,6 +58,10 @@ def run_on_a_cluster(folder, train, sessions):
         (out_dir / "out.txt").write_text("x")
         if call in config.get("killed", ()):
             os.kill(os.getpid(), signal.SIGKILL)
+        if call in config.get("kills_group", ()):
+            (group,) = [p for p in psutil.Process().parent().children() if "run_group" in p.name()]
+            group.kill()
+            time.sleep(600)  # Ray ends what the group started.
         if config.get("checkpoints"):
             artifact.checkpoint_of(context.folder).write_text("x" * call)
         if call in config.get("loses_others", ()):
@@ -98,6 +106,7 @@ def ran(folder):
     sessions = {
         "wrong": [{"name": "c", "wrong": True}],
         "lost": [{"name": "d", "loses_others": [*range(1, LOSSES + 1)]}],
+        "killed": [{"name": "j"}, {"name": "k", "killed": [1]}],
         "long": [{"name": "g", "loses_others": [*range(1, LOSSES + 2)], "checkpoints": True}],
         "first": [{"name": "h"}],
         "second": [{"name": "i", "after": "first"}],
@@ -122,6 +131,17 @@ def test_a_killed_worker_is_started_again_at_the_unfinished_stage(tmp_path):
     assert not failures
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_workers_whose_groups_own_process_is_killed_are_started_again(tmp_path):
+    lost = {"lost": [{"name": "a"}, {"name": "b", "kills_group": [1]}]}
+    calls, records, failures = run_on_a_cluster(tmp_path, True, lost)
+    assert calls("a") == 1
+    assert calls("b") == 2
+    assert of(records, "b") == ["started", "lost", "started", "finished"]
+    assert not failures
+
+
 def test_a_stages_own_error_is_not_tried_again(ran):
     calls, _, failures = ran
     assert calls("c") == 1
@@ -133,6 +153,14 @@ def test_a_session_that_is_lost_without_progress_fails_in_the_end(ran):
     assert calls("d") == LOSSES
     assert of(records, "d") == ["started", "lost"] * (LOSSES - 1) + ["started", "failed"]
     assert "its workers were lost" in str(failures["d"])
+
+
+def test_a_group_whose_own_process_is_killed_is_replaced_at_the_unfinished_stage(ran):
+    calls, records, _ = ran
+    assert calls("j") == 1
+    assert calls("k") == 2
+    assert of(records, "j") == ["started", "finished"]
+    assert of(records, "k") == ["started", "lost", "started", "finished"]
 
 
 def test_losses_count_from_the_last_finished_stage_on(ran):
@@ -208,7 +236,13 @@ class Remote:
 @pytest.fixture
 def as_if_remote(monkeypatch):
     """Ray without processes: what a call returns is its reference, and every reference is ready."""
-    fake = SimpleNamespace(get=lambda ref: ref, wait=lambda refs, timeout: (refs, []))
+    fake = SimpleNamespace(
+        get=lambda ref: ref,
+        put=lambda value: value,
+        wait=lambda refs, timeout: (refs, []),
+        cancel=lambda ref: None,
+        exceptions=ray.exceptions,
+    )
     monkeypatch.setattr("pipeline.execution.workers.ray", fake)
     monkeypatch.setattr("pipeline.execution.scheduler.ray", fake)
 
@@ -261,6 +295,103 @@ def test_groups_that_are_lost_before_they_take_a_session_fail_it_in_the_end(
     run.groups = {7: _Group("group 7", True)}
     run.poll()  # Cancelled by the scheduler itself.
     assert len(run.failures) == 1
+
+
+@pytest.fixture
+def losing(mailbox, tmp_path, monkeypatch):
+    """A run with one session, and a function by which a group takes it and is lost."""
+    (work,) = resolve([Stage("prepare/x", run_stages, {})], Local(tmp_path)).values()
+    session, records = Session("prepare", (work,), False, ("one",), frozenset()), []
+    queued = {"prepare": session}
+    run = _Run({}, tmp_path, Resources(), 1, records.extend, False, Remote(mailbox), queued)
+    mailbox.queue(False, "prepare", [session])
+    numbers = count()
+
+    def lose(error=None):
+        group = f"group {next(numbers)}"
+        assert mailbox.next(group, False, 0) == [session]
+        error = error or ray.exceptions.WorkerCrashedError()
+        monkeypatch.setattr("pipeline.execution.scheduler._error_of", lambda ref: error)
+        run.groups = {group: _Group(group, False)}
+        run.poll()
+        return group
+
+    return SimpleNamespace(run=run, work=work, records=records, lose=lose)
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_a_session_whose_groups_process_is_lost_goes_to_another_group(losing, mailbox):
+    for _ in range(LOSSES - 1):
+        group = losing.lose()
+        assert not losing.run.failures
+        assert list(losing.run.queued) == ["prepare"]
+        assert not mailbox.running()
+        assert mailbox.next(group, False, 0) == []  # A worker of it that Ray has not ended yet.
+    losing.lose()
+    (failure,) = losing.run.failures
+    assert failure.stage == "prepare/x"
+    assert "its workers were lost" in failure.error
+    assert [r["state"] for r in losing.records] == ["lost"] * (LOSSES - 1) + ["failed"]
+
+
+def remote(of):
+    """What is called, with options, as a task or an actor is."""
+    return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=of))
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_a_run_goes_on_after_the_loss_of_its_only_group(mailbox, tmp_path, monkeypatch):
+    def write(config, inputs, out_dir, context):
+        (out_dir / "out.txt").write_text("x")
+
+    def start(group, *arguments):
+        """The error with which the group ends, once it is waited for."""
+        ((session,), records) = mailbox.next(group, False, 0), []
+        if group == "group 1":
+            return ray.exceptions.WorkerCrashedError()
+        run_stages(session.stages, Context(ray_data=False), records.extend)
+        mailbox.put(records)
+        mailbox.finish(group)
+        return "no error"
+
+    def error_of(ref):
+        return ref if isinstance(ref, Exception) else None
+
+    of_scheduler = "pipeline.execution.scheduler."
+    monkeypatch.setattr(of_scheduler + "Mailbox", remote(lambda: Remote(mailbox)))
+    monkeypatch.setattr(of_scheduler + "run_group", remote(start))
+    monkeypatch.setattr(of_scheduler + "here", lambda: None)
+    monkeypatch.setattr(of_scheduler + "_error_of", error_of)
+    (work,) = resolve([Stage("prepare/x", write, {})], Local(tmp_path)).values()
+    session, records = Session("prepare", (work,), False, ("one",), frozenset()), []
+    assert not run_sessions([session], tmp_path / "scratch", Resources(), 1, records.extend)
+    assert [record["state"] for record in records] == ["lost", "started", "finished"]
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_losses_of_a_groups_process_count_from_the_last_checkpoint_on(losing):
+    losing.work.folder.parent.mkdir(exist_ok=True)
+    for number in range(LOSSES + 1):
+        losing.lose()
+        assert not losing.run.failures
+        checkpoint = artifact.checkpoint_of(losing.work.folder)
+        checkpoint.touch()
+        os.utime(checkpoint, (number, number))
+
+
+@pytest.mark.parametrize("why", ["raised", "failed", "ending"])
+@pytest.mark.usefixtures("as_if_remote")
+def test_a_session_is_not_queued_again(losing, mailbox, why):
+    """If its group itself gave up, if a stage has failed, or if no session starts any more."""
+    if why == "failed":
+        record = {"artifact": losing.work.folder.name, "state": "failed"}
+        mailbox.put([{**record, "error": "row 3 is empty", "traceback": "row 3"}])
+    if why == "ending":
+        losing.run.failures = [StageFailed("other", "row 5 is empty", "row 5")]
+    raised = ray.exceptions.RayTaskError("run_group", "Traceback", ValueError())
+    losing.lose(raised if why == "raised" else None)
+    assert losing.run.failures[-1].stage == "prepare/x"
+    assert not mailbox.queues[False]
 
 
 def test_a_closed_queue_is_emptied_and_then_ends_its_groups(mailbox):
