@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -31,13 +31,16 @@ _NO_METRICS = ("step", "seconds_left")
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 DATABASE = "mlflow.db"
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _ENVIRONMENT = {
     # A server that is down must not hold up a run for the four minutes of MLflow's defaults.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    _TIMEOUT: "20",
     **TELEMETRY_OFF,
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # We report failures ourselves, in one line.
 }
+_SLOWEST_UPLOAD = 5_000_000
+"""Bytes per second that a server at least stores."""
 Content = bytes | str | Path
 """Bytes, text, or a file to copy."""
 
@@ -264,7 +267,8 @@ class Tracker:
                     file.symlink_to(content.resolve())  # MLflow copies what it points to.
                 else:
                     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-            self.client.log_artifacts(run_id, scratch)
+            with time_to_upload(Path(scratch)):
+                self.client.log_artifacts(run_id, scratch)
 
     def end(
         self, run_id: str, status: str = "FINISHED", error: str = "", at: float | None = None
@@ -279,6 +283,22 @@ class Tracker:
         if error:
             self.client.set_tag(run_id, "error", masked(error))
         self.client.set_terminated(run_id, status, end_time=_milliseconds(at))
+
+
+@contextmanager
+def time_to_upload(folder: Path) -> Iterator[None]:
+    """Let a request last as long as storing the largest file of a folder may take.
+
+    A server answers once it has passed a file on to where it keeps artifacts, such as a bucket.
+    """
+    largest = max((f.stat().st_size for f in folder.rglob("*") if f.is_file()), default=0)
+    before = os.environ[_TIMEOUT]  # MLflow reads it at every request.
+    if before.isdecimal():  # Anything else is for MLflow to refuse.
+        os.environ[_TIMEOUT] = str(max(int(before), largest // _SLOWEST_UPLOAD))
+    try:
+        yield
+    finally:
+        os.environ[_TIMEOUT] = before
 
 
 def _make_database(storage: Path, experiment: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.secrets import masked
-from pipeline.tracking.client import Tracker, TrackingFailed, metric_name
+from pipeline.tracking.client import Tracker, TrackingFailed, metric_name, time_to_upload
 from pipeline.tracking.flavor import write_flavor
 
 _MOST_MODELS = 1000
@@ -50,7 +50,8 @@ def register(
         except Exception as error:  # MLflow's and transformers' errors have no common type.
             reason = masked(" ".join(str(error).split()))[:200]
             raise TrackingFailed(f"cannot register {name} ({reason})", no_answer=False) from error
-        client.log_model_artifacts(final.model_id, str(target))
+        with time_to_upload(target):
+            client.log_model_artifacts(final.model_id, str(target))
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     version = client.create_model_version(

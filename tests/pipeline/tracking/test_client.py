@@ -1,7 +1,9 @@
 """What MLflow holds when processes are killed, or two start at the same time, and of models."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -164,3 +166,26 @@ def test_a_deleted_experiment_is_named(tracker, tmp_path):
     tracker.client.delete_experiment(tracker.experiment)
     with pytest.raises(InputError, match=r"^tracking\.experiment: 'agcl' was deleted"):
         tracking.Tracker(tmp_path, None)
+
+
+def test_a_servers_answer_to_a_large_file_is_waited_for(tracker, base, full, monkeypatch):
+    """It comes once the server has passed the file on to a bucket."""
+    given = []
+
+    def log(owner, folder):
+        largest = max(file.stat().st_size for file in Path(folder).rglob("*"))
+        given.append((int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]), largest // 100))
+
+    monkeypatch.setattr(tracking, "_SLOWEST_UPLOAD", 100)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    monkeypatch.setattr(tracker.client._client, "log_model_artifacts", log)
+    monkeypatch.setattr(tracker.client._client, "log_artifacts", log)
+    run = tracker.start("one", {}, None)
+    register(tracker, run, "sums", full, base, TASKS)
+    tracker.artifacts(run, {"importance.safetensors": b"0" * 10_000})
+    tracker.artifacts(run, {"metrics.json": "{}"})
+    (of_model, size), of_importance, of_metrics = given
+    assert of_model == size > 100
+    assert of_importance == (100, 100)
+    assert of_metrics == (20, 0)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
