@@ -34,7 +34,8 @@ class Mirror:
 
     A context manager, to be entered before runs are added; an exception closes what is open as
     FAILED or KILLED. No method raises because MLflow fails: that prints one warning, and MLflow is
-    tried again every minute and by `sync(now=True)`.
+    tried again every minute and by `sync(now=True)`. A run that MLflow refuses keeps no other from
+    being recorded.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Mirror:
         """By label, until the run ends."""
         self._unsent: list[Record] = []
         self._synced = self._sent = time.monotonic()
-        self._is_behind = False
-        """Whether MLflow failed and lacks what has happened since."""
+        self._behind: dict[str, str] = {}
+        """Why MLflow lacks something: by the label of a run that it refused, by "" if it failed."""
         self._tracker: Tracker | None = None
         """None while MLflow is down."""
         try:
@@ -86,12 +87,13 @@ class Mirror:
         status = "FAILED" if error is None or isinstance(error, Exception) else "KILLED"
         for files in self._files.values():
             files.close()
-        with self._surviving():
-            if self._tracker:
-                for run in self._runs.values():  # Without an exception: runs that failed alone.
+        for label, run in self._runs.items():  # Without an exception: runs that failed alone.
+            with self._surviving(label):
+                if self._tracker:
                     run.abort(status, str(error or ""))
-                if self.own and error is not None:
-                    self._tracker.end(self.own, status, str(error))
+        with self._surviving():
+            if self._tracker and self.own and error is not None:
+                self._tracker.end(self.own, status, str(error))
 
     def add(
         self, label: str, run: Run, *, kind: str = "sequence", without: Collection[str] = ()
@@ -114,23 +116,28 @@ class Mirror:
         With `now`, or after a minute, do so for all runs, and reconnect first if MLflow was down.
         """
         labels = [label] if label in self._runs else []
+        was_behind = bool(self._behind)
         with self._surviving():
             if now or time.monotonic() - self._synced >= _SECONDS_BETWEEN_SYNCS:
                 self._synced, labels = time.monotonic(), list(self._runs)
                 if not self._tracker:
                     self._connect()
                     self._open_own()
-            if self._tracker:
-                for each in labels:
+        for each in labels:
+            with self._surviving(each):
+                if self._tracker:
                     run = self._runs[each]
-                    if run.sync(self._tracker, self.own or self.above):
+                    has_ended = run.sync(self._tracker, self.own or self.above)
+                    self._behind.pop(each, None)
+                    if has_ended:
                         del self._runs[each]
-                        if run.registered:
-                            line = f"registered  models:/{run.registered}"
-                            self.console.print(line, highlight=False)
-                if self._is_behind:
-                    self._is_behind = False
-                    self.console.print("  MLflow is back; recorded what it missed", highlight=False)
+                    if run.registered:
+                        line = f"registered  models:/{run.registered}"
+                        self.console.print(line, highlight=False)
+        if self._tracker:
+            self._behind.pop("", None)
+        if was_behind and not self._behind:
+            self.console.print("  MLflow is back; recorded what it missed", highlight=False)
 
     def observe(self, records: Sequence[Record]) -> None:
         """Show running stages live. Takes the records of artifacts in order."""
@@ -141,9 +148,9 @@ class Mirror:
         is_due = time.monotonic() - self._sent >= _SECONDS_BETWEEN_BATCHES
         if is_due or any("state" in record for record in records):
             batch, self._unsent, self._sent = self._unsent, [], time.monotonic()
-            with self._surviving():
-                for run in self._runs.values():
-                    if self._tracker:
+            for label, run in self._runs.items():
+                with self._surviving(label):
+                    if self._tracker and run.id:  # Without one, MLflow refused it.
                         run.observe(batch)
 
     def run_of(self, label: str) -> str | None:
@@ -209,18 +216,25 @@ class Mirror:
             self.own = self._tracker.open(self.folder, self.title, {"kind": self.kind}, self.above)
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
+    def _surviving(self, label: str = "") -> Iterator[None]:
+        """`label` is the run that MLflow is told of."""
         try:
             yield
         except (TrackingFailed, OSError, InputError) as error:  # The storage raises the latter two.
-            self._fall_behind(error)
+            is_refused = isinstance(error, TrackingFailed) and not error.no_answer
+            self._fall_behind(error, label if is_refused else "")
 
-    def _fall_behind(self, error: Exception) -> None:
-        if not self._is_behind:
-            said = masked(" ".join(str(error).split()))
-            later = "continuing without MLflow; rerun the same command to record it"
-            warn(self.console, f"{said}; {later}")
-        self._tracker, self._is_behind, self._synced = None, True, time.monotonic()
+    def _fall_behind(self, error: Exception, label: str = "") -> None:
+        """Do without MLflow; if it refused the run `label`, only this run does."""
+        said = masked(" ".join(str(error).split()))
+        if label not in self._behind and said not in self._behind.values():
+            without = "" if label else "continuing without MLflow; "
+            warn(self.console, f"{said}; {without}rerun the same command to record it")
+        self._behind[label] = said
+        if label:
+            self._runs[label].forget()
+            return
+        self._tracker, self._synced = None, time.monotonic()
         self._unsent = []
         for run in self._runs.values():
             run.forget()

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 
 import mlflow
 import pytest
@@ -20,14 +21,19 @@ from tensorboardX.proto.event_pb2 import Event
 from agcl.errors import InputError
 from pipeline.config import loading
 from pipeline.plan.stage import ResolvedStage
+from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
 from pipeline.tracking import sync
 from pipeline.tracking.client import Client, Tracker, TrackingFailed
 from pipeline.tracking.metric_files import _metrics
 
+
+from pipeline.tracking.mirrored_run import MirroredRun
+
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
 BACK = "MLflow is back; recorded what it missed"
-CONTINUING = "continuing without MLflow; rerun the same command to record it"
+RERUN = "rerun the same command to record it"
+CONTINUING = f"continuing without MLflow; {RERUN}"
 TRAIN = "train/1-harbour"
 
 
@@ -137,7 +143,7 @@ def test_a_database_that_fails_within_a_stage_misses_nothing(replay, steps, monk
             mirror.observe(metrics[2:4])
             (said,) = replay.said()
             assert "no such table: metrics" in said
-            assert said.endswith(CONTINUING)
+            assert said.endswith(RERUN)
             assert mirror.run_of("tiny") is None
             mirror.observe(metrics[4:5])
         mirror.sync(now=True)
@@ -219,6 +225,44 @@ def test_a_run_that_ends_while_mlflow_is_down_is_closed_when_it_is_back(replay, 
     assert (ended.info.status, ended.data.tags["error"]) == ("KILLED", "stopped early")
     assert ended.data.metrics["average"] == 0.5
     assert set(shown()) == {"tiny", TRAIN}
+
+
+def test_a_run_that_is_refused_keeps_no_other_from_its_end(replay, shown, monkeypatch):
+    end = MirroredRun.end
+    refused = {"one": "cannot register sums (no)", "two": "cannot register sums (never)"}
+
+    def end_unless_refused(run, *arguments):
+        if run.name in refused:
+            raise TrackingFailed(refused[run.name], no_answer=False)
+        end(run, *arguments)
+
+    def mirrored():
+        folder = replay.storage / "comparison"
+        return sync.Mirror(replay.run.config, folder, "both", replay.console, kind="comparison")
+
+    def finish(mirror):
+        for label in ("one", "two", "three"):
+            folder = replay.run.folder.with_name(label)
+            open_folder(replace(replay.run, folder=folder))
+            mirror.add(label, replace(replay.run, folder=folder))
+        for label in ("one", "two", "three"):
+            mirror.end(label, {"average": 0.5})
+        mirror.sync(now=True)
+        mirror.finish({})
+        return {name: shown()[name].info.status for name in ("one", "two", "three", "both")}
+
+    monkeypatch.setattr(MirroredRun, "end", end_unless_refused)
+    with mirrored() as mirror:
+        running = {"one": "RUNNING", "two": "RUNNING"}
+        assert finish(mirror) == {**running, "three": "FINISHED", "both": "FINISHED"}
+    assert replay.said() == [f"warning {why}; {RERUN}" for why in refused.values()]
+    del refused["two"]
+    with mirrored() as mirror:
+        assert finish(mirror)["two"] == "FINISHED"
+        refused.clear()
+        mirror.sync(now=True)
+        assert shown()["one"].info.status == "FINISHED"
+    assert replay.said()[2:] == [f"warning cannot register sums (no); {RERUN}", BACK]
 
 
 @pytest.mark.parametrize(("error", "status"), [("", "FINISHED"), ("all failed", "FAILED")])
