@@ -26,8 +26,6 @@ from pipeline.run import open_run
 from pipeline.tracking import sync
 from pipeline.tracking.client import Client, Tracker, TrackingFailed
 from pipeline.tracking.metric_files import _metrics
-
-
 from pipeline.tracking.mirrored_run import MirroredRun
 
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
