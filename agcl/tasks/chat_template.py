@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from agcl.errors import InputError
@@ -108,10 +109,11 @@ def turns(template: Template, conversation: Conversation) -> Turns:
     by rendering the messages before each turn and through it. The last turn starts where the
     generation prompt ends. A turn includes the template's end token but not the separator after it.
     Raises `InputError` naming the row if the template cannot render it, renders messages
-    differently when others follow, or leaves out the answer.
+    differently when others follow, or leaves out the answer, calls of tools or what they answer.
     """
     messages = conversation.messages
     whole = _render(template, conversation, len(messages))
+    _check_left_out(template, conversation, whole)
     prompt = _render(template, conversation, len(messages) - 1, prompt=True)
     if not whole.startswith(prompt):
         raise _no_prefix(template, conversation, len(messages) - 1, prompt, whole)
@@ -131,6 +133,25 @@ def turns(template: Template, conversation: Conversation) -> Turns:
         "".join(written),
         tuple((start, min(stop, len(prompt))) for start, stop in earlier if start < stop),
     )
+
+
+def _check_left_out(template: Template, conversation: Conversation, whole: str) -> None:
+    """Refuse what a template leaves out of a talk with tools: calls, and what the tools answer.
+
+    The model would learn an empty turn in place of a call, and an answer from nothing.
+    """
+    messages = conversation.messages
+    no_calls = tuple({k: v for k, v in m.items() if k != "tool_calls"} for m in messages)
+    others = tuple({**m, "content": _MARK} if m["role"] == "tool" else m for m in messages)
+    for changed, what in ((no_calls, "tool_calls"), (others, "messages of the role tool")):
+        if changed == messages:
+            continue
+        try:
+            text = _render(template, replace(conversation, messages=changed), len(messages))
+        except InputError:  # So it reads them: some want a call before a tool's answer.
+            continue
+        if text == whole:
+            raise _error(template, conversation, f"leaves out {what}")
 
 
 def _by_prefixes(template: Template, conversation: Conversation, whole: str) -> list[Span]:
@@ -165,12 +186,19 @@ def _by_mask(template: Template, conversation: Conversation, whole: str) -> list
         if not whole.startswith(context):
             raise _no_prefix(template, conversation, conversation.context, context, whole)
         first = len(context)
-    header = template.header
     return [
-        (start + len(header) if header and whole.startswith(header, start) else start, stop)
+        (_behind_header(template.header, whole, start), stop)
         for start, stop in spans[0]
         if start >= first
     ]
+
+
+def _behind_header(header: str, whole: str, start: int) -> int:
+    """Where a turn's words start, whose mask starts before, inside or behind the header."""
+    for before in range(min(len(header), start + 1)):
+        if whole.startswith(header, start - before):
+            return start - before + len(header)
+    return start
 
 
 def _has_mask(template: Template, conversation: Conversation) -> bool:

@@ -205,7 +205,7 @@ def _json_list(file: Path) -> Records:
 
 def _csv(file: Path) -> Records:
     csv.field_size_limit(2**31 - 1)  # Python's limit of 128 KiB is less than a long text.
-    tabs = ".tsv" in file.suffixes
+    tabs = ".tsv" in map(str.lower, file.suffixes)
     try:
         with io.TextIOWrapper(cast(Any, _opened(file)), "utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)

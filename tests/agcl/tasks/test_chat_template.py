@@ -211,3 +211,56 @@ def test_a_template_that_cannot_render_a_row_is_named_with_the_row(template, sai
         encoded(tokenizer, chat.MESSAGES)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def chat_ml(rendered):
+    return (
+        "{% for m in messages %}{% if RENDERED %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ).replace("RENDERED", rendered)
+
+
+@pytest.mark.parametrize(
+    ("talk", "said"),
+    [
+        (chat.CALLS, "leaves out tool_calls"),
+        (chat.CALLS[:2], "leaves out tool_calls"),
+        ([*chat.MESSAGES[1:3], *chat.CALLS[2:]], "leaves out messages of the role tool"),
+    ],
+)
+def test_a_template_that_leaves_out_calls_or_answers_of_tools_is_refused(talk, said):
+    """As Phi-3's does both, SmolLM2's and Llama 3's the calls: an empty turn is in their place."""
+    template = chat_ml("m.role != 'tool'" if "role tool" in said else "true")
+    row = messages.row_of(talk, None, "f, line 3")
+    with pytest.raises(InputError, match=f"^f, line 3: the chat template of .* {said}$"):
+        encode(chat.tokenizer(template), [row])
+    encode(chat.tokenizer(), [row])
+
+
+def test_a_template_that_insists_on_calls_or_on_their_answers_renders_them():
+    """Without them it raises an error, which says that it does not leave them out."""
+    template = chat_ml("true").replace(
+        "{% if true %}",
+        "{% if m.role == 'tool' and (m.content != '5' or not messages[1].tool_calls) %}"
+        "{{ raise_exception('no call') }}{% endif %}{% if true %}",
+    )
+    row = encoded(chat.tokenizer(template), chat.CALLS)
+    assert len(row.spans) == 2
+
+
+def test_a_mask_that_starts_inside_the_header_has_no_loss_on_the_header():
+    """TRL's qwen2_5_training.jinja marks the line end behind the role, too."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ '\n' + m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ '\n' + m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = chat.tokenizer(template)
+    talk = [m | {"content": m["content"].strip()} for m in chat.MESSAGES]
+    assert learned(tokenizer, encoded(tokenizer, talk)) == [
+        "In Rome.<|im_end|>",
+        "Since 2019.<|im_end|>",
+        "In München.<|im_end|>",
+    ]

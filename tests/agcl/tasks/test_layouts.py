@@ -226,3 +226,10 @@ def test_a_folder_has_its_splits_by_name_whatever_their_type(tmp_path):
     (tmp_path / "train.parquet").touch()
     with pytest.raises(InputError, match=r"both train\.jsonl\.gz and train\.parquet; name one"):
         files.in_folder(tmp_path, "any")
+
+
+def test_tabs_separate_whatever_the_case_of_the_ending(tmp_path):
+    (tmp_path / "rows.TSV").write_text("prompt\tanswer\na, b\tc\n")
+    texts = {"prompt": "{prompt}", "answer": "{answer}"}
+    [row] = rows_of(tmp_path / "rows.TSV", "csv", **texts)
+    assert (row.prompt, row.answer) == ("a, b", "c")
