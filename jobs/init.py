@@ -1,6 +1,7 @@
 """`agcl init`: write a commented config for a model and data files, after looking at them."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import jinja2
 import torch
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
@@ -28,6 +30,9 @@ from pipeline.tracking.sync import warn
 _TEMPLATE = Path(__file__).with_suffix(".yaml.j2")
 _EXPENSIVE = 4096
 """Tokens. If a few rows are longer, they are left out rather than every batch made for them."""
+
+_LONGEST_NAME = 80
+"""Characters of a run's name, of 100 that it may have: the user may want to add some."""
 
 _LONG_ANSWER = 16
 """Tokens. Nobody writes a longer answer exactly, so its likeness is scored."""
@@ -66,6 +71,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         keep_trailing_newline=True,
     )
     environment.filters["rate"] = rate_text
+    environment.filters["quoted"] = _quoted
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         file=file,
         name=_run_name([each.name for each in data]),
@@ -105,7 +111,14 @@ def main(arguments: argparse.Namespace, command: str) -> None:
 def _run_name(tasks: Sequence[str]) -> str:
     """A name from the first and the last task's."""
     ends = dict.fromkeys((tasks[0], tasks[-1]))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(ends)).strip("-._") or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(ends)).strip("-._")
+    return name[:_LONGEST_NAME].rstrip("-._") or "run"
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML's quotes. JSON's would split what is beyond 16 bits into two escapes."""
+    quoted: str = yaml.dump(text, default_style='"', allow_unicode=True, width=math.inf)
+    return quoted.strip()
 
 
 def _check_together(data: Sequence[Data]) -> None:

@@ -1,5 +1,6 @@
 """What a data file tells about itself: its format, templates and lengths, for a config to start."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks import TEST, VALIDATION, encode, files, is_empty, records
+from agcl.tasks import TEST, TRAIN, VALIDATION, encode, files, is_empty, records
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.layouts import LAYOUTS, task_of_records
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,9 @@ _BY_COLUMNS = (
 """Layouts by the columns that they need; the first match counts."""
 _PROMPTS = ("prompt", "question", "query", "instruction", "input", "text", "sentence", "source")
 _ANSWERS = ("answer", "response", "completion", "output", "label", "target")
+
+_OF_TRAIN = re.compile(r"(?<=.)[-_]train$")
+"""The end of a name, without endings, that has one for the test file in its place."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,24 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
     """Look at one task: a file, or a folder with `train` and perhaps `test` and `validation` files.
 
     Beside a file called `train`, its `test` and `validation` files are taken too, and beside
-    `NAME.jsonl`, for example, `NAME-test.jsonl` or `NAME_test.jsonl`. `chat` renders
-    rows with the tokenizer's chat template. Raises `InputError` for what cannot be read, and for
-    columns that tell no prompt and answer.
+    `NAME.jsonl` or `NAME_train.jsonl`, for example, `NAME-test.jsonl` or `NAME_test.jsonl`. `chat`
+    renders rows with the tokenizer's chat template. Raises `InputError` for what cannot be read,
+    and for columns that tell no prompt and answer.
     """
     given = Path(path)
     if not given.exists():
         raise InputError(f"no file or folder {path}")
     stem = given.name.partition(".")[0]
     beside = given if given.is_dir() else given.parent
-    found = files.in_folder(beside, records.ANY) if given.is_dir() or stem == "train" else {}
+    found = files.in_folder(beside, records.ANY) if given.is_dir() else {}
     splits = {split: str(file) for split, file in found.items()}
     if not given.is_dir():
-        splits["train"] = path
+        splits["train"] = str(given)  # Without `./`, as the files beside it.
+        ending, stem = given.name.removeprefix(stem), _OF_TRAIN.sub("", stem)
         for split in (TEST, VALIDATION):
-            names = [f"{stem}{mark}{split}{given.name.removeprefix(stem)}" for mark in "-_."]
+            names = [f"{stem}{mark}{split}{ending}" for mark in "-_."]
+            if stem == TRAIN:
+                names += [split + each for each in (ending, *records.endings(records.ANY))]
             if beside_it := [file for file in map(given.with_name, names) if file.is_file()]:
                 splits.setdefault(split, str(beside_it[0]))
     train = Path(splits["train"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from reference import chat
@@ -12,6 +13,7 @@ from pipeline.run import open_run
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 SHARED = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+ROW = {"prompt": "Who?", "answer": "Me"}
 LONG = "It is a long answer that nobody would write in the very same words again, whoever it was."
 
 
@@ -154,3 +156,50 @@ def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_f
 )
 def test_a_run_is_named_after_its_first_and_last_task(tasks, name):
     assert init._run_name(tasks) == name
+
+
+def test_init_pairs_files_that_are_given_with_a_leading_dot(agcl, model_folder):
+    for name in ("a.jsonl", "a-test.jsonl"):
+        written(agcl.place / name, [ROW] * 9)
+    code, lines = agcl("init", model_folder, "./a-test.jsonl", "./a.jsonl")
+    assert code == cli.OK, lines
+    [task] = loading.load(agcl.place / "config.yaml").tasks.sequence
+    assert (task.train.name, task.test.name) == ("a.jsonl", "a-test.jsonl")
+
+
+@pytest.mark.parametrize("mark", "-_")
+def test_init_pairs_a_train_and_a_test_file(agcl, model_folder, mark):
+    for split in ("train", "test"):
+        written(agcl.place / f"qa{mark}{split}.jsonl", [ROW] * 9)
+    names = sorted(path.name for path in agcl.place.iterdir())
+    assert agcl("init", model_folder, *names)[0] == cli.OK
+    [task] = loading.load(agcl.place / "config.yaml").tasks.sequence
+    assert (task.name, task.train.name) == ("qa", f"qa{mark}train.jsonl")
+    assert task.test.name == f"qa{mark}test.jsonl"
+
+
+def test_init_takes_the_train_file_that_is_named(agcl, model_folder):
+    written(agcl.place / "train.csv", [ROW] * 9)
+    for name in ("train.jsonl", "test.jsonl"):
+        written(agcl.place / name, [ROW] * 9)
+    assert agcl("init", model_folder, "train.jsonl") == (cli.OK, [])
+    [task] = loading.load(agcl.place / "config.yaml").tasks.sequence
+    assert (task.train.name, task.test.name) == ("train.jsonl", "test.jsonl")
+
+
+@pytest.mark.parametrize("folder", [".", "\u2028\x85", "\"'{&\\: #", "z" * 120 + " " + "z" * 20])
+@pytest.mark.parametrize("start", ["\U0001f994", "2024"])
+def test_init_writes_paths_of_any_characters_and_long_names(agcl, model_folder, folder, start):
+    files = [Path(folder) / f"{start}.jsonl", Path(folder) / f"{start}{'y' * 90}.jsonl"]
+    for file in files:
+        written(agcl.place / file, [ROW] * 9)
+    assert agcl("init", model_folder, files[0], "--output", "one.yaml") == (cli.OK, [])
+    # The name of a run is text, also if it looks like a number.
+    assert loading.load(agcl.place / "one.yaml").name == ("2024" if start == "2024" else "run")
+    assert agcl("init", model_folder, *files) == (cli.OK, [])
+    config = loading.load(agcl.place / "config.yaml")
+    assert [task.train for task in config.tasks.sequence] == [agcl.place / file for file in files]
+
+
+def test_the_name_of_a_run_leaves_room_where_the_tasks_names_are_long():
+    assert len(init._run_name(["a" * 100, "b" * 100])) == 80
