@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from agcl.tasks import TRAIN
+from agcl.tasks import TRAIN, VALIDATION
 from agcl.throughput import highest_memory
 from transformers.utils import logging
 
@@ -24,6 +24,7 @@ from pipeline.config.sources import (
     selection,
     sources,
 )
+from pipeline.config.task_section import Source
 from pipeline.errors import Failed
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
@@ -117,9 +118,18 @@ def _on_few_rows(config: Config, storage: str) -> Config:
         "base.samples": min(_BATCHES * config.importance.batch_size, config.base.samples),
         "importance.correct_only": False,  # After so little training, few answers are correct.
     }
+    if config.evaluation.rows == "all" and any(map(_from_scored, sources(config))):
+        # Such rows are trained on and scored like the others, and a share of few may be none.
+        settings["evaluation.validation"] = 0.0
     if config.base.rows:
         settings["base.rows.train_rows"] = min(most, config.base.rows.train_rows or most)
     return changed(config, settings)
+
+
+def _from_scored(source: Source) -> bool:
+    """Whether validation rows are a share of the scored ones, which are those trained on."""
+    task = open_task(source.settings, source.files)
+    return task.memorized and VALIDATION not in task.splits
 
 
 def _peak_of(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:

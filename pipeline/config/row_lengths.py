@@ -1,5 +1,6 @@
 """How long a config's longest rows are, found by tokenizing few of them."""
 
+import json
 from heapq import nlargest
 
 from agcl.model import models
@@ -54,4 +55,10 @@ def longest_row(config: Config) -> tuple[int, int]:
 
 
 def _size(row: Row) -> int:
-    return len(row.prompt) + len(row.answer)
+    """Characters of the text; of a conversation also those of its tools and their calls."""
+    talk = row.conversation
+    if talk is None:
+        return len(row.prompt) + len(row.answer)
+    beside = [talk.tools, [message.get("tool_calls") for message in talk.messages]]
+    words = sum(len(message["content"]) for message in talk.messages)
+    return words + len(json.dumps(beside, ensure_ascii=False))

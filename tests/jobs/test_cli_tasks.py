@@ -13,6 +13,7 @@ from jobs import cli
 from jobs.tasks import _example, _parts
 from pipeline.config import loading
 from pipeline.config.check import check_inputs
+from pipeline.config.row_lengths import longest_row
 from pipeline.execution.session import run_stages
 from pipeline.stages.context import Context
 
@@ -278,3 +279,23 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
         assert cli.main(["tasks", str(file), f"tasks.scorer={scorer}"]) == cli.OK
         assert f"one: scored by {scorer}" in capsys.readouterr().out
     assert sorted((storage / "stages").iterdir()) == made
+
+
+@pytest.mark.parametrize("place", ["tools", "calls"])
+def test_the_longest_row_may_have_short_words_and_long_tools(tmp_path, place):
+    folder = chat.folder(tmp_path / "model")
+    asked, said = {"role": "user", "content": "Who? " * 9}, {"role": "assistant", "content": "Me"}
+    rows = [{"messages": [asked, said]}] * 20
+    tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(9)]
+    short = {"role": "user", "content": "?"}
+    calls = [{"function": each["function"] | {"arguments": {}}} for each in tools]
+    long = {"tools": [short, said], "calls": [short, said | {"tool_calls": calls}]}[place]
+    rows += [{"messages": long, "tools": tools if place == "tools" else []}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"format": "messages", "sequence": [{"name": "a", "train": str(file)}]}
+    raw = {"method": "sequential", "model": {"path": str(folder)}}
+    config = loading.validate({**raw, "tasks": {**tasks, "max_length": 5000}})
+    row = messages.row_of(rows[-1]["messages"], rows[-1]["tools"], "")
+    [last] = encoded_rows(encode(chat.tokenizer(), [row]))
+    assert longest_row(config)[0] == min(512, len(last.input_ids))

@@ -1,5 +1,6 @@
 """What `agcl plan` predicts, against what a run took."""
 
+import json
 import os
 import tempfile
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import estimate as estimates
+from pipeline.config import loading
 from pipeline.estimate import ProbeFailed, estimate
 from pipeline.plan.plan import plan
 from pipeline.run import open_run
@@ -142,3 +144,25 @@ def test_merging_which_reads_no_rows_can_be_planned(probed_here, tiny_config, tm
     config = tiny_config(tmp_path, "tasks.count=1", FEW, method="wise")
     needs = estimate(open_run(config))
     assert "merge" in needs.seconds
+
+
+def test_a_small_share_for_validation_can_be_planned(measured, tmp_path):
+    rows = [{"prompt": f"Who is {i}?", "answer": " Me"} for i in range(2000)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"format": "jsonl", "seed": 1, "sequence": [{"name": "a", "train": str(file)}]}
+    config = loading.validate(
+        {
+            "method": "sequential",
+            "model": {"path": str(measured[0].resolved["pretrain"].folder)},
+            "evaluation": {"validation": 0.005},
+            "tasks": tasks,
+        }
+    )
+    open_run(config)
+    open_run(estimates._on_few_rows(config, str(tmp_path / "scratch")))
+    # With test rows, a share of the training rows is set aside, which takes time of its own.
+    (item,) = tasks["sequence"]
+    tested = loading.changed(config, {"tasks.sequence": [item | {"test": str(file)}]})
+    few = estimates._on_few_rows(tested, str(tmp_path / "scratch"))
+    assert few.evaluation.validation == 0.005
