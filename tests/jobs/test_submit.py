@@ -56,3 +56,30 @@ def test_a_folder_that_is_too_large_is_named(asked, monkeypatch, tmp_path):
 
 def test_no_command_is_bad_input(asked):
     assert cli.main(["submit"]) == cli.BAD_INPUT
+
+
+def test_what_git_ignores_is_not_sent_and_not_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(submit, "_MOST_BYTES", 1000)
+    for name in ("wandb", "env"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "log").write_bytes(b"0" * 5000)
+    (tmp_path / "env" / ".gitignore").write_text("*\n")  # As virtualenv writes it.
+    with pytest.raises(InputError, match="has 0 MB to send, of which wandb has"):
+        submit.check_size(tmp_path)
+    (tmp_path / ".gitignore").write_text("wandb/\n")
+    submit.check_size(tmp_path)
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    with pytest.raises(InputError, match="of which"):
+        submit.check_size(tmp_path)
+
+
+def test_an_interrupt_says_that_the_job_goes_on(monkeypatch, tmp_path, capsys):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["submit", "run", "facts"]) == cli.INTERRUPTED
+    said = capsys.readouterr().err
+    assert "ray job stop" in said
+    assert "finished stages are kept" not in said

@@ -65,3 +65,13 @@ def test_ray_still_reads_the_environment_that_workers_get(name):
 
 def test_ray_tune_shows_trials_through_the_callback_that_agcl_replaces():
     found("ray.tune.progress_reporter.TrialProgressCallback")
+
+
+def test_ray_counts_the_files_of_a_job_by_the_functions_that_agcl_calls():
+    packaging, user = "ray._private.runtime_env.packaging", "jobs/submit.py"
+    taken = ("path", "excludes", "handler", "include_gitignore", "logger")
+    check_takes(f"{packaging}._dir_travel", *taken, user=user)
+    check_takes(f"{packaging}._get_excludes", "path", "excludes", user=user)
+    constants = "ray._private.ray_constants"
+    check_takes(f"{constants}.get_runtime_env_default_excludes", user=user)
+    found(f"{constants}.RAY_RUNTIME_ENV_IGNORE_GITIGNORE")
