@@ -109,25 +109,42 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
 def _check(parsed: argparse.Namespace) -> None:
     """Find typing errors in the config before the imports of a command, which take seconds."""
     from agcl.errors import InputError
-    from pipeline.config import loading, sources
     from pipeline.config.presets import METHODS, no_method
 
     bundled = _CONFIGS / f"{parsed.config}.yaml"
-    if not parsed.config.exists() and bundled.is_file():
+    if not parsed.config.is_file() and bundled.is_file():
         parsed.config = bundled
     methods: list[str | None] = [None]
     if "methods" in parsed:
         named = list(METHODS) if parsed.methods == "all" else parsed.methods.split(",")
         parsed.methods = methods = [*named]
+        if any(setting.startswith("method=") for setting in parsed.settings):
+            raise InputError("method: the methods to compare are those of --methods")
         for index, method in enumerate(named):
             if method not in METHODS:
                 raise InputError(f"--methods: {no_method(method)}")
             if method in named[:index]:
                 raise InputError(f"--methods: {method} is named twice")
-    for method in methods:
-        sources.check_places(loading.load(parsed.config, parsed.settings, method=method))
+    _check_config(parsed, methods)
     if sys.stderr.isatty():  # The imports, and then a look at all rows, take seconds.
         print("checking config, model and data ...", file=sys.stderr, flush=True)
+
+
+def _check_config(parsed: argparse.Namespace, methods: Sequence[str | None]) -> None:
+    """Check the config with every method; say which one an error is about, if not about all."""
+    from agcl.errors import InputError
+    from pipeline.config import loading, sources
+
+    wrong: dict[str | None, str] = {}
+    for method in methods:
+        try:
+            sources.check_places(loading.load(parsed.config, parsed.settings, method=method))
+        except InputError as error:
+            wrong[method] = str(error)
+    for method, said in wrong.items():
+        if len(wrong) == len(methods) and len(set(wrong.values())) == 1:
+            raise InputError(said)
+        raise InputError(f"--methods: with {method}, {said}")
 
 
 def _say(code: int, message: str) -> int:
@@ -145,6 +162,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agcl",
+        allow_abbrev=False,  # `--seed 42` would be 42 seeds.
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -238,7 +256,11 @@ def _parser() -> argparse.ArgumentParser:
         "command", nargs=argparse.REMAINDER, help="such as: run facts resources.num_workers=2"
     )
     sub = _add(commands, "ui", "start the MLflow UI on loopback")
-    sub.add_argument("--storage", type=Path, default=Path("storage"), help="(default: storage)")
+    sub.add_argument(
+        "--storage",
+        default=os.environ.get("AGCL_STORAGE", "storage"),
+        help="folder of the runs (default: the environment's AGCL_STORAGE, otherwise storage)",
+    )
     sub.add_argument("--port", type=int, default=5000, help="(default: 5000)")
     sub.add_argument("--verbose", action="store_true", help="show all that MLflow's server logs")
     return parser
@@ -248,6 +270,7 @@ def _add(commands: Any, name: str, text: str, *, config: bool = False) -> argpar
     """Add the command whose `main` is in the module of its name."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
+        allow_abbrev=False,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=_EPILOG if config else None,

@@ -42,6 +42,14 @@ _OF_OTHERS = {
     "report_to": "tracking.report_to",
 }
 """What transformers, PEFT and TRL call our settings."""
+_KIND_AT = {
+    "tasks": (1, "format"),
+    "protect": (2, "kind"),
+    "base": (2, "format"),
+    "search": (3, "type"),
+}
+"""Where pydantic inserts the chosen kind into the path of an error, and the key that chooses it:
+after `tasks`, after an item of `protect`, after `base.rows` and after a key of `search.space`."""
 _KINDS = ("kind", "format")
 """Keys that decide which other keys a section has."""
 
@@ -101,11 +109,22 @@ def validate(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        errors = error.errors()
+        found = error.errors()
+        wrong = {each["loc"] for each in found}
+        # A list whose items are wrong is also too short for pydantic, as if it had none.
+        errors = [
+            each
+            for each in found
+            if each["type"] != "too_short" or not any(_inside(loc, each["loc"]) for loc in wrong)
+        ]
         said = [_explain(each) for each in errors[:_MOST_ERRORS]]
         if len(errors) > _MOST_ERRORS:
             said.append(f"and {len(errors) - _MOST_ERRORS} more")
         raise InputError(masked("; ".join(said))) from None
+
+
+def _inside(key: tuple[Any, ...], section: tuple[Any, ...]) -> bool:
+    return len(key) > len(section) and key[: len(section)] == section
 
 
 def changed(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -221,12 +240,8 @@ def _place(node: dict[str, Any] | list[Any], part: str, key: str, absent: Any = 
 
 def _explain(error: Any) -> str:
     """One pydantic error as `key.path: what is wrong`."""
-    # pydantic inserts the chosen kind into the path: after `tasks`, after an item of `protect`, and
-    # after a key of `search.space`.
     where = error["loc"]
-    kind_at = (
-        {"tasks": 1, "protect": 2, "base": 2, "search": 3}.get(str(where[0])) if where else None
-    )
+    kind_at, chooser = _KIND_AT.get(str(where[0]), (None, "")) if where else (None, "")
     parts = [str(part)[:100] for index, part in enumerate(where) if index != kind_at]
     key = ".".join(parts)
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -235,7 +250,11 @@ def _explain(error: Any) -> str:
         return f"{key}.{kind}: must be one of {', '.join(_choices(kind))}{given}"
     if error["type"] == "extra_forbidden":
         meant = _OF_OTHERS.get(parts[-1]) or _closest(parts)
-        return f"{key}: unknown key" + (f" (did you mean {meant!r}?)" if meant else "")
+        if meant != parts[-1]:
+            return f"{key}: unknown key" + (f" (did you mean {meant!r}?)" if meant else "")
+        # A key of another section, or of another kind of this one.
+        of_kind = f" for {chooser} {where[kind_at]}" if kind_at and kind_at < len(where) - 1 else ""
+        return f"{key}: unknown key{of_kind}"
     message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     if error["type"] == "value_error":
         # The messages of our own validators begin with the field's name.

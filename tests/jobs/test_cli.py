@@ -630,3 +630,40 @@ def test_the_recorded_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr("jobs.methods.main", lambda parsed, command: seen.append(command))
     cli.main(["methods", "a b"])
     assert seen == ["agcl methods 'a b'"]
+
+
+def test_options_are_not_abbreviated(agcl):
+    with pytest.raises(SystemExit) as ended:
+        agcl("compare", "facts", "--seed", "42")
+    assert ended.value.code == cli.BAD_INPUT
+
+
+def test_a_comparison_takes_no_method_as_a_setting(agcl):
+    code, (line,) = agcl("compare", "facts", "method=lora")
+    assert code == cli.BAD_INPUT
+    assert line == "agcl: method: the methods to compare are those of --methods"
+
+
+@pytest.mark.parametrize("energy", ["0.7", "1.5"])
+def test_a_setting_that_only_one_method_takes_is_named_with_the_other(agcl, energy):
+    """With 1.5 both methods are wrong, each for a reason of its own."""
+    code, (line,) = agcl("compare", "facts", f"protect.0.energy={energy}")
+    assert code == cli.BAD_INPUT
+    assert line.startswith("agcl: --methods: with sequential, protect.0.kind: must be one of")
+
+
+def test_a_folder_called_like_a_bundled_config_does_not_hide_it(agcl):
+    (agcl.place / "facts").mkdir()
+    code, (line,) = agcl("run", "facts", "training.epochs=0")
+    assert code == cli.BAD_INPUT
+    assert line.startswith("agcl: training.epochs: ")
+
+
+def test_the_ui_shows_the_storage_of_the_environment(agcl, monkeypatch):
+    monkeypatch.setenv("AGCL_STORAGE", "/mnt/agcl")
+    said = "agcl: --storage: no MLflow database in "
+    assert agcl("ui") == (cli.BAD_INPUT, [f"{said}/mnt/agcl"])
+    assert agcl("ui", "--storage", "other") == (cli.BAD_INPUT, [f"{said}{agcl.place / 'other'}"])
+    monkeypatch.setenv("AGCL_STORAGE", "s3://bucket/prefix")
+    code, (line,) = agcl("ui")
+    assert (code, "MLFLOW_TRACKING_URI" in line) == (cli.BAD_INPUT, True)

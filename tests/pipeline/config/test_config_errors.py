@@ -374,3 +374,27 @@ def test_a_gate_of_fresh_factors_is_refused(problem):
 def test_more_energy_than_is_stored_is_named(problem, tmp_path, overrides, key):
     assert f"{key} is more than importance.keep=" in problem("method: agcl", *overrides)
     assert loading.load(tmp_path / "config.yaml", [*overrides, "importance.keep=1"])
+
+
+def test_one_wrong_task_is_one_error(problem):
+    said = "tasks.sequence.0.trian: unknown key (did you mean 'train'?)"
+    assert problem("tasks: {format: jsonl, sequence: [{name: a, trian: x}]}") == said
+    assert "at least 1 item" in problem("tasks: {format: jsonl, sequence: []}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "tasks: {sequence: [{name: a, train: x}]}",
+            "tasks.sequence: unknown key for format facts",
+        ),
+        (
+            "protect: [{kind: gate, energy: 0.5}]",
+            "protect.0.energy: unknown key for kind gate",
+        ),
+        ("training: {rank: 2}", "training.rank: unknown key"),
+    ],
+)
+def test_a_key_of_another_kind_is_not_suggested_for_itself(problem, text, said):
+    assert problem(text) == said
