@@ -27,6 +27,8 @@ from pipeline.tracking.mirrored_run import MirroredRun
 
 _SECONDS_BETWEEN_SYNCS = 60.0
 _SECONDS_BETWEEN_BATCHES = 2.0
+_LARGEST_SHARE = 0.1
+"""Of a run's time, that attempts to reach MLflow may take."""
 
 
 class Mirror:
@@ -34,8 +36,8 @@ class Mirror:
 
     A context manager, to be entered before runs are added; an exception closes what is open as
     FAILED or KILLED. No method raises because MLflow fails: that prints one warning, and MLflow is
-    tried again every minute and by `sync(now=True)`. A run that MLflow refuses keeps no other from
-    being recorded.
+    tried again every minute, more rarely if an attempt takes long, and by `sync(now=True)`. A run
+    that MLflow refuses keeps no other from being recorded.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Mirror:
         self._synced = self._sent = time.monotonic()
         self._behind: dict[str, str] = {}
         """Why MLflow lacks something: by the label of a run that it refused, by "" if it failed."""
+        self._waited = 0.0
+        """Seconds that the last attempt to reach MLflow took, after a failure."""
         self._tracker: Tracker | None = None
         """None while MLflow is down."""
         try:
@@ -113,16 +117,22 @@ class Mirror:
     def sync(self, label: str | None = None, *, now: bool = False) -> None:
         """Record every finished stage of a run that MLflow does not know.
 
-        With `now`, or after a minute, do so for all runs, and reconnect first if MLflow was down.
+        With `now`, or after a while, do so for all runs, and reconnect first if MLflow was down.
         """
         labels = [label] if label in self._runs else []
         was_behind = bool(self._behind)
         with self._surviving():
-            if now or time.monotonic() - self._synced >= _SECONDS_BETWEEN_SYNCS:
+            pause = _SECONDS_BETWEEN_SYNCS
+            if not self._tracker:  # A server that is silent holds up the run at each attempt.
+                pause = max(pause, self._waited / _LARGEST_SHARE)
+            if now or time.monotonic() - self._synced >= pause:
                 self._synced, labels = time.monotonic(), list(self._runs)
                 if not self._tracker:
-                    self._connect()
-                    self._open_own()
+                    try:
+                        self._connect()
+                        self._open_own()
+                    finally:
+                        self._waited = time.monotonic() - self._synced
         for each in labels:
             with self._surviving(each):
                 if self._tracker:

@@ -366,6 +366,22 @@ def test_a_silent_server_is_one_warning_within_seconds(replay):
     assert "secret" not in line
 
 
+def test_a_server_that_takes_connections_and_is_silent_is_tried_seldom(replay, monkeypatch):
+    """Each attempt holds up the run."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(sync, "_SECONDS_BETWEEN_SYNCS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        replay.use(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        mirror = replay.mirror()
+        mirror.sync(now=True)
+        started = time.monotonic()
+        for _ in range(5):
+            mirror.sync()
+        assert time.monotonic() - started < 1
+    assert len(replay.said()) == 1
+
+
 @pytest.mark.parametrize("uri", ["magic://here", "nowhere:5000"])
 def test_a_bad_uri_ends_before_any_work(tiny_config, tmp_path, uri):
     config = tiny_config(tmp_path / "storage", f"tracking.uri={uri}")
