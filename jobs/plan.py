@@ -42,11 +42,11 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     width = max(len(stage.name) for stage in run.plan.stages)
     num_done = 0
     for stage in run.plan.stages:
-        work = run.resolved[stage.name]
-        done = work.is_complete()
+        resolved = run.resolved[stage.name]
+        done = resolved.is_complete()
         num_done += done
         state = "[green]done  [/]" if done else "to run"
-        place = f"[dim]{escape(work.place)}[/]"
+        place = f"[dim]{escape(resolved.place)}[/]"
         console.print(f"  {state}  {escape(f'{stage.name:{width}}')}  {place}")
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     if given is None and (slow := slow_here(run.config)):

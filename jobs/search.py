@@ -16,6 +16,7 @@ from pipeline.config import loading
 from pipeline.config.search import Choice, Dimension
 from pipeline.config.weights import slow_here
 from pipeline.errors import Failed
+from pipeline.execution.progress import duration
 from pipeline.results.run_folder import TRIALS_FILE
 from pipeline.run import REPORT_FILE
 from pipeline.search.engine import Observe
@@ -133,8 +134,7 @@ class TrialTable:
             parts.append(f"best {so_far.last.average:.3f} (trial {so_far.number})")
         if done:
             left = (time.monotonic() - self.began) / done * (self.num_trials - done)
-            minutes, seconds = divmod(round(left), 60)
-            parts.append(f"about {minutes}:{seconds:02} left")
+            parts.append(f"about {duration(left)} left")
         return ", ".join(parts)
 
 

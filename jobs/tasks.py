@@ -16,6 +16,7 @@ from pipeline.config import loading
 from pipeline.results.results import left_out
 from pipeline.results.run_folder import summaries
 from pipeline.run import open_run, prepare_tasks
+from pipeline.stages.files import rows_file
 
 _LONGEST = 600
 """Characters of a prompt that are shown."""
@@ -46,10 +47,10 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     if "tokenizer" in run.resolved:
         run.resolved["tokenizer"].fetch()
     for task in run.plan.tasks:
-        work = run.resolved[f"prepare/{task}"]
-        work.fetch()
-        tokenizer = models.load_tokenizer(work.inputs["tokenizer"])
-        rows = EncodedRows(work.folder / f"{TRAIN}.arrow")
+        resolved = run.resolved[f"prepare/{task}"]
+        resolved.fetch()
+        tokenizer = models.load_tokenizer(resolved.inputs["tokenizer"])
+        rows = EncodedRows(resolved.folder / rows_file(TRAIN))
         scorer = run.plan.scorers[task]
         console.print(
             f"[bold]{escape(task)}[/]: scored by {escape(scorer)}; the loss counts between » and «"

@@ -27,7 +27,7 @@ from reference.record import check_whole
 
 from pipeline.config import loading
 from pipeline.run import open_run
-from pipeline.tracking.client import default_uri
+from pipeline.storage.storage import default_uri
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

@@ -21,7 +21,7 @@ from agcl.parallel import distributed, sharding
 _KIND = "checkpoint part"
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """What a part holds of a tensor."""
 
     first: int
@@ -45,7 +45,7 @@ def write(part: Path, tensors: Mapping[str, Tensor], stamp: Mapping[str, Any]) -
     tensor_file.write(part, own, _KIND, {**stamp, "first_rows": first})
 
 
-def layouts(parts: list[Path], stamp: Mapping[str, Any]) -> list[dict[str, Rows]] | None:
+def layouts(parts: list[Path], stamp: Mapping[str, Any]) -> list[dict[str, RowRange]] | None:
     """What each part holds, on every rank; None if one is missing, damaged or of another write.
 
     Collective: call on every rank; each verifies its share of the parts.
@@ -65,9 +65,9 @@ def download(parts: list[Path], fetch: Callable[[Path], object], *, again: bool)
             fetch(part)
 
 
-def are_whole(layouts: list[dict[str, Rows]], shapes: Mapping[str, torch.Size]) -> bool:
+def are_whole(layouts: list[dict[str, RowRange]], shapes: Mapping[str, torch.Size]) -> bool:
     """Whether the parts' rows make up tensors of these shapes, each row once."""
-    pieces: dict[str, list[Rows]] = defaultdict(list)
+    pieces: dict[str, list[RowRange]] = defaultdict(list)
     for layout in layouts:
         for key, rows in layout.items():
             pieces[key].append(rows)
@@ -78,7 +78,7 @@ def are_whole(layouts: list[dict[str, Rows]], shapes: Mapping[str, torch.Size]) 
 
 def load(
     parts: list[Path],
-    layouts: list[dict[str, Rows]],
+    layouts: list[dict[str, RowRange]],
     target_of: Callable[[str, torch.dtype], Tensor],
 ) -> None:
     """Copy the parts' rows into the tensors that `target_of` gives for a key and dtype.
@@ -100,7 +100,7 @@ def _shared_out(parts: list[Path]) -> dict[int, Path]:
     return dict(list(enumerate(parts))[distributed.rank() :: distributed.world_size()])
 
 
-def _layout(part: Path, stamp: Mapping[str, Any]) -> dict[str, Rows] | None:
+def _layout(part: Path, stamp: Mapping[str, Any]) -> dict[str, RowRange] | None:
     try:
         tensor_file.verify(part, _KIND)
         stored, header = tensor_file.open_file(part, _KIND)
@@ -114,10 +114,10 @@ def _layout(part: Path, stamp: Mapping[str, Any]) -> dict[str, Rows] | None:
         if first.keys() != set(keys) or not all(type(row) is int for row in first.values()):
             return None
         tensors = ((key, stored.get_tensor(key)) for key in keys)
-        return {key: Rows(first[key], tuple(t.shape), t.dtype) for key, t in tensors}
+        return {key: RowRange(first[key], tuple(t.shape), t.dtype) for key, t in tensors}
 
 
-def _tile(pieces: list[Rows], shape: torch.Size) -> bool:
+def _tile(pieces: list[RowRange], shape: torch.Size) -> bool:
     end = 0
     for piece in sorted(pieces):
         if piece.first != end or piece.shape[1:] != shape[1:]:

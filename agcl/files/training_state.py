@@ -26,7 +26,7 @@ def held(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[s
 def fits(
     parameters: Mapping[str, nn.Parameter],
     layout: Mapping[str, Any],
-    layouts: list[dict[str, shards.Rows]],
+    layouts: list[dict[str, shards.RowRange]],
 ) -> bool:
     """Whether file and parts hold something of exactly these parameters, and every row of it."""
     split = {key for each in layouts for key in each}

@@ -26,6 +26,8 @@ from agcl.lrp import attributed_linears, stored_transposed
 from agcl.parallel import sharding
 
 _ADAPTER = "default"
+PREFIX, FACTOR_A = "base_model.model.", ".lora_A.weight"
+"""Of the keys in an adapter's file, around a layer's name."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

@@ -36,7 +36,6 @@ from agcl.model import adapter
 from agcl.model.forward import any_dtype_attention
 from agcl.parallel import sharding
 
-_PREFIX = "base_model.model."
 Factors = dict[str, Tensor]
 """A and B of every layer, by their keys in an adapter's file."""
 
@@ -74,8 +73,10 @@ def decompose(
         eigens = cast(CordaEigens, linear.eigens)
         del linear.eigens
         size = (eigens.S_WC * (rank / alpha)).sqrt()
-        found[f"{_PREFIX}{name}.lora_A.weight"] = (eigens.V_WC * size).T.contiguous().cpu()
-        found[f"{_PREFIX}{name}.lora_B.weight"] = (eigens.U_WC * size).contiguous().cpu()
+        found[f"{adapter.PREFIX}{name}{adapter.FACTOR_A}"] = (
+            (eigens.V_WC * size).T.contiguous().cpu()
+        )
+        found[f"{adapter.PREFIX}{name}.lora_B.weight"] = (eigens.U_WC * size).contiguous().cpu()
     return found
 
 
@@ -174,4 +175,4 @@ def write(
 
 
 def _is_a(key: str) -> bool:
-    return key.endswith(".lora_A.weight")
+    return key.endswith(adapter.FACTOR_A)

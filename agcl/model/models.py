@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from agcl.files.pointers import check_pulled
 from agcl.lrp.families import family_named
 from agcl.parallel import distributed, sharding
@@ -145,7 +145,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers and tokenizers raise anything.
-        raise InputError(f"no readable tokenizer in {folder} ({_line(error)})") from None
+        raise InputError(f"no readable tokenizer in {folder} ({one_line(error, 200)})") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in {folder} has no end-of-sequence token")
     template = tokenizer.chat_template
@@ -226,7 +226,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> PreTrainedTokenizerBa
     try:
         embedded = empty_model(folder).get_input_embeddings().num_embeddings
     except Exception as error:  # A malformed value can make transformers raise anything.
-        reason = _line(error)
+        reason = one_line(error, 200)
         raise InputError(f"cannot build a model from {folder}/config.json ({reason})") from None
     if weights or has_weights(folder):
         _check_weights(folder)
@@ -291,11 +291,7 @@ def _check_weights(folder: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # A damaged file can make transformers raise anything.
-        raise InputError(f"cannot read the weights in {folder} ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise InputError(f"cannot read the weights in {folder} ({one_line(error, 200)})") from None
 
 
 def config_of(folder: Path) -> PretrainedConfig:

@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agcl.importance import Importance
-from agcl.model.adapter import WEIGHTS, factor_a
+from agcl.model.adapter import FACTOR_A, PREFIX, WEIGHTS, factor_a
 from agcl.modulation.projection import projected_part
-
-_PREFIX, _FACTOR_A = "base_model.model.", ".lora_A.weight"
 
 
 @torch.no_grad()
@@ -37,8 +35,8 @@ def directions(folders: Sequence[Path]) -> dict[str, Tensor]:
     factors: dict[str, list[Tensor]] = {}
     for folder in folders:
         for key, tensor in load_file(folder / WEIGHTS).items():
-            if key.endswith(_FACTOR_A):
-                name = key.removeprefix(_PREFIX).removesuffix(_FACTOR_A) + ".weight"
+            if key.endswith(FACTOR_A):
+                name = key.removeprefix(PREFIX).removesuffix(FACTOR_A) + ".weight"
                 factors.setdefault(name, []).append(tensor)
     return {name: torch.cat(parts) for name, parts in factors.items()}
 

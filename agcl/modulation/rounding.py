@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Rounding = Literal["nearest", "stochastic"]
-_BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**22
 _KEPT = -(2**16)
 """Mask of the bits of a float32 that bfloat16 has."""
 
@@ -24,7 +24,7 @@ def block_rows(shape: torch.Size) -> int:
 
     Many rows are a multiple of 256, so that blocks of `eight_bit` end where they do.
     """
-    rows = max(1, _BLOCK_ENTRIES // max(1, shape[1:].numel()))
+    rows = max(1, BLOCK_ENTRIES // max(1, shape[1:].numel()))
     return rows - rows % 256 if rows > 256 else rows
 
 

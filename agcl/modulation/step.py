@@ -14,7 +14,7 @@ from agcl.modulation.rounding import block_rows
 from agcl.parallel.sharding import first_row, local, placed_like, replicated_like
 
 _LEVELS = 255
-_CHUNK_ENTRIES = 2**24
+CHUNK_ENTRIES = 2**24
 """Approximate number of weights per chunk on a GPU; a float32 copy takes 64 MB."""
 
 
@@ -107,15 +107,13 @@ class StepProtection:
 
     def shares(self, pieces: list[Piece], values: list[Tensor]) -> list[Tensor]:
         """The shares of a chunk's steps that its gates undo; empty for a chunk without gates."""
-        gated = [(piece, v) for piece, v in zip(pieces, values, strict=True) if self._holds(piece)]
+        pairs = zip(pieces, values, strict=True)
+        gated = [(piece, value) for piece, value in pairs if piece.parameter in self.held]
         kept = [piece.of(self.held[piece.parameter]) for piece, _ in gated]
         shares = copies(kept, like=[value for _, value in gated])
         if shares:
             torch._foreach_div_(shares, _LEVELS)
         return shares
-
-    def _holds(self, piece: Piece) -> bool:
-        return piece.parameter in self.held
 
     def restrict(self, pieces: list[Piece], values: list[Tensor], before: list[Tensor]) -> None:
         """Restrict the finished steps of a chunk, in place: the gates first, then the bases.
@@ -190,7 +188,7 @@ def _protectable(
 
 
 def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Chunks of about `_CHUNK_ENTRIES` weights on a GPU, single pieces on a CPU."""
+    """Chunks of about `CHUNK_ENTRIES` weights on a GPU, single pieces on a CPU."""
     # On a GPU kernel launches dominate, so many pieces are stepped at once. Chunks bound the
     # extra memory of a step: copies of the chunk's weights and gates.
     chunk: list[Piece] = []
@@ -198,7 +196,7 @@ def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         chunk.append(piece)
         entries += piece.of(piece.parameter).numel()
-        if not piece.parameter.is_cuda or entries >= _CHUNK_ENTRIES:
+        if not piece.parameter.is_cuda or entries >= CHUNK_ENTRIES:
             yield chunk
             chunk, entries = [], 0
     if chunk:

@@ -16,7 +16,7 @@ from agcl.tasks.batches import Batch, answer_places, answer_tokens, by_length, c
 
 _WINDOW_TOKENS = 512
 """Tokens per window of a text."""
-_PASS_TOKENS, _PASS_ANSWERS, _LOGITS_TOKENS = 2048, 512, 128
+PASS_TOKENS, PASS_ANSWERS, LOGITS_TOKENS = 2048, 512, 128
 """Limits for text losses and divergences: tokens and answer tokens per forward pass, and tokens
 whose logits are compared at a time. A row above a limit gets a separate pass."""
 
@@ -140,7 +140,7 @@ def _means(
         loss, kl = totals[:, number]
         expected = answer_tokens(batch)
         # A few tokens at a time: copies of all logits in float32 would be the largest tensors.
-        for part in torch.arange(len(expected), device=expected.device).split(_LOGITS_TOKENS):
+        for part in torch.arange(len(expected), device=expected.device).split(LOGITS_TOKENS):
             chances = logits[part].float().log_softmax(-1)
             loss -= chances.gather(-1, expected[part, None]).double().sum()
             if of_base is not None:
@@ -163,7 +163,7 @@ def _small(lengths: Sequence[int], answer_lengths: Sequence[int]) -> list[list[i
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         answers += answer_lengths[i]
         tokens = lengths[i] * (len(batches[-1]) + 1 if batches else 1)
-        if not batches or answers > _PASS_ANSWERS or tokens > _PASS_TOKENS:
+        if not batches or answers > PASS_ANSWERS or tokens > PASS_TOKENS:
             batches.append([])
             answers = answer_lengths[i]
         batches[-1].append(i)

@@ -72,7 +72,7 @@ def _lines(lengths: Sequence[int]) -> list[list[int]]:
 
 def _pad(lines: Sequence[Sequence[Encoded]]) -> Batch:
     """Pad lines of rows to the longest line."""
-    lengths = [_num_tokens(line) for line in lines]
+    lengths = [sum(len(row.input_ids) for row in line) for line in lines]
     input_ids = torch.zeros(len(lines), max(lengths), dtype=torch.long)
     labels, position_ids = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
     for i, line in enumerate(lines):
@@ -86,10 +86,6 @@ def _pad(lines: Sequence[Sequence[Encoded]]) -> Batch:
             position_ids[i, start:end] = torch.arange(len(row.input_ids))
             start = end
     return Batch(input_ids, labels, torch.tensor(lengths), position_ids)
-
-
-def _num_tokens(rows: Sequence[Encoded]) -> int:
-    return sum(len(row.input_ids) for row in rows)
 
 
 def answer_places(batch: Batch) -> Tensor:

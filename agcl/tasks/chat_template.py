@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from agcl.tasks.task import Conversation
 
 if TYPE_CHECKING:
@@ -233,8 +233,8 @@ def _render(
         text = _apply(template.tokenizer, messages, tools=tools, add_generation_prompt=prompt)
         return text if prompt else text.removesuffix(template.closing)
     except Exception as error:  # The template's own words, or any of Jinja's.
-        reason = " ".join(str(error).split())[:200]
-        raise _error(template, conversation, f"cannot render the messages: {reason}") from None
+        reason = f"cannot render the messages: {one_line(error, 200)}"
+        raise _error(template, conversation, reason) from None
 
 
 def _apply(

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from agcl.tasks import records
 from agcl.tasks.layouts import task_of_records
 from agcl.tasks.records import Records
@@ -171,4 +171,4 @@ def _part(splits: Splits, wanted: str) -> Records:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300) or type(error).__name__

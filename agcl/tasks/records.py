@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 
 JSON, PARQUET, CSV = "jsonl", "parquet", "csv"
 FORMATS = (JSON, PARQUET, CSV)
@@ -255,7 +255,7 @@ def kind(value: Any) -> str:
 
 def _reason(error: Exception) -> str:
     message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return " ".join(message.split())[:200]
+    return one_line(message, 200)
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {

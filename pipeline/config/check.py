@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.config import hub
-from pipeline.config.check_data import check_data, named
+from pipeline.config.check_data import at_key, check_data
 from pipeline.config.config import Config
 from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
 
@@ -44,7 +44,7 @@ def check_inputs(config: Config, *, weights: bool = True, devices: bool = True) 
         linears = attributed_linears(models.empty_model(config.model.folder))
         kinds = {item.kind for item in config.measured}
         for file in config.importance.past:
-            with named("importance.past"):
+            with at_key("importance.past"):
                 check_pulled(file)
             check_file(
                 file,
@@ -148,7 +148,7 @@ def _check_model_as_of(
 ) -> None:
     """Cached until a file changes: a search checks its base model in every trial."""
     logging.disable_progress_bar()
-    with named("model.path"):
+    with at_key("model.path"):
         tokenizer = models.check_folder(folder, weights=weights)
     if not chat:
         return

@@ -29,6 +29,7 @@ from agcl.tasks.messages import kinds_of_turns
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.config import Config
+from pipeline.config.row_lengths import max_length
 from pipeline.config.sources import (
     base_rows,
     held_out_sources,
@@ -55,7 +56,7 @@ def check_data(config: Config) -> None:
 
 
 @contextmanager
-def named(key: str) -> Iterator[None]:
+def at_key(key: str) -> Iterator[None]:
     """Put the config key before the message of an `InputError`."""
     try:
         yield
@@ -85,7 +86,7 @@ def _open_tasks(config: Config) -> list[Task]:
 def _open_task(config: Config, source: Source, section: str) -> Task:
     """A task whose rows were checked."""
     for path in source.files.values():
-        with named(f"{section}.sequence (task {source.name})"):
+        with at_key(f"{section}.sequence (task {source.name})"):
             check_pulled(path)
     chosen = selection(config, source)
     task = open_task(source.settings, source.files, chosen)
@@ -106,9 +107,8 @@ def _check_length(config: Config, task: Task, split: str, file: Path | None) -> 
     """Refuse a split in which no row fits the length limit; usually reads only a few rows."""
     if config.model.is_builtin or config.tasks.truncate == "left":
         return
-    positions = models.positions(config.model.folder)
-    limit = min(config.tasks.max_length, positions)
-    tokenizer, shortest = _tokenizer(config.model.folder), 0
+    limit, shortest = max_length(config), 0
+    tokenizer = _tokenizer(config.model.folder)
     rows = (row for row in task.splits[split]() if not is_empty(row))
     while block := list(islice(rows, _ROWS_AT_A_TIME)):
         encoded = encoded_rows(encode(tokenizer, block, chat=config.tasks.chat_template))
@@ -121,7 +121,7 @@ def _check_length(config: Config, task: Task, split: str, file: Path | None) -> 
         f"tokens, the shortest has {shortest}: "
         + (
             "tasks.truncate=left cuts prompts to what the model has positions for"
-            if limit == positions
+            if limit == models.positions(config.model.folder)
             else "raise tasks.max_length, or cut prompts with tasks.truncate=left"
         )
     )
@@ -184,7 +184,7 @@ def _check_evaluation(config: Config, tasks: list[Task]) -> None:
         if task.memorized and VALIDATION not in task.scored:
             _check_share(task, config.evaluation.validation)
     for probe in config.evaluation.probes:
-        with named("evaluation.probes"):
+        with at_key("evaluation.probes"):
             check_pulled(probe)
             probes.read(probe)
     if (file := config.evaluation.text) and not _has_text(file, "evaluation.text", whole=True):
@@ -209,7 +209,7 @@ def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:
 
     Raises `InputError` if it cannot be read as UTF-8 so far.
     """
-    with named(key):
+    with at_key(key):
         check_pulled(file)
     try:
         with file.open(encoding="utf-8") as text:
@@ -225,7 +225,7 @@ def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:
 
 def _check_base(config: Config) -> None:
     if config.base.protect == "text" and config.base.text:
-        with named("base.text"):
+        with at_key("base.text"):
             files = text_files(config.base.text)
         with_text = [_has_text(file, "base.text") for file in files]
         if not any(with_text):

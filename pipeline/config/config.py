@@ -78,6 +78,17 @@ class Config(Section):
         return self.base.protect != "none" and (bool(self.measured) or self.starts_from_corda)
 
     @property
+    def measures_solos(self) -> bool:
+        """Whether every task is also trained alone, to measure its importance."""
+        return bool(self.measured) and self.importance.source == "solo"
+
+    @property
+    def sums_moments(self) -> bool:
+        """Whether attribution keeps a running sum, since only moments of the sequence count."""
+        kinds = {item.kind for item in self.measured}
+        return kinds == {"project"} and not self.measures_solos
+
+    @property
     def starts_from_corda(self) -> bool:
         """Whether an adapter starts from a decomposition of the base model's weights."""
         return self.adapter is not None and self.adapter.init == "corda"

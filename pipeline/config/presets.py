@@ -40,7 +40,7 @@ _ENERGY = Knob("protect.0.energy", 0.5, 0.95, logarithmic=False)
 _ANCHOR = Knob("loss.strength", 1e-2, 1e2)
 
 
-def _gate(description: str, *, controls: tuple[str, ...] = (), **importance: Any) -> Method:
+def _gate(description: str, *, controls: tuple[str, ...], **importance: Any) -> Method:
     sections = {"importance": importance, "protect": [{"kind": "gate"}]}
     return Method(description, sections, _LOG_SCALE, controls)
 

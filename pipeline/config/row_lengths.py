@@ -18,6 +18,20 @@ _OF_TEMPLATE = 64
 """Tokens of a chat template around two turns, system message included; most have fewer."""
 
 
+def max_length(config: Config) -> int:
+    """Most tokens of a row: `tasks.max_length`, or fewer that the model has positions for."""
+    if config.model.is_builtin:
+        return config.tasks.max_length
+    return min(config.tasks.max_length, models.positions(config.model.folder))
+
+
+def base_tokens(config: Config) -> int:
+    """Tokens of each text that the base model is measured on, without its start token."""
+    if config.model.is_builtin:
+        return config.base.tokens
+    return min(config.base.tokens, models.positions(config.model.folder) - 1)
+
+
 def longest_of_base(config: Config) -> tuple[int, int] | None:
     """Tokens of the longest row that the base model is measured on, and of those with loss.
 
@@ -27,8 +41,7 @@ def longest_of_base(config: Config) -> tuple[int, int] | None:
         return None
     if given := base_rows(config):
         return longest_row(given)
-    most = models.positions(config.model.folder)
-    words = min(config.base.tokens, most - 1)  # A start token is before them.
+    most, words = models.positions(config.model.folder), base_tokens(config)
     if config.base.protect == "self" and models.load_tokenizer(config.model.folder).chat_template:
         return min(most, 2 * words + _OF_TEMPLATE), words  # A user's words and the answer.
     return words + 1, words
@@ -39,9 +52,7 @@ def longest_row(config: Config) -> tuple[int, int]:
 
     Of rows that fit in `tasks.max_length` and in the model, or were cut to it.
     """
-    folder = config.model.folder
-    tokenizer = models.load_tokenizer(folder)
-    most = min(config.tasks.max_length, models.positions(folder))
+    tokenizer, most = models.load_tokenizer(config.model.folder), max_length(config)
     tokens = answer = 1
     for source in sources(config):
         task = open_task(source.settings, source.files, selection(config, source))

@@ -4,6 +4,7 @@ import re
 from typing import Any, ClassVar
 
 import yaml
+from agcl.errors import one_line
 
 from pipeline.secrets import masked
 
@@ -68,5 +69,5 @@ def parse(text: str) -> Any:
             # Without the line itself, which PyYAML would quote: it may hold credentials.
             said = f"line {error.problem_mark.line + 1}: {error.problem}"
         else:
-            said = " ".join(str(error).split()) or type(error).__name__
+            said = one_line(error) or type(error).__name__
         raise ValueError(masked(said)) from None

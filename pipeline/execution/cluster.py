@@ -109,7 +109,7 @@ def _remedy(error: Exception) -> str:
     return f"; if this machine is busy, try again; the logs are in {logs}"
 
 
-def needs(resources: Resources) -> dict[str, float]:
+def worker_resources(resources: Resources) -> dict[str, float]:
     """Ray resources of one worker."""
     gpu = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
     return {"CPU": resources.cpus_per_worker, **gpu}
@@ -136,7 +136,7 @@ def nodes() -> list[Mapping[str, float]]:
 
 def side_by_side(resources: Resources, nodes: list[Mapping[str, float]]) -> int:
     """How many sessions fit on the nodes at a time. Raises `InputError` if none does."""
-    each = needs(resources)
+    each = worker_resources(resources)
     # Tolerate rounding errors: 1 // 0.1 is 9.
     room = [min(int(node.get(n, 0) / much + 1e-6) for n, much in each.items()) for node in nodes]
     if sum(room) >= resources.num_workers:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
+from agcl.errors import one_line
 
 from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
@@ -37,7 +38,7 @@ def explain(error: BaseException, stage: ResolvedStage) -> str:
         return f"no space left on device for {stage.folder}"
     if isinstance(error, StoreFailed):
         return str(error)
-    text = " ".join(str(error).split())
+    text = one_line(error)
     said = any(words in text for words in _NO_MEMORY)
     if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return f"out of memory: {LESS_MEMORY} ({text})"
@@ -57,7 +58,7 @@ def why_lost(error: BaseException, *, kernel_killed: bool = False) -> str:
     # Killed by Ray's memory monitor, which Ray Train mentions only in the cause.
     if kernel_killed or "running low on memory" in "".join(traceback.format_exception(error)):
         return f"out of memory, its workers were killed: {LESS_MEMORY}"
-    reason = " ".join(str(error).split())[-300:]
+    reason = one_line(error)[-300:]
     return masked(f"its workers were lost; if they ran out of memory, {LESS_MEMORY} ({reason})")
 
 

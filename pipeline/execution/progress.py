@@ -16,7 +16,7 @@ _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "tokens_per_second": "{:,.0f} tokens/s".format,
     "mfu": "{:.0%} of peak".format,
     "peak_memory_gb": "{:.1f} GB".format,
-    "seconds_left": lambda seconds: f"{_duration(seconds)} left",
+    "seconds_left": lambda seconds: f"{duration(seconds)} left",
 }
 """The metrics of a step that are shown while a stage runs."""
 
@@ -120,9 +120,10 @@ class StageProgress:
         if not self.num_done:
             return ""
         each = (time.monotonic() - self.began) / self.num_done
-        return f"about {_duration(each * (len(self.titles) - self.num_done))} left"
+        return f"about {duration(each * (len(self.titles) - self.num_done))} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds: 3:07."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}"

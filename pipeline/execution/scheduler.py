@@ -6,7 +6,7 @@ take them from there. The driver starts one group per queued session, up to the 
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,19 +24,18 @@ from pipeline.execution.progress import StageProgress
 from pipeline.execution.workers import LOSSES, here, progress_marker, run_group
 from pipeline.plan.schedule import Session
 from pipeline.secrets import masked
-from pipeline.stages.context import Record
+from pipeline.stages.context import Emit, Record
 
-Observe = Callable[[list[Record]], None]
-"""Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`."""
 _POLL_SECONDS = 0.3
-_SCRATCH = ".ray-train"
+SCRATCH = ".ray-train"
+"""Folder of Ray Train's own files, in that of the run."""
 
 
 def run_with_progress(
     todo: Sequence[Session],
     folder: Path,
     resources: Resources,
-    record: Observe,
+    record: Emit,
     console: Console,
     *,
     side_by_side: int | None = None,
@@ -52,7 +51,7 @@ def run_with_progress(
         start = f"stages to run: {number}; starting Ray"
         console.print(f"  {start if todo else 'every stage is complete already'}", highlight=False)
     if not todo:
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)  # Left by a killed driver.
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # Left by a killed driver.
         return []
     with (
         StageProgress(console, _titles(todo)) as progress,
@@ -64,7 +63,7 @@ def run_with_progress(
             progress.observe(records)
             record(records)
 
-        scratch = folder / _SCRATCH
+        scratch = folder / SCRATCH
         return run_sessions(todo, scratch, resources, at_once, observe, keep_going=keep_going)
 
 
@@ -85,7 +84,7 @@ def run_sessions(
     scratch: Path,
     resources: Resources,
     side_by_side: int,
-    observe: Observe,
+    observe: Emit,
     *,
     keep_going: bool = False,
 ) -> list[StageFailed]:
@@ -100,7 +99,7 @@ def run_sessions(
     # On the driver's node, so that losing a worker node does not lose records and sessions.
     mailbox = Mailbox.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
     waiting = {session.name: session for session in sessions}
-    run = _Run(waiting, scratch, resources, side_by_side, observe, keep_going, mailbox)
+    run = _Sessions(waiting, scratch, resources, side_by_side, observe, keep_going, mailbox)
     try:
         if any(session.train for session in sessions):
             run.start_group(train=True)  # Takes seconds; rows can be prepared meanwhile.
@@ -126,14 +125,14 @@ class _Group:
 
 
 @dataclass
-class _Run:
+class _Sessions:
     """The state of one `run_sessions`."""
 
     waiting: dict[str, Session]
     scratch: Path
     resources: Resources
     most: int
-    observe: Observe
+    observe: Emit
     keep_going: bool
     mailbox: Any
     queued: dict[str, Session] = field(default_factory=dict)

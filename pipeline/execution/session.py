@@ -29,16 +29,16 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
     """
     verified: set[Path] = set()
     for stage in stages:
-        with _claimed(stage, emit) if context.is_first_worker else nullcontext():
+        with _claimed(stage, emit) if context.is_rank_zero else nullcontext():
             with _emitting_failure(stage, emit):
-                done = context.is_first_worker and stage.storage.publish_left_over(
+                done = context.is_rank_zero and stage.storage.publish_left_over(
                     stage.folder, stage.fingerprint
                 )
                 distributed.meet()  # Rank 0 may have waited for another run, or uploaded.
                 done = distributed.broadcast_object(done)
             if not done:
                 _make(stage, context, emit, verified)
-        if not done and context.is_first_worker:
+        if not done and context.is_rank_zero:
             # After the lock is released: who is told may not return for long, such as a trial that
             # Tune stops, and other trials may need the artifact.
             emit([{"artifact": stage.folder.name, "state": "finished"}])
@@ -52,7 +52,7 @@ def _claimed(stage: ResolvedStage, emit: Emit) -> AbstractContextManager[None]:
 
 
 def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path]) -> None:
-    if context.is_first_worker:
+    if context.is_rank_zero:
         emit([{"artifact": stage.folder.name, "state": "started"}])
     with _emitting_failure(stage, emit):
         fetched = {
@@ -69,7 +69,7 @@ def _make(stage: ResolvedStage, context: Context, emit: Emit, verified: set[Path
         gc.collect()  # Cycles would keep a sharded reference model while the next stage runs.
     verified.add(stage.folder)
     distributed.meet()  # Rank 0 writes and uploads the artifact.
-    if context.checkpoint and not context.is_first_worker:
+    if context.checkpoint and not context.is_rank_zero:
         context.checkpoint.remove()  # This machine's parts of it.
 
 
@@ -105,7 +105,7 @@ def _verify_inputs(stage: ResolvedStage, verified: set[Path]) -> None:
 
 def _check_given(stage: ResolvedStage, context: Context) -> None:
     """Refuse a user's files that are not those the command hashed: the fingerprint would lie."""
-    for role, source in stage.given.items() if context.is_first_worker else ():
+    for role, source in stage.given.items() if context.is_rank_zero else ():
         if source.identity or source.has_weights:
             continue
         path = stage.inputs[role]
@@ -130,9 +130,9 @@ def _prepared(stage: ResolvedStage, context: Context, emit: Emit) -> Iterator[Pa
     context.warn = lambda line: emit([{"artifact": stage.folder.name, "warning": masked(line)}])
     if checkpoint:
         checkpoint.warn = context.warn
-    if checkpoint and context.is_first_worker:
+    if checkpoint and context.is_rank_zero:
         checkpoint.resumed = lambda metrics, step: emit([_resumed(stage, metrics, step)])
-    if not context.is_first_worker:
+    if not context.is_rank_zero:
         context.log = lambda metrics, step: None
         try:
             yield Path(os.devnull)

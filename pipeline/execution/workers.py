@@ -21,7 +21,7 @@ from agcl.errors import InputError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config.resources import Resources
-from pipeline.execution.cluster import needs, nodes, side_by_side
+from pipeline.execution.cluster import nodes, side_by_side, worker_resources
 from pipeline.execution.failures import kernel_kills, why_lost
 from pipeline.plan.schedule import Session
 from pipeline.plan.stage import ResolvedStage
@@ -156,7 +156,7 @@ def _on_workers(
                 checkpoint_minutes=resources.checkpoint_minutes,
             )
             run_stages(session.stages, context, emit)
-            if context.is_first_worker:
+            if context.is_rank_zero:
                 ray.get(mailbox.finish.remote(group))
             del context  # Frees the model while waiting for the next session.
             torch.cuda.empty_cache()
@@ -166,7 +166,7 @@ def _on_workers(
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=needs(resources),
+            resources_per_worker=worker_resources(resources),
         ),
         torch_config=config_of(resources),
         run_config=RunConfig(

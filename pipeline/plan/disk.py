@@ -2,9 +2,7 @@
 
 from pipeline.config.method import Project
 from pipeline.plan.memory_of_training import state_size, trained_weights
-from pipeline.plan.nodes import measures_solos
 from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
-from pipeline.plan.training import sums_moments
 
 
 def disk_per_task(setting: Setting) -> Parts:
@@ -13,11 +11,11 @@ def disk_per_task(setting: Setting) -> Parts:
     saves_model = not config.adapter or config.adapter.merge
     trained = max(trained_weights(setting, protects=p) for p in (False, bool(config.protect)))
     moments = any(isinstance(item, Project) for item in config.measured)
-    files = 1 + sums_moments(config)  # Its own, and the sum of all so far.
+    files = 1 + config.sums_moments  # Its own, and the sum of all so far.
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
     size = FLOAT if config.adapter or config.subspace else setting.weight_bytes
-    alone = measures_solos(config)
+    alone = config.measures_solos
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),
         Part("model trained alone", setting.weight_bytes * setting.shape.weights * alone),

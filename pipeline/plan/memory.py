@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from agcl.attribution.attribute import SKETCH
 from agcl.parallel.distributed import owners
+from agcl.scoring.evaluate import LOGITS_TOKENS, PASS_ANSWERS, PASS_TOKENS
 
 from pipeline.config.method import Project
 from pipeline.plan.decomposed import decompose_peak
@@ -30,8 +31,6 @@ from pipeline.plan.setting import (
 
 T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
-_KL_TOKENS, _KL_ANSWERS, _KL_PART = 2048, 512, 128
-"""Of a pass that compares with the base model (`agcl/scoring/evaluate.py`)."""
 
 
 def peaks(setting: Setting) -> dict[str, Parts]:
@@ -130,10 +129,10 @@ def evaluate_peak(setting: Setting) -> Parts:
     rows = config.evaluation.batch_size
     cast = HALF * cast_weights(setting) * half
     model = [*model_parts(setting, gathered=False), Part("bfloat16 copies", cast)]
-    compared = max(_KL_TOKENS, row.tokens)
+    compared = max(PASS_TOKENS, row.tokens)
     shares_base = config.adapter is not None and not config.adapter.merge
     base = [] if shares_base else model_parts(setting, gathered=False)[:1]
-    comparing = logits_size(shape, 2 * _KL_ANSWERS + 4 * _KL_PART, 1)
+    comparing = logits_size(shape, 2 * PASS_ANSWERS + 4 * LOGITS_TOKENS, 1)
     second = [Part("the base model", part.size) for part in base]
     second += [Part("its bfloat16 copies", cast)] * bool(base)
     scored = Part("activations", shape.passing(rows * row.tokens, half=half))

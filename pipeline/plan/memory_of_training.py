@@ -4,6 +4,8 @@ import math
 
 from agcl.modulation.checks import SAMPLED_OUTPUTS
 from agcl.modulation.eight_bit import BLOCK
+from agcl.modulation.rounding import BLOCK_ENTRIES
+from agcl.modulation.step import CHUNK_ENTRIES
 from agcl.parallel.distributed import BUCKET_BYTES
 
 from pipeline.config.config import Config
@@ -31,8 +33,6 @@ from pipeline.plan.setting import (
     model_parts,
 )
 
-_CHUNK, _PIECE = 2**24, 2**22
-"""Weights of a protected step at a time, on a GPU and anywhere (`agcl/modulation/step.py`)."""
 _LOGITS = {False: 3, True: 6}
 """Copies of logits in a loss; with a reference also both models' log-probabilities and the terms
 of their divergence."""
@@ -121,7 +121,8 @@ def _stepped(setting: Setting, trained: int, in_pieces: bool) -> int:
     """Weights that a step copies at a time: pieces of protected ones, or of those it rounds."""
     if setting.config.training.optimizer == "sgd":
         return entries(setting.protected) * in_pieces
-    return min((_PIECE + _CHUNK * setting.on_gpu) * in_pieces, trained)
+    # A piece anywhere, and on a GPU a chunk of pieces.
+    return min((BLOCK_ENTRIES + CHUNK_ENTRIES * setting.on_gpu) * in_pieces, trained)
 
 
 def _reference(setting: Setting) -> list[Part]:

@@ -7,13 +7,12 @@ default (`loading`, `truncate`), so that old fingerprints stay valid. Train stag
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agcl.model.models import positions
-
 from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Project
 from pipeline.config.model import Model
 from pipeline.config.naming import method_name
+from pipeline.config.row_lengths import max_length
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.task_section import Source
 from pipeline.config.weights import attributed_dtype, loaded_dtype
@@ -41,14 +40,9 @@ def adapter_on(base: Stage | External, adapter: Stage) -> Inputs:
     return {"model": base, "adapter": adapter}
 
 
-def measures_solos(config: Config) -> bool:
-    """Whether every task is also trained alone, to measure its importance."""
-    return bool(config.measured) and config.importance.source == "solo"
-
-
 def first_session(config: Config) -> str:
     """The session that trains the base model; a separate one if solo models start from it too."""
-    return "base" if config.model.is_builtin and measures_solos(config) else "sequence"
+    return "base" if config.model.is_builtin and config.measures_solos else "sequence"
 
 
 def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
@@ -80,16 +74,13 @@ def tokenizer_stage(config: Config) -> Stage | External:
 def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -> Stage:
     """A task's rows, tokenized. They are the same with any scorer."""
     files = {FILES + role: External(path, ("**/*",)) for role, path in source.files.items()}
-    length = config.tasks.max_length
-    if not config.model.is_builtin:
-        length = min(length, positions(config.model.folder))
     return Stage(
         name=f"prepare/{source.name}",
         fn=prepare,
         config={
             "task": {key: of for key, of in source.settings.items() if key != "scorer"},
             "selection": selection(config, source),
-            "max_length": length,
+            "max_length": max_length(config),
             # Only where it is not the default, so that rows prepared before it are found.
             **({"truncate": "left"} if config.tasks.truncate == "left" else {}),
             "chat_template": config.tasks.chat_template,

@@ -20,13 +20,7 @@ from pipeline.plan.nodes import (
 )
 from pipeline.plan.stage import External, ResolvedStage, Stage
 from pipeline.plan.task_zero import base_importance_stages
-from pipeline.plan.training import (
-    merge_stage,
-    past_files,
-    solo_stages,
-    sums_moments,
-    train_stage,
-)
+from pipeline.plan.training import merge_stage, past_files, solo_stages, train_stage
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.merge import merge
 from pipeline.stages.train import train
@@ -119,7 +113,7 @@ def _sequence(
             on_factors = config.adapter is not None and not config.adapter.fresh
             inputs = adapter_on(base, model) if on_factors else {"model": measured}
             inputs["rows"] = rows[task]
-            if sums_moments(config):
+            if config.sums_moments:
                 earlier = list(importances.values())[-1:]
                 inputs |= {"past": earlier[0]} if earlier else past_files(config, "past/")
             importances[task] = attribute_stage(

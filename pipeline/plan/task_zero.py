@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from agcl.model.models import positions
-
 from pipeline.config.config import Config
+from pipeline.config.row_lengths import base_tokens
 from pipeline.config.sources import BASE_TASK, base_rows, sources
 from pipeline.plan.nodes import (
     Inputs,
@@ -28,10 +27,8 @@ def base_importance_stages(
 
     Empty if the base model is not measured. With CorDA, the last stage makes the initial adapter.
     """
-    settings, tokens = config.base, config.base.tokens
-    if not config.model.is_builtin:
-        tokens = min(tokens, positions(config.model.folder) - 1)  # A start token is before them.
-    texts = {"samples": settings.samples, "tokens": tokens, "seed": settings.seed}
+    settings = config.base
+    texts = {"samples": settings.samples, "tokens": base_tokens(config), "seed": settings.seed}
     match settings.protect if config.measures_base else "none":
         case "none":
             return []

@@ -11,7 +11,7 @@ from pipeline.config.config import Config
 from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Adapter, Freeze, Project, Protection
 from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
-from pipeline.plan.nodes import Inputs, adapter_on, loading, measures_solos
+from pipeline.plan.nodes import Inputs, adapter_on, loading
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.context import OPTIMIZER, ROUNDING, SUBSPACE
 from pipeline.stages.merge import merge
@@ -128,12 +128,6 @@ def merge_stage(
     )
 
 
-def sums_moments(config: Config) -> bool:
-    """Whether attribute stages keep a running sum, since only moments of the sequence count."""
-    kinds = {item.kind for item in config.measured}
-    return kinds == {"project"} and not measures_solos(config)
-
-
 def past_files(config: Config, role: str) -> Inputs:
     """The user's importance files, by roles that begin with this one."""
     return {f"{role}{i}": External(file) for i, file in enumerate(config.importance.past)}
@@ -160,7 +154,7 @@ def _adapters(config: Config, base: Stage | External, models: Mapping[str, Stage
 
 def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs:
     """The inputs of a train stage that protect earlier tasks: their sum, or each one's."""
-    if sums_moments(config) and importances:
+    if config.sums_moments and importances:
         return {"past": list(importances.values())[-1]}
     each = {f"importance/{name}": stage for name, stage in importances.items()}
     return {**past_files(config, "importance/past-"), **each}
@@ -168,7 +162,7 @@ def _protected_tasks(config: Config, importances: Mapping[str, Stage]) -> Inputs
 
 def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | None) -> Inputs:
     """The input of a train stage that protects the base model; its settings are added."""
-    if not (config.measured and of_base):
+    if not of_base:
         return {}
     settings["base_energy"] = config.base.energy
     return {"base_importance": of_base}
@@ -192,7 +186,7 @@ def solo_stages(
     config: Config, tasks: list[str], base: Stage | External, rows: Mapping[str, Stage]
 ) -> dict[str, Stage]:
     """Per task a model trained from the base on it alone, for `importance.source: solo`."""
-    if not measures_solos(config):
+    if not config.measures_solos:
         return {}
     alone = config.model_copy(update={"protect": ()})
     stages = {}

@@ -16,12 +16,12 @@ from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.results import METRIC_TITLES, RunResult, base_measures, base_title
 from pipeline.results.templates import render
-from pipeline.stages.files import ADAPTER
+from pipeline.stages.files import ADAPTER, CHECKS, LOG_FILE
 from pipeline.storage import artifact
 
 MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
 """The final model's folder in a run folder, the card in it, and the file with a bucket's URI."""
-_OWN_FILES = {artifact.MANIFEST, "log.jsonl", "checks.json"}
+_OWN_FILES = {artifact.MANIFEST, LOG_FILE, CHECKS}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM takes as the maximum rank of adapters."""
 _METRICS = ("average_performance", "backward_transfer", "learning_accuracy")

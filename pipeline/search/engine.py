@@ -27,7 +27,7 @@ from pipeline.config.config import Config
 from pipeline.config.resources import Resources
 from pipeline.config.search import Dimension
 from pipeline.config.search import Search as SearchSection
-from pipeline.execution.cluster import needs
+from pipeline.execution.cluster import worker_resources
 from pipeline.execution.failures import LESS_MEMORY
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import needed_for
@@ -274,4 +274,4 @@ def _resources(resources: Resources, side_by_side: int) -> tune.PlacementGroupFa
         # to the precision of Ray's resources.
         share = int(9_000 / side_by_side) / 10_000
         return tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": share}])
-    return tune.PlacementGroupFactory([needs(resources)])
+    return tune.PlacementGroupFactory([worker_resources(resources)])

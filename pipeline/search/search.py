@@ -20,6 +20,7 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
+from pipeline.results.comparison import BOUNDS
 from pipeline.results.report import numbers, write_report
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import (
@@ -64,7 +65,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
 
     Writes nothing. Raises `InputError`; with `resume` also if there is no search to resume.
     """
-    if config.method in ("joint", "solo"):
+    if config.method in BOUNDS:
         raise InputError(f"method: {config.method} is a bound and no sequence; there is no search")
     folder = config.storage.root / f"{config.name}-search"
     config = only_validation(pinned(config, [folder / SEARCH_FILE]))

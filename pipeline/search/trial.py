@@ -13,7 +13,7 @@ from agcl.metrics import Matrix
 from ray import tune
 
 from pipeline.config.sources import BASE_TASK
-from pipeline.execution.scheduler import run_sessions
+from pipeline.execution.scheduler import SCRATCH, run_sessions
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
@@ -133,7 +133,7 @@ def _run_stages(run: Run, observe: Emit) -> None:
     resources = run.config.resources
     if resources.num_workers > 1:
         todo = sessions({run.config.name: run.plan.stages}, run.config.storage)
-        for failure in run_sessions(todo, run.folder / ".ray-train", resources, 1, observe):
+        for failure in run_sessions(todo, run.folder / SCRATCH, resources, 1, observe):
             raise failure
         return
     torch.set_num_threads(resources.cpus_per_worker)

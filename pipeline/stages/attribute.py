@@ -46,14 +46,14 @@ def attribute(
         except NoCorrectAnswer as error:
             reason = str(error).partition(";")[0]
             _check_learned(reason, inputs.get("adapter", inputs["model"]) / LOG_FILE)
-            if context.is_first_worker:
+            if context.is_rank_zero:
                 context.warn(f"{reason}, so the importance is measured on all of them")
             every = {**config, "correct_only": False}
             importance = _importance(model, every, folders, context, logged)
     importance.check_finite()
     if importance.is_zero():
         raise ValueError("every importance is zero: no relevance reached any weight")
-    if context.is_first_worker:
+    if context.is_rank_zero:
         importance.save(out_dir / IMPORTANCE_FILE)
         if earlier := past_moments(inputs, context.device):
             summed = [*earlier, importance]

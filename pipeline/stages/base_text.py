@@ -37,7 +37,7 @@ def write_own_text(
             precision=config["precision"],
             log=lambda done: context.log({"texts": done, "of_texts": config["samples"]}, done),
         )
-    if context.is_first_worker:
+    if context.is_rank_zero:
         _write(texts, tokenizer, out_dir)
 
 

@@ -29,7 +29,9 @@ SUBSPACE = "subspace"
 """Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
-"""Sends records, each with the folder name of its `artifact`, to the progress and tracking."""
+"""Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`.
+
+`artifact` is the name of its folder."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Context:
     held: dict[Path, PreTrainedModel] = field(default_factory=dict)
 
     @property
-    def is_first_worker(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is rank 0, which writes the artifacts."""
         return distributed.rank() == 0
 
@@ -109,6 +111,8 @@ class Context:
 
 _PACE_STEPS = 20
 """Last steps by whose pace the time left is estimated."""
+_SEND_SECONDS = 0.5
+"""Between two deliveries of records."""
 
 
 class StageLog:
@@ -117,8 +121,8 @@ class StageLog:
     Only rank 0 has one.
     """
 
-    def __init__(self, name: str, file: Path, emit: Emit, interval: float = 0.5) -> None:
-        self.name, self.emit, self.interval = name, emit, interval
+    def __init__(self, name: str, file: Path, emit: Emit) -> None:
+        self.name, self.emit = name, emit
         self.lines = file.open("a", encoding="utf-8")
         self.waiting: list[Record] = []
         self.started = self.sent = time.monotonic()
@@ -133,7 +137,7 @@ class StageLog:
             line["seconds_left"] = round(left, 1)
         self.lines.write(json.dumps(line) + "\n")
         self.waiting.append({"artifact": self.name, **line})
-        if now - self.sent >= self.interval:
+        if now - self.sent >= _SEND_SECONDS:
             self._send()
 
     def _seconds_left(self, total: float) -> float | None:

@@ -29,7 +29,7 @@ def decompose(
     chosen = sample(len(rows), config["samples"], seed=config["seed"])
     size = {"rank": config["rank"], "alpha": config["alpha"]}
     with context.borrowed_model(inputs, config) as model:
-        if context.is_first_worker:
+        if context.is_rank_zero:
             factors = corda.decompose(
                 model,
                 [rows[index].input_ids for index in chosen],

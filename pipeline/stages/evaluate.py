@@ -57,7 +57,7 @@ def evaluate(
             context.log({f"{name}/{task}": value for name, value in scores[task].items()}, number)
         _check_common({task: scores[task] for task in tasks if task != config["facts"]})
         measure(model, tokenizer, config, inputs, out_dir, context)
-    if context.is_first_worker:
+    if context.is_rank_zero:
         pq.write_table(pa.concat_tables(tables), out_dir / PREDICTIONS)
         write_json(out_dir / SCORES, scores)
         if config["saved"]:

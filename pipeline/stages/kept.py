@@ -68,7 +68,7 @@ def measure(
         context.log(found, len(named("rows/", inputs)) + 1)
     if of_probes:
         found["probes"] = of_probes
-    if context.is_first_worker:
+    if context.is_rank_zero:
         write_json(out_dir / KEPT, found)
 
 
@@ -131,7 +131,7 @@ def probe_scores(
         lines += of_probe
         step += len(by_number)
         context.log({f"probes/{name}": found[name]["acc_norm"], "of_steps": end}, step)
-    if found and context.is_first_worker:
+    if found and context.is_rank_zero:
         pq.write_table(pa.Table.from_pylist(lines), out_dir / PROBES)
     return found
 

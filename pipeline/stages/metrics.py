@@ -38,7 +38,7 @@ def report(
     headline evaluation set, the share of validation rows, and whether only validation rows were
     scored. If so, the metrics are computed from the validation rows.
     """
-    if not context.is_first_worker:
+    if not context.is_rank_zero:
         return
     tasks, share, only = config["tasks"], config["validation"], config["only_validation"]
     folders = [inputs[f"scores/{i}"] for i in range(len(tasks) + 1)]

@@ -66,9 +66,8 @@ def train(
         gc.collect()  # PEFT's hooks keep the factors alive in cycles.
         _finish(model, inputs["model"], out_dir, context, rows)
         return
-    place = context.device
-    past, base = past_importances(inputs, place), base_importance(inputs, place)
-    if context.is_first_worker:
+    past, base = past_importances(inputs, context.device), base_importance(inputs, context.device)
+    if context.is_rank_zero:
         warn_of_missing(config, past, base, context.warn)
     protection = protect(model, past, config, base)
     freeze(model, protection, config["freeze"])
@@ -88,7 +87,7 @@ def _finish(
 
 def _warn_of_idle_workers(config: Mapping[str, Any], rows: Rows, context: Context) -> None:
     workers = distributed.world_size()
-    if workers == 1 or not context.is_first_worker:
+    if workers == 1 or not context.is_rank_zero:
         return
     first = next(shuffled(len(rows), config["batch_size"], seed=config["seed"], epoch=0))
     passes = micro_batches(

@@ -55,7 +55,7 @@ def train_adapter(
         peft_model = adapter.attach(model, **size, seed=config["seed"], start=start)
     model = peft_model.get_base_model()
     past, base = past_importances(inputs, context.device), base_importance(inputs, context.device)
-    if context.is_first_worker:
+    if context.is_rank_zero:
         warn_of_missing(config, past, base, context.warn)
     projects = any(item["kind"] == "project" for item in config["protect"])
     of_base = base_directions(base if projects else None, config, model.device)
@@ -75,7 +75,7 @@ def train_adapter(
     freeze(model, protection, config["freeze"])
     fit(model, config, rows, context, protection, loss_of(config, inputs, context))
     write_checks(model, protection, config, len(rows), out_dir)
-    if context.is_first_worker:
+    if context.is_rank_zero:
         folder = inputs["model"]
         place = (out_dir / ADAPTER, *(hub.name_of(folder) or (folder,)))
         if initial is None:
@@ -123,7 +123,7 @@ def _finish(
     """Write the merged model, or only the tokenizer, and hold the model for the next stage."""
     tokenizer = models.load_tokenizer(base)
     if not settings["merge"]:
-        if context.is_first_worker:
+        if context.is_rank_zero:
             tokenizer.save_pretrained(out_dir)
         if settings.get("init") != "corda":  # Which changed the weights below the factors.
             context.hold_model(adapter.removed(peft_model), base)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 
 from pipeline.secrets import masked
 
@@ -122,8 +122,7 @@ def in_one_line(uri: str, error: Exception) -> str:
     """An error as one line for the user: the store and the reason, without credentials."""
     if isinstance(error, StoreFailed):
         return str(error)
-    text = " ".join(str(error).split())
-    return masked(f"storage: {uri.partition('?')[0]}: {text}")
+    return masked(f"storage: {uri.partition('?')[0]}: {one_line(error)}")
 
 
 @cache

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 STAGES = "stages"
 """The folder of all artifacts."""
+DATABASE = "mlflow.db"
+"""MLflow's sqlite file in a folder."""
+
+
+def default_uri(storage: Path) -> str:
+    """The URI of the sqlite database in a storage folder."""
+    return f"sqlite:///{storage / DATABASE}"
 
 
 class Storage(ABC):
@@ -39,7 +46,7 @@ class Storage(ABC):
     @property
     def tracking_uri(self) -> str | None:
         """MLflow's default tracking URI; None if the storage cannot hold its database."""
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        return default_uri(self.root)
 
     def place(self, path: Path) -> str:
         """The user-facing location of a path: the path itself, or its URI in a bucket."""

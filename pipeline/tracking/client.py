@@ -16,11 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 
 from pipeline.config.loading import flat
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import claimed, write_json
+from pipeline.storage.storage import DATABASE, default_uri
 
 _RUN_FILE, _KEY = "mlflow.json", "agcl_key"
 KIND = "custom_model_development"  # Makes the UI open in its training view.
@@ -29,7 +30,6 @@ KIND_TAG = "mlflow.experimentKind"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _NO_METRICS = ("step", "seconds_left")
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
-DATABASE = "mlflow.db"
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _ENVIRONMENT = {
@@ -43,11 +43,6 @@ _SLOWEST_UPLOAD = 5_000_000
 """Bytes per second that a server at least stores."""
 Content = bytes | str | Path
 """Bytes, text, or a file to copy."""
-
-
-def default_uri(storage: Path) -> str:
-    """The sqlite database in the storage folder."""
-    return f"sqlite:///{storage / DATABASE}"
 
 
 class TrackingFailed(Exception):
@@ -79,9 +74,8 @@ class Client:
                 # Transport errors are OSErrors; a malformed address is a ValueError as well.
                 cause = error.__cause__ or error.__context__
                 no_answer = isinstance(cause, OSError) and not isinstance(cause, ValueError)
-                no_answer |= "database is locked" in str(error)  # Sqlite, by another process.
-                reason = "no answer" if no_answer else masked(" ".join(str(error).split()))[:200]
-                if "database is locked" in str(error):
+                reason = "no answer" if no_answer else masked(one_line(error))[:200]
+                if "database is locked" in str(error):  # Sqlite, by another process.
                     no_answer, reason = True, "another process keeps its database locked"
                 raise TrackingFailed(
                     f"cannot use MLflow at {masked(self._uri)} ({reason})", no_answer=no_answer

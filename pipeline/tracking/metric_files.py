@@ -34,7 +34,7 @@ class MetricFiles:
 
     def __init__(self, run: Run, formats: Sequence[Format]) -> None:
         self.run, self.formats = run, formats
-        self.stages = {work.folder.name: stage for stage, work in run.resolved.items()}
+        self.stages = {resolved.folder.name: stage for stage, resolved in run.resolved.items()}
         self._writers: dict[str, Any] = {}
         """TensorBoard's, by stage."""
         self.rewrite()
@@ -108,12 +108,12 @@ def _metrics(record: Mapping[str, float | str]) -> dict[str, float]:
 
 def _logged(run: Run, stage: str) -> Iterator[tuple[dict[str, float], int, float]]:
     """Metrics, step and time of what a finished stage logged, and an evaluation's scores."""
-    work: ResolvedStage = run.resolved[stage]
-    started, ended = times(work)
+    resolved: ResolvedStage = run.resolved[stage]
+    started, ended = times(resolved)
     if stage.startswith("evaluate/"):
         index = task_index(stage)
-        yield _metrics(scores_of(run, work, index)), index, ended
+        yield _metrics(scores_of(run, resolved, index)), index, ended
         return
-    for line in map(json.loads, (work.read(LOG_FILE) or b"").splitlines()):
+    for line in map(json.loads, (resolved.read(LOG_FILE) or b"").splitlines()):
         if metrics := _metrics(line):
             yield metrics, int(line["step"]), started + line.get("seconds", 0.0)

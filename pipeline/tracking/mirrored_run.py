@@ -11,7 +11,7 @@ from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
 from pipeline.results.model_card import LOCATION, MODEL
-from pipeline.results.run_folder import FREE
+from pipeline.results.run_folder import CONFIG_FILE, FREE
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
 from pipeline.tracking.client import Content, Tracker
@@ -29,7 +29,7 @@ class MirroredRun:
     def __init__(self, run: Run, name: str, kind: str, without: Collection[str]) -> None:
         self.run, self.name, self.kind = run, name, kind
         # Equal stages share an artifact, and have one child.
-        self.stages = {w.folder.name: s for s, w in run.resolved.items() if s not in without}
+        self.stages = {r.folder.name: s for s, r in run.resolved.items() if s not in without}
         self.resolved = {stage: run.resolved[stage] for stage in self.stages.values()}
         self.complete: set[str] = set()
         self._find_complete()
@@ -52,7 +52,9 @@ class MirroredRun:
         `recorded` if it is complete and finished. Absent if there is no child, or it failed."""
 
     def _find_complete(self) -> None:
-        unknown = (work for stage, work in self.resolved.items() if stage not in self.complete)
+        unknown = (
+            resolved for stage, resolved in self.resolved.items() if stage not in self.complete
+        )
         self.complete |= {self.stages[folder.name] for folder in complete(unknown)}
 
     def sync(self, tracker: Tracker, above: str | None) -> bool:
@@ -105,8 +107,8 @@ class MirroredRun:
         fixed = config.model_dump(mode="json", exclude=FREE["run"])
         run_id = self.tracker.open(folder, self.name, tags, above, fixed)
         self.tracker.params(run_id, config.model_dump(mode="json"))
-        self.tracker.artifacts(run_id, {"config.yaml": folder / "config.yaml"})
-        stages = {work.fingerprint: stage for stage, work in self.resolved.items()}
+        self.tracker.artifacts(run_id, {CONFIG_FILE: folder / CONFIG_FILE})
+        stages = {resolved.fingerprint: stage for stage, resolved in self.resolved.items()}
         for child in self.tracker.children(run_id):
             if stage := stages.get(child.fingerprint):
                 self.children[stage].append(child.run_id)
@@ -120,21 +122,21 @@ class MirroredRun:
         for old in self.children.pop(stage, []):
             self.tracker.client.delete_run(old)
         kind, _, task = stage.partition("/")
-        work = self.resolved[stage]
-        tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": work.fingerprint}
+        resolved = self.resolved[stage]
+        tags = {"kind": "stage", "stage": kind, "task": task, "fingerprint": resolved.fingerprint}
         if stage in self.reused:
             tags["reused"] = "true"
         child = self.tracker.start(stage, tags, self.id, at)
         self.children[stage].append(child)
-        self.tracker.params(child, work.config)
+        self.tracker.params(child, resolved.config)
         self.state[stage] = state
 
     def _record(self, stage: str) -> None:
         """Record a complete stage from its artifact, with the artifact's times."""
-        work = self.resolved[stage]
-        started, ended = times(work)
+        resolved = self.resolved[stage]
+        started, ended = times(resolved)
         self._start(stage, "late", started)
-        lines = (work.read(LOG_FILE) or b"").splitlines()
+        lines = (resolved.read(LOG_FILE) or b"").splitlines()
         self._log(stage, map(json.loads, lines), ended)
         self._finish(stage, ended)
 
@@ -146,28 +148,28 @@ class MirroredRun:
 
     def _finish(self, stage: str, at: float | None = None) -> None:
         """Log what a stage made on the run, and finish the stage's child."""
-        work, (kind, _, task) = self.resolved[stage], stage.partition("/")
+        resolved, (kind, _, task) = self.resolved[stage], stage.partition("/")
         if kind == "evaluate":
-            scores = scores_of(self.run, work, task_index(stage))
-            self.tracker.metrics(self.id, [scores], times(work)[1])
+            scores = scores_of(self.run, resolved, task_index(stage))
+            self.tracker.metrics(self.id, [scores], times(resolved)[1])
         elif kind == "attribute":
-            self.tracker.artifacts(self.id, _importance(work, f"importance/{task}"))
+            self.tracker.artifacts(self.id, _importance(resolved, f"importance/{task}"))
         elif kind == "prepare":
-            source = f"{work.place}/{SUMMARY}"
-            self.tracker.dataset(self.id, stage, work.fingerprint[:32], source)
+            source = f"{resolved.place}/{SUMMARY}"
+            self.tracker.dataset(self.id, stage, resolved.fingerprint[:32], source)
         self.tracker.end(self.children[stage][-1], at=at)
         self.state[stage] = "recorded"
 
     def _models(self) -> Iterator[Scored]:
         """The models after each task, or after all at once, with their scores."""
-        for stage, work in self.resolved.items():
+        for stage, resolved in self.resolved.items():
             step = task_index(stage) if stage.startswith("evaluate/") else 0
             if step:
-                model = work.inputs.get("adapter", work.inputs["model"])
-                scores = scores_of(self.run, work, step)
+                model = resolved.inputs.get("adapter", resolved.inputs["model"])
+                scores = scores_of(self.run, resolved, step)
                 scores.pop("step")
                 name = _MODEL_NAME.sub("-", stage.partition("/")[2])
-                yield Scored(name, step, scores, times(work)[1], work.storage.place(model))
+                yield Scored(name, step, scores, times(resolved)[1], resolved.storage.place(model))
 
     def end(
         self,
@@ -179,7 +181,7 @@ class MirroredRun:
     ) -> None:
         """Log last metrics and files by artifact path, register the model, and close the run."""
         self.tracker.tags(self.id, {}, note)
-        made = [work for stage, work in self.resolved.items() if stage in self.complete]
+        made = [resolved for stage, resolved in self.resolved.items() if stage in self.complete]
         self.tracker.metrics(self.id, [metrics], times(made[-1])[1] if made else None)
         self.tracker.artifacts(self.id, files)
         name, model = self.run.config.tracking.register_model, self.run.folder / MODEL
@@ -200,9 +202,9 @@ class MirroredRun:
             self.tracker.end(self.id, status, error)
 
 
-def _importance(work: ResolvedStage, path: str) -> Mapping[str, Content]:
+def _importance(resolved: ResolvedStage, path: str) -> Mapping[str, Content]:
     """The importance file, or its location if it is large or not on this machine."""
-    file = work.folder / IMPORTANCE_FILE
+    file = resolved.folder / IMPORTANCE_FILE
     if file.exists() and file.stat().st_size <= _LARGEST_COPY:
         return {f"{path}/{IMPORTANCE_FILE}": file}
-    return {f"{path}/{LOCATION}": f"{work.place}/{IMPORTANCE_FILE}"}
+    return {f"{path}/{LOCATION}": f"{resolved.place}/{IMPORTANCE_FILE}"}

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agcl.errors import one_line
+
 from pipeline.secrets import masked
 from pipeline.tracking.client import Tracker, TrackingFailed, metric_name, time_to_upload
 from pipeline.tracking.flavor import write_flavor
@@ -48,7 +50,7 @@ def register(
         try:
             write_flavor(folder, base, target, run_id=run_id, model_id=final.model_id)
         except Exception as error:  # MLflow's and transformers' errors have no common type.
-            reason = masked(" ".join(str(error).split()))[:200]
+            reason = masked(one_line(error))[:200]
             raise TrackingFailed(f"cannot register {name} ({reason})", no_answer=False) from error
         with time_to_upload(target):
             client.log_model_artifacts(final.model_id, str(target))

@@ -9,9 +9,9 @@ from pipeline.plan.stage import ResolvedStage
 from pipeline.stages.files import KEPT, SCORES
 
 
-def scores_of(run: Run, work: ResolvedStage, index: int) -> dict[str, float]:
+def scores_of(run: Run, resolved: ResolvedStage, index: int) -> dict[str, float]:
     """The row of the accuracy matrix and what the base model still knows, by task index."""
-    tasks, scores = run.plan.tasks, json.loads(work.read(SCORES) or b"")
+    tasks, scores = run.plan.tasks, json.loads(resolved.read(SCORES) or b"")
     row: dict[str, float] = {
         f"{name}/{task}": score for task in tasks for name, score in scores[task].items()
     }
@@ -22,7 +22,7 @@ def scores_of(run: Run, work: ResolvedStage, index: int) -> dict[str, float]:
         if run.config.method != "solo" and all(name in scores[task] for task in tasks):
             seen = [scores[task][name] for task in tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-    base = json.loads(work.read(KEPT) or b"{}")
+    base = json.loads(resolved.read(KEPT) or b"{}")
     row |= {f"base/{key}": base[key] for key in ("text_loss", "kl", "kl_answers") if key in base}
     for name, of_probe in base.get("probes", {}).items():
         row[f"base/probes/{name}"] = of_probe["acc_norm"]
@@ -34,10 +34,10 @@ def task_index(stage: str) -> int:
     return int(stage.partition("/")[2].partition("-")[0])
 
 
-def times(work: ResolvedStage) -> tuple[float, float]:
+def times(resolved: ResolvedStage) -> tuple[float, float]:
     """When a complete stage was started and finished, in seconds since 1970.
 
     With the latter a point is in MLflow once, however often it is sent.
     """
-    manifest = work.manifest() or {}
+    manifest = resolved.manifest() or {}
     return manifest["started"], manifest["started"] + manifest["seconds"]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from rich.console import Console
 from rich.markup import escape
 
@@ -236,7 +236,7 @@ class Mirror:
 
     def _fall_behind(self, error: Exception, label: str = "") -> None:
         """Do without MLflow; if it refused the run `label`, only this run does."""
-        said = masked(" ".join(str(error).split()))
+        said = masked(one_line(error))
         if label not in self._behind and said not in self._behind.values():
             without = "" if label else "continuing without MLflow; "
             warn(self.console, f"{said}; {without}rerun the same command to record it")

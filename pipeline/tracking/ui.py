@@ -17,15 +17,8 @@ from typing import Any
 from agcl.errors import InputError
 
 from pipeline.results.results import METRIC_TITLES, metric_name
-from pipeline.tracking.client import (
-    DATABASE,
-    KIND,
-    KIND_TAG,
-    TELEMETRY_OFF,
-    Client,
-    TrackingFailed,
-    default_uri,
-)
+from pipeline.storage.storage import DATABASE, default_uri
+from pipeline.tracking.client import KIND, KIND_TAG, TELEMETRY_OFF, Client, TrackingFailed
 
 _VIEW_TAG = "mlflow.sharedViewState.agcl"
 _VIEW = "workflowType=machine_learning&viewStateShareKey=agcl"

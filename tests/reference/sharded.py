@@ -162,7 +162,7 @@ def rounded_steps(
         lr=1e-3,
         rounding="stochastic",
     )
-    with patch.object(rounding, "_BLOCK_ENTRIES", 100):
+    with patch.object(rounding, "BLOCK_ENTRIES", 100):
         for step in range(3):
             for number, parameter in enumerate(model.parameters()):
                 generator = torch.Generator().manual_seed(100 * number + step)

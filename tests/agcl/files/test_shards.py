@@ -201,7 +201,7 @@ def test_parts_whose_rows_overlap_or_leave_a_gap_are_not_whole():
     shapes = {"weight/a": torch.Size((4, 2))}
 
     def of(*rows):
-        parts = [{"weight/a": shards.Rows(f, (n, 2), torch.float32)} for f, n in rows]
+        parts = [{"weight/a": shards.RowRange(f, (n, 2), torch.float32)} for f, n in rows]
         return shards.are_whole(parts, shapes)
 
     assert of((0, 4))

@@ -160,12 +160,12 @@ def test_a_state_takes_a_byte_and_is_resumed_bit_for_bit(dtype):
 def test_pieces_are_quantized_as_the_whole_tensor_is(monkeypatch):
     gate = {"w": torch.ones(SHAPE)}
     whole, _ = stepped(gate=gate)
-    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 16 * SHAPE[1])
+    monkeypatch.setattr(rounding, "BLOCK_ENTRIES", 16 * SHAPE[1])
     weight = nn.Parameter(torch.zeros(SHAPE))
     assert eight_bit.fits(weight)  # Pieces of 16 rows hold six blocks each.
     pieces, _ = stepped(gate=gate)
     assert torch.equal(pieces, whole)
-    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 15 * SHAPE[1])
+    monkeypatch.setattr(rounding, "BLOCK_ENTRIES", 15 * SHAPE[1])
     assert not eight_bit.fits(weight)  # Its means stay in float32.
 
 

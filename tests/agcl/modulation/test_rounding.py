@@ -46,7 +46,7 @@ def test_what_bfloat16_holds_is_not_rounded():
 
 
 def test_noise_depends_on_key_and_row_but_not_on_how_rows_are_cut(monkeypatch):
-    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 21)
+    monkeypatch.setattr(rounding, "BLOCK_ENTRIES", 21)
     shape = torch.Size((11, 6))
     whole = noise("a", shape, 0, 11, CPU)
     assert whole.min() >= 0
@@ -205,7 +205,7 @@ def test_pieces_of_any_size_step_alike(on, monkeypatch):
     basis = {UP: torch.eye(16)[:, :3]}
     model, whole = tiny.llama(dtype=torch.float32), tiny.llama(dtype=torch.float32)
     steps(whole, GatedAdamW(whole.named_parameters(), gate=gate, basis=basis, on=on))
-    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(rounding, "BLOCK_ENTRIES", 100)
     steps(model, GatedAdamW(model.named_parameters(), gate=gate, basis=basis, on=on))
     for name, weight in whole.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-4, atol=1e-6)
@@ -277,7 +277,7 @@ def test_a_protected_step_copies_no_more_than_a_piece(monkeypatch):
         sizes.extend(each.numel() for each in like)
         return copies(tensors, like=like)
 
-    monkeypatch.setattr(rounding, "_BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(rounding, "BLOCK_ENTRIES", 100)
     monkeypatch.setattr("agcl.modulation.optimizer.copies", counted)
     basis = {name: torch.eye(each.shape[1])[:, :3] for name, each in filled(1.0).items()}
     for dtype in (torch.float32, HALF):

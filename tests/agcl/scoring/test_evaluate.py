@@ -190,7 +190,7 @@ def test_kl_does_not_depend_on_how_tokens_are_grouped(monkeypatch):
     expected = answer_kl(model, base, rows)
     seen = []
     base.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    names = ("_PASS_TOKENS", "_PASS_ANSWERS", "_LOGITS_TOKENS")
+    names = ("PASS_TOKENS", "PASS_ANSWERS", "LOGITS_TOKENS")
     for limits in ((1, 512, 128), (20, 512, 1), (2048, 3, 2)):
         for name, limit in zip(names, limits, strict=True):
             monkeypatch.setattr(f"agcl.scoring.evaluate.{name}", limit)

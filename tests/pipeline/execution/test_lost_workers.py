@@ -25,7 +25,7 @@ from pipeline.execution.cluster import cluster
 from pipeline.execution.failures import is_peer_loss, why_lost
 from pipeline.execution.mailbox import Mailbox
 from pipeline.execution.progress import StageProgress
-from pipeline.execution.scheduler import _Group, _Run, run_sessions
+from pipeline.execution.scheduler import _Group, _Sessions, run_sessions
 from pipeline.execution.session import run_stages
 from pipeline.execution.workers import (
     LOSSES,
@@ -281,7 +281,7 @@ def test_groups_that_are_lost_before_they_take_a_session_fail_it_in_the_end(
 ):
     (work,) = resolve([Stage("a", run_stages, {})], Local(tmp_path)).values()
     waiting = Session("a", (work,), True, ("one",), frozenset())
-    run = _Run({}, tmp_path, Resources(), 1, print, False, Remote(mailbox), {"a": waiting})
+    run = _Sessions({}, tmp_path, Resources(), 1, print, False, Remote(mailbox), {"a": waiting})
     lost = ray.exceptions.WorkerCrashedError()
     monkeypatch.setattr("pipeline.execution.scheduler._error_of", lambda ref: lost)
     for number in range(LOSSES):
@@ -303,7 +303,7 @@ def losing(mailbox, tmp_path, monkeypatch):
     (work,) = resolve([Stage("prepare/x", run_stages, {})], Local(tmp_path)).values()
     session, records = Session("prepare", (work,), False, ("one",), frozenset()), []
     queued = {"prepare": session}
-    run = _Run({}, tmp_path, Resources(), 1, records.extend, False, Remote(mailbox), queued)
+    run = _Sessions({}, tmp_path, Resources(), 1, records.extend, False, Remote(mailbox), queued)
     mailbox.queue(False, "prepare", [session])
     numbers = count()
 

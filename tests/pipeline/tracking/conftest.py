@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
-from pipeline.tracking.client import default_uri
+from pipeline.storage.storage import default_uri
 from pipeline.tracking.sync import Mirror
 
 
