@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from agcl.errors import InputError
 from agcl.model import models
+from agcl.model.check import check_folder
 from agcl.tasks import TRAIN
 from agcl.tasks.chat_template import can_teach
 from pipeline.config import hub, loading
@@ -49,7 +50,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         raise InputError(f"{file} exists; name another with --output")
     model = _model(arguments.model, arguments.revision)
     logging.disable_progress_bar()
-    tokenizer = models.check_folder(model.folder, weights=not model.on_hub)
+    tokenizer = check_folder(model.folder, weights=not model.on_hub)
     chat, positions = can_teach(tokenizer), models.positions(model.folder)
     data = [look_at(path, tokenizer, chat=chat) for path in arguments.data]
     held_out = {f for each in data for split, f in each.files.items() if split != TRAIN}

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from agcl.errors import InputError
-from agcl.model.models import empty_model, has_weights
+from agcl.model.check import has_weights
+from agcl.model.models import empty_model
 from pipeline.config import loading
 from pipeline.config.check import missing_package
 from pipeline.config.config import Config

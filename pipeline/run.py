@@ -48,8 +48,8 @@ from pipeline.results.run_folder import (
 from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.storage import artifact, bucket_of
-from pipeline.tracking.client import Content
 from pipeline.tracking.sync import Mirror, warn
+from pipeline.tracking.tracker import Content
 
 REPORT_FILE = "report.html"
 REPORTS_EACH = 4

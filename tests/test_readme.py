@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
 from agcl.tasks import facts
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +23,8 @@ def test_the_trainer_example_runs_and_protects(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     folder = tmp_path / "models" / "my-llama"
     rows = facts.base(entities=8, seed=0).splits["train"]()
-    tokenizer = models.builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
-    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    tokenizer = builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
+    models.save(builtin_model(len(tokenizer), seed=0), tokenizer, folder)
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(compile(code, "README.md", "exec"), found)

@@ -10,7 +10,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agcl.attribution.collector import Collector, Estimator, Selection
+from agcl.attribution.batch import attribute_batch, like
+from agcl.attribution.collector import Collector, Estimator
 from agcl.attribution.inputs import (
     InputMoment,
     MomentWeighting,
@@ -28,16 +29,9 @@ from agcl.lrp import (
     weight_of,
 )
 from agcl.lrp.families import architecture_of
-from agcl.model.forward import (
-    Precision,
-    answer_logits,
-    any_dtype_attention,
-    autocast,
-    fast_products,
-)
+from agcl.model.forward import Precision, any_dtype_attention, fast_products
 from agcl.parallel import distributed, sharding
-from agcl.scoring.evaluate import answered_correctly
-from agcl.tasks.batches import Batch, answer_places, answer_tokens
+from agcl.tasks.batches import Batch
 
 Split = Literal["samples", "layers"]
 """How attribution is distributed over ranks."""
@@ -135,7 +129,7 @@ def attribute(
     widths = {n: input_width(linears[n]) for n in dict.fromkeys(reads.values())}
     sizes = {n: w * (sketch if w > 2 * sketch else w) for n, w in widths.items()}
     wide = {width for width in widths.values() if width > 2 * sketch}
-    tests = {width: test_matrix(width, sketch, _like(model)) for width in wide}
+    tests = {width: test_matrix(width, sketch, like(model)) for width in wide}
     inputs = {
         n: InputMoment(linears[n], moments, unit_inputs, tests.get(widths[n]))
         for n in _of_rank(model, sizes, split)
@@ -156,7 +150,7 @@ def attribute(
         for name, moment in inputs.items():
             hooks.enter_context(linears[name].register_forward_hook(moment.hook))
         for batch in batches:
-            counts += _attribute_batch(
+            counts += attribute_batch(
                 model,
                 batch.to(model.device),
                 [*collectors.values()],
@@ -177,7 +171,7 @@ def attribute(
         shapes = {n: cast(Tensor, linears[n].weight).shape for n in names}
         relevances = _from_owners(relevances, shapes, model)
     second_moments = collected(
-        inputs, widths, sizes, _like(model), keep=keep, merge=split == "samples"
+        inputs, widths, sizes, like(model), keep=keep, merge=split == "samples"
     )
     return Importance(
         entries=relevances,
@@ -253,12 +247,6 @@ def _of_rank(model: PreTrainedModel, sizes: Mapping[str, int], split: Split) -> 
     return list(sizes)
 
 
-def _like(model: PreTrainedModel) -> Tensor:
-    """An empty tensor of what sums are kept in: float32, or float64 for a float64 model."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    return torch.empty(0, dtype=dtype, device=model.device)
-
-
 def _from_owners(
     own: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel
 ) -> dict[str, Tensor]:
@@ -267,46 +255,10 @@ def _from_owners(
     owners = distributed.owners(sizes, distributed.world_size())
     return {
         name: distributed.broadcast(
-            own[name] if name in own else _like(model).new_empty(*shape), owner
+            own[name] if name in own else like(model).new_empty(*shape), owner
         ).cpu()
         for (name, shape), owner in zip(shapes.items(), owners, strict=True)
     }
-
-
-def _attribute_batch(
-    model: PreTrainedModel,
-    batch: Batch,
-    collectors: Sequence[Collector],
-    inputs: Sequence[InputMoment],
-    *,
-    target: Callable[[Tensor], Tensor] | None,
-    weighting: MomentWeighting | None,
-    correct_only: bool,
-    precision: Precision,
-) -> Tensor:
-    """Run a batch forward and, with a `target`, backward. Returns (rows seen, rows attributed)."""
-    keep = torch.ones_like(batch.lengths, dtype=torch.bool)
-    selection = _select(batch, keep, weighting)
-    # Without a backward pass, forward hooks add inputs immediately, unless `correct_only` needs the
-    # logits first to select rows.
-    ahead = target is None and not correct_only
-    for each in inputs:
-        each.tokens = selection.tokens if ahead else None
-    with autocast(model.device, precision if model.dtype == torch.float32 else "float32"):
-        logits = answer_logits(model, batch)
-    if correct_only:
-        keep = answered_correctly(logits, batch)
-        selection = _select(batch, keep, weighting)
-    for collector in collectors:
-        collector.start(selection)
-    if len(selection.rows) and target:
-        values = target(logits.to(_like(model).dtype))
-        of_answers = values.gather(-1, answer_tokens(batch).unsqueeze(-1)).squeeze(-1)
-        of_answers[keep[answer_places(batch).nonzero()[:, 0]]].sum().backward()
-    for each in inputs:
-        each.tokens = selection.tokens
-        each.add()
-    return torch.tensor([len(keep), len(selection.rows)], device=keep.device)
 
 
 def _logits(logits: Tensor) -> Tensor:
@@ -315,13 +267,3 @@ def _logits(logits: Tensor) -> Tensor:
 
 def _log_likelihood(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1)
-
-
-def _select(batch: Batch, keep: Tensor, weighting: MomentWeighting | None) -> Selection:
-    """Select the rows in the mask `keep` and the tokens that count toward moments."""
-    positions = torch.arange(batch.input_ids.shape[1], device=keep.device)
-    # Exclude padding, and each row's last token, which predicts nothing.
-    counted = (positions < batch.lengths.unsqueeze(1) - 1) & keep.unsqueeze(1)
-    if weighting == "answer":
-        counted[:, :-1] &= answer_places(batch)
-    return Selection(keep.nonzero().squeeze(1), counted.flatten().nonzero().squeeze(1))

@@ -1,77 +1,31 @@
-"""Models and tokenizers: the built-in tiny model, loading, saving, and checks before loading."""
+"""Models and tokenizers: loading, saving, and what a folder's `config.json` says."""
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from agcl.errors import InputError, one_line
-from agcl.files.pointers import check_pulled
-from agcl.lrp.families import family_named
 from agcl.parallel import distributed, sharding
 
-BUILTIN, BUILTIN_LAYERS = "builtin", 4
-END, PAD = "<end>", "<pad>"
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """The date that Llama's templates have where they do not know today's."""
 _SHARD_SIZE = "5GB"
 """Of a saved weight file, which `save_in` reads as a whole."""
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-def builtin_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on `texts`. It can encode any text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
-
-
-def builtin_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
-    """A randomly initialized Llama with 4 layers and width 128, about 0.8M parameters."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=BUILTIN_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.05,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def load_model(
@@ -88,7 +42,7 @@ def load_model(
     2023, QLoRA, arXiv 2305.14314), which then compute in `dtype`. Raises `InputError` if the files
     lack a weight; transformers would initialize it randomly.
     """
-    model = _open(folder, dtype=dtype, attention=attention, quantization=quantization)
+    model = open_model(folder, dtype=dtype, attention=attention, quantization=quantization)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes' faster path on a CPU repacks weights, and fails for some widths.
@@ -100,13 +54,17 @@ def load_model(
     return model
 
 
-def _open(
+def open_model(
     folder: Path,
     device: str = "cpu",
     dtype: str = "float32",
     attention: str = "sdpa",
     quantization: str | None = None,
 ) -> PreTrainedModel:
+    """The folder's model; on the device `meta`, without reading its weights.
+
+    Raises `InputError` if the files lack a weight.
+    """
     quantized = quantization and BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -214,84 +172,6 @@ def save_in(dtype: torch.dtype, file: Path, target: Path) -> None:
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name).to(dtype) for name in stored.keys()}  # noqa: SIM118
         save_file(tensors, target, metadata=stored.metadata())
-
-
-def check_folder(folder: Path, *, weights: bool = True) -> PreTrainedTokenizerBase:
-    """Check a model folder without loading weights; return its tokenizer.
-
-    Raises `InputError` naming the folder or file and what is missing or unsupported. With `weights`
-    false, a folder without any is fine; those that are there are checked.
-    """
-    _check_config(folder)
-    try:
-        embedded = empty_model(folder).get_input_embeddings().num_embeddings
-    except Exception as error:  # A malformed value can make transformers raise anything.
-        reason = one_line(error, 200)
-        raise InputError(f"cannot build a model from {folder}/config.json ({reason})") from None
-    if weights or has_weights(folder):
-        _check_weights(folder)
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{folder} has no tokenizer (expected tokenizer.json)")
-    tokenizer = load_tokenizer(folder)
-    # A pad token beyond the embedding is common and does no harm: rows do not have it.
-    unused = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if (needed := max({*tokenizer.get_vocab().values()} - unused) + 1) > embedded:
-        raise InputError(
-            f"the tokenizer in {folder} has {needed} tokens, the model embeds only {embedded}"
-        )
-    return tokenizer
-
-
-def _check_config(folder: Path) -> None:
-    """Check that `config.json` names a supported model, before transformers reads it."""
-    file = folder / "config.json"
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}")
-    if not file.is_file():
-        raise InputError(f"{folder} has no config.json")
-    for each in sorted(folder.iterdir()):
-        if each.suffix in (".json", ".jinja", ".model", ".txt"):
-            check_pulled(each)
-    config = None
-    with suppress(ValueError):
-        config = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a JSON object")
-    if "quantization_config" in config:
-        raise InputError(f"{folder} is quantized; agcl needs unquantized weights")
-    architecture = (config.get("architectures") or ["(none named in config.json)"])[0]
-    try:
-        family_named(str(architecture))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a model folder names weights that agcl opens; they may be incomplete."""
-    return any((folder / name).is_file() for name in _WEIGHTS)
-
-
-def _check_weights(folder: Path) -> None:
-    """Check that the weight files are there and hold every parameter; reads their headers only."""
-    single, index = (folder / name for name in _WEIGHTS)
-    if not has_weights(folder):
-        raise InputError(f"{folder} has no weights (expected {single.name})")
-    try:
-        files = [single]
-        if not single.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / name for name in sorted(set(shards))]
-        for file in files:
-            check_pulled(file)
-            if not file.is_file():
-                raise InputError(
-                    f"{file}, named in {index.name}, is missing or a link that leads nowhere"
-                )
-        _open(folder, "meta")
-    except InputError:
-        raise
-    except Exception as error:  # A damaged file can make transformers raise anything.
-        raise InputError(f"cannot read the weights in {folder} ({one_line(error, 200)})") from None
 
 
 def config_of(folder: Path) -> PretrainedConfig:

@@ -12,6 +12,8 @@ from agcl.files.pointers import check_pulled
 from agcl.importance import check_file
 from agcl.lrp import attributed_linears
 from agcl.model import corda, models, subspace
+from agcl.model.builtin import BUILTIN_LAYERS, builtin_model
+from agcl.model.check import check_folder
 from agcl.tasks import Row, encode
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -149,7 +151,7 @@ def _check_model_as_of(
     """Cached until a file changes: a search checks its base model in every trial."""
     logging.disable_progress_bar()
     with at_key("model.path"):
-        tokenizer = models.check_folder(folder, weights=weights)
+        tokenizer = check_folder(folder, weights=weights)
     if not chat:
         return
     try:
@@ -163,7 +165,7 @@ def _check_factors(config: Config) -> None:
     if not (config.subspace or config.starts_from_corda):
         return
     if config.model.is_builtin:
-        model: PreTrainedModel = models.builtin_model(1, seed=0)  # Less than a million weights.
+        model: PreTrainedModel = builtin_model(1, seed=0)  # Less than a million weights.
     else:
         model = models.empty_model(config.model.folder)
     if config.subspace:
@@ -177,7 +179,7 @@ def _check_layers(config: Config) -> None:
     if layers == "bottom_half" or not layers:
         return
     if config.model.is_builtin:
-        number = models.BUILTIN_LAYERS
+        number = BUILTIN_LAYERS
     else:
         number = int(models.empty_model(config.model.folder).config.num_hidden_layers)
     if max(layers) >= number:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
 from agcl.tasks import SCHEMA, VALIDATION, Row, RowSource, choice, encode, is_empty
 from agcl.tasks.encoding import cut_left, encoded_rows
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def make_tokenizer(
 ) -> None:
     """Train the built-in model's tokenizer on its generic facts."""
     rows = open_task(config["task"], {}).splits["train"]()
-    models.builtin_tokenizer(row.prompt + row.answer for row in rows).save_pretrained(out_dir)
+    builtin_tokenizer(row.prompt + row.answer for row in rows).save_pretrained(out_dir)
 
 
 def prepare(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agcl.model import models, subspace
+from agcl.model.builtin import builtin_model
 from agcl.parallel import distributed
 from agcl.tasks import TRAIN, EncodedRows, Rows, sample
 from agcl.tasks.batches import micro_batches, shuffled
@@ -15,16 +16,14 @@ from transformers import PreTrainedModel
 
 from pipeline.stages.context import SUBSPACE, Context
 from pipeline.stages.files import named, rows_file
+from pipeline.stages.fit import fit, freeze, write_checks
 from pipeline.stages.loss import loss_of
 from pipeline.stages.protection import (
     Protection,
     base_importance,
-    fit,
-    freeze,
     past_importances,
     protect,
     warn_of_missing,
-    write_checks,
 )
 from pipeline.stages.train_adapter import train_adapter
 
@@ -34,7 +33,7 @@ def pretrain(
 ) -> None:
     """Train the built-in model from scratch on its generic facts."""
     tokenizer = models.load_tokenizer(inputs["tokenizer"])
-    model = context.placed(models.builtin_model(len(tokenizer), seed=config["seed"]))
+    model = context.placed(builtin_model(len(tokenizer), seed=config["seed"]))
     fit(model, config, EncodedRows(inputs["rows"] / rows_file(TRAIN)), context, Protection())
     models.save(model, tokenizer, out_dir)
     context.hold_model(model, context.folder)

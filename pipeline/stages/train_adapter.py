@@ -17,18 +17,16 @@ from torch import Tensor
 from pipeline.config import hub
 from pipeline.stages.context import Context
 from pipeline.stages.files import ADAPTER, named
+from pipeline.stages.fit import fit, freeze, write_checks
 from pipeline.stages.loss import loss_of
 from pipeline.stages.protection import (
     Protection,
     base_directions,
     base_importance,
     basis_of,
-    fit,
-    freeze,
     past_importances,
     protect,
     warn_of_missing,
-    write_checks,
 )
 
 

@@ -14,9 +14,9 @@ from pipeline.results.model_card import LOCATION, MODEL
 from pipeline.results.run_folder import CONFIG_FILE, FREE
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
-from pipeline.tracking.client import Content, Tracker
 from pipeline.tracking.registry import Scored, register
 from pipeline.tracking.scores import scores_of, task_index, times
+from pipeline.tracking.tracker import Content, Tracker
 
 _LARGEST_COPY = 256 * 2**20
 _MODEL_NAME = re.compile(r"[/:.%\"']+")

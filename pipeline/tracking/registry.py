@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from agcl.errors import one_line
 
 from pipeline.secrets import masked
-from pipeline.tracking.client import Tracker, TrackingFailed, metric_name, time_to_upload
+from pipeline.tracking.client import TrackingFailed
 from pipeline.tracking.flavor import write_flavor
+from pipeline.tracking.tracker import Tracker, metric_name, time_to_upload
 
 _MOST_MODELS = 1000
 

@@ -21,9 +21,10 @@ from pipeline.plan.plan import Run
 from pipeline.results.results import METRIC_TITLES, metric, metric_name
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
-from pipeline.tracking.client import Content, Tracker, TrackingFailed
+from pipeline.tracking.client import TrackingFailed
 from pipeline.tracking.metric_files import MetricFiles
 from pipeline.tracking.mirrored_run import MirroredRun
+from pipeline.tracking.tracker import Content, Tracker
 
 _SECONDS_BETWEEN_SYNCS = 60.0
 _SECONDS_BETWEEN_BATCHES = 2.0

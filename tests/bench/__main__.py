@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from agcl.errors import InputError
-from agcl.model import models
+from agcl.model.builtin import BUILTIN
 from agcl.model.forward import Precision
 from bench import figures, peaks, steps, sweeps, two_tasks, whole
 from bench.measure import Figure, Setting, prepared_rows, random_rows
@@ -114,7 +114,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--model",
-        default=models.BUILTIN,
+        default=BUILTIN,
         help=f"model folder, or random weights: {', '.join(SHAPES)} (default: builtin)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

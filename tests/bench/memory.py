@@ -20,6 +20,7 @@ import torch
 from transformers.utils import logging
 
 from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
 from agcl.tasks import TRAIN, EncodedRows
 from agcl.throughput import peak_memory
 from bench.shapes import save_random
@@ -69,7 +70,7 @@ class Found:
 
 def random_llama(folder: Path, sizes: dict[str, Any]) -> Path:
     """Save a Llama of these sizes with random weights, and a tokenizer for the rows."""
-    return save_random(folder, sizes, models.builtin_tokenizer(_WORDS))
+    return save_random(folder, sizes, builtin_tokenizer(_WORDS))
 
 
 def compare(model: Path, scratch: Path, words: int, settings: Sequence[str]) -> list[Found]:

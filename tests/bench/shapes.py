@@ -7,6 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.model import models
+from agcl.model.builtin import BUILTIN, builtin_model
+from agcl.model.check import check_folder
 from bench.sizes import LLAMAS
 
 _SMOLLM2 = {
@@ -61,7 +63,7 @@ def loaded(path: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     if path in SHAPES:
         return random_model(path, device, dtype)
-    if path == models.BUILTIN:
-        return models.builtin_model(512, seed=0).to(device, dtype)
-    models.check_folder(Path(path))
+    if path == BUILTIN:
+        return builtin_model(512, seed=0).to(device, dtype)
+    check_folder(Path(path))
     return models.load_model(Path(path)).to(device, dtype)

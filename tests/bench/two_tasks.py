@@ -9,7 +9,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
 from bench.measure import Figure, figure
 from bench.shapes import SHAPES, save_random
 
@@ -55,7 +55,7 @@ def two_tasks(model: str, device: str, precision: str, rows: int, tokens: int) -
 def _config(folder: Path, model: str, device: str, precision: str, rows: int, tokens: int) -> Path:
     base = Path(model)
     if model in SHAPES:
-        base = save_random(folder / "model", SHAPES[model], models.builtin_tokenizer(_WORDS))
+        base = save_random(folder / "model", SHAPES[model], builtin_tokenizer(_WORDS))
     tasks = []
     for name in ("first", "second"):
         file = folder / f"{name}.jsonl"

@@ -21,6 +21,7 @@ from agcl.attribution import attribute
 from agcl.importance import Importance, running_sum
 from agcl.lrp import attributed_linears
 from agcl.model import models
+from agcl.model.builtin import BUILTIN, builtin_model, builtin_tokenizer
 from agcl.modulation import GatedAdamW, bases
 from agcl.tasks import TRAIN, Encoded, encode, facts
 from agcl.tasks.batches import collate, in_order
@@ -110,16 +111,16 @@ def train_stage_seconds(tasks: Sequence[int]) -> dict[int, float]:
 
 def _model_folder(model: str, scratch: Path) -> Path:
     if model in SHAPES:
-        return save_random(scratch / "base", SHAPES[model], models.builtin_tokenizer(_words()))
-    if model != models.BUILTIN:
+        return save_random(scratch / "base", SHAPES[model], builtin_tokenizer(_words()))
+    if model != BUILTIN:
         return Path(model)
     models.save(*_builtin(), scratch / "base")
     return scratch / "base"
 
 
 def _builtin() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = models.builtin_tokenizer(_words())
-    return models.builtin_model(len(tokenizer), seed=0), tokenizer
+    tokenizer = builtin_tokenizer(_words())
+    return builtin_model(len(tokenizer), seed=0), tokenizer
 
 
 def _words() -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
 from agcl.tasks import facts
 from jobs import cli
 
@@ -46,6 +47,6 @@ def model_folder(tmp_path_factory):
     """A tiny model of the built-in kind, as a user's folder."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     rows = facts.base(entities=8, seed=0).splits["train"]()
-    tokenizer = models.builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
-    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    tokenizer = builtin_tokenizer(f"{row.prompt}{row.answer}" for row in rows)
+    models.save(builtin_model(len(tokenizer), seed=0), tokenizer, folder)
     return folder

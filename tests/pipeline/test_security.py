@@ -20,6 +20,8 @@ import yaml
 
 from agcl.errors import InputError
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
+from agcl.model.check import check_folder
 from agcl.tasks import TRAIN, check_names, huggingface
 from pipeline.config import loading
 from pipeline.config.resources import Resources, Tracking
@@ -30,7 +32,8 @@ from pipeline.run import execute, open_run
 from pipeline.secrets import masked
 from pipeline.stages.context import Context
 from pipeline.storage import Local
-from pipeline.tracking.client import Tracker, TrackingFailed
+from pipeline.tracking.client import TrackingFailed
+from pipeline.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent.parent
 PASSWORD = "hunter2/with@signs"
@@ -108,8 +111,8 @@ class Evil:
 def evil_model(tmp_path):
     """A good model folder with code and pickles beside, as a download may bring them."""
     folder, marker = tmp_path / "model", tmp_path / "code-was-run"
-    tokenizer = models.builtin_tokenizer(["some text"], vocab_size=300)
-    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    tokenizer = builtin_tokenizer(["some text"], vocab_size=300)
+    models.save(builtin_model(len(tokenizer), seed=0), tokenizer, folder)
     code = f"import os\nos.mkdir({str(marker)!r})\n"
     (folder / "evil.py").write_text(f"{code}class Evil: pass\n")
     (folder / "__init__.py").write_text(code)
@@ -126,11 +129,11 @@ def evil_model(tmp_path):
 
 
 def test_code_and_pickles_in_a_model_folder_are_never_run(evil_model):
-    models.check_folder(evil_model.folder)
+    check_folder(evil_model.folder)
     models.empty_model(evil_model.folder)
     models.load_tokenizer(evil_model.folder)
     loaded = models.load_model(evil_model.folder)
-    whole = models.builtin_model(evil_model.size, seed=0)
+    whole = builtin_model(evil_model.size, seed=0)
     assert torch.equal(loaded.lm_head.weight, whole.lm_head.weight)
     assert not evil_model.marker.exists()
 
@@ -138,7 +141,7 @@ def test_code_and_pickles_in_a_model_folder_are_never_run(evil_model):
 def test_pickled_weights_alone_are_refused(evil_model):
     (evil_model.folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no weights .expected model\.safetensors"):
-        models.check_folder(evil_model.folder)
+        check_folder(evil_model.folder)
     with pytest.raises(OSError, match="safetensors"):
         models.load_model(evil_model.folder)
     assert not evil_model.marker.exists()

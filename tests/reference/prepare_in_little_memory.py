@@ -18,7 +18,7 @@ def main(rows: Path, folder: Path, cap: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     import ray
 
-    from agcl.model import models
+    from agcl.model.builtin import builtin_tokenizer
     from agcl.tasks import facts
     from pipeline.stages.context import Context
     from pipeline.stages.prepare import prepare
@@ -31,7 +31,7 @@ def main(rows: Path, folder: Path, cap: int) -> None:
         log_to_driver=False,
     )
     texts = (row.prompt for row in facts.base(entities=8, seed=0).splits["train"]())
-    models.builtin_tokenizer(texts).save_pretrained(folder / "tokenizer")
+    builtin_tokenizer(texts).save_pretrained(folder / "tokenizer")
     out = folder / "out"
     out.mkdir()
     largest: dict[int, int] = {}

@@ -4,6 +4,7 @@ import torch
 from reference import families
 
 from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 QUESTIONS = [f"What is {i} and {i + 30}?" for i in range(6)]
@@ -13,7 +14,7 @@ ANSWERS = [f" the number {31 * i}" for i in range(6)]
 def tokenizer():
     """A plain byte-level tokenizer, which merges digits."""
     texts = [q + a for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
-    made = models.builtin_tokenizer(texts * 4, vocab_size=300)
+    made = builtin_tokenizer(texts * 4, vocab_size=300)
     made.chat_template = CHAT
     return made
 

@@ -9,7 +9,9 @@ from transformers.pytorch_utils import Conv1D
 from agcl.attribution import attribute
 from agcl.importance import Importance
 from agcl.lrp import FAMILIES, attributed_linears, relevance_backward, stored_transposed, weight_of
-from agcl.model.models import builtin_tokenizer, check_folder, load_model, save
+from agcl.model.builtin import builtin_tokenizer
+from agcl.model.check import check_folder
+from agcl.model.models import load_model, save
 from agcl.modulation import GatedAdamW, bases
 from agcl.modulation.checks import check
 from agcl.tasks import Encoded

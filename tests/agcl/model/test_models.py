@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from agcl.errors import InputError
 from agcl.lrp import attributed_linears, relevance_backward
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
+from agcl.model.check import check_folder
 from agcl.tasks import Row, encode
 
 TEXTS = ["Question: Where does Bako live?\nShort answer: Rome", "Who is Tola?"] * 3
@@ -17,12 +19,12 @@ TEXTS = ["Question: Where does Bako live?\nShort answer: Rome", "Who is Tola?"] 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.builtin_tokenizer(TEXTS, vocab_size=300)
+    return builtin_tokenizer(TEXTS, vocab_size=300)
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return models.builtin_model(len(tokenizer), seed=0)
+    return builtin_model(len(tokenizer), seed=0)
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def folder(tmp_path, model, tokenizer):
 
 
 def test_the_builtin_tokenizer_is_deterministic_and_encodes_any_text(tokenizer):
-    again = models.builtin_tokenizer(iter(TEXTS), vocab_size=300)
+    again = builtin_tokenizer(iter(TEXTS), vocab_size=300)
     assert again.get_vocab() == tokenizer.get_vocab()
     for text in ("Rome", " Žofie 🦔\n\t漢字", "", "<<end>"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -43,7 +45,7 @@ def test_the_builtin_tokenizer_is_deterministic_and_encodes_any_text(tokenizer):
 def test_the_builtin_model_depends_only_on_its_seed(model, tokenizer):
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    same, other = (models.builtin_model(len(tokenizer), seed=s) for s in (0, 1))
+    same, other = (builtin_model(len(tokenizer), seed=s) for s in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     pairs = list(zip(model.parameters(), same.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -58,7 +60,7 @@ def test_the_builtin_model_can_be_attributed_and_has_its_tokenizers_end_token(mo
 
 
 def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
-    assert models.check_folder(folder).get_vocab() == tokenizer.get_vocab()
+    assert check_folder(folder).get_vocab() == tokenizer.get_vocab()
     loaded, words = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -73,7 +75,7 @@ def test_a_saved_folder_loads_with_plain_transformers(folder, model, tokenizer):
 @pytest.mark.parametrize(("end", "samples"), [(None, None), (3, True)])
 def test_sampling_settings_without_sampling_do_not_stop_a_save(tmp_path, tokenizer, end, samples):
     """As older checkpoints have them: transformers saves them only as long as nothing changes."""
-    model = models.builtin_model(len(tokenizer), seed=0)
+    model = builtin_model(len(tokenizer), seed=0)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.generation_config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "generation_config.json").read_text())
@@ -86,7 +88,7 @@ def test_sampling_settings_without_sampling_do_not_stop_a_save(tmp_path, tokeniz
 
 @pytest.mark.parametrize(("known", "saved"), [(0, 1), ([0, 1, 5], [1, 0, 5]), (None, 1), ([1], 1)])
 def test_a_saved_model_stops_at_the_tokenizers_end_token(tmp_path, tokenizer, known, saved):
-    model = models.builtin_model(len(tokenizer), seed=0)
+    model = builtin_model(len(tokenizer), seed=0)
     model.config.eos_token_id = model.generation_config.eos_token_id = known
     models.save(model, tokenizer, tmp_path)
     for name in ("config.json", "generation_config.json"):
@@ -111,7 +113,7 @@ def test_a_chat_template_never_prints_todays_date(folder, model, tmp_path, templ
 
 
 def test_a_folder_loads_in_float32_whatever_its_dtype(tmp_path, tokenizer):
-    half = models.builtin_model(len(tokenizer), seed=0).bfloat16()
+    half = builtin_model(len(tokenizer), seed=0).bfloat16()
     models.save(half, tokenizer, tmp_path)
     loaded = models.load_model(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -135,7 +137,7 @@ def change_config(folder, **keys):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no folder .*gone"):
-        models.check_folder(tmp_path / "gone")
+        check_folder(tmp_path / "gone")
 
 
 @pytest.mark.parametrize(
@@ -149,14 +151,14 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_folder_without_a_needed_file_is_refused(folder, lacks, reason):
     (folder / lacks).unlink()
     with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b""])
 def test_a_config_other_than_a_json_object_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_a_config_other_than_a_json_object_is_refused(folder, content):
 def test_a_model_that_cannot_be_attributed_is_refused(folder, keys, reason):
     change_config(folder, **keys)
     with pytest.raises(InputError, match=rf"{folder}.*{reason}"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +195,14 @@ def test_an_invalid_config_is_refused_in_one_line(folder, values):
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, **values}))
     with pytest.raises(InputError, match=r"cannot build a model from .*config\.json \(.+\)$"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("lacks", ["up_proj", "embed_tokens"])
 def test_incomplete_weights_are_refused(folder, model, lacks):
     kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if lacks not in k}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    for read in (models.load_model, models.check_folder):
+    for read in (models.load_model, check_folder):
         with pytest.raises(InputError, match=r"lack \d of the model's parameters, such as \w+\."):
             read(folder)
 
@@ -210,7 +212,7 @@ def test_unreadable_weights_are_refused(folder, content):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(InputError, match=r"^cannot read the weights in .*\(.+\)$"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.fixture
@@ -223,13 +225,13 @@ def sharded(folder, model):
 
 @pytest.mark.parametrize("dangling", [True, False])
 def test_a_missing_shard_is_named(sharded, dangling):
-    models.check_folder(sharded)
+    check_folder(sharded)
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
     if dangling:
         shard.symlink_to(sharded / "blobs" / "gone")
     with pytest.raises(InputError, match=rf"{shard}, named in .*leads nowhere$"):
-        models.check_folder(sharded)
+        check_folder(sharded)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -242,7 +244,7 @@ def test_a_git_lfs_pointer_is_named(sharded, name):
     (sharded / name).write_text(POINTER)
     (sharded / "pytorch_model.bin").write_text(POINTER)  # Not read.
     with pytest.raises(InputError, match=rf".*/{name} is a Git-LFS pointer.*lfs pull"):
-        models.check_folder(sharded)
+        check_folder(sharded)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder, tokenizer):
@@ -251,14 +253,14 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder, toke
     more.add_tokens(["<more>"])
     more.save_pretrained(folder)
     with pytest.raises(InputError, match=rf"has {size + 1} tokens, the model embeds only {size}$"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 @pytest.mark.parametrize("content", ["{}", "not JSON", '{"model": {"type": "nope"}}'])
 def test_a_damaged_tokenizer_is_refused(folder, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match=r"^no readable tokenizer in .*\(.+\)$"):
-        models.check_folder(folder)
+        check_folder(folder)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder):
@@ -267,6 +269,6 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder):
     file.write_text(json.dumps({**keys, "eos_token": None}))
     for name in ("special_tokens_map.json",):
         (folder / name).unlink(missing_ok=True)
-    for read in (models.load_tokenizer, models.check_folder):
+    for read in (models.load_tokenizer, check_folder):
         with pytest.raises(InputError, match="no end-of-sequence"):
             read(folder)

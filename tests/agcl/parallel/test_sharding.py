@@ -9,6 +9,7 @@ from torch import nn
 
 from agcl.lrp import attributed_linears
 from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
 from agcl.modulation import random_bases
 from agcl.parallel import sharding
 
@@ -175,7 +176,7 @@ def test_an_adapter_on_a_sharded_model_is_that_on_a_whole_one(
 @pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
 def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_path):
     """Gemma's embeddings are tied to its head."""
-    tokenizer = models.builtin_tokenizer(["some text"], vocab_size=300)
+    tokenizer = builtin_tokenizer(["some text"], vocab_size=300)
     shares = workers.run(sharded.saved, architecture, tokenizer, tmp_path)
     expected = sharded.weights_of(families.model(architecture, dtype=torch.float32))
     loaded = models.load_model(tmp_path)

@@ -111,7 +111,7 @@ def test_logits_of_a_pass_are_gone_when_the_next_one_begins(score, expected, mon
         return logits
 
     monkeypatch.setattr(evaluate, "answer_logits", passed)
-    monkeypatch.setattr(evaluate, "_PASS_TOKENS", 30)
+    monkeypatch.setattr(evaluate, "PASS_TOKENS", 30)
     score(tiny.llama(width=32), tiny.random_rows(12))
     assert alive == expected
 

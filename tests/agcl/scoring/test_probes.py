@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from agcl.errors import InputError
-from agcl.model.models import builtin_tokenizer
+from agcl.model.builtin import builtin_tokenizer
 from agcl.scoring.probes import Question, read, score
 
 WORDS = "river stone lantern orchard copper violin harbour meadow thistle ember".split()

@@ -7,7 +7,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from agcl.model.models import builtin_tokenizer
+from agcl.model.builtin import builtin_tokenizer
 from agcl.tasks import SCHEMA, Encoded, EncodedRows, Row, encode, messages
 from agcl.tasks.encoding import cut_left, encoded_rows
 

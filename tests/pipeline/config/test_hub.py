@@ -12,6 +12,8 @@ from reference.hub import Hub, files_of
 
 from agcl.errors import InputError
 from agcl.model import models
+from agcl.model.builtin import builtin_tokenizer
+from agcl.model.check import check_folder
 from jobs import cli
 from jobs.compare import begun
 from pipeline.config import hub, loading
@@ -30,7 +32,7 @@ ID = "org/tiny"
 def weights(tmp_path_factory):
     """The files of a tiny model."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = models.builtin_tokenizer(["Who runs the shop? Ada", "Me, or you."] * 4, 280)
+    tokenizer = builtin_tokenizer(["Who runs the shop? Ada", "Me, or you."] * 4, 280)
     model = families.model("LlamaForCausalLM", vocab_size=len(tokenizer), hidden_size=16)
     models.save(model, tokenizer, folder)
     return files_of(folder)
@@ -95,7 +97,7 @@ def test_only_weights_configs_and_tokenizers_are_fetched_and_each_once(server, w
     assert {f.name for f in folder.iterdir()} == {*weights, "chat_template.jinja"}
     assert sorted(server.downloaded()) == sorted({*weights, "chat_template.jinja"})
     assert all(each.is_symlink() for each in folder.iterdir())
-    models.check_folder(folder)  # A folder of links, as the cache makes it.
+    check_folder(folder)  # A folder of links, as the cache makes it.
     assert models.load_model(folder).num_parameters()
     server.asked.clear()
     hub.fetch(ID, commit)

@@ -10,7 +10,7 @@ from pipeline.plan.plan import plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import resolve
 from pipeline.storage import Local
-from pipeline.tracking.client import metric_name
+from pipeline.tracking.tracker import metric_name
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]

@@ -21,7 +21,7 @@ from pipeline.plan.shape import shape_of
 LENGTH, ROWS = 48, 4
 TOKENS = LENGTH * ROWS
 TOLERANCE = 0.06
-module = sys.modules["agcl.attribution.attribute"]
+module = sys.modules["agcl.attribution.batch"]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 80}
 OF_FAMILY = {
     "GPT2LMHeadModel": {"n_inner": 160},

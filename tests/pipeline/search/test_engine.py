@@ -23,6 +23,7 @@ def search(tiny_config, tmp_path):
 
     def make(num_trials, *settings, folder="search"):
         config = tiny_config(tmp_path / "storage", "training.learning_rate=1e-3", *settings)
+        config.storage.root.mkdir(exist_ok=True)  # As the driver has made it before a trial.
         return Search(config, tmp_path / folder, num_trials, space_of(config))
 
     return make

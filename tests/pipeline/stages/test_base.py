@@ -198,4 +198,6 @@ def test_a_later_task_reads_one_file_with_the_moments_of_all_earlier_ones(run):
         expected = sum(part.moments[name].matrix() for part in parts)
         scale = float(expected.diagonal().max())
         torch.testing.assert_close(moment.matrix(), expected, rtol=0, atol=2e-3 * scale)
-        assert moment.trace == pytest.approx(sum(part.moments[name].trace for part in parts))
+        # The trace is that of the energies, in which sums of float16 directions round.
+        traces = sum(part.moments[name].trace for part in parts)
+        assert moment.trace == pytest.approx(traces, rel=1e-5)

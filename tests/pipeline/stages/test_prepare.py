@@ -14,6 +14,7 @@ from tokenizers.normalizers import Replace
 
 from agcl.errors import InputError
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
 from agcl.tasks import EncodedRows, facts
 from pipeline.config import check_data
 from pipeline.config.check import check_inputs
@@ -48,11 +49,11 @@ def cluster():
 def model_folder(tmp_path_factory):
     """A tiny model with a chat template."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = models.builtin_tokenizer(
+    tokenizer = builtin_tokenizer(
         row.prompt for row in facts.base(entities=8, seed=0).splits["train"]()
     )
     tokenizer.chat_template = CHAT
-    models.save(models.builtin_model(len(tokenizer), seed=0), tokenizer, folder)
+    models.save(builtin_model(len(tokenizer), seed=0), tokenizer, folder)
     return folder
 
 
@@ -118,7 +119,7 @@ def test_rows_without_tokens_are_left_out_as_empty(tmp_path):
     """A tokenizer may strip a prompt or an answer to nothing; training needs a token of both."""
     rows = [{"prompt": p, "answer": a} for p, a in (("#", "b"), ("b", "#"), ("a", "b"))]
     lines(tmp_path / "rows.jsonl", rows)
-    tokenizer = models.builtin_tokenizer(["a b"] * 4)
+    tokenizer = builtin_tokenizer(["a b"] * 4)
     tokenizer.backend_tokenizer.normalizer = Replace("#", "")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     inputs = {"tokenizer": tmp_path / "tokenizer", "file/train": tmp_path / "rows.jsonl"}

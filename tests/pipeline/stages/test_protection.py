@@ -7,7 +7,8 @@ import torch
 from reference import tiny
 
 from pipeline.stages.files import CHECKS
-from pipeline.stages.protection import Protection, freeze, write_checks
+from pipeline.stages.fit import freeze, write_checks
+from pipeline.stages.protection import Protection
 
 CONFIG = {"epochs": 1, "batch_size": 1, "learning_rate": 1e-2}
 

@@ -10,6 +10,7 @@ import torch
 
 from agcl.importance import Importance
 from agcl.model import models
+from agcl.model.builtin import builtin_model, builtin_tokenizer
 from agcl.scoring.scorers import SCORERS
 from agcl.tasks import EncodedRows, Row, encode
 from agcl.train import train_task
@@ -64,8 +65,8 @@ ATTRIBUTION = {
 def model_folder(tmp_path_factory):
     """A tiny model that has learned four answers."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = models.builtin_tokenizer(row.prompt + row.answer for row in [*LEARNED, *ASKED])
-    model = models.builtin_model(len(tokenizer), seed=0)
+    tokenizer = builtin_tokenizer(row.prompt + row.answer for row in [*LEARNED, *ASKED])
+    model = builtin_model(len(tokenizer), seed=0)
     write_rows(folder, tokenizer, {"train": LEARNED})
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     options = {"epochs": 60, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
@@ -150,9 +151,9 @@ def test_a_perfect_answer_scores_1_whatever_special_tokens_the_reference_has(sco
 @pytest.mark.parametrize("scorer", ["exact_match", "normalised_exact_match", "token_f1"])
 def test_labels_that_are_special_tokens_are_told_apart(tmp_path, scorer):
     learned = [Row("Good?", "<yes>"), Row("Bad?", "<no>")]
-    tokenizer = models.builtin_tokenizer(row.prompt for row in learned)
+    tokenizer = builtin_tokenizer(row.prompt for row in learned)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<yes>", "<no>"]})
-    model = models.builtin_model(len(tokenizer), seed=0)
+    model = builtin_model(len(tokenizer), seed=0)
     rows = write_rows(
         tmp_path, tokenizer, {"train": learned, "test": [*learned, Row("Bad?", "<yes>")]}
     )

@@ -25,7 +25,7 @@ def raced(tmp_path_factory):
     with closing(sqlite3.connect(storage / "mlflow.db.part")) as half:
         half.execute("CREATE TABLE runs (half_made)")
     (storage / "mlflow.db.lock").touch()
-    code = "import sys; from pathlib import Path; from pipeline.tracking.client import Tracker\n"
+    code = "import sys; from pathlib import Path; from pipeline.tracking.tracker import Tracker\n"
     code += "Tracker(Path(sys.argv[1]), None)"
     one, two = (subprocess.Popen([sys.executable, "-c", code, storage]) for _ in range(2))
     codes = one.wait(), two.wait()

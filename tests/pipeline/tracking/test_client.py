@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agcl.errors import InputError
 from agcl.model import adapter, models
 from pipeline.storage.artifact import write_json
-from pipeline.tracking import client as tracking
+from pipeline.tracking import client
+from pipeline.tracking import tracker as tracking
 from pipeline.tracking.registry import Scored, register
 
 
@@ -54,8 +55,8 @@ def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_
     def locked(*args, **options):
         raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
 
-    found = tracking.Client(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(tracking.TrackingFailed, match="keeps its database locked") as caught:
+    found = client.Client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(client.TrackingFailed, match="keeps its database locked") as caught:
         found._guarded(locked)()
     assert caught.value.no_answer
 
@@ -155,7 +156,7 @@ def test_a_folder_that_mlflow_cannot_describe_fails_in_one_line_and_a_later_try_
     config = full / "config.json"
     text = config.read_text()
     config.write_text(json.dumps({"model_type": "nothing"}))
-    with pytest.raises(tracking.TrackingFailed, match="cannot register sums"):
+    with pytest.raises(client.TrackingFailed, match="cannot register sums"):
         register(tracker, run, "sums", full, base, TASKS)
     config.write_text(text)
     register(tracker, run, "sums", full, base, TASKS)

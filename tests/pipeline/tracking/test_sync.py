@@ -24,9 +24,10 @@ from pipeline.plan.stage import ResolvedStage
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
 from pipeline.tracking import sync
-from pipeline.tracking.client import Client, Tracker, TrackingFailed
+from pipeline.tracking.client import Client, TrackingFailed
 from pipeline.tracking.metric_files import _metrics
 from pipeline.tracking.mirrored_run import MirroredRun
+from pipeline.tracking.tracker import Tracker
 
 BASE = ("tokenizer", "prepare", "pretrain", "evaluate/0")
 BACK = "MLflow is back; recorded what it missed"
