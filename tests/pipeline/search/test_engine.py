@@ -32,9 +32,10 @@ def search(tiny_config, tmp_path):
 def outcome(rate, energy):
     """Scores after both tasks that depend on the settings, as those of a real trial."""
     learned, retained = min(1.0, rate * 700), min(1.0, energy + 0.1 / (1 + rate * 1000))
-    first = {"task": 1, "average": learned, "learned": learned, "retained": None}
+    first = {"average": learned, "learned": learned, "retained": None, "base_kept": None}
     average = (learned + retained) / 2
-    return first, {"task": 2, "average": average, "learned": learned, "retained": retained}
+    last = {"average": average, "learned": learned, "retained": retained, "base_kept": None}
+    return {"task": 1, **first}, {"task": 2, **last}
 
 
 def play(search, seed=0, failed=(), stopped=()):
