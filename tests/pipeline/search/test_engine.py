@@ -216,9 +216,9 @@ def test_trials_whose_workers_compute_do_not_take_their_place(search, on_tune):
 def test_a_bad_trial_is_stopped_early_and_contradicting_settings_fail(search, on_tune):
     def falling(rate, energy):
         value = 0.9 if rate > 1e-3 else 0.1
-        yield {"task": 1, "average": value, "learned": value, "retained": None}
+        yield {"task": 1, "average": value, "learned": value, "retained": None, "base_kept": None}
         time.sleep(0.5)  # The decision to stop comes while it works on.
-        yield {"task": 2, "average": value, "learned": value, "retained": value}
+        yield {"task": 2, "average": value, "learned": value, "retained": value, "base_kept": None}
 
     report = scoring(falling)
 
