@@ -200,4 +200,4 @@ def test_a_later_task_reads_one_file_with_the_moments_of_all_earlier_ones(run):
         torch.testing.assert_close(moment.matrix(), expected, rtol=0, atol=2e-3 * scale)
         # The trace is that of the energies, in which sums of float16 directions round.
         traces = sum(part.moments[name].trace for part in parts)
-        assert moment.trace == pytest.approx(traces, rel=1e-5)
+        assert moment.trace == pytest.approx(traces, rel=1e-4)
