@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from statistics import fmean
 from typing import Any, Literal
 
@@ -181,9 +180,11 @@ def best(trials: Sequence[Trial], *, keep_base: bool = False) -> Trial | None:
     own settings, if that finished.
     """
     finished = [(t.last.average, -t.number, t) for t in trials if t.state == "finished" and t.last]
-    kept = {t.number: t.last.base_kept for *_, t in finished if t.last}
-    if keep_base and (own := kept.get(0)) is not None:
-        finished = [each for each in finished if (kept[each[-1].number] or -inf) >= own]
+    # All trials measure it or none does: their evaluations are alike.
+    scored = ((t.number, t.last.base_kept) for *_, t in finished if t.last)
+    kept = {number: score for number, score in scored if score is not None}
+    if keep_base and 0 in kept:
+        finished = [each for each in finished if kept[each[-1].number] >= kept[0]]
     return max(finished)[-1] if finished else None
 
 
