@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from agcl.files.checkpoint import Checkpoint
 from agcl.loss import Loss, summed_loss
 from agcl.model.forward import Precision, autocast
-from agcl.parallel import distributed, sharding
+from agcl.parallel import distributed, gradients, sharding
 from agcl.schedule import Schedule, rate_factor, scale_rates
 from agcl.tasks import Rows
 from agcl.tasks.batches import collate, micro_batches, pack, shuffled
@@ -87,23 +87,21 @@ def train_task(
             )
             loss = torch.zeros((), device=device)
             optimizer.zero_grad()
-            for number, counts in distributed.in_turn(len(pieces)):
+            turns = list(distributed.in_turn(len(pieces)))
+            for turn, (number, counts) in enumerate(turns, start=1):
                 piece = batched([batch[i] for i in pieces[number]]).to(device)
                 torch.manual_seed(_dropout_seed(seed, step, number))
-                with autocast(device, precision):
-                    piece_loss = counts * loss_of(model, piece) / num_answer_tokens
-                piece_loss.backward()
-                loss += piece_loss.detach()
-            _share_gradients(parameters, loss)
+                with gradients.summed(parameters) if turn == len(turns) else nullcontext():
+                    with autocast(device, precision):
+                        part = counts * loss_of(model, piece) / num_answer_tokens
+                    part.backward()
+                loss += part.detach()
+            distributed.sum_in_place([loss])
             penalty = torch.zeros((), device=device) if penalise is None else penalise().detach()
             norm = sharding.whole(torch.nn.utils.clip_grad_norm_(parameters, max_gradient_norm))
             # One device sync per step: any NaN or infinite gradient makes the norm non-finite.
             if not torch.isfinite(loss + penalty + norm):
-                raise NonFiniteLoss(
-                    f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of "
-                    f"{num_steps}; lower the learning rate, or the strength of a penalty or of "
-                    "loss.reference, or use precision float32"
-                )
+                raise _non_finite(loss, norm, step, num_steps)
             scale_rates(optimizer, rate_factor(step, num_steps, schedule=schedule, warmup=warmup))
             optimizer.step()
             metrics = {
@@ -111,10 +109,9 @@ def train_task(
                 "gradient_norm": norm.item(),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "of_steps": num_steps,
+                **({} if penalise is None else {"penalty": penalty.item()}),
                 **measure(lengths),
             }
-            if penalise is not None:
-                metrics["penalty"] = penalty.item()
             log(metrics, step)
             if checkpoint:
                 steps.append((metrics, step))
@@ -127,11 +124,9 @@ def _dropout_seed(seed: int, step: int, piece: int) -> int:
     return hash((seed, step, piece)) % 2**63
 
 
-def _share_gradients(parameters: list[torch.nn.Parameter], loss: Tensor) -> None:
-    """Sum the loss and gradients over all ranks. FSDP has already summed sharded gradients."""
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    distributed.sum_in_place([loss, *(g for g in gradients if not isinstance(g, DTensor))])
+def _non_finite(loss: Tensor, norm: Tensor, step: int, num_steps: int) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"loss {loss.item()} with gradient norm {norm.item()} at step {step} of {num_steps}; lower "
+        "the learning rate, or the strength of a penalty or of loss.reference, or use precision "
+        "float32"
+    )

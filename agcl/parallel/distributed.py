@@ -1,7 +1,7 @@
 """The collectives agcl needs. In a single process every function is the identity."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TypeVar
 
@@ -66,21 +66,14 @@ def in_turn(count: int) -> Iterator[tuple[int, bool]]:
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over all ranks, in place.
 
-    Small tensors share a message, a bucket, which is the extra memory that this needs; one that
-    fills a bucket is sent as it is. Every rank must pass the same dtypes and shapes in one order.
+    Needs one bucket of extra memory. Every rank must pass the same dtypes and shapes in one order.
     """
-    for bucket in _buckets(tensors if world_size() > 1 else ()):
-        if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0])
-            continue
-        flat = torch.cat([t.reshape(-1) for t in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    for bucket in buckets(tensors if world_size() > 1 else ()):
+        start_sum(bucket)()
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype with at most `BUCKET_BYTES` together, or one that has more."""
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype that share a message: `BUCKET_BYTES` at most, or one that has more."""
     filling: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         bucket = filling.setdefault(tensor.dtype, [])
@@ -89,6 +82,27 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             bucket = filling[tensor.dtype] = []
         bucket.append(tensor)
     yield from filling.values()
+
+
+def start_sum(bucket: Sequence[Tensor]) -> Callable[[], None]:
+    """Begin to sum a bucket over all ranks; the returned function waits for the sums.
+
+    Until then the tensors must not be used. A tensor of its own bucket is sent as it is.
+    """
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        message = bucket[0]
+    else:
+        message = torch.cat([t.reshape(-1) for t in bucket])
+    work = dist.all_reduce(message, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        if message is bucket[0]:
+            return
+        for tensor, part in zip(bucket, message.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    return finish
 
 
 def gather(tensor: Tensor) -> list[Tensor]:

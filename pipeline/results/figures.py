@@ -42,6 +42,7 @@ from pipeline.results.results import (
 )
 
 LEARNED, KEPT = "learning_accuracy", "average_performance"
+LEARNED_LABEL = "learning accuracy: mean score right after training"
 _LEAST_SPAN = 0.1  # of the vertical axes of what the base model still knows
 Points = Mapping[str, tuple[Estimate, Estimate]]
 """Learned and kept by method."""
@@ -156,18 +157,20 @@ def _forgetting(
 
 
 def _stability_plasticity(points: Points, styles: Styles) -> Figure:
-    figure, axes = _against_learned(points, styles, "average")
+    figure = Figure((7.2, 4.2))
+    axes = figure.subplots()
+    _against_learned(axes, points, styles, "average")
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     low = min(min(x.mean, y.mean) for x, y in points.values())
     axes.set(xlim=(max(0, low - 0.1), 1.03), ylim=(max(0, low - 0.1), 1.03))
+    axes.set_xlabel(LEARNED_LABEL)
     axes.set_ylabel("average: mean score at the end")
+    figure.legend(loc="outside right upper", fontsize=7.5)
     return figure
 
 
-def _against_learned(points: Points, styles: Styles, kept: str) -> tuple[Figure, Axes]:
+def _against_learned(axes: Axes, points: Points, styles: Styles, kept: str) -> None:
     """Learned versus kept, with confidence intervals for methods with several seeds."""
-    figure = Figure((7.2, 4.2))
-    axes = figure.subplots()
     for label, (learned, value) in points.items():
         drawn = axes.errorbar(
             learned.mean, value.mean, xerr=learned.half_width, yerr=value.half_width,
@@ -176,41 +179,47 @@ def _against_learned(points: Points, styles: Styles, kept: str) -> tuple[Figure,
         )  # fmt: skip
         text = f"{label}: learning accuracy {learned.mean:.3f}, {kept} {value.mean:.3f}"
         drawn.lines[0].set_gid(tip(text))
-    axes.set_xlabel("learning accuracy: mean score right after training")
-    axes.grid()
-    figure.legend(loc="outside right upper", fontsize=7.5)
-    return figure, axes
+    axes.grid(visible=True)
 
 
 def _base_against_learned(runs: Sequence[RunResult], styles: Styles) -> Figure | None:
-    """The base model's skills at the end versus learned; None with fewer than two methods.
+    """What the base model still knows at the end versus learned, a panel per measure.
 
-    The measure is the first one that all methods have. A loss has its axis inverted: up is better.
+    Shows the measures that at least two methods have; None if there are none. A loss has its axis
+    inverted: up is better.
     """
-    base = compare_base(runs)
-    most = max(map(len, base.values()))
-    measure, by_label = next(each for each in base.items() if len(each[1]) == most)
-    points = {
-        line.group.label: (line.metrics[LEARNED], by_label[line.group.label][-1])
+    learned = {
+        line.group.label: line.metrics[LEARNED]
         for line in compare(runs, runs[0].metrics["evaluation_set"], (LEARNED,))
-        if line.group.label in by_label
     }
-    if len(points) < 2:
+    base = {
+        measure: {label: rows for label, rows in by_label.items() if label in learned}
+        for measure, by_label in compare_base(runs).items()
+    }
+    base = {measure: by_label for measure, by_label in base.items() if len(by_label) > 1}
+    if not base:
         return None
-    title = base_title(measure)
-    figure, axes = _against_learned(points, styles, title)
-    before = fmean(rows[0].mean for rows in by_label.values())
-    axes.axhline(before, color=GREY, linewidth=0.8, linestyle=":", gid=tip(f"base: {before:.3f}"))
-    shown = [before, *(y.mean for _, y in points.values())]
-    margin = max(0.1 * (max(shown) - min(shown)), 0.01)
-    low, high = min(shown) - margin, max(shown) + margin
-    is_loss = measure in LOWER_IS_BETTER
-    axes.set_ylim((high, low) if is_loss else (low, high))
-    lowest = min(x.mean for x, _ in points.values())
-    axes.set_xlim(max(0, lowest - 0.1), 1.03)
-    unit = "acc_norm" if measure.startswith("probes") else "score"
-    unit = "nats per token, axis inverted" if is_loss else unit
-    axes.set_ylabel(fitted(f"base kept: {title} at the end ({unit})", 60))
+    labels = [label for label in learned if any(label in by_label for by_label in base.values())]
+    figure, panels = legend_panels(len(base), labels, styles, sharey=False)
+    for axes, (measure, by_label) in zip(panels, base.items(), strict=True):
+        title, is_loss = base_title(measure), measure in LOWER_IS_BETTER
+        points = {label: (learned[label], rows[-1]) for label, rows in by_label.items()}
+        _against_learned(axes, points, styles, title)
+        before = fmean(rows[0].mean for rows in by_label.values())
+        axes.axhline(
+            before, color=GREY, linewidth=0.8, linestyle=":", gid=tip(f"base: {before:.3f}")
+        )
+        shown = [before, *(y.mean for _, y in points.values())]
+        margin = max(0.1 * (max(shown) - min(shown)), 0.01)
+        low, high = min(shown) - margin, max(shown) + margin
+        axes.set_ylim((high, low) if is_loss else (low, high))
+        unit = "nats, axis inverted" if is_loss else ""
+        unit = "acc_norm" if measure.startswith("probes") else unit
+        axes.set_title(fitted(title, 26) + (f" ({unit})" if unit else ""))
+    lowest = min(learned[label].mean for label in labels)
+    panels[0].set_xlim(max(0, lowest - 0.1), 1.03)  # The panels share their axis.
+    figure.supxlabel(LEARNED_LABEL)
+    figure.supylabel("base kept, at the end")
     return figure
 
 

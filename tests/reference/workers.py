@@ -300,6 +300,37 @@ def sums_in_buckets(bucket_bytes: int) -> tuple[list[torch.Tensor], list[torch.T
     return found, tensors
 
 
+def gradients_of_experts(bucket_bytes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Sums over ranks of the gradients of two passes, and of both ranks' gradients gathered.
+
+    Of four layers rank 0's last pass uses the first two, rank 1's the first and the third.
+    """
+    from unittest.mock import patch
+
+    from agcl.parallel import distributed, gradients
+
+    rank = distributed.rank()
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 8) for _ in range(4)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    inputs = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(rank))
+
+    def last_pass() -> None:
+        layers[1 + rank](layers[0](inputs[1])).square().sum().backward()
+
+    layers[0](inputs[0]).square().sum().backward()
+    last_pass()
+    own = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    layers[0](inputs[0]).square().sum().backward()
+    with patch.object(distributed, "BUCKET_BYTES", bucket_bytes), gradients.summed(parameters):
+        last_pass()
+    found = [p.grad for p in parameters if p.grad is not None]
+    assert len(found) == len(parameters)
+    return found, [torch.stack(distributed.gather(each)).sum(0) for each in own]
+
+
 def trained_by_a_trainer(way: str, folder: Path) -> Any:
     """What a Trainer makes of a tiny model under a basis, data-parallel on both ranks."""
     from reference import tiny

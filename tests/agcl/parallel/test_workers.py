@@ -1,11 +1,13 @@
 """One rank or two: the same importance, training and verdicts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import tiny
 from reference import workers as remote
 
-from agcl.parallel import distributed
+from agcl.parallel import distributed, gradients
 
 MODEL = {"seed": 0}
 
@@ -169,10 +171,7 @@ def test_gradients_summed_in_buckets_are_those_of_one_flat_sum(workers, bucket_b
 
 def test_a_sum_needs_a_bucket_of_extra_memory(monkeypatch):
     """Messages of 2 small tensors each, but a large one as it is."""
-    sent = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 100)
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda t: sent.append(t.mul_(2)))
+    sent = recorded_sums(monkeypatch)
     large, turned = torch.ones(50), torch.ones(8, 5).T
     small = [torch.ones(12) for _ in range(5)]
     tensors = [small[0], large, *small[1:], turned, torch.ones(3, dtype=torch.float64)]
@@ -180,6 +179,48 @@ def test_a_sum_needs_a_bucket_of_extra_memory(monkeypatch):
     assert [len(t.flatten()) for t in sent] == [12, 50, 24, 24, 40, 3]
     assert sent[1] is large
     assert all((t == 2).all() for t in tensors)
+
+
+def recorded_sums(monkeypatch) -> list[torch.Tensor]:
+    """What two ranks with the same tensors send, in buckets of 100 bytes."""
+    sent: list[torch.Tensor] = []
+
+    def all_reduce(tensor: torch.Tensor, async_op: bool) -> SimpleNamespace:
+        sent.append(tensor.mul_(2))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    return sent
+
+
+def test_gradients_are_sent_during_the_backward_pass_from_the_last_layer_on(monkeypatch):
+    """Not after it: the first layer's gradient does not exist yet when those of the last leave."""
+    sent = recorded_sums(monkeypatch)
+    layers = [torch.nn.Linear(5, 5, bias=False) for _ in range(3)]
+    sent_before: list[int] = []
+    for layer in layers:
+        layer.weight.register_hook(lambda gradient: sent_before.append(len(sent)))
+    unused = torch.nn.Parameter(torch.ones(4))
+    parameters = [layer.weight for layer in layers] + [unused]
+    with gradients.summed(parameters):
+        torch.nn.Sequential(*layers)(torch.ones(2, 5)).sum().backward()
+    assert sent_before == [0, 0, 0]
+    assert torch.equal(unused.grad, torch.zeros(4))
+    sent.clear()
+    with gradients.summed(parameters[:3]):
+        torch.nn.Sequential(*layers)(torch.ones(2, 5)).sum().backward()
+    assert sent_before[3:] == [0, 1, 2]
+    assert all(message is p.grad for message, p in zip(sent, reversed(parameters[:3]), strict=True))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 10**6])
+def test_gradients_are_summed_alike_where_ranks_use_other_parameters(workers, bucket_bytes):
+    """Each rank skips an expert that the other uses; both skip the last one."""
+    for found, expected in workers.run(remote.gradients_of_experts, bucket_bytes):
+        for each, wanted in zip(found, expected, strict=True):
+            assert torch.equal(each, wanted)
 
 
 def test_collectives_are_the_identity_in_a_single_process():

@@ -503,42 +503,27 @@ def test_what_the_base_still_knows_is_averaged_over_seeds(page, tmp_path):
                                                 "text_loss", "kl", "kl_answers"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("base", "label", "inverted"),
-    [
-        (base_of(lost=0.5), "mean of probes at the end (acc_norm)", False),
-        (base_of(lost=0.5, probes=["piqa"]), "piqa at the end (acc_norm)", False),
-        ({"text_loss": [3, 3, 3, 4], "facts": [0.9] * 4}, "facts at the end (score)", False),
-        ({"text_loss": [3, 3, 3, 4], "kl": [0, 0, 0, 1]}, "text loss at the end (nats", True),
-        ({"kl": [0, 0, 0, 1]}, "KL (text) at the end (nats", True),
-    ],
-)
-def test_base_kept_is_the_skill_or_else_the_inverted_loss(rendered, base, label, inverted):
+def test_base_kept_has_a_panel_per_measure_with_losses_inverted(rendered):
+    """Up is better in every panel; here agcl has the better skills and the worse loss."""
     rendered("base-learned")
-    less = base_of(lost=0.2)
-    other = {key: less.get(key, [0.8, 0.6, 0.5, 0.4]) for key in base}
     few = {"importance": False, "sets": ["memorization"]}
+    base = {"probes": {"piqa": [0.5, 0.5, 0.5, 0.45]}, "text_loss": [3, 3, 3, 4.5], "kl": [0] * 4}
+    other = {"probes": {"piqa": [0.5, 0.5, 0.5, 0.35]}, "text_loss": [3, 3, 3, 3.5]}
     drawn = draw([run("agcl", base=base, **few), run("sequential", base=other, **few)])
     (twin,) = [picture.svg for picture in drawn if picture.section == "base-learned"]
-    assert f"base kept: {label}" in twin
+    assert ">piqa (acc_norm)</text>" in twin
+    assert ">text loss (nats, axis inverted)</text>" in twin
+    assert "KL" not in twin  # One method has it.
     heights = {
-        name: float(re.search(rf'<title>{name}: .*?y="([\d.]+)"', twin, flags=re.S)[1])
-        for name in ("agcl", "sequential")
-    }
-    values = {name: float(re.search(rf"<title>{name}: .* ([\d.]+)</title>", twin)[1])
-              for name in heights}  # fmt: skip
-    assert values["agcl"] != values["sequential"]
-    agcl_is_above = heights["agcl"] < heights["sequential"]  # SVG counts from the top.
-    assert agcl_is_above == ((values["agcl"] > values["sequential"]) != inverted)
-
-
-def test_a_measure_that_one_method_lacks_does_not_place_the_methods(rendered):
-    rendered("base-learned")
-    few = {"importance": False, "sets": ["memorization"]}
-    only_loss = {"text_loss": [3.0, 3.5, 4.0, 4.5]}
-    runs = [run("agcl", base=base_of(), **few), run("sequential", base=only_loss, **few)]
-    (twin,) = [picture.svg for picture in draw(runs) if picture.section == "base-learned"]
-    assert "base kept: text loss at the end" in twin
+        (name, measure): float(height)
+        for name, measure, height in re.findall(
+            r'<title>(agcl|sequential): learning accuracy [\d.]+, (piqa|text loss) [\d.]+</title>'
+            r'.*?y="([\d.]+)"', twin, flags=re.S)
+    }  # fmt: skip
+    assert len(heights) == 4
+    # SVG counts from the top.
+    assert heights["agcl", "piqa"] < heights["sequential", "piqa"]
+    assert heights["agcl", "text loss"] > heights["sequential", "text loss"]
 
 
 def test_self_checks_show_the_worst(page):
