@@ -132,7 +132,8 @@ def _reference(setting: Setting) -> list[Part]:
     own &= not setting.config.starts_from_corda  # Which changes the weights below its factors.
     if own or not loss.needs_reference:
         return []
-    return [Part("reference model", HALF * setting.shape.weights // setting.shards)]
+    size = HALF if setting.on_gpu else setting.weight_bytes
+    return [Part("reference model", size * setting.shape.weights // setting.shards)]
 
 
 def optimizer_states(setting: Setting, trained: int) -> Part:

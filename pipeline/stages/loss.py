@@ -10,9 +10,11 @@ from pipeline.stages.context import LOADING, Context
 
 
 def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Context) -> Loss:
-    """The config's `loss`, with the input `reference` loaded in bfloat16 if it is needed.
+    """The config's `loss`, with the input `reference` loaded if it is needed.
 
-    An adapter's own base model needs no second copy. Collective: call on every rank.
+    On a GPU it is held in bfloat16, to save memory; on a CPU in the model's own type, since many
+    CPUs have no bfloat16 instructions and are many times slower without. An adapter's own base
+    model needs no second copy. Collective: call on every rank.
     """
     settings = config.get("loss")
     if not settings:
@@ -23,7 +25,9 @@ def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Cont
     intact = config["adapter"] and config["adapter"].get("init") != "corda"
     if intact and inputs["reference"] == inputs["model"]:
         return anchored_loss(without_adapter, **settings)
-    loading = {**config.get(LOADING, {}), "dtype": "bfloat16"}
+    loading = dict(config.get(LOADING, {}))
+    if context.device.type != "cpu":
+        loading["dtype"] = "bfloat16"
     return anchored_loss(
         frozen(context.loaded(inputs["reference"], {LOADING: loading})), **settings
     )

@@ -305,7 +305,7 @@ def test_the_table_in_the_documents_is_what_the_formula_gives():
     assert table() in SPEED.read_text(encoding="utf-8")
 
 
-def test_sgd_keeps_one_number_per_weight_and_a_reference_model_two_bytes(large):
+def test_sgd_keeps_one_number_per_weight_and_a_reference_model_two_bytes_on_a_gpu(large):
     sgd = with_section(setting_of(large, "sequential"), "training", optimizer="sgd")
     assert sizes(sgd, "train")["momentum"] == 4 * large.weights
     small = with_section(sgd, "training", optimizer="adamw_8bit")
@@ -314,6 +314,8 @@ def test_sgd_keeps_one_number_per_weight_and_a_reference_model_two_bytes(large):
     assert parts["checkpoint"] == pytest.approx(6.03 * large.weights, rel=1e-3)
     anchored = with_section(setting_of(large, "sequential"), "loss", reference="base", strength=1.0)
     assert sizes(anchored, "train")["reference model"] == 2 * large.weights
+    on_cpu = with_section(anchored, "resources", gpus_per_worker=0)
+    assert sizes(on_cpu, "train")["reference model"] == 4 * large.weights
     silent = with_section(anchored, "loss", strength=0.0)
     assert "reference model" not in sizes(silent, "train")
     adapter = with_section(setting_of(large, "lora"), "loss", reference="base", strength=1.0)

@@ -1,14 +1,17 @@
 """Baselines that change the loss, or the weights after a task, through their stages."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from reference import tiny
 
 from agcl.errors import InputError
 from agcl.loss import Loss
 from agcl.model import models
 from pipeline.stages import loss as loss_module
+from pipeline.stages.context import LOADING, Context
 from pipeline.stages.files import LOG_FILE
 
 FIRST, SECOND = "train/1-harbour", "train/2-valley"
@@ -56,7 +59,7 @@ def test_lwf_is_anchored_to_the_last_tasks_model_and_kl_to_the_base(run):
         works["from base"] = distance(weights(works[SECOND]), base)
     assert of_last["moved"] != of_base["moved"]
     assert of_last["from base"] > of_base["from base"]
-    # The first step's model is the reference of lwf, up to its rounding to bfloat16.
+    # The first step's model is the reference of lwf.
     assert losses(of_last[SECOND])[0] < losses(of_base[SECOND])[0]
 
 
@@ -84,7 +87,17 @@ def test_an_adapters_base_model_is_not_loaded_again(run, monkeypatch):
     run(ONE_EPOCH, "loss.reference=previous", "loss.strength=2", method="lora")
     # For the second task; before the first, the previous model is the base.
     assert len(loaded) == 1
-    assert loaded[0].dtype == torch.bfloat16
+    assert loaded[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", {}), ("cuda", {"dtype": "bfloat16"})])
+def test_a_reference_is_held_in_bfloat16_on_a_gpu_alone(device, dtype, monkeypatch):
+    """Many CPUs have no bfloat16 instructions: there its passes took 60 times as long."""
+    context, read = Context(device=torch.device(device)), []
+    monkeypatch.setattr(context, "loaded", lambda _, config: read.append(config) or tiny.llama())
+    inputs = {"reference": Path("base"), "model": Path("last")}
+    loss_module.loss_of({"adapter": None, "loss": {"strength": 1.0}}, inputs, context)
+    assert read == [{LOADING: dtype}]
 
 
 def test_a_merged_model_lies_between_and_the_next_task_starts_there(run):
