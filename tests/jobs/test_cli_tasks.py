@@ -271,7 +271,7 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
     for i in (0, 4, 8):
         assert f"Who is {i}?» Me, [{i}]<end>«" in shown
     assert [path.name for path in storage.iterdir()] == ["stages"]
-    assert cli.main(["plan", str(file), "--no-probe"]) == cli.OK
+    assert cli.main(["plan", str(file), "--formula-only"]) == cli.OK
     planned = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in planned if "prepare/one" in line] == ["done"]
     made = sorted((storage / "stages").iterdir())

@@ -1,8 +1,8 @@
 """Disk that a config needs, by a formula, from its model's shape alone."""
 
 from pipeline.config.method import Project
-from pipeline.plan.memory_of_training import state_size, trained_weights
-from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
+from pipeline.estimate.setting import FLOAT, HALF, Part, Parts, Setting, entries
+from pipeline.estimate.training import state_size, trained_weights
 
 
 def disk_per_task(setting: Setting) -> Parts:

@@ -11,7 +11,7 @@ from agcl.parallel.distributed import BUCKET_BYTES
 from pipeline.config.config import Config
 from pipeline.config.method import Project
 from pipeline.config.weights import rounds_to_nearest
-from pipeline.plan.decomposed import (
+from pipeline.estimate.decomposed import (
     bases_size,
     decomposing,
     held_factors,
@@ -19,7 +19,7 @@ from pipeline.plan.decomposed import (
     projection_of_weights,
     trained_factors,
 )
-from pipeline.plan.setting import (
+from pipeline.estimate.setting import (
     FLOAT,
     HALF,
     Part,
@@ -39,18 +39,18 @@ of their divergence."""
 
 
 def train_peak(setting: Setting) -> Parts:
-    """The worst moment of the worst task: the first one, or a later one with all protections."""
+    """The worst phase of the worst task: the first one, or a later one with all protections."""
     config = setting.config
     of_base = config.measured and config.base.protect != "none"
     always = of_base or len(config.measured) < len(config.protect)
-    moments = [] if always else _training(setting, protects=False)
+    phases = [] if always else _training(setting, protects=False)
     if config.protect:
-        moments += [*_training(setting, protects=True), _deciding(setting)]
-    return largest(setting, moments)
+        phases += [*_training(setting, protects=True), _deciding(setting)]
+    return largest(setting, phases)
 
 
 def trained_weights(setting: Setting, *, protects: bool) -> int:
-    """Weights with a gradient and Adam's two moments."""
+    """Weights with a gradient and Adam's two running means."""
     if setting.config.adapter:
         return entries(setting.factors)
     if setting.config.subspace:
