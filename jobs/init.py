@@ -26,7 +26,7 @@ from pipeline.config.model import Model
 from pipeline.config.revision import pinned
 from pipeline.config.starter import Data, look_at
 from pipeline.config.usual import rate_text, usual
-from pipeline.tracking.sync import warn
+from pipeline.execution.progress import warn
 
 _TEMPLATE = Path(__file__).with_suffix(".yaml.j2")
 _EXPENSIVE = 4096

@@ -22,9 +22,9 @@ from pipeline.estimate.fitting import USABLE, fits, on_device, remedy
 from pipeline.estimate.memory import peaks
 from pipeline.estimate.rehearsal import Needs, estimate
 from pipeline.estimate.setting import Part, Setting, setting_of, total
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
 from pipeline.run import open_run
-from pipeline.tracking.sync import warn
 
 _MB, _GB, _MOST = 10**6, 10**9, 10**15
 

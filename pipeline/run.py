@@ -19,6 +19,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import check_address
+from pipeline.execution.progress import warn
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import sessions
@@ -48,7 +49,7 @@ from pipeline.results.run_folder import (
 from pipeline.stages.files import METRICS
 from pipeline.stages.prepare import make_tokenizer, prepare
 from pipeline.storage import artifact, bucket_of
-from pipeline.tracking.sync import Mirror, warn
+from pipeline.tracking.sync import Mirror
 from pipeline.tracking.tracker import Content
 
 REPORT_FILE = "report.html"

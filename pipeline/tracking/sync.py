@@ -14,9 +14,9 @@ from typing import Any
 
 from agcl.errors import InputError, one_line
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config.config import Config
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
 from pipeline.results.results import METRIC_TITLES, metric, metric_name
 from pipeline.secrets import masked
@@ -249,8 +249,3 @@ class Mirror:
         self._unsent = []
         for run in self._runs.values():
             run.forget()
-
-
-def warn(console: Console, message: str) -> None:
-    """Print a warning of one line."""
-    console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)

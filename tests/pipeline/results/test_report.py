@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from agcl.metrics import summary
-from jobs.execution import (
+from jobs.output import (
     print_base,
     print_base_comparison,
     print_comparison,

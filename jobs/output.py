@@ -12,6 +12,7 @@ from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.config.naming import CHANGES, method_description, method_name
 from pipeline.config.weights import slow_here
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
 from pipeline.results.model_card import MODEL
@@ -25,7 +26,6 @@ from pipeline.results.results import (
 )
 from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
 from pipeline.secrets import masked
-from pipeline.tracking.sync import warn
 
 METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy", "forgetting",
                  "forward_transfer")  # fmt: skip
