@@ -16,9 +16,10 @@ from pipeline.config.naming import method_name
 from pipeline.config.revision import pinned
 from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
-from pipeline.results.run_folder import CONFIG_FILE, check_folder
-from pipeline.run import locked, open_run
-from pipeline.search.search import SEARCH_FILE, VALIDATION
+from pipeline.results.files import CONFIG_FILE, SEARCH_FILE
+from pipeline.results.run_folder import check_folder, locked
+from pipeline.run import open_run
+from pipeline.search.search import VALIDATION
 from pipeline.search.trial import undecided
 from pipeline.search.tuning import execute_tuning, make_room, open_tuning, tuned
 

@@ -15,7 +15,7 @@ from pipeline.config.weights import slow_here
 from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
 from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
-from pipeline.results.model_card import MODEL
+from pipeline.results.files import MODEL, REPORT_FILE
 from pipeline.results.results import (
     RunResult,
     base_measures,
@@ -24,7 +24,7 @@ from pipeline.results.results import (
     groups,
     metric,
 )
-from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
+from pipeline.run import REPORTS_EACH, execute
 from pipeline.secrets import masked
 
 METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy", "forgetting",

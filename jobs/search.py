@@ -12,9 +12,8 @@ from pipeline.config.search import Choice, Dimension
 from pipeline.config.weights import slow_here
 from pipeline.errors import Failed
 from pipeline.execution.progress import warn
-from pipeline.results.run_folder import TRIALS_FILE
-from pipeline.run import REPORT_FILE
-from pipeline.search.search import BEST_CONFIG, execute_search, keeps_base, open_search, why_none
+from pipeline.results.files import BEST_CONFIG, REPORT_FILE, TRIALS_FILE
+from pipeline.search.search import execute_search, keeps_base, open_search, why_none
 from pipeline.search.space import own_point
 from pipeline.search.trial import undecided
 

@@ -4,6 +4,7 @@ import csv
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from io import StringIO
 from itertools import chain
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from agcl.errors import InputError
 
 from pipeline.results.checks import crowded, worst_checks
 from pipeline.results.comparison import (
@@ -22,6 +24,7 @@ from pipeline.results.comparison import (
     compare_base,
     is_bound,
 )
+from pipeline.results.files import BASE_FILE, LATEX_FILE, REPORT_FILE, TABLE_FILE
 from pipeline.results.results import (
     LOWER_IS_BETTER,
     METRIC_TITLES,
@@ -35,16 +38,15 @@ from pipeline.results.results import (
     metric,
     metric_name,
 )
+from pipeline.results.run_folder import read_result, read_trials, runs_in
 from pipeline.results.templates import code, render, score
+from pipeline.stages.files import METRICS
+from pipeline.storage import bucket_of
 from pipeline.storage.artifact import write_text
 
 HEADLINE_METHODS = 4
 MOST_EXAMPLES = 4
 """Methods whose answers are shown."""
-TABLE_FILE, LATEX_FILE = "metrics.csv", "metrics.tex"
-"""The report's table of metrics beside it, with the half width of each mean's interval."""
-BASE_FILE = "base.csv"
-"""What the base model still knows, beside the report: a line per run, task and measure."""
 
 
 def write_report(
@@ -290,3 +292,19 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
         if len(scores) > 1:
             best[key] = (min if key in LOWER_IS_BETTER else max)(scores, key=float)
     return best
+
+
+def rewrite_report(place: str) -> Path:
+    """Write the report of a finished run, comparison or search again, and return its path.
+
+    Reads the folder alone, so it works without the artifacts and after a new version of agcl.
+    `place` is the folder or, in a bucket, its URI. Raises `InputError` if there is no finished run.
+    """
+    bucket, folder = bucket_of(place) if "://" in place else (None, Path(place).absolute())
+    with bucket.results(folder) if bucket else nullcontext():
+        results = [read_result(each) for each in runs_in(folder)]
+        if len({tuple(each.metrics["tasks"]) for each in results}) > 1:
+            raise InputError(f"{place}: holds runs of different tasks; name one of its folders")
+        title = results[0].metrics["name"] if (folder / METRICS).is_file() else folder.name
+        write_report(folder / REPORT_FILE, results, title=title, trials=read_trials(folder))
+    return folder / REPORT_FILE

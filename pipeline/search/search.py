@@ -21,25 +21,18 @@ from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
 from pipeline.results.comparison import BOUNDS
+from pipeline.results.files import BEST, BEST_CONFIG, REPORT_FILE, SEARCH_FILE, TRIALS_FILE
 from pipeline.results.report import numbers, write_report
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import (
-    FREE,
-    TRIALS_FILE,
-    check_folder,
-    open_folder,
-    read_trials,
-    write_runs,
-)
-from pipeline.run import REPORT_FILE, execute, mirrored, open_run
+from pipeline.results.run_folder import FREE, check_folder, open_folder, read_trials, write_runs
+from pipeline.run import execute, open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search, run_trials
 from pipeline.search.space import Settings, corners, own_point, space_of
 from pipeline.search.trial import Trial
 from pipeline.storage import artifact
-from pipeline.tracking.sync import Mirror
+from pipeline.tracking.sync import Mirror, mirrored
 
-SEARCH_FILE, BEST_CONFIG, BEST = "search.yaml", "best.yaml", "best"
 VALIDATION = 0.3
 """Share of the scored rows to choose settings by, if the config sets none."""
 _BEST_SUFFIX = "-best"

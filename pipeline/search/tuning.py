@@ -13,7 +13,8 @@ from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
 from pipeline.config.search import Search as SearchSection
 from pipeline.errors import Failed
-from pipeline.results.run_folder import CONFIG_FILE, TRIALS_FILE, check_folder
+from pipeline.results.files import CHOSEN_FILE, CONFIG_FILE, TRIALS_FILE
+from pipeline.results.run_folder import check_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
@@ -27,7 +28,6 @@ SEED_OFFSET = 10_000
 ADAPTER_LEARNING_RATE = 10.0
 """Trials of LoRA are around this many times the config's rate: what it needs to learn as full
 fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`, Concept-1K)."""
-CHOSEN_FILE = "tuning.json"
 _RATE = "training.learning_rate"
 
 

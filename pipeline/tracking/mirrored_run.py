@@ -10,8 +10,8 @@ from typing import Literal
 from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
-from pipeline.results.model_card import LOCATION, MODEL
-from pipeline.results.run_folder import CONFIG_FILE, FREE
+from pipeline.results.files import CONFIG_FILE, LOCATION, MODEL
+from pipeline.results.run_folder import FREE
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
 from pipeline.tracking.registry import Scored, register

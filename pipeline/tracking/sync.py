@@ -16,11 +16,15 @@ from agcl.errors import InputError, one_line
 from rich.console import Console
 
 from pipeline.config.config import Config
+from pipeline.execution.cluster import check_address
 from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
+from pipeline.results.files import BASE_FILE, REPORT_FILE, TABLE_FILE
 from pipeline.results.results import METRIC_TITLES, metric, metric_name
+from pipeline.results.run_folder import locked
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
+from pipeline.stages.files import METRICS
 from pipeline.tracking.client import TrackingFailed
 from pipeline.tracking.metric_files import MetricFiles
 from pipeline.tracking.mirrored_run import MirroredRun
@@ -249,3 +253,30 @@ class Mirror:
         self._unsent = []
         for run in self._runs.values():
             run.forget()
+
+
+def files_for_mlflow(folder: Path, figures: Mapping[str, str]) -> dict[str, Content]:
+    """The results and figures of a folder to upload to MLflow, by artifact path."""
+    names = (METRICS, REPORT_FILE, TABLE_FILE, BASE_FILE)
+    files: dict[str, Content] = {name: folder / name for name in names if (folder / name).exists()}
+    return files | {f"figures/{name}": svg for name, svg in figures.items()}
+
+
+@contextmanager
+def mirrored(
+    config: Config,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    above: str | None = None,
+) -> Iterator[Mirror]:
+    """Lock a folder against other commands, mirror it in MLflow, and save it on exit.
+
+    Waits while another command holds the lock.
+    """
+    check_address()
+    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
+    with locked(folder, console), config.storage.results(folder), mirror:
+        yield mirror

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from agcl.errors import InputError
 
 from pipeline.config.loading import flat
+from pipeline.results.files import MLFLOW_RUN
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import write_json
 from pipeline.storage.storage import default_uri
@@ -27,7 +28,7 @@ from pipeline.tracking.client import (
     make_database,
 )
 
-_RUN_FILE, _KEY = "mlflow.json", "agcl_key"
+_KEY = "agcl_key"
 _NOTE = "mlflow.note.content"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
@@ -108,7 +109,7 @@ class Tracker:
         The file holds a key before the run exists. If the process is killed in between, the next
         one finds the run by its key instead of creating a second one.
         """
-        file, uri = folder / _RUN_FILE, masked(self.uri)
+        file, uri = folder / MLFLOW_RUN, masked(self.uri)
         run_id = self._known(file, uri, parent, params)
         if run_id is None:
             key = uuid.uuid4().hex

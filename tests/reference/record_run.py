@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import loading
+from pipeline.results.files import CONFIG_FILE, RESULT_FILE
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import CONFIG_FILE, RESULT_FILE, read_result
+from pipeline.results.run_folder import read_result
 from pipeline.run import execute, open_run
 from pipeline.stages.files import KEPT, METRICS, PREDICTIONS
 

@@ -28,10 +28,9 @@ from pipeline.results import figures
 from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.figures import draw
-from pipeline.results.report import description, numbers, write_report
+from pipeline.results.report import description, numbers, rewrite_report, write_report
 from pipeline.results.results import METRIC_TITLES, RunResult, StageRecord, groups, labels, left_out
 from pipeline.results.run_folder import write_runs
-from pipeline.run import rewrite_report
 from pipeline.search.trial import Progress, Trial
 from pipeline.search.trial import table as trial_table
 from pipeline.stages.metrics import _metrics
