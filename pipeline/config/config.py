@@ -94,6 +94,11 @@ class Config(Section):
         return self.adapter is not None and self.adapter.init == "corda"
 
     @property
+    def trains_factors(self) -> bool:
+        """Whether float32 factors are trained, of an adapter or a subspace, and no weights."""
+        return self.adapter is not None or self.subspace is not None
+
+    @property
     def needing_entries(self) -> list[str]:
         """The settings that need the importance of every weight, as error messages name them."""
         needing = [f"protect kind {item.kind}" for item in self.protect if item.kind != "project"]

@@ -14,7 +14,7 @@ def disk_per_task(setting: Setting) -> Parts:
     files = 1 + config.sums_moments  # Its own, and the sum of all so far.
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
-    size = FLOAT if config.adapter or config.subspace else setting.weight_bytes
+    size = FLOAT if config.trains_factors else setting.weight_bytes
     alone = config.measures_solos
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),

@@ -63,7 +63,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     """The end of a forward pass, of a backward pass, and the optimizer's step."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
-    of_trained = FLOAT if _has_factors(setting) else size  # PEFT's factors are float32.
+    of_trained = FLOAT if setting.config.trains_factors else size  # PEFT's factors are float32.
     frozen = trained != shape.weights
     rows, passes = _pass(setting)
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
@@ -159,11 +159,6 @@ def _shards(setting: Setting) -> int:
     return 1 if setting.config.adapter else setting.shards
 
 
-def _has_factors(setting: Setting) -> bool:
-    """Whether PEFT's factors are trained beside frozen weights."""
-    return bool(setting.config.adapter or setting.config.subspace)
-
-
 def _pass(setting: Setting) -> tuple[int, int]:
     """Rows of the largest forward pass of a training step, and passes of a worker per step.
 
@@ -181,7 +176,7 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     They are kept for the backward pass, and those of trained weights while autocast lasts.
     """
     shape = setting.shape
-    if _has_factors(setting) and checkpointing and not setting.config.model.quantization:
+    if setting.config.trains_factors and checkpointing and not setting.config.model.quantization:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return cast_weights(setting)
 
@@ -193,7 +188,7 @@ def _protection(setting: Setting) -> list[Part]:
     if "project" in kinds:
         bases = bases_size(setting)
         # The optimizer's, of bfloat16 weights in bfloat16 beside those in float32.
-        half = setting.weight_bytes == HALF and not _has_factors(setting)
+        half = setting.weight_bytes == HALF and not setting.config.trains_factors
         parts.append(Part("bases", bases // 2 if half else bases))
         beside = setting.on_gpu or half
         parts += [Part("bases in main memory", bases, on_host=True)] * beside

@@ -25,8 +25,7 @@ def rounding(config: Config) -> dict[str, Any]:
     nearest.
     """
     chosen = config.training.rounding
-    factors = config.adapter or config.subspace
-    half = loaded_dtype(config.model) == "bfloat16" and not factors
+    half = loaded_dtype(config.model) == "bfloat16" and not config.trains_factors
     applies = half and chosen != "nearest"
     return {ROUNDING: chosen} if applies else {}
 

@@ -164,6 +164,17 @@ def test_what_weights_are_too_coarse_for_is_refused(config, tmp_path, stored, me
         check.check_inputs(config(base, method, **model))
 
 
+@pytest.mark.parametrize("factors", [{"adapter": Adapter()}, {"subspace": Subspace()}])
+def test_8bit_adam_trains_float32_factors_whatever_the_rounding_of_weights(
+    config, tmp_path, factors
+):
+    training = {"rounding": "nearest", "optimizer": "adamw_8bit"}
+    made = config(base_folder(tmp_path / "base", LLAMA), training=training, dtype="bfloat16")
+    with pytest.raises(InputError, match="nearest cannot be combined with"):
+        check.check_inputs(made)
+    check.check_inputs(made.model_copy(update=factors))
+
+
 def test_osf_of_weights_stored_transposed_is_refused_before_any_work(config, tmp_path):
     made = config(base_folder(tmp_path / "base", "GPT2LMHeadModel"))
     made = made.model_copy(update={"method": "osf", "subspace": Subspace()})
