@@ -16,14 +16,6 @@ from transformers import PreTrainedModel
 
 from pipeline.stages.files import ADAPTER
 
-LOADING = "loading"
-"""Key of a stage's config: keywords of `load_model` that are not its defaults."""
-ROUNDING = "rounding"
-"""Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
-OPTIMIZER = ("optimizer", "momentum")
-"""Keys of a train stage's config with an optimizer other than AdamW; momentum is SGD's alone."""
-SUBSPACE = "subspace"
-"""Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`.
@@ -59,12 +51,12 @@ class Context:
     def take_model(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
         """The model of an artifact, from memory if the last stage left it there.
 
-        Loaded as the stage's `config` says; a model held in another dtype is loaded again. The
-        caller may change it; `hold_model` returns it.
+        Loaded as `loading` of the stage's `config` says; a model held in another dtype is loaded
+        again. The caller may change it; `hold_model` returns it.
         """
         model = self.held.pop(folder, None)
         self.held.clear()
-        dtype = getattr(torch, config.get(LOADING, {}).get("dtype", "float32"))
+        dtype = getattr(torch, config["loading"]["dtype"])
         if model is not None and model.dtype == dtype:
             return model
         del model  # Before another copy takes memory.
@@ -73,11 +65,11 @@ class Context:
         return self.loaded(folder, config)
 
     def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-        """A model from its files, with `dtype` and `attention` of a stage's `config`.
+        """A model from its files, as `loading` of a stage's `config` says.
 
         Collective: call on every rank.
         """
-        model = models.load_model(folder, **config.get(LOADING, {}))
+        model = models.load_model(folder, **config["loading"])
         distributed.meet()  # Ranks may read it from disks of different speed.
         return self.placed(model)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from agcl.loss import Loss, anchored_loss, frozen, summed_loss, without_adapter
 
-from pipeline.stages.context import LOADING, Context
+from pipeline.stages.context import Context
 
 
 def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Context) -> Loss:
@@ -14,16 +14,16 @@ def loss_of(config: Mapping[str, Any], inputs: Mapping[str, Path], context: Cont
 
     An adapter's own base model needs no second copy. Collective: call on every rank.
     """
-    settings = config.get("loss")
+    settings = config["loss"]
     if not settings:
         return summed_loss
     if "reference" not in inputs:
         return anchored_loss(None, **{**settings, "strength": 0.0})
     # CorDA changes the weights below the adapter.
-    intact = config["adapter"] and config["adapter"].get("init") != "corda"
+    intact = config["adapter"] and config["adapter"]["init"] != "corda"
     if intact and inputs["reference"] == inputs["model"]:
         return anchored_loss(without_adapter, **settings)
-    loading = {**config.get(LOADING, {}), "dtype": "bfloat16"}
+    loading = {**config["loading"], "dtype": "bfloat16"}
     return anchored_loss(
-        frozen(context.loaded(inputs["reference"], {LOADING: loading})), **settings
+        frozen(context.loaded(inputs["reference"], {"loading": loading})), **settings
     )

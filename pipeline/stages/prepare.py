@@ -55,7 +55,7 @@ def prepare(
     task = choice.select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
     done = 0
-    cut = config.get("truncate") == "left"
+    cut = config["truncate"] == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)

@@ -502,10 +502,18 @@ def test_the_base_model_writes_text_only_where_the_config_says_that_it_matters(
     assert config.measures_base is ("own_text" in stages(*settings, method=method))
 
 
-def test_what_an_adapter_starts_from_does_not_change_fingerprints_by_default(stages):
-    works = stages(method="lora")
-    assert "init" not in works["train/1-harbour"].config["adapter"]
-    assert not changed(works, stages("adapter.init=random", method="lora"))
+def test_stages_of_one_kind_have_the_same_settings(stages):
+    works = [
+        work
+        for method in ("agcl", "sequential", "kl", "lora_agcl", "osf", "merge_sqrt")
+        for work in stages(method=method).values()
+    ]
+    works += stages("training.optimizer=sgd", "training.learning_rate=0.3").values()
+    kinds = {}
+    for work in works:
+        kinds.setdefault(work.fn.__name__, set()).add(frozenset(work.config))
+    assert {"train", "evaluate", "prepare", "pretrain", "merge"} <= kinds.keys()
+    assert not {name for name, keys in kinds.items() if len(keys) > 1}
 
 
 @pytest.fixture

@@ -154,9 +154,6 @@ def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
     works = run("training.optimizer=adamw_8bit", "training.epochs=6")
     assert works["pretrain"].fingerprint == run(ONE_EPOCH)["pretrain"].fingerprint
     assert losses(works[FIRST])[-1] < 0.5 * losses(works[FIRST])[0]
-    # Files of earlier runs stay valid: only a run with another optimizer says which.
-    assert works[FIRST].config["optimizer"] == "adamw_8bit"
-    assert "optimizer" not in run(ONE_EPOCH)[FIRST].config
 
 
 def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):

@@ -128,10 +128,10 @@ def test_bfloat16_weights_are_attributed_without_a_copy_if_that_may_round(config
     def loaded(dtype, precision):
         made = config(full, "agcl", dtype=dtype, importance={"precision": precision})
         stages = [s for s in plan(made).stages if s.name.startswith("attribute/")]
-        return [stage.config.get("loading") for stage in stages]
+        return [stage.config["loading"]["dtype"] for stage in stages]
 
-    assert loaded("float32", "bfloat16") == loaded("bfloat16", "float32") == [None]
-    assert loaded("bfloat16", "bfloat16") == [{"dtype": "bfloat16"}]
+    assert loaded("float32", "bfloat16") == loaded("bfloat16", "float32") == ["float32"]
+    assert loaded("bfloat16", "bfloat16") == ["bfloat16"]
 
 
 @pytest.mark.parametrize(
