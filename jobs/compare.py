@@ -19,7 +19,7 @@ from pipeline.plan.plan import Run
 from pipeline.results.files import CONFIG_FILE, SEARCH_FILE
 from pipeline.results.run_folder import check_folder, locked
 from pipeline.run import open_run
-from pipeline.search.search import VALIDATION
+from pipeline.search.search import VALIDATION_SHARE
 from pipeline.search.trial import undecided
 from pipeline.search.tuning import execute_tuning, make_room, open_tuning, tuned
 
@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     settings = list(arguments.settings)
     first = loading.load(arguments.config, settings, method=methods[0])
     if arguments.trials > 1 and not first.evaluation.validation:
-        settings.append(f"evaluation.validation={VALIDATION}")
+        settings.append(f"evaluation.validation={VALIDATION_SHARE}")
     folder = first.storage.root / f"{first.name}-compare"
     first.storage.check()  # Before its stored configs are read.
     if first.model.on_hub:  # Once for all runs: the branch may move in between.

@@ -13,9 +13,9 @@ from pipeline.config.weights import slow_here
 from pipeline.errors import Failed
 from pipeline.execution.progress import warn
 from pipeline.results.files import BEST_CONFIG, REPORT_FILE, TRIALS_FILE
-from pipeline.search.search import execute_search, keeps_base, open_search, why_none
+from pipeline.search.search import execute_search, keeps_base, open_search
 from pipeline.search.space import own_point
-from pipeline.search.trial import undecided
+from pipeline.search.trial import undecided, why_none
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:

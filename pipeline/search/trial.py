@@ -227,3 +227,23 @@ def _column(values: Sequence[Any]) -> pa.Array:
     if len(kinds) > 1 and not kinds <= {int, float}:
         values = [None if value is None else str(value) for value in values]
     return pa.array(values, pa.float64() if kinds == {int, float} else None)
+
+
+def why_none(tried: Sequence[Trial]) -> str:
+    """Why no trial has a result: the reasons of those that failed."""
+    reasons = dict.fromkeys(trial.reason for trial in tried if trial.reason)
+    return f"no trial reached the last task ({'; '.join(reasons) or 'all stopped'})"
+
+
+def scores_of(trial: Trial | None) -> dict[str, float]:
+    """A trial's last scores by name, those that it has."""
+    if not (trial and trial.last):
+        return {}
+    last = trial.last
+    scores = {
+        "average": last.average,
+        "learning_accuracy": last.learned,
+        "retained": last.retained,
+        "base_kept": last.base_kept,
+    }
+    return {name: score for name, score in scores.items() if score is not None}

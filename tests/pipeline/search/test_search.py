@@ -32,10 +32,10 @@ from pipeline.results.files import BEST_CONFIG, CONFIG_FILE, SEARCH_FILE
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
+from pipeline.search.best import best_run
 from pipeline.search.engine import Points, Search, Watch, _trainable
 from pipeline.search.search import (
     _raise_common,
-    best_run,
     example_runs,
     execute_trials,
     in_several,
