@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from pipeline.config.naming import CHANGES
-from pipeline.config.presets import METHODS
+from pipeline.config.presets import BOUNDS, METHODS
 from pipeline.results.results import Group, RunResult, base_measures, groups, values
 
 CONFIDENCE = 0.95
 BASELINE = "sequential"
-BOUNDS = ("joint", "solo")
-"""Methods that do not train on a sequence: upper bounds for what can be kept and learned."""
 COMPARED = "average_performance"
 """The metric whose differences are reported."""
 

@@ -45,7 +45,7 @@ def best_run(search: Search, best: Trial) -> Run:
     file, folder = search.folder / BEST_CONFIG, search.folder / BEST
     if file.is_file() and _results_of(loading.load(file)) != _results_of(config):
         # More trials can change the winner. The old winner's folder holds only copies and links.
-        config.storage.forget_folder(folder)
+        config.storage.delete_folder(folder)
     return open_run(config, folder)
 
 

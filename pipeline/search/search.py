@@ -13,13 +13,13 @@ from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.presets import BOUNDS
 from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
-from pipeline.results.comparison import BOUNDS
 from pipeline.results.files import BEST, REPORT_FILE, SEARCH_FILE, TRIALS_FILE
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult

@@ -94,7 +94,7 @@ def make_room(config: Config, folder: Path) -> bool:
         check_folder(config, file)
     except InputError:
         # More trials can change the winner. The old winner's folder holds only copies and links.
-        config.storage.forget_folder(folder)
+        config.storage.delete_folder(folder)
         return True
     return False
 
