@@ -14,8 +14,8 @@ from agcl.model.check import has_weights
 from pipeline.config import loading
 from pipeline.config.check import missing_package
 from pipeline.config.config import Config
+from pipeline.config.recommended import count_text, too_long_for_batches, unusual
 from pipeline.config.resources import Resources
-from pipeline.config.usual import count_text, too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 from pipeline.estimate.disk import disk_per_task
 from pipeline.estimate.fitting import USABLE, fits, on_device, remedy

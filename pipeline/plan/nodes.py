@@ -7,18 +7,18 @@ stages: `training.py`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Project
 from pipeline.config.naming import method_name
 from pipeline.config.row_lengths import max_length
+from pipeline.config.scorer_files import source_files
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.task_section import Source
 from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
+from pipeline.stages.files import BASE_KNOWLEDGE, CHECKS, IMPORTANCE_FILE, PREDICTIONS
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
@@ -218,5 +218,5 @@ def report_stage(
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
         session="sequence",  # Alone in its session it still needs no Ray Train workers.
-        reads=(PREDICTIONS, KEPT, IMPORTANCE_FILE, CHECKS),
+        reads=(PREDICTIONS, BASE_KNOWLEDGE, IMPORTANCE_FILE, CHECKS),
     )

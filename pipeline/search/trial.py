@@ -17,7 +17,7 @@ from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
 from pipeline.stages.context import Context, Emit, Record
-from pipeline.stages.files import KEPT, SCORES
+from pipeline.stages.files import BASE_KNOWLEDGE, SCORES
 
 State = Literal["running", "finished", "stopped", "failed"]
 _SCHEMA = pa.schema(
@@ -120,7 +120,7 @@ def _reporter(run: Run, shared: Collection[str]) -> Callable[[], None]:
                 manifests = [stage.manifest() for stage in own if stage.is_complete()]
                 seconds = round(sum(float(each["seconds"]) for each in manifests if each), 3)
                 scores = progress_after(rows, tasks, alone=run.config.method == "solo")
-                kept = base_kept(rows[-1], facts, json.loads(stage.read(KEPT) or b""))
+                kept = base_kept(rows[-1], facts, json.loads(stage.read(BASE_KNOWLEDGE) or b""))
                 scores = replace(scores, base_kept=kept)
                 tune.report({"task": len(rows) - 1, "seconds": seconds, **asdict(scores)})
 

@@ -22,7 +22,7 @@ from pipeline.config import loading
 from pipeline.config.check import check_inputs
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
-from pipeline.config.usual import too_long_for_batches, unusual
+from pipeline.config.recommended import too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 from pipeline.storage import artifact
 
