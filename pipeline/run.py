@@ -23,7 +23,7 @@ from pipeline.results.checks import crowded
 from pipeline.results.files import CONFIG_FILE, REPORT_FILE
 from pipeline.results.model_card import write_model_folder
 from pipeline.results.report import by_average, description, numbers, write_report
-from pipeline.results.results import RunResult, groups, left_out
+from pipeline.results.results import RunResult, left_out, runs_by_method
 from pipeline.results.run_folder import (
     check_folder,
     open_folder,
@@ -63,18 +63,18 @@ def execute(
     title: str,
     command: str,
     console: Console,
-    above: str | None = None,
+    parent_id: str | None = None,
 ) -> list[RunResult]:
     """Run the unfinished stages of all runs; write each run's results and one report on all.
 
-    Up to `REPORTS_EACH` runs also get a report of their own. `above` is the id of the parent
+    Up to `REPORTS_EACH` runs also get a report of their own. `parent_id` is the id of the parent
     MLflow run, if any.
 
     Raises `StageFailed`; finished stages are kept and not computed again.
     """
     config = next(iter(runs.values())).config  # Storage, resources and tracking are those of all.
     kind = "comparison" if len(runs) > 1 else None
-    with mirrored(config, folder, title, console, kind=kind, above=above) as mirror:
+    with mirrored(config, folder, title, console, kind=kind, parent_id=parent_id) as mirror:
         done_before = complete(s for run in runs.values() for s in run.resolved.values())
         _run_missing(runs, config, folder, mirror, console)
         results = [write_results(run, command, done_before) for run in runs.values()]
@@ -127,7 +127,7 @@ def _finish_comparison(
         numbers(results),
         tags={
             "method": f"{by_average(results)[0].group.label} (best)",
-            "methods": ", ".join(group.label for group in groups(results)),
+            "methods": ", ".join(group.label for group in runs_by_method(results)),
             "seeds": ", ".join(dict.fromkeys(str(r.metrics["seed"]) for r in results)),
         },
         params=_shared_settings([run.config for run in runs.values()]),

@@ -21,7 +21,7 @@ from pipeline.config.method import (
 )
 from pipeline.config.model import Model
 from pipeline.config.resources import Resources, Tracking
-from pipeline.config.search import Search
+from pipeline.config.search import SearchSection
 from pipeline.config.section import NAME, Section, Seed, StoragePlace
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.config.training import Evaluation, Training
@@ -59,7 +59,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
-    search: Search = Search()
+    search: SearchSection = SearchSection()
 
     @property
     def measured(self) -> tuple[Gate | Project | Penalty, ...]:

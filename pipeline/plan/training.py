@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Freeze, Project, Protection
+from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Freeze, Project, ProtectSection
 from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.nodes import Inputs, adapter_on, loading
@@ -145,7 +145,7 @@ def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | N
     return {"base_importance": of_base}
 
 
-def _settings_of(item: Protection, *, has_past: bool) -> dict[str, Any]:
+def _settings_of(item: ProtectSection, *, has_past: bool) -> dict[str, Any]:
     """An item of `protect`, with None for the settings that a projection does not use.
 
     If only the base model is protected, the settings for tasks are unused. Trials and controls

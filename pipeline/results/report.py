@@ -18,8 +18,8 @@ from pipeline.results.checks import crowded, worst_checks
 from pipeline.results.comparison import (
     BASELINE,
     COMPARED,
-    Estimate,
     Line,
+    Mean,
     compare,
     compare_base,
     is_bound,
@@ -33,10 +33,10 @@ from pipeline.results.results import (
     base_title,
     entry_importances,
     evaluation_sets,
-    groups,
     labels,
     metric,
     metric_name,
+    runs_by_method,
 )
 from pipeline.results.run_folder import read_result, read_trials, runs_in
 from pipeline.results.templates import code, render, score
@@ -75,7 +75,7 @@ def write_report(
     from pipeline.results.figures import draw  # Matplotlib takes a second to import.
 
     pictures = draw(runs)
-    by_method = groups(runs)
+    by_method = runs_by_method(runs)
     lines_of = metric_lines(runs)
     tables = [{"set": n, "lines": lines, "best": _best(lines)} for n, lines in lines_of.items()]
     page = render(
@@ -186,7 +186,7 @@ def _latex(tables: Mapping[str, Sequence[Line]]) -> str:
     return "\n".join([begin, r"\toprule", head, *rows, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _tex_cell(of: Estimate | None) -> str:
+def _tex_cell(of: Mean | None) -> str:
     return f"${_cell(of)}$".replace("±", r"\pm") if of else "--"
 
 
@@ -220,7 +220,7 @@ def description(runs: Sequence[RunResult]) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(of: Estimate | None) -> str:
+def _cell(of: Mean | None) -> str:
     spread = "" if of is None or of.half_width is None else f" ± {score(of.half_width)}"
     return score(of.mean if of else None) + spread
 

@@ -29,7 +29,12 @@ def score_best(
     run = best_run(search, best)
     artifact.write_text(search.folder / BEST_CONFIG, loading.dump(run.config))
     (result,) = execute(
-        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=mirror.own
+        {BEST: run},
+        run.folder,
+        title=BEST,
+        command=command,
+        console=console,
+        parent_id=mirror.run_id,
     )
     return result
 

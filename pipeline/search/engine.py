@@ -25,8 +25,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pipeline.config import hub, loading
 from pipeline.config.config import Config
 from pipeline.config.resources import Resources
-from pipeline.config.search import Dimension
-from pipeline.config.search import Search as SearchSection
+from pipeline.config.search import Dimension, SearchSection
 from pipeline.execution.cluster import worker_resources
 from pipeline.execution.failures import LESS_MEMORY
 from pipeline.execution.workers import LOSSES

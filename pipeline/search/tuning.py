@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
-from pipeline.config.search import Search as SearchSection
+from pipeline.config.search import SearchSection
 from pipeline.errors import Failed
 from pipeline.results.files import CHOSEN_FILE, CONFIG_FILE, TRIALS_FILE
 from pipeline.results.run_folder import check_folder

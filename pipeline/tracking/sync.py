@@ -53,19 +53,19 @@ class Mirror:
         console: Console,
         *,
         kind: str | None = None,
-        above: str | None = None,
+        parent_id: str | None = None,
     ) -> None:
         """Connect, if the config enables it.
 
         `kind` (`comparison`, `search`) adds a run called `title` above the others, whose id is kept
-        in `folder`. `above` is the parent of that run, or of all runs if there is none. Raises
+        in `folder`. `parent_id` is the parent of that run, or of all runs if there is none. Raises
         `InputError` for a bad URI and for a storage folder that cannot be written.
         """
         config.storage.check_writable()
         self.config, self.console = config, console
         self.folder, self.title = folder, title
-        self.kind, self.above = kind, above
-        self.own: str | None = None
+        self.kind, self.parent_id = kind, parent_id
+        self.run_id: str | None = None
         """Id of the run above the others."""
         self._runs: dict[str, MirroredRun] = {}
         """By label, until MLflow knows that they ended."""
@@ -101,8 +101,8 @@ class Mirror:
                 if self._tracker:
                     run.abort(status, str(error or ""))
         with self._surviving():
-            if self._tracker and self.own and error is not None:
-                self._tracker.end(self.own, status, str(error))
+            if self._tracker and self.run_id and error is not None:
+                self._tracker.end(self.run_id, status, str(error))
 
     def add(
         self, label: str, run: Run, *, kind: str = "sequence", without: Collection[str] = ()
@@ -142,7 +142,7 @@ class Mirror:
             with self._surviving(each):
                 if self._tracker:
                     run = self._runs[each]
-                    has_ended = run.sync(self._tracker, self.own or self.above)
+                    has_ended = run.sync(self._tracker, self.run_id or self.parent_id)
                     self._behind.pop(each, None)
                     if has_ended:
                         del self._runs[each]
@@ -213,12 +213,12 @@ class Mirror:
     ) -> None:
         """Log all this on the run above the others, and close it; FAILED with `error`."""
         with self._surviving():
-            if self._tracker and self.own:
-                self._tracker.tags(self.own, tags or {}, note)
-                self._tracker.params(self.own, params or {})
-                self._tracker.metrics(self.own, [metrics or {}])
-                self._tracker.artifacts(self.own, files)
-                self._tracker.end(self.own, "FAILED" if error else "FINISHED", error)
+            if self._tracker and self.run_id:
+                self._tracker.tags(self.run_id, tags or {}, note)
+                self._tracker.params(self.run_id, params or {})
+                self._tracker.metrics(self.run_id, [metrics or {}])
+                self._tracker.artifacts(self.run_id, files)
+                self._tracker.end(self.run_id, "FAILED" if error else "FINISHED", error)
 
     def _connect(self) -> None:
         if self.config.tracking.enabled:
@@ -228,7 +228,9 @@ class Mirror:
 
     def _open_own(self) -> None:
         if self._tracker and self.kind:
-            self.own = self._tracker.open(self.folder, self.title, {"kind": self.kind}, self.above)
+            self.run_id = self._tracker.open(
+                self.folder, self.title, {"kind": self.kind}, self.parent_id
+            )
 
     @contextmanager
     def _surviving(self, label: str = "") -> Iterator[None]:
@@ -270,13 +272,13 @@ def mirrored(
     console: Console,
     *,
     kind: str | None,
-    above: str | None = None,
+    parent_id: str | None = None,
 ) -> Iterator[Mirror]:
     """Lock a folder against other commands, mirror it in MLflow, and save it on exit.
 
     Waits while another command holds the lock.
     """
     check_address()
-    mirror = Mirror(config, folder, title, console, kind=kind, above=above)
+    mirror = Mirror(config, folder, title, console, kind=kind, parent_id=parent_id)
     with locked(folder, console), config.storage.results(folder), mirror:
         yield mirror

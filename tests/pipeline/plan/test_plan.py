@@ -10,7 +10,7 @@ from pipeline.plan.plan import plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import resolve
 from pipeline.storage import Local
-from pipeline.tracking.tracker import metric_name
+from pipeline.tracking.tracker import allowed_name
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
@@ -603,4 +603,4 @@ def test_a_scorer_of_rows_that_are_only_measured_counts_for_nothing(stages, tmp_
 
 def test_what_stages_depend_on_has_names_that_mlflow_takes(own):
     keys = {key for work in own().values() for key, _ in flat(work.config)}
-    assert keys == set(map(metric_name, keys))
+    assert keys == set(map(allowed_name, keys))
