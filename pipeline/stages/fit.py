@@ -75,9 +75,9 @@ def fit(
     if config["optimizer"] == "sgd":
         optimizer = GatedSGD(list(trained.items()), momentum=config["momentum"], **options)
     else:
-        rounding = config["rounding"] or "nearest"
         options |= {"eight_bit": config["optimizer"] == "adamw_8bit", "seed": config["seed"]}
-        optimizer = GatedAdamW(trained.items(), rounding=rounding, **options)
+        options["rounding"] = config["rounding"] or "nearest"
+        optimizer = GatedAdamW(trained.items(), **options)
     with (
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
