@@ -233,9 +233,8 @@ def _parser() -> argparse.ArgumentParser:
         config=True,
     )
     sub.add_argument(
-        "--no-probe",
-        dest="probe",
-        action="store_false",
+        "--formula-only",
+        action="store_true",
         help="only predict by formula; do not measure the first stages on a few rows",
     )
     sub.add_argument(

@@ -7,20 +7,21 @@ from pathlib import Path
 from rich.console import Console
 
 from agcl.errors import InputError
-from jobs.execution import execute_runs
-from jobs.search import TrialTable
+from jobs.output import execute_runs
 from jobs.tables import table
+from jobs.trials import TrialTable
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.config.naming import method_name
 from pipeline.config.revision import pinned
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
-from pipeline.results.run_folder import CONFIG_FILE, check_folder
-from pipeline.run import locked, open_run
-from pipeline.search.search import SEARCH_FILE, VALIDATION
+from pipeline.results.files import CONFIG_FILE, SEARCH_FILE
+from pipeline.results.run_folder import check_folder, locked
+from pipeline.run import open_run
+from pipeline.search.search import VALIDATION_SHARE
 from pipeline.search.trial import undecided
 from pipeline.search.tuning import execute_tuning, make_room, open_tuning, tuned
-from pipeline.tracking.sync import warn
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -29,7 +30,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     settings = list(arguments.settings)
     first = loading.load(arguments.config, settings, method=methods[0])
     if arguments.trials > 1 and not first.evaluation.validation:
-        settings.append(f"evaluation.validation={VALIDATION}")
+        settings.append(f"evaluation.validation={VALIDATION_SHARE}")
     folder = first.storage.root / f"{first.name}-compare"
     first.storage.check()  # Before its stored configs are read.
     if first.model.on_hub:  # Once for all runs: the branch may move in between.

@@ -22,11 +22,11 @@ from agcl.tasks import TRAIN
 from agcl.tasks.chat_template import can_teach
 from pipeline.config import hub, loading
 from pipeline.config.check import check_inputs
+from pipeline.config.detect_format import Data, look_at
 from pipeline.config.model import Model
+from pipeline.config.recommended import rate_text, usual
 from pipeline.config.revision import pinned
-from pipeline.config.starter import Data, look_at
-from pipeline.config.usual import rate_text, usual
-from pipeline.tracking.sync import warn
+from pipeline.execution.progress import warn
 
 _TEMPLATE = Path(__file__).with_suffix(".yaml.j2")
 _EXPENSIVE = 4096

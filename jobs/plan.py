@@ -11,24 +11,20 @@ from rich.markup import escape
 
 from agcl.errors import InputError
 from agcl.model.check import has_weights
-from agcl.model.models import empty_model
 from pipeline.config import loading
 from pipeline.config.check import missing_package
 from pipeline.config.config import Config
+from pipeline.config.recommended import count_text, too_long_for_batches, unusual
 from pipeline.config.resources import Resources
-from pipeline.config.row_lengths import longest_of_base, longest_row
-from pipeline.config.sources import decodes
-from pipeline.config.usual import count_text, too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
-from pipeline.estimate import Needs, estimate
-from pipeline.plan.disk import disk_per_task
-from pipeline.plan.fitting import USABLE, fits, on_device, remedy
-from pipeline.plan.memory import peaks
+from pipeline.estimate.disk import disk_per_task
+from pipeline.estimate.fitting import USABLE, fits, on_device, remedy
+from pipeline.estimate.memory import peaks
+from pipeline.estimate.rehearsal import Needs, estimate
+from pipeline.estimate.setting import Part, Setting, setting_of, total
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
-from pipeline.plan.setting import Part, Row, Setting, total
-from pipeline.plan.shape import shape_of
 from pipeline.run import open_run
-from pipeline.tracking.sync import warn
 
 _MB, _GB, _MOST = 10**6, 10**9, 10**15
 
@@ -52,16 +48,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     console.print(f"{num_done} of {len(run.plan.stages)} stages are done")
     if given is None and (slow := slow_here(run.config)):
         warn(console, slow)
-    model = run.config.model
-    if not model.is_builtin:
-        of_base = longest_of_base(run.config)
-        setting = Setting(
-            shape_of(empty_model(model.folder)),
-            run.config,
-            Row(*longest_row(run.config)),
-            of_base=of_base and Row(*of_base),
-            decodes=decodes(run.config),
-        )
+    if not run.config.model.is_builtin:
+        setting = setting_of(run.config)
         for line in (
             *unusual(run.config, setting.shape.weights),
             *too_long_for_batches(run.config),
@@ -69,22 +57,22 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             warn(console, line)
         for line in _predicted(setting, memory):
             console.print(line)
-    if num_done < len(run.plan.stages) and arguments.probe:
-        _probe(run, console)
+    if num_done < len(run.plan.stages) and not arguments.formula_only:
+        _rehearse(run, console)
 
 
-def _probe(run: Run, console: Console) -> None:
+def _rehearse(run: Run, console: Console) -> None:
     """Run a few rows, and print what the rest needs; or why that cannot be done."""
     resources = run.config.resources
-    if why_not := _why_no_probe(run.config):
-        console.print(f"no probe on a few rows: {escape(why_not)}")
+    if why_not := _why_no_rehearsal(run.config):
+        console.print(f"no rehearsal on a few rows: {escape(why_not)}")
         return
-    console.print("[dim]running a few rows of each task ...[/]")
+    console.print("[dim]rehearsing on a few rows of each task ...[/]")
     for line in _lines(estimate(run, "cuda" if resources.gpus_per_worker else "cpu"), resources):
         console.print(line)
 
 
-def _why_no_probe(config: Config) -> str | None:
+def _why_no_rehearsal(config: Config) -> str | None:
     """What a few rows cannot be run without; None if all is here."""
     model, resources = config.model, config.resources
     if not model.is_builtin and not has_weights(model.folder):

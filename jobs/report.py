@@ -2,7 +2,7 @@
 
 import argparse
 
-from pipeline.run import rewrite_report
+from pipeline.results.report import rewrite_report
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:

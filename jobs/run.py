@@ -2,7 +2,7 @@
 
 import argparse
 
-from jobs.execution import execute_runs
+from jobs.output import execute_runs
 from pipeline.config import loading
 from pipeline.config.naming import method_name
 from pipeline.run import open_run

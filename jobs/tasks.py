@@ -13,10 +13,15 @@ from agcl.model import models
 from agcl.tasks import TRAIN, Encoded, EncodedRows
 from jobs.tables import table
 from pipeline.config import loading
+from pipeline.config.resources import Resources
+from pipeline.execution.scheduler import run_with_progress
+from pipeline.plan.plan import Run
+from pipeline.plan.schedule import sessions
 from pipeline.results.results import left_out
-from pipeline.results.run_folder import summaries
-from pipeline.run import open_run, prepare_tasks
+from pipeline.results.run_folder import summaries, write_log
+from pipeline.run import open_run
 from pipeline.stages.files import rows_file
+from pipeline.stages.prepare import make_tokenizer, prepare
 
 _LONGEST = 600
 """Characters of a prompt that are shown."""
@@ -80,3 +85,20 @@ def _example(parts: Sequence[tuple[str, bool]]) -> Text:
             text = f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
         shown.append(text)
     return shown
+
+
+def prepare_tasks(run: Run, console: Console) -> None:
+    """Prepare the run's tasks that are not prepared yet, and run no other stage.
+
+    Raises `StageFailed`.
+    """
+    run.config.storage.check_writable()
+    stages = [stage for stage in run.plan.stages if stage.fn in (prepare, make_tokenizer)]
+    todo = sessions({run.config.name: stages}, run.config.storage)
+    # Not the run's own folder, where `agcl run` may have workers at the same time.
+    aside = run.folder / ".tasks"
+    # Not the run's resources: one process tokenizes, without the GPUs, which may be elsewhere.
+    failures = run_with_progress(todo, aside, Resources(), lambda records: None, console)
+    for failure in failures:
+        write_log(run.folder, failure)
+        raise failure

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from agcl.errors import InputError
 from agcl.tasks.chat_template import Span, template_of, turns
-from agcl.tasks.choice import position
+from agcl.tasks.selection import position
 from agcl.tasks.task import Conversation, Row, is_empty
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ SCHEMA = pa.schema(
         ("earlier", pa.list_(pa.list_(pa.int32()))),  # Null for rows without a chat template.
         ("prompt", pa.string()),
         ("answer", pa.string()),
-        ("position", pa.float64()),  # `choice.position`: what a share of the scored rows goes by.
+        (
+            "position",
+            pa.float64(),
+        ),  # `selection.position`, by which scored rows are shared out.
         ("references", pa.list_(pa.string())),  # Further right answers; null where there are none.
         ("kept", pa.int32()),  # Tokens at the start of the prompt that `cut_left` keeps.
     ]

@@ -121,7 +121,7 @@ def _check_dtype(config: Config, dtype: str) -> None:
             "training.rounding: nearest cannot be combined with training.optimizer=adamw_8bit"
         )
     to_nearest = dtype == "bfloat16" and config.training.rounding == "nearest"
-    if to_nearest and config.protect and not config.adapter:
+    if to_nearest and config.protect and not config.trains_factors:
         raise InputError(
             "training.rounding: nearest would undo the protection of bfloat16 weights, as method "
             f"{config.method} has it; choose stochastic, or model.dtype=float32"
@@ -186,9 +186,8 @@ def _check_layers(config: Config) -> None:
         raise InputError(
             f"freeze.layers: no layer {max(layers)}; the model has layers 0 to {number - 1}"
         )
-    factors = config.adapter is not None or config.subspace is not None
     freezes_others = any(item.ungated == "freeze" for item in config.protect)
-    only_layers = config.freeze.ungated or factors or freezes_others
+    only_layers = config.freeze.ungated or config.trains_factors or freezes_others
     if only_layers and len(set(layers)) == number:
         raise InputError(
             "freeze.layers: all layers, and the other weights are not trained either, so that "

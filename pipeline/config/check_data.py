@@ -20,12 +20,12 @@ from agcl.tasks import (
     Task,
     check_names,
     check_rows,
-    choice,
     encode,
     is_empty,
 )
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.messages import kinds_of_turns
+from agcl.tasks.selection import position
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.config import Config
@@ -195,7 +195,7 @@ def _check_share(task: Task, share: float) -> None:
     """Refuse a validation share that leaves no test row or no validation row."""
     for name, split in task.scored.items() if share else ():
         rows = (row for row in task.splits[split]() if not is_empty(row))
-        sides = {choice.position(row, seed=0) < share for row in rows}
+        sides = {position(row, seed=0) < share for row in rows}
         if len(sides) < 2:
             missing = "test" if True in sides else "validation"
             raise InputError(

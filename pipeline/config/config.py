@@ -21,7 +21,7 @@ from pipeline.config.method import (
 )
 from pipeline.config.model import Model
 from pipeline.config.resources import Resources, Tracking
-from pipeline.config.search import Search
+from pipeline.config.search import SearchSection
 from pipeline.config.section import NAME, Section, Seed, StoragePlace
 from pipeline.config.tasks import FactsTasks, TaskFormat
 from pipeline.config.training import Evaluation, Training
@@ -59,7 +59,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     tracking: Tracking = Field(default_factory=Tracking)
-    search: Search = Search()
+    search: SearchSection = SearchSection()
 
     @property
     def measured(self) -> tuple[Gate | Project | Penalty, ...]:
@@ -92,6 +92,11 @@ class Config(Section):
     def starts_from_corda(self) -> bool:
         """Whether an adapter starts from a decomposition of the base model's weights."""
         return self.adapter is not None and self.adapter.init == "corda"
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether float32 factors are trained, of an adapter or a subspace, and no weights."""
+        return self.adapter is not None or self.subspace is not None
 
     @property
     def needing_entries(self) -> list[str]:

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.config.method import Freeze, Loss, Project, Replay
+from pipeline.config.presets import BOUNDS
 from pipeline.storage.storage import DATABASE, STAGES
 
 if TYPE_CHECKING:
     from pipeline.config.config import Config
 
-UNPROTECTED = ("sequential", "joint", "solo")
+UNPROTECTED = ("sequential", *BOUNDS)
 RESERVED_NAMES = (STAGES, DATABASE, "mlartifacts")
 """Names in the storage folder that are not runs."""
 

@@ -66,7 +66,7 @@ class Importance(Section):
     """Importance files of earlier runs of the same base model, protected from the first task on."""
 
 
-class Protection(Section):
+class ProtectSection(Section):
     """Settings of all protections."""
 
     ungated: Literal["train", "freeze"] = "freeze"
@@ -80,7 +80,7 @@ class Protection(Section):
         return True
 
 
-class Gate(Protection):
+class Gate(ProtectSection):
     """Scale each weight's update down by its importance."""
 
     kind: Literal["gate"]
@@ -94,7 +94,7 @@ class Gate(Protection):
     """κ of the logarithmic scaling: larger values hold more weights."""
 
 
-class Project(Protection):
+class Project(ProtectSection):
     """Project updates so that the layers' outputs for the inputs of earlier tasks do not change."""
 
     kind: Literal["project"]
@@ -118,7 +118,7 @@ class Project(Protection):
         return self.directions != "weights"
 
 
-class Penalty(Protection):
+class Penalty(ProtectSection):
     """EWC's quadratic penalty on the change of important weights, from the unscaled importance.
     With `adapter.fresh`, of the weights below the adapter: on the product of its factors."""
 

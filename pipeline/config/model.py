@@ -68,14 +68,9 @@ class Model(Section):
                 f"{'none' if self.is_builtin else 'a folder'}"
             )
         for key in ("dtype", "attention", "quantization"):
-            if self.is_builtin and getattr(self, key) != self.default(key):
+            if self.is_builtin and getattr(self, key) != Model.model_fields[key].default:
                 raise ValueError(f"{key}: the builtin model has float32 weights and sdpa")
         return self
-
-    @classmethod
-    def default(cls, key: str) -> object:
-        """The default of a setting."""
-        return cls.model_fields[key].default
 
     @property
     def is_builtin(self) -> bool:

@@ -6,6 +6,9 @@ from typing import Any
 
 from pipeline.secrets import masked
 
+BOUNDS = ("joint", "solo")
+"""Methods that do not train on a sequence: upper bounds for what can be kept and learned."""
+
 
 @dataclass(frozen=True)
 class Knob:

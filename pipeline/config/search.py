@@ -42,7 +42,7 @@ class Choice(Section):
 Dimension = Annotated[Float | Int | Choice, Field(discriminator="type")]
 
 
-class Search(Section):
+class SearchSection(Section):
     """What `agcl search` varies and how (Ray Tune, Optuna). Runs ignore this section."""
 
     space: dict[str, Dimension] = Field(default_factory=dict)
@@ -64,7 +64,7 @@ class Search(Section):
     choice does not depend on how many run side by side."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Search":
+    def _ordered(self) -> "SearchSection":
         for key, dimension in self.space.items():
             if not isinstance(dimension, Choice) and not dimension.low < dimension.high:
                 raise ValueError(f"space.{key}: low must be below high")

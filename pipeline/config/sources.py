@@ -7,7 +7,8 @@ from typing import Any
 
 from agcl.errors import InputError
 from agcl.scoring.scorers import TEACHER_FORCED
-from agcl.tasks import VALIDATION, Task, choice
+from agcl.tasks import VALIDATION, Task
+from agcl.tasks.selection import select
 
 from pipeline.config.config import Config
 from pipeline.config.task_section import Source
@@ -74,7 +75,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def selection(config: Config, source: Source) -> dict[str, Any]:
-    """Which rows of a task are used for what: keywords of `choice.select`."""
+    """Which rows of a task are used for what: keywords of `agcl.tasks.selection.select`."""
     tasks = config.tasks
     # If a task is scored on its training rows, evaluate chooses the validation rows among them.
     task = open_task(source.settings, source.files)
@@ -95,7 +96,7 @@ def open_task(
     """The task of a source's settings and files, with the rows that `selection` keeps."""
     rest = {key: value for key, value in settings.items() if key != "format"}
     task = OPEN[settings["format"]](rest, files)
-    return choice.select(task, **selection) if selection else task
+    return select(task, **selection) if selection else task
 
 
 def decodes(config: Config) -> bool:

@@ -41,9 +41,9 @@ class Training(Section):
     """`bfloat16` means autocast; weights and optimizer state stay as `model.dtype` has them."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How steps are rounded into weights of `model.dtype: bfloat16`; no effect on others, nor with
-    an adapter, whose factors are float32. `stochastic`: up or down by chance, from the seed, so
-    that small steps count in expectation; the optimizer state is float32. `nearest` loses steps
-    below about 1/500 of a weight, and cannot be combined with `protect`."""
+    an adapter or a subspace, whose factors are float32. `stochastic`: up or down by chance, from
+    the seed, so that small steps count in expectation; the optimizer state is float32. `nearest`
+    loses steps below about 1/500 of a weight, and cannot be combined with `protect`."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: about a third more time, and memory
     for the activations of one layer instead of all. Does not change results."""

@@ -37,15 +37,14 @@ def attributed_dtype(model: Model, importance: Importance) -> str:
 def rounds_to_nearest(config: Config) -> bool:
     """Whether weights are trained in bfloat16 as torch does it, Adam's means included."""
     half = loaded_dtype(config.model) == "bfloat16"
-    factors = config.adapter or config.subspace  # Which are float32.
-    return half and not factors and config.training.rounding == "nearest"
+    return half and not config.trains_factors and config.training.rounding == "nearest"
 
 
 def rounds_8bit_to_nearest(config: Config, dtype: str) -> bool:
     """Whether 8-bit Adam would round weights of this dtype to nearest, which it cannot."""
     training = config.training
     to_nearest = dtype == "bfloat16" and training.rounding == "nearest"
-    return to_nearest and training.optimizer == "adamw_8bit" and not config.adapter
+    return to_nearest and training.optimizer == "adamw_8bit" and not config.trains_factors
 
 
 def slow_here(config: Config) -> str | None:

@@ -27,6 +27,7 @@ class StageProgress:
     def __init__(self, console: Console, titles: Mapping[str, str]) -> None:
         """`titles` are the names to show, by artifact."""
         self.console, self.num_done = console, 0
+        self.names = titles
         self.titles = {artifact: escape(title) for artifact, title in titles.items()}
         self.bars = Progress(
             SpinnerColumn(),
@@ -68,9 +69,7 @@ class StageProgress:
                 case "finished" | "failed" | "lost" as state:
                     self._end(artifact, state)
                 case _ if "warning" in record:
-                    said = f"{self.titles[artifact]}: {escape(str(record['warning']))}"
-                    line = f"  [yellow]warning[/] {said}"
-                    self.console.print(line, highlight=False, soft_wrap=True)
+                    warn(self.console, f"{self.names[artifact]}: {record['warning']}")
                 case _ if "note" in record:
                     self._say(artifact, escape(str(record["note"])))
                 case _:
@@ -127,3 +126,8 @@ def duration(seconds: float) -> str:
     """Minutes and seconds: 3:07."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}"
+
+
+def warn(console: Console, message: str) -> None:
+    """Print a warning of one line."""
+    console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -13,9 +13,10 @@ from agcl.parallel import distributed
 
 from pipeline.config.hub import on_this_machine
 from pipeline.execution.failures import explain, is_peer_loss
+from pipeline.execution.stage_log import StageLog
 from pipeline.plan.stage import ResolvedStage
 from pipeline.secrets import masked
-from pipeline.stages.context import Context, Emit, Record, StageLog
+from pipeline.stages.context import Context, Emit, Record
 from pipeline.stages.files import LOG_FILE
 from pipeline.storage import artifact
 

@@ -1,26 +1,24 @@
 """The stages of a plan, one function per kind: the settings and inputs each depends on.
 
-All stages of one kind have the same config keys, except for optional ones that are absent at their
-default (`loading`, `truncate`), so that old fingerprints stay valid. Train stages: `training.py`.
+All stages of one kind have the same config keys, with None where a setting does not apply. Train
+stages: `training.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config.code import source_files
 from pipeline.config.config import Config
 from pipeline.config.method import Project
-from pipeline.config.model import Model
 from pipeline.config.naming import method_name
 from pipeline.config.row_lengths import max_length
+from pipeline.config.scorer_files import source_files
 from pipeline.config.sources import BASE_TASK, held_out_sources, selection
 from pipeline.config.task_section import Source
 from pipeline.config.weights import attributed_dtype, loaded_dtype
 from pipeline.plan.stage import External, Stage
 from pipeline.stages.attribute import attribute
-from pipeline.stages.context import LOADING, OPTIMIZER, ROUNDING
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.files import CHECKS, IMPORTANCE_FILE, KEPT, PREDICTIONS
+from pipeline.stages.files import BASE_KNOWLEDGE, CHECKS, IMPORTANCE_FILE, PREDICTIONS
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import FILES, make_tokenizer, prepare
 from pipeline.stages.train import pretrain, train
@@ -46,17 +44,12 @@ def first_session(config: Config) -> str:
 
 
 def loading(config: Config, dtype: str | None = None) -> dict[str, Any]:
-    """The config key of stages that load the model, if it is not loaded in float32 with sdpa.
+    """The config key of stages that load the model: keywords of `load_model`.
 
-    Absent by default: a setting that changes nothing must not change a fingerprint. `dtype` is one
-    other than the config's.
+    `dtype` is one other than the config's.
     """
-    chosen = {
-        "dtype": dtype or loaded_dtype(config.model),
-        **config.model.model_dump(include={"attention", "quantization"}),
-    }
-    changed = {key: value for key, value in chosen.items() if value != Model.default(key)}
-    return {LOADING: changed} if changed else {}
+    chosen = config.model.model_dump(include={"attention", "quantization"})
+    return {"loading": {"dtype": dtype or loaded_dtype(config.model), **chosen}}
 
 
 def tokenizer_stage(config: Config) -> Stage | External:
@@ -81,8 +74,7 @@ def prepare_stage(config: Config, source: Source, tokenizer: Stage | External) -
             "task": {key: of for key, of in source.settings.items() if key != "scorer"},
             "selection": selection(config, source),
             "max_length": max_length(config),
-            # Only where it is not the default, so that rows prepared before it are found.
-            **({"truncate": "left"} if config.tasks.truncate == "left" else {}),
+            "truncate": config.tasks.truncate,
             "chat_template": config.tasks.chat_template,
         },
         inputs={"tokenizer": tokenizer, **files},
@@ -101,7 +93,10 @@ def base_model_stage(
         name="pretrain",
         fn=pretrain,
         config={
-            **config.training.model_dump(exclude={ROUNDING, *OPTIMIZER}),
+            **config.training.model_dump(),
+            "optimizer": "adamw",
+            "momentum": None,
+            "rounding": None,
             "learning_rate": settings.learning_rate,
             "schedule": "constant",
             "warmup": 0.0,
@@ -223,5 +218,5 @@ def report_stage(
             **{f"model/{s.name}": s for s in chain if s.fn is train},
         },
         session="sequence",  # Alone in its session it still needs no Ray Train workers.
-        reads=(PREDICTIONS, KEPT, IMPORTANCE_FILE, CHECKS),
+        reads=(PREDICTIONS, BASE_KNOWLEDGE, IMPORTANCE_FILE, CHECKS),
     )

@@ -1,6 +1,6 @@
 """The train stages of a plan: what each method trains with, and what it protects.
 
-All have the same config keys, but for those that are absent where a setting changes nothing.
+All have the same config keys, with None where a setting does not apply.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,56 +8,33 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Adapter, Freeze, Project, Protection
+from pipeline.config.method import OF_MOMENTS, ROOT_OF_TASKS, Freeze, Project, ProtectSection
 from pipeline.config.sources import sources
 from pipeline.config.weights import loaded_dtype
 from pipeline.plan.nodes import Inputs, adapter_on, loading
 from pipeline.plan.stage import External, Stage
-from pipeline.stages.context import OPTIMIZER, ROUNDING, SUBSPACE
 from pipeline.stages.merge import merge
 from pipeline.stages.train import train
 
 
-def rounding(config: Config) -> dict[str, Any]:
-    """The config key of train stages that round bfloat16 weights other than to nearest.
-
-    None with an adapter or a subspace: factors are float32, and merging rounds the weights once, to
-    nearest.
-    """
-    chosen = config.training.rounding
-    factors = config.adapter or config.subspace
-    half = loaded_dtype(config.model) == "bfloat16" and not factors
-    applies = half and chosen != "nearest"
-    return {ROUNDING: chosen} if applies else {}
-
-
-def adapter_settings(section: Adapter) -> dict[str, Any]:
-    """An adapter's config; omits `init: random`, so that fingerprints from before `init` hold."""
-    return section.model_dump(exclude={"init"} if section.init == "random" else set())
-
-
-def preserved(config: Config, index: int) -> dict[str, Any]:
-    """The config key of train stages that keep leading singular directions, if they do."""
-    if not config.subspace:
-        return {}
-    return {SUBSPACE: config.subspace.preserved(index, len(sources(config)))}
-
-
 def training_settings(config: Config, index: int) -> dict[str, Any]:
     """Settings for training task `index` without protection; the same for all methods."""
-    of_others = {"adamw_8bit": OPTIMIZER[:1], "sgd": OPTIMIZER}
-    optimizer = of_others.get(config.training.optimizer, ())
+    training = config.training
+    # Factors are float32, and merging rounds the weights once, to nearest.
+    rounds = loaded_dtype(config.model) == "bfloat16" and not config.trains_factors
+    subspace, tasks = config.subspace, len(sources(config))
     return {
-        **config.training.model_dump(exclude={ROUNDING, *OPTIMIZER}),
-        **rounding(config),
-        **config.training.model_dump(include={*optimizer}),
+        **training.model_dump(),
+        "momentum": training.momentum if training.optimizer == "sgd" else None,
+        "rounding": training.rounding if rounds else None,
         "seed": config.seed * 1000 + index,
         "protect": [],
         "base_energy": None,
         "replay": 0.0,
         "freeze": None,
-        "adapter": config.adapter and adapter_settings(config.adapter),
-        **preserved(config, index),
+        "loss": None,
+        "adapter": config.adapter and config.adapter.model_dump(),
+        "subspace": subspace and subspace.preserved(index, tasks),
         **loading(config),
     }
 
@@ -168,7 +145,7 @@ def _protected_base(config: Config, settings: dict[str, Any], of_base: Stage | N
     return {"base_importance": of_base}
 
 
-def _settings_of(item: Protection, *, has_past: bool) -> dict[str, Any]:
+def _settings_of(item: ProtectSection, *, has_past: bool) -> dict[str, Any]:
     """An item of `protect`, with None for the settings that a projection does not use.
 
     If only the base model is protected, the settings for tasks are unused. Trials and controls

@@ -9,12 +9,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pipeline.results.results import Group, RunResult, groups
+from pipeline.results.results import MethodRuns, RunResult, runs_by_method
 
 _MOST_TAKEN = 0.5
 
 
-def worst_checks(group: Group) -> dict[str, Any] | None:
+def worst_checks(group: MethodRuns) -> dict[str, Any] | None:
     """Self-checks over all seeds and tasks; None for a method that protects nothing."""
     of_runs = [list(run.checks.values()) for run in group.runs if run.checks]
     if not of_runs:
@@ -30,7 +30,7 @@ def worst_checks(group: Group) -> dict[str, Any] | None:
     }
 
 
-def directions(group: Group) -> dict[str, float]:
+def directions(group: MethodRuns) -> dict[str, float]:
     """By weight: the share of its input directions protected in the last task, mean over seeds.
 
     Empty without a projection, and for runs of versions that did not record it.
@@ -60,7 +60,7 @@ def by_kind_and_layer(shares: Mapping[str, float]) -> tuple[list[str], NDArray[n
 
 def crowded(runs: Sequence[RunResult]) -> list[str]:
     """One line per method that leaves less than half of a layer's inputs for later tasks."""
-    by_method, lines = groups(runs), []
+    by_method, lines = runs_by_method(runs), []
     for group in by_method:
         shares = directions(group)
         most = max(shares, key=lambda name: shares[name], default="")

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.results.checks import directions
-from pipeline.results.comparison import Estimate, compare, compare_base, is_bound
+from pipeline.results.comparison import Mean, compare, compare_base, is_bound
 from pipeline.results.drawing import (
     GREY,
     STYLE,
@@ -32,19 +32,19 @@ from pipeline.results.drawing import (
 from pipeline.results.heat_maps import accuracy_matrix, directions_taken, importances, overlaps
 from pipeline.results.results import (
     LOWER_IS_BETTER,
-    Group,
+    MethodRuns,
     RunResult,
     base_measures,
     base_title,
     entry_importances,
     evaluation_sets,
-    groups,
+    runs_by_method,
 )
 
 LEARNED, KEPT = "learning_accuracy", "average_performance"
 LEARNED_LABEL = "learning accuracy: mean score right after training"
 _LEAST_SPAN = 0.1  # of the vertical axes of what the base model still knows
-Points = Mapping[str, tuple[Estimate, Estimate]]
+Points = Mapping[str, tuple[Mean, Mean]]
 """Learned and kept by method."""
 
 
@@ -77,7 +77,7 @@ def draw(runs: Sequence[RunResult]) -> list[Picture]:
 def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]]:
     """Figures with their section, group and evaluation set."""
     tasks = [str(name) for name in runs[0].metrics["tasks"]]
-    by_method = groups(runs)
+    by_method = runs_by_method(runs)
     styles = styles_of([group.label for group in by_method])
     for name in evaluation_sets(runs):
         matrices = {of.label: found for of in by_method if (found := _matrices(of, name))}
@@ -103,7 +103,7 @@ def _figures(runs: Sequence[RunResult]) -> Iterator[tuple[str, str, str, Figure]
     yield from _importances(by_method)
 
 
-def _importances(by_method: Sequence[Group]) -> Iterator[tuple[str, str, str, Figure]]:
+def _importances(by_method: Sequence[MethodRuns]) -> Iterator[tuple[str, str, str, Figure]]:
     """Figures of the groups that collected importances of single weight entries."""
     for group in by_method:
         if summaries := entry_importances(group):
@@ -115,13 +115,13 @@ def _importances(by_method: Sequence[Group]) -> Iterator[tuple[str, str, str, Fi
                 yield "overlap", group.label, "", overlaps(attributed, overlap, group.label)
 
 
-def _matrices(group: Group, evaluation_set: str) -> list[Array]:
+def _matrices(group: MethodRuns, evaluation_set: str) -> list[Array]:
     """Accuracy matrices of the runs that have the evaluation set."""
     sets = [run.metrics["evaluation_sets"].get(evaluation_set) for run in group.runs]
     return [np.array(of_set["accuracy_matrix"], dtype=float) for of_set in sets if of_set]
 
 
-def _base_curves(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]]:
+def _base_curves(by_method: Sequence[MethodRuns]) -> dict[str, dict[str, list[Array]]]:
     """One curve per seed, by measure of what the base model still knows and method."""
     curves: dict[str, dict[str, list[Array]]] = {}
     for group in by_method:
@@ -240,7 +240,7 @@ def _base(base: Mapping[str, Mapping[str, Sequence[Array]]], styles: Styles) -> 
     return figure
 
 
-def _losses(by_method: Sequence[Group]) -> dict[str, dict[str, list[Array]]]:
+def _losses(by_method: Sequence[MethodRuns]) -> dict[str, dict[str, list[Array]]]:
     """Points (step, loss) of every seed, by train stage and method."""
     found: dict[str, dict[str, list[Array]]] = {}
     for group in by_method:

@@ -1,28 +1,27 @@
 """The heat maps of a report: accuracy matrices, and what is by kind of module and layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from pipeline.results.checks import by_kind_and_layer
 from pipeline.results.drawing import (
     GAP,
     INK,
-    MOST_TIPS,
+    MOST_CELL_NUMBERS,
     Array,
-    add_tips,
-    color_bar,
-    draw_cells,
     fitted,
-    heat_map,
     panel_grid,
+    tip,
 )
 
+MOST_TIPS = 600  # cells of a heat map that show their value on hover
 CHANCE = 0.01  # share of top entries that two unrelated tasks have in common
 
 
@@ -101,3 +100,66 @@ def _name_cells(
         add_tips(axes, values.shape, tips)
     axes.set_title(fitted(title, 28))
     axes.set_yticks(range(len(kinds)), [fitted(kind, 24) for kind in kinds])
+
+
+def heat_map(
+    values: Array,
+    tasks: Sequence[str],
+    top: Sequence[str],
+    colors: str,
+    norm: Normalize,
+    title: str,
+) -> tuple[Figure, Axes, Axes]:
+    """Draw a row per name in `top` and per task, a column per task.
+
+    Returns the figure, the axes of the map and those of its color bar.
+    """
+    names = [f"{i} {fitted(name, 13)}" for i, name in enumerate(tasks, 1)]
+    has_numbers = len(tasks) <= MOST_CELL_NUMBERS
+    cell = min(0.56, max(0.12, 3.6 / len(tasks)))  # inches; two heat maps fit side by side
+    height = max(0.62 * cell, 0.16)
+    figure = Figure((1.7 + cell * max(len(tasks), 2), 1.2 + height * len(values)))
+    axes = figure.subplots()
+    image = draw_cells(axes, np.maximum(values, 1e-9), colors, norm)
+    on, of = [*top, *names], names
+    if values.size <= MOST_TIPS:
+        tips = [f"{row}, {column}: {values[i, j]:.3f}"
+                for i, row in enumerate(on) for j, column in enumerate(of)]  # fmt: skip
+        add_tips(axes, values.shape, tips)
+    axes.set_yticks(range(len(values)), [*top, *names])
+    every_fifth = [f"{i}" if i % 5 == 0 else "" for i in range(1, len(tasks) + 1)]
+    is_steep = has_numbers and len(names) > 2 and max(map(len, names)) > 6
+    steep: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    columns = names if has_numbers else every_fifth
+    axes.set_xticks(range(len(names)), columns, **(steep if is_steep else {}))
+    axes.set_title(fitted(title, 44))
+    for (row, column), value in np.ndenumerate(values) if has_numbers else ():
+        color = "white" if norm(max(value, 1e-9)) > 0.6 else "#1b1f24"  # Not that of the page.
+        size = 8 if cell > 0.4 else 6.5
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": color, "fontsize": size}
+        axes.text(column, row, f"{value:.2f}", **style)
+    return figure, axes, color_bar(figure, image, [axes], "")
+
+
+def draw_cells(axes: Axes, values: Array, colors: str, norm: Normalize) -> AxesImage:
+    """Draw a matrix as colored cells."""
+    return axes.imshow(values, cmap=colors, norm=norm, aspect="auto", interpolation="none")
+
+
+def add_tips(axes: Axes, shape: tuple[int, ...], tips: Iterable[str]) -> None:
+    """Show a text on hover for every cell of a matrix, given row by row."""
+    for (row, column), text in zip(np.ndindex(*shape), tips, strict=True):
+        at = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(at, 1, 1, alpha=0, linewidth=0, gid=tip(text)))
+
+
+def color_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) -> Axes:
+    """Add a color bar beside the panels and return its axes."""
+    bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02, aspect=25)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    bar.ax.minorticks_off()
+    for solids in bar.ax.collections:
+        solids.set_rasterized(True)  # Else one path per color.
+    bar.ax.tick_params(length=3.5, labelsize=7, colors=INK)
+    return bar.ax

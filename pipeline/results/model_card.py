@@ -14,13 +14,12 @@ from pipeline.config.naming import method_description, method_name
 from pipeline.config.weights import loaded_dtype, stored_dtype
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
+from pipeline.results.files import CARD, LOCATION, MODEL
 from pipeline.results.results import METRIC_TITLES, RunResult, base_measures, base_title
 from pipeline.results.templates import render
 from pipeline.stages.files import ADAPTER, CHECKS, LOG_FILE
 from pipeline.storage import artifact
 
-MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
-"""The final model's folder in a run folder, the card in it, and the file with a bucket's URI."""
 _OWN_FILES = {artifact.MANIFEST, LOG_FILE, CHECKS}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM takes as the maximum rank of adapters."""

@@ -4,6 +4,7 @@ import csv
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from io import StringIO
 from itertools import chain
@@ -11,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from agcl.errors import InputError
 
 from pipeline.results.checks import crowded, worst_checks
 from pipeline.results.comparison import (
     BASELINE,
     COMPARED,
-    Estimate,
     Line,
+    Mean,
     compare,
     compare_base,
     is_bound,
 )
+from pipeline.results.files import BASE_FILE, LATEX_FILE, REPORT_FILE, TABLE_FILE
 from pipeline.results.results import (
     LOWER_IS_BETTER,
     METRIC_TITLES,
@@ -30,21 +33,20 @@ from pipeline.results.results import (
     base_title,
     entry_importances,
     evaluation_sets,
-    groups,
     labels,
     metric,
     metric_name,
+    runs_by_method,
 )
+from pipeline.results.run_folder import read_result, read_trials, runs_in
 from pipeline.results.templates import code, render, score
+from pipeline.stages.files import METRICS
+from pipeline.storage import bucket_of
 from pipeline.storage.artifact import write_text
 
 HEADLINE_METHODS = 4
 MOST_EXAMPLES = 4
 """Methods whose answers are shown."""
-TABLE_FILE, LATEX_FILE = "metrics.csv", "metrics.tex"
-"""The report's table of metrics beside it, with the half width of each mean's interval."""
-BASE_FILE = "base.csv"
-"""What the base model still knows, beside the report: a line per run, task and measure."""
 
 
 def write_report(
@@ -73,7 +75,7 @@ def write_report(
     from pipeline.results.figures import draw  # Matplotlib takes a second to import.
 
     pictures = draw(runs)
-    by_method = groups(runs)
+    by_method = runs_by_method(runs)
     lines_of = metric_lines(runs)
     tables = [{"set": n, "lines": lines, "best": _best(lines)} for n, lines in lines_of.items()]
     page = render(
@@ -184,7 +186,7 @@ def _latex(tables: Mapping[str, Sequence[Line]]) -> str:
     return "\n".join([begin, r"\toprule", head, *rows, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _tex_cell(of: Estimate | None) -> str:
+def _tex_cell(of: Mean | None) -> str:
     return f"${_cell(of)}$".replace("±", r"\pm") if of else "--"
 
 
@@ -218,7 +220,7 @@ def description(runs: Sequence[RunResult]) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(of: Estimate | None) -> str:
+def _cell(of: Mean | None) -> str:
     spread = "" if of is None or of.half_width is None else f" ± {score(of.half_width)}"
     return score(of.mean if of else None) + spread
 
@@ -290,3 +292,19 @@ def _best(lines: Sequence[Line]) -> dict[str, str]:
         if len(scores) > 1:
             best[key] = (min if key in LOWER_IS_BETTER else max)(scores, key=float)
     return best
+
+
+def rewrite_report(place: str) -> Path:
+    """Write the report of a finished run, comparison or search again, and return its path.
+
+    Reads the folder alone, so it works without the artifacts and after a new version of agcl.
+    `place` is the folder or, in a bucket, its URI. Raises `InputError` if there is no finished run.
+    """
+    bucket, folder = bucket_of(place) if "://" in place else (None, Path(place).absolute())
+    with bucket.results(folder) if bucket else nullcontext():
+        results = [read_result(each) for each in runs_in(folder)]
+        if len({tuple(each.metrics["tasks"]) for each in results}) > 1:
+            raise InputError(f"{place}: holds runs of different tasks; name one of its folders")
+        title = results[0].metrics["name"] if (folder / METRICS).is_file() else folder.name
+        write_report(folder / REPORT_FILE, results, title=title, trials=read_trials(folder))
+    return folder / REPORT_FILE

@@ -118,7 +118,7 @@ def left_out(rows: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Group:
+class MethodRuns:
     """Runs shown as one line or heat map: the seeds of a method."""
 
     label: str
@@ -141,7 +141,7 @@ def labels(runs: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def groups(runs: Sequence[RunResult]) -> list[Group]:
+def runs_by_method(runs: Sequence[RunResult]) -> list[MethodRuns]:
     """Group the runs by method, in order of first appearance.
 
     If a method has two runs with the same seed, they differ in their settings: averaging them
@@ -153,9 +153,9 @@ def groups(runs: Sequence[RunResult]) -> list[Group]:
     found = []
     for method, members in by_method.items():
         if len({run.metrics["seed"] for _, run in members}) == len(members):
-            found.append(Group(method, [run for _, run in members]))
+            found.append(MethodRuns(method, [run for _, run in members]))
         else:
-            found += [Group(label, [run]) for label, run in members]
+            found += [MethodRuns(label, [run]) for label, run in members]
     return found
 
 
@@ -171,14 +171,14 @@ def metric(of_set: Mapping[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def values(group: Group, evaluation_set: str, key: str) -> dict[int, float]:
+def values(group: MethodRuns, evaluation_set: str, key: str) -> dict[int, float]:
     """Look up a metric by seed, without runs that do not have the evaluation set or metric."""
     sets = {int(run.metrics["seed"]): run.metrics["evaluation_sets"] for run in group.runs}
     found = {s: metric(of[evaluation_set], key) for s, of in sets.items() if evaluation_set in of}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def entry_importances(group: Group) -> list[Mapping[str, Any]]:
+def entry_importances(group: MethodRuns) -> list[Mapping[str, Any]]:
     """Importance summaries of the runs that collected importances of single weight entries."""
     summaries = [run.importance or {} for run in group.runs]
     return [summary for summary in summaries if "by_layer_and_module" in summary]

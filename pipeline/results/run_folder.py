@@ -6,12 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from agcl.errors import InputError
+from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
@@ -19,16 +21,12 @@ from pipeline.config.naming import method_description
 from pipeline.errors import StageFailed
 from pipeline.plan.plan import Run
 from pipeline.results.examples import examples, losses
+from pipeline.results.files import CONFIG_FILE, RESULT_FILE, TRIALS_FILE
 from pipeline.results.results import RunResult, StageRecord
 from pipeline.stages.files import CHECKS, IMPORTANCE_SUMMARY, METRICS, SUMMARY
 from pipeline.storage import artifact
 from pipeline.storage.artifact import folder_name
 
-CONFIG_FILE = "config.yaml"
-RESULT_FILE = "result.json"
-"""What a report needs besides a run's config and metrics; of a comparison, its runs' folders."""
-TRIALS_FILE = "trials.parquet"
-"""The trials of a search, one per row."""
 FREE = {"run": {"resources", "tracking", "search"}, "search": {"resources", "tracking"}}
 """Sections that a rerun into the same folder may change: they do not change results."""
 _MOST_NAMED = 3
@@ -214,3 +212,10 @@ def _link(link: Path, target: Path) -> None:
 
 def _json(content: bytes | None) -> dict[str, Any] | None:
     return None if content is None else json.loads(content)
+
+
+def locked(folder: Path, console: Console) -> AbstractContextManager[None]:
+    """Lock a folder against other commands. Waits, and says so, while one of them holds it."""
+    waiting = f"  waiting for another command that works on {folder}"
+    on_wait = partial(console.print, waiting, highlight=False, soft_wrap=True, markup=False)
+    return artifact.claimed(folder, on_wait)

@@ -25,10 +25,10 @@ from ray.tune.search.optuna import OptunaSearch
 from pipeline.config import hub, loading
 from pipeline.config.config import Config
 from pipeline.config.resources import Resources
-from pipeline.config.search import Dimension
-from pipeline.config.search import Search as SearchSection
+from pipeline.config.search import Dimension, SearchSection
 from pipeline.execution.cluster import worker_resources
 from pipeline.execution.failures import LESS_MEMORY
+from pipeline.execution.workers import LOSSES
 from pipeline.plan.plan import Run, plan
 from pipeline.plan.schedule import needed_for
 from pipeline.plan.stage import resolve
@@ -38,8 +38,6 @@ from pipeline.secrets import masked
 from pipeline.stages.evaluate import evaluate
 from pipeline.storage import artifact
 
-LOST_WORKERS = 2
-"""Retries of a trial whose process or workers died."""
 Observe = Callable[[Trial], None]
 """Called with a trial whenever it changes."""
 
@@ -162,7 +160,7 @@ class Watch(TrialProgressCallback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """The process of a trial was lost too often."""
-        times = f"{LOST_WORKERS + 1} times"
+        times = f"{LOSSES} times"
         why = f"its workers were lost {times}; if they ran out of memory, {LESS_MEMORY}"
         self._change(trial, state="failed", reason=why)
 
@@ -220,7 +218,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(scratch),
-                failure_config=tune.FailureConfig(max_failures=LOST_WORKERS),
+                failure_config=tune.FailureConfig(max_failures=LOSSES - 1),
                 verbose=0,
                 callbacks=[watch],
             ),

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from agcl.errors import InputError
@@ -14,43 +13,35 @@ from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.presets import BOUNDS
 from pipeline.config.revision import pinned
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
-from pipeline.results.comparison import BOUNDS
-from pipeline.results.report import numbers, write_report
+from pipeline.results.files import BEST, REPORT_FILE, SEARCH_FILE, TRIALS_FILE
+from pipeline.results.report import write_report
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import (
-    FREE,
-    TRIALS_FILE,
-    check_folder,
-    open_folder,
-    read_trials,
-    write_runs,
-)
-from pipeline.run import REPORT_FILE, execute, mirrored, open_run
+from pipeline.results.run_folder import check_folder, open_folder, read_trials, write_runs
+from pipeline.run import open_run
 from pipeline.search import trial as trials
+from pipeline.search.best import BEST_SUFFIX, finish_search, score_best
 from pipeline.search.engine import Observe, Search, run_trials
 from pipeline.search.space import Settings, corners, own_point, space_of
-from pipeline.search.trial import Trial
+from pipeline.search.trial import Trial, scores_of
 from pipeline.storage import artifact
-from pipeline.tracking.sync import Mirror
+from pipeline.tracking.sync import Mirror, mirrored
 
-SEARCH_FILE, BEST_CONFIG, BEST = "search.yaml", "best.yaml", "best"
-VALIDATION = 0.3
+VALIDATION_SHARE = 0.3
 """Share of the scored rows to choose settings by, if the config sets none."""
-_BEST_SUFFIX = "-best"
-"""Of the name of the best trial as a run."""
 _MOST_CORNERS = 256
 """Pairs of opposite points to try, where values of several keys exclude each other."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search."""
 
     trials: Sequence[Trial]
@@ -69,7 +60,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
         raise InputError(f"method: {config.method} is a bound and no sequence; there is no search")
     folder = config.storage.root / f"{config.name}-search"
     config = only_validation(pinned(config, [folder / SEARCH_FILE]))
-    loading.changed(config, {"name": f"{config.name}{_BEST_SUFFIX}"})  # A name may be too long.
+    loading.changed(config, {"name": f"{config.name}{BEST_SUFFIX}"})  # A name may be too long.
     space = space_of(config)
     search = Search(config, folder, num_trials, space)
     if keeps_base(search):
@@ -103,13 +94,13 @@ def only_validation(config: Config) -> Config:
     """The config of trials: validation rows are set apart, and no others are scored."""
     settings: Settings = {"evaluation.rows": "validation"}
     if not config.evaluation.validation:
-        settings["evaluation.validation"] = VALIDATION
+        settings["evaluation.validation"] = VALIDATION_SHARE
     return loading.changed(config, settings)
 
 
 def execute_search(
     search: Search, *, command: str, console: Console, watch: AbstractContextManager[Observe]
-) -> Found:
+) -> SearchResult:
     """Run a search: the stages that all trials share, the trials, and the best on test rows.
 
     `watch`, entered while the trials run, is called with each trial whenever it changes. Raises
@@ -118,13 +109,13 @@ def execute_search(
     with mirrored_search(search, console) as mirror:
         found = execute_trials(search, mirror, console, watch)
         best = trials.best(found, keep_base=keeps_base(search))
-        result = _score(search, best, mirror, command, console) if best else None
+        result = score_best(search, best, mirror, command, console) if best else None
         if result:
             write_runs(search.folder, [search.folder / BEST])
             file, tried = search.folder / REPORT_FILE, read_trials(search.folder)
             write_report(file, [result], title=search.folder.name, trials=tried)
-        _finish(search, found, best, result, mirror)
-        return Found(found, best, result)
+        finish_search(search, found, best, result, mirror)
+        return SearchResult(found, best, result)
 
 
 def mirrored_search(search: Search, console: Console) -> AbstractContextManager[Mirror]:
@@ -240,81 +231,6 @@ def _recorder(search: Search, mirror: Mirror, shared: Collection[str]) -> Observ
             mirror.add(label, run, kind="trial", without=without)
         if trial.state != "running":
             status = _STATUS[trial.state]
-            mirror.end(label, _scores_of(trial), status=status, error=trial.reason or "")
+            mirror.end(label, scores_of(trial), status=status, error=trial.reason or "")
 
     return record
-
-
-def _scores_of(trial: Trial | None) -> dict[str, float]:
-    if not (trial and trial.last):
-        return {}
-    last = trial.last
-    scores = {
-        "average": last.average,
-        "learning_accuracy": last.learned,
-        "retained": last.retained,
-        "base_kept": last.base_kept,
-    }
-    return {name: score for name, score in scores.items() if score is not None}
-
-
-def _score(
-    search: Search, best: Trial, mirror: Mirror, command: str, console: Console
-) -> RunResult:
-    """Write the best trial's config and run it: all is trained, so it only scores test rows."""
-    run = best_run(search, best)
-    artifact.write_text(search.folder / BEST_CONFIG, loading.dump(run.config))
-    (result,) = execute(
-        {BEST: run}, run.folder, title=BEST, command=command, console=console, above=mirror.own
-    )
-    return result
-
-
-def best_run(search: Search, best: Trial) -> Run:
-    """The best trial as an ordinary run, which scores test rows too."""
-    settings = {
-        **best.settings,
-        "evaluation.rows": "all",
-        "name": f"{search.config.name}{_BEST_SUFFIX}",
-    }
-    config = loading.changed(search.config, settings)
-    file, folder = search.folder / BEST_CONFIG, search.folder / BEST
-    if file.is_file() and _results_of(loading.load(file)) != _results_of(config):
-        # More trials can change the winner. The old winner's folder holds only copies and links.
-        config.storage.forget_folder(folder)
-    return open_run(config, folder)
-
-
-def _results_of(config: Config) -> dict[str, Any]:
-    """The settings that decide results."""
-    return dict(loading.leaves(config, exclude=FREE["run"]))
-
-
-def _finish(
-    search: Search,
-    found: Sequence[Trial],
-    best: Trial | None,
-    result: RunResult | None,
-    mirror: Mirror,
-) -> None:
-    """Draw the figures, and give everything to MLflow."""
-    from pipeline.search.figures import search_figures
-
-    pictures = search_figures(search.space, found)
-    for name, png in pictures.items():
-        (search.folder / "figures").mkdir(exist_ok=True)
-        (search.folder / "figures" / name).write_bytes(png)
-    names = [TRIALS_FILE, SEARCH_FILE, *([BEST_CONFIG, REPORT_FILE] if best else [])]
-    names += [f"figures/{name}" for name in pictures]
-    files = {name: search.folder / name for name in names}
-    scores = {f"best_{k}": v for k, v in _scores_of(best).items()}
-    scores |= numbers([result]) if result else {}  # Those on test rows.
-    said = f"best is trial {best.number}: {dict(best.settings)}" if best else ""
-    tags = {"method": search.config.method, "seed": str(search.config.seed)}
-    mirror.finish(files, scores, tags=tags, note=said, error="" if best else why_none(found))
-
-
-def why_none(tried: Sequence[Trial]) -> str:
-    """Why no trial has a result: the reasons of those that failed."""
-    reasons = dict.fromkeys(trial.reason for trial in tried if trial.reason)
-    return f"no trial reached the last task ({'; '.join(reasons) or 'all stopped'})"

@@ -25,7 +25,7 @@ Settings = dict[str, Any]
 SEARCHABLE = ("training", *METHOD_SECTIONS)
 """Config sections that a search may vary. Trials on other rows or another model would not be
 comparable."""
-LEARNING_RATE = 4.0
+RATE_FACTOR = 4.0
 """By default the learning rate varies from a quarter of the config's to four times it."""
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -55,7 +55,7 @@ def default_space(config: Config) -> dict[str, Dimension]:
     """The learning rate, and how strongly each protection scales by the importances."""
     rate = config.training.learning_rate
     space: dict[str, Dimension] = {
-        "training.learning_rate": _log_scale(rate / LEARNING_RATE, rate * LEARNING_RATE)
+        "training.learning_rate": _loguniform(rate / RATE_FACTOR, rate * RATE_FACTOR)
     }
     projects = any(isinstance(item, Project) for item in config.protect)
     if config.search.objective == "base_and_average" and config.base.protect != "none" and projects:
@@ -67,16 +67,16 @@ def default_space(config: Config) -> dict[str, Dimension]:
         match item:
             case Gate():
                 space |= {
-                    f"{at}.log_scale": _log_scale(1e1, 1e7),
+                    f"{at}.log_scale": _loguniform(1e1, 1e7),
                     f"{at}.strength": Float(type="uniform", low=0.25, high=1.0),
-                    f"{at}.exponent": _log_scale(0.25, 4.0),
+                    f"{at}.exponent": _loguniform(0.25, 4.0),
                     "importance.top_k": Choice(type="choice", values=(1, 4, 16, None)),
                 }
             case Project():
                 high = min(0.95, config.importance.keep)  # More is not stored of a moment.
                 space[f"{at}.energy"] = Float(type="uniform", low=min(0.5, high), high=high)
             case Penalty():
-                space[f"{at}.strength"] = _log_scale(1e1, 1e7)
+                space[f"{at}.strength"] = _loguniform(1e1, 1e7)
     return space
 
 
@@ -92,7 +92,7 @@ def protects(config: Config, index: int) -> bool:
     return not isinstance(item, Project) and config.base.protect != "none"
 
 
-def _log_scale(low: float, high: float) -> Float:
+def _loguniform(low: float, high: float) -> Float:
     return Float(type="loguniform", low=low, high=high)
 
 

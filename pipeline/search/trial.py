@@ -17,7 +17,7 @@ from pipeline.execution.session import run_stages
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
 from pipeline.stages.context import Context, Emit, Record
-from pipeline.stages.files import KEPT, SCORES
+from pipeline.stages.files import BASE_KNOWLEDGE, SCORES
 
 State = Literal["running", "finished", "stopped", "failed"]
 _SCHEMA = pa.schema(
@@ -120,7 +120,7 @@ def _reporter(run: Run, shared: Collection[str]) -> Callable[[], None]:
                 manifests = [stage.manifest() for stage in own if stage.is_complete()]
                 seconds = round(sum(float(each["seconds"]) for each in manifests if each), 3)
                 scores = progress_after(rows, tasks, alone=run.config.method == "solo")
-                kept = base_kept(rows[-1], facts, json.loads(stage.read(KEPT) or b""))
+                kept = base_kept(rows[-1], facts, json.loads(stage.read(BASE_KNOWLEDGE) or b""))
                 scores = replace(scores, base_kept=kept)
                 tune.report({"task": len(rows) - 1, "seconds": seconds, **asdict(scores)})
 
@@ -227,3 +227,23 @@ def _column(values: Sequence[Any]) -> pa.Array:
     if len(kinds) > 1 and not kinds <= {int, float}:
         values = [None if value is None else str(value) for value in values]
     return pa.array(values, pa.float64() if kinds == {int, float} else None)
+
+
+def why_none(tried: Sequence[Trial]) -> str:
+    """Why no trial has a result: the reasons of those that failed."""
+    reasons = dict.fromkeys(trial.reason for trial in tried if trial.reason)
+    return f"no trial reached the last task ({'; '.join(reasons) or 'all stopped'})"
+
+
+def scores_of(trial: Trial | None) -> dict[str, float]:
+    """A trial's last scores by name, those that it has."""
+    if not (trial and trial.last):
+        return {}
+    last = trial.last
+    scores = {
+        "average": last.average,
+        "learning_accuracy": last.learned,
+        "retained": last.retained,
+        "base_kept": last.base_kept,
+    }
+    return {name: score for name, score in scores.items() if score is not None}

@@ -11,23 +11,23 @@ from rich.console import Console
 
 from pipeline.config.config import Config
 from pipeline.config.presets import METHODS, Knob
-from pipeline.config.search import Search as SearchSection
+from pipeline.config.search import SearchSection
 from pipeline.errors import Failed
-from pipeline.results.run_folder import CONFIG_FILE, TRIALS_FILE, check_folder
+from pipeline.results.files import CHOSEN_FILE, CONFIG_FILE, TRIALS_FILE
+from pipeline.results.run_folder import check_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.engine import Observe, Search
-from pipeline.search.search import execute_trials, mirrored_search, only_validation, why_none
-from pipeline.search.space import LEARNING_RATE, Settings, protects
-from pipeline.search.trial import Trial
+from pipeline.search.search import execute_trials, mirrored_search, only_validation
+from pipeline.search.space import RATE_FACTOR, Settings, protects
+from pipeline.search.trial import Trial, why_none
 from pipeline.storage.artifact import write_json
 
 SEED_OFFSET = 10_000
 """Added to the seed of trials, so that no reported run is chosen by its own result."""
-ADAPTER_LEARNING_RATE = 10.0
+ADAPTER_RATE_FACTOR = 10.0
 """Trials of LoRA are around this many times the config's rate: what it needs to learn as full
 fine-tuning does (Schulman et al. 2025, "LoRA Without Regret"; here `RESULTS.md`, Concept-1K)."""
-CHOSEN_FILE = "tuning.json"
 _RATE = "training.learning_rate"
 
 
@@ -50,7 +50,7 @@ class Chosen:
 def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
     """Settings of each of a method's trials: its defaults first, then spread evenly.
 
-    With an adapter the second trial is the defaults at `ADAPTER_LEARNING_RATE` times the config's
+    With an adapter the second trial is the defaults at `ADAPTER_RATE_FACTOR` times the config's
     rate. Every further one moves the learning rate and, if the method has one, its own knob
     (`METHODS`), by the Halton sequence (1960): half the rate, then twice the rate, so that few
     trials look both ways. Methods with the same knob get the same values, whatever is compared.
@@ -63,12 +63,12 @@ def candidates(config: Config, num_trials: int) -> list[dict[str, float]]:
     middle = config.training.learning_rate
     found: list[dict[str, float]] = [{}]
     if config.adapter:
-        middle *= ADAPTER_LEARNING_RATE
+        middle *= ADAPTER_RATE_FACTOR
         found.append({_RATE: _rounded(middle)})
     # The defaults stand for points 0, a corner, and 1, the middle. Optuna's QMCSampler cannot skip
     # them, and assigns dimensions by name: a method's knob would decide which rates it tries.
     for x, y in qmc.Halton(d=2, scramble=False).random(num_trials + 1)[2:].tolist():
-        values = {_RATE: _rounded(middle * LEARNING_RATE ** (2 * x - 1))}
+        values = {_RATE: _rounded(middle * RATE_FACTOR ** (2 * x - 1))}
         if knob:
             values[knob.key] = _rounded(_between(knob, y))
             if knob.key.endswith(".energy"):  # More is not stored of a moment.
@@ -94,7 +94,7 @@ def make_room(config: Config, folder: Path) -> bool:
         check_folder(config, file)
     except InputError:
         # More trials can change the winner. The old winner's folder holds only copies and links.
-        config.storage.forget_folder(folder)
+        config.storage.delete_folder(folder)
         return True
     return False
 

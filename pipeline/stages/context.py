@@ -1,9 +1,6 @@
 """What a stage gets besides its config and inputs: device, log, and the model held in memory."""
 
 import gc
-import json
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +16,6 @@ from transformers import PreTrainedModel
 
 from pipeline.stages.files import ADAPTER
 
-LOADING = "loading"
-"""Key of a stage's config: keywords of `load_model` that are not its defaults."""
-ROUNDING = "rounding"
-"""Key of a train stage's config: how bfloat16 weights are rounded, if not to nearest."""
-OPTIMIZER = ("optimizer", "momentum")
-"""Keys of a train stage's config with an optimizer other than AdamW; momentum is SGD's alone."""
-SUBSPACE = "subspace"
-"""Key of a train stage's config: the share of singular directions kept, if not all are trained."""
 Record = dict[str, float | str]
 Emit = Callable[[list[Record]], None]
 """Takes records in order: `{"artifact", "state", ...}` or `{"artifact", "step", metric: value}`.
@@ -62,12 +51,12 @@ class Context:
     def take_model(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
         """The model of an artifact, from memory if the last stage left it there.
 
-        Loaded as the stage's `config` says; a model held in another dtype is loaded again. The
-        caller may change it; `hold_model` returns it.
+        Loaded as `loading` of the stage's `config` says; a model held in another dtype is loaded
+        again. The caller may change it; `hold_model` returns it.
         """
         model = self.held.pop(folder, None)
         self.held.clear()
-        dtype = getattr(torch, config.get(LOADING, {}).get("dtype", "float32"))
+        dtype = getattr(torch, config["loading"]["dtype"])
         if model is not None and model.dtype == dtype:
             return model
         del model  # Before another copy takes memory.
@@ -76,11 +65,11 @@ class Context:
         return self.loaded(folder, config)
 
     def loaded(self, folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-        """A model from its files, with `dtype` and `attention` of a stage's `config`.
+        """A model from its files, as `loading` of a stage's `config` says.
 
         Collective: call on every rank.
         """
-        model = models.load_model(folder, **config.get(LOADING, {}))
+        model = models.load_model(folder, **config["loading"])
         distributed.meet()  # Ranks may read it from disks of different speed.
         return self.placed(model)
 
@@ -107,51 +96,3 @@ class Context:
             peft_model = adapter.load(model, inputs["adapter"] / ADAPTER)
         yield peft_model.get_base_model() if peft_model else model
         self.hold_model(adapter.removed(peft_model) if peft_model else model, inputs["model"])
-
-
-_PACE_STEPS = 20
-"""Last steps by whose pace the time left is estimated."""
-_SEND_SECONDS = 0.5
-"""Between two deliveries of records."""
-
-
-class StageLog:
-    """Metrics of one stage: written to a JSON-lines file in its artifact and sent while it runs.
-
-    Only rank 0 has one.
-    """
-
-    def __init__(self, name: str, file: Path, emit: Emit) -> None:
-        self.name, self.emit = name, emit
-        self.lines = file.open("a", encoding="utf-8")
-        self.waiting: list[Record] = []
-        self.started = self.sent = time.monotonic()
-        self.recent: deque[tuple[int, float]] = deque(maxlen=_PACE_STEPS)
-
-    def __call__(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of one step, with `seconds` since the stage started."""
-        now = time.monotonic()
-        self.recent.append((step, now))
-        line = {"step": step, **metrics, "seconds": round(now - self.started, 4)}
-        if (total := metrics.get("of_steps")) and (left := self._seconds_left(total)) is not None:
-            line["seconds_left"] = round(left, 1)
-        self.lines.write(json.dumps(line) + "\n")
-        self.waiting.append({"artifact": self.name, **line})
-        if now - self.sent >= _SEND_SECONDS:
-            self._send()
-
-    def _seconds_left(self, total: float) -> float | None:
-        """By the pace of the last steps; None after the first one."""
-        (first, since), (last, now) = self.recent[0], self.recent[-1]
-        return (total - last) * (now - since) / (last - first) if last > first else None
-
-    def _send(self) -> None:
-        self.lines.flush()
-        self.emit(self.waiting)
-        self.waiting, self.sent = [], time.monotonic()
-
-    def close(self) -> None:
-        """Send pending records and close the file."""
-        if self.waiting:
-            self._send()
-        self.lines.close()

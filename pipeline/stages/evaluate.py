@@ -18,10 +18,10 @@ from agcl.tasks import VALIDATION, EncodedRows
 from agcl.tasks.chat_template import template_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.stages.base_knowledge import measure
+from pipeline.stages.check_saved import ANSWERS, Verdict, check_answers, check_tokens
 from pipeline.stages.context import Context
 from pipeline.stages.files import PREDICTIONS, SAVED, SCORES, SUMMARY, named, rows_file
-from pipeline.stages.kept import measure
-from pipeline.stages.saved import ANSWERS, Verdict, check_answers, check_tokens
 from pipeline.storage.artifact import write_json
 
 

@@ -19,7 +19,7 @@ from agcl.throughput import meter
 from agcl.train import train_task
 from transformers import PreTrainedModel
 
-from pipeline.stages.context import ROUNDING, Context
+from pipeline.stages.context import Context
 from pipeline.stages.files import CHECKS
 from pipeline.stages.protection import Protection
 from pipeline.storage.artifact import write_json
@@ -72,12 +72,12 @@ def fit(
         "transposed": stored_transposed(model) if basis else (),
     }
     optimizer: torch.optim.Optimizer
-    if config.get("optimizer") == "sgd":
+    if config["optimizer"] == "sgd":
         optimizer = GatedSGD(list(trained.items()), momentum=config["momentum"], **options)
     else:
-        rounding = config.get(ROUNDING, "nearest")
-        options |= {"eight_bit": config.get("optimizer") == "adamw_8bit", "seed": config["seed"]}
-        optimizer = GatedAdamW(trained.items(), rounding=rounding, **options)
+        options |= {"eight_bit": config["optimizer"] == "adamw_8bit", "seed": config["seed"]}
+        options["rounding"] = config["rounding"] or "nearest"
+        optimizer = GatedAdamW(trained.items(), **options)
     with (
         activation_checkpointing(model, config["activation_checkpointing"]),
         compiled(model, config["compile"]),
@@ -126,7 +126,7 @@ def write_checks(
             after,
             gate=gate or None,
             # SGD's steps are as unequal as gradients, whatever the gate.
-            on="gradient" if config.get("optimizer") == "sgd" else protection.on,
+            on="gradient" if config["optimizer"] == "sgd" else protection.on,
             basis=protection.basis,
             steps=config["epochs"] * math.ceil(num_rows / config["batch_size"]),
             learning_rate=config["learning_rate"],

@@ -14,10 +14,10 @@ from agcl.tasks import VALIDATION
 from pipeline.config.naming import CHANGES
 from pipeline.stages.context import Context
 from pipeline.stages.files import (
+    BASE_KNOWLEDGE,
     CHECKS,
     IMPORTANCE_FILE,
     IMPORTANCE_SUMMARY,
-    KEPT,
     METRICS,
     PREDICTIONS,
     named,
@@ -78,7 +78,8 @@ def _kept(facts: str | None, folders: list[Path], rows: list[Scores]) -> dict[st
 
     Each comes from the model that was scored, so that of `solo` knows one task.
     """
-    found = [json.loads((folder / KEPT).read_text(encoding="utf-8")) for folder in folders]
+    files = [folder / BASE_KNOWLEDGE for folder in folders]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     kept: dict[str, Any] = {
         key: [each[key] for each in found] for key in found[0] if key != "probes"
     }

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from agcl.model import models
 from agcl.model.builtin import builtin_tokenizer
-from agcl.tasks import SCHEMA, VALIDATION, Row, RowSource, choice, encode, is_empty
+from agcl.tasks import SCHEMA, VALIDATION, Row, RowSource, encode, is_empty
 from agcl.tasks.encoding import cut_left, encoded_rows
+from agcl.tasks.selection import select, tests_training_rows
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sources import open_task
@@ -50,12 +51,12 @@ def prepare(
     selection, files = dict(config["selection"]), named(FILES, inputs)
     task = open_task(config["task"], files)
     wants_rows = selection["validation"] and VALIDATION not in task.splits
-    if wants_rows and choice.tests_training_rows(task):
+    if wants_rows and tests_training_rows(task):
         selection["validation"] = 0.0
-    task = choice.select(task, **selection)
+    task = select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
     done = 0
-    cut = config.get("truncate") == "left"
+    cut = config["truncate"] == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
     for split, source in task.splits.items():
         counts = dict.fromkeys(COUNTS, 0)

@@ -14,7 +14,7 @@ from agcl.tasks.batches import micro_batches, shuffled
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel
 
-from pipeline.stages.context import SUBSPACE, Context
+from pipeline.stages.context import Context
 from pipeline.stages.files import named, rows_file
 from pipeline.stages.fit import fit, freeze, write_checks
 from pipeline.stages.loss import loss_of
@@ -55,8 +55,8 @@ def train(
         train_adapter(config, inputs, out_dir, context, rows)
         return
     model = context.take_model(inputs["model"], config)
-    if SUBSPACE in config:
-        peft_model = subspace.attach(model, preserved=config[SUBSPACE])
+    if config["subspace"]:
+        peft_model = subspace.attach(model, preserved=config["subspace"])
         inner = peft_model.get_base_model()
         freeze(inner, Protection(), config["freeze"])
         fit(inner, config, rows, context, Protection(), loss_of(config, inputs, context))

@@ -47,7 +47,7 @@ def train_adapter(
     size = {"rank": settings["rank"], "alpha": settings["alpha"]}
     start = inputs["adapter"] / ADAPTER if "adapter" in inputs else None
     model, initial = context.take_model(inputs["model"], config), None
-    if start and settings.get("init") == "corda":
+    if start and settings["init"] == "corda":
         peft_model, initial = corda.attach(model, **size, start=start)
     else:
         peft_model = adapter.attach(model, **size, seed=config["seed"], start=start)
@@ -123,7 +123,7 @@ def _finish(
     if not settings["merge"]:
         if context.is_rank_zero:
             tokenizer.save_pretrained(out_dir)
-        if settings.get("init") != "corda":  # Which changed the weights below the factors.
+        if settings["init"] != "corda":  # Which changed the weights below the factors.
             context.hold_model(adapter.removed(peft_model), base)
         return
     model = adapter.merged(peft_model)

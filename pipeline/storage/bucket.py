@@ -196,7 +196,7 @@ class Bucket(Storage):
         if stored and not (mark.exists() and mark.read_text() == str(stored)):
             file.unlink()
         return Checkpoint(
-            file, fingerprint, seconds, download=download, upload=upload, delete=self.forget
+            file, fingerprint, seconds, download=download, upload=upload, delete=self._delete
         )
 
     @override
@@ -228,16 +228,16 @@ class Bucket(Storage):
         else:
             file.unlink(missing_ok=True)
 
-    @override
-    def forget(self, file: Path) -> None:
-        super().forget(file)
+    def _delete(self, file: Path) -> None:
+        """Delete a checkpoint's file here and in the bucket."""
+        file.unlink(missing_ok=True)
         _mark(file).unlink(missing_ok=True)
         if self._modified(file):
             object_store.remove(self.uri, self._name(file))
 
     @override
-    def forget_folder(self, folder: Path) -> None:
-        super().forget_folder(folder)
+    def delete_folder(self, folder: Path) -> None:
+        super().delete_folder(folder)
         names = object_store.sizes(self.uri, self._name(folder))
         object_store.for_each(
             names, lambda name: object_store.remove(self.uri, self._name(folder, name))

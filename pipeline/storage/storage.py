@@ -126,11 +126,7 @@ class Storage(ABC):
     def refresh(self, file: Path) -> None:  # noqa: B027
         """Update one file in a run's folder. Removes it if the storage has no such file."""
 
-    def forget(self, file: Path) -> None:
-        """Delete one file in a run's folder."""
-        file.unlink(missing_ok=True)
-
-    def forget_folder(self, folder: Path) -> None:
+    def delete_folder(self, folder: Path) -> None:
         """Delete a folder of results, with all that is in it."""
         shutil.rmtree(folder, ignore_errors=True)
 

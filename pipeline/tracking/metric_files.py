@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
+from pipeline.results.files import JSONL, TENSORBOARD
 from pipeline.stages.context import Record
 from pipeline.stages.files import LOG_FILE
 from pipeline.tracking.scores import scores_of, task_index, times
 
 Format = Literal["jsonl", "tensorboard"]
-JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _ARE_NO_METRICS = ("artifact", "step", "seconds", "seconds_left")
 
 

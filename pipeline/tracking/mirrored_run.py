@@ -10,8 +10,8 @@ from typing import Literal
 from pipeline.config.naming import method_name
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage, complete
-from pipeline.results.model_card import LOCATION, MODEL
-from pipeline.results.run_folder import CONFIG_FILE, FREE
+from pipeline.results.files import CONFIG_FILE, LOCATION, MODEL
+from pipeline.results.run_folder import FREE
 from pipeline.stages.context import Record
 from pipeline.stages.files import IMPORTANCE_FILE, LOG_FILE, SUMMARY
 from pipeline.tracking.registry import Scored, register
@@ -57,10 +57,10 @@ class MirroredRun:
         )
         self.complete |= {self.stages[folder.name] for folder in complete(unknown)}
 
-    def sync(self, tracker: Tracker, above: str | None) -> bool:
+    def sync(self, tracker: Tracker, parent_id: str | None) -> bool:
         """Record what MLflow does not know; True if that includes the run's end."""
         if not self.id:
-            self._open(tracker, above)
+            self._open(tracker, parent_id)
         self._find_complete()
         # After the run's end nothing is live any more, whether its last record came or not.
         known = {"recorded"} if self.ending else {"recorded", "live"}
@@ -100,12 +100,12 @@ class MirroredRun:
             self.tracker.end(self.children[stage][-1], "FAILED", str(record["error"]))
             del self.state[stage]
 
-    def _open(self, tracker: Tracker, above: str | None) -> None:
+    def _open(self, tracker: Tracker, parent_id: str | None) -> None:
         config, folder = self.run.config, self.run.folder
         tags = {"kind": self.kind, "method": method_name(config), "seed": str(config.seed)}
         self.tracker = tracker
         fixed = config.model_dump(mode="json", exclude=FREE["run"])
-        run_id = self.tracker.open(folder, self.name, tags, above, fixed)
+        run_id = self.tracker.open(folder, self.name, tags, parent_id, fixed)
         self.tracker.params(run_id, config.model_dump(mode="json"))
         self.tracker.artifacts(run_id, {CONFIG_FILE: folder / CONFIG_FILE})
         stages = {resolved.fingerprint: stage for stage, resolved in self.resolved.items()}

@@ -10,7 +10,7 @@ from agcl.errors import one_line
 from pipeline.secrets import masked
 from pipeline.tracking.client import TrackingFailed
 from pipeline.tracking.flavor import write_flavor
-from pipeline.tracking.tracker import Tracker, metric_name, time_to_upload
+from pipeline.tracking.tracker import Tracker, allowed_name, time_to_upload
 
 _MOST_MODELS = 1000
 
@@ -76,7 +76,7 @@ def _logged(tracker: Tracker, run_id: str, task: Scored) -> Any:
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, task.step)])
     at = int(task.at * 1000)
     metrics = [
-        Metric(metric_name(key), value, at, task.step, model_id=model.model_id)
+        Metric(allowed_name(key), value, at, task.step, model_id=model.model_id)
         for key, value in task.scores.items()
     ]
     client.log_batch(run_id, metrics=metrics)

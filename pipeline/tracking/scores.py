@@ -6,7 +6,7 @@ from statistics import fmean
 from pipeline.config.sources import BASE_TASK
 from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
-from pipeline.stages.files import KEPT, SCORES
+from pipeline.stages.files import BASE_KNOWLEDGE, SCORES
 
 
 def scores_of(run: Run, resolved: ResolvedStage, index: int) -> dict[str, float]:
@@ -22,7 +22,7 @@ def scores_of(run: Run, resolved: ResolvedStage, index: int) -> dict[str, float]
         if run.config.method != "solo" and all(name in scores[task] for task in tasks):
             seen = [scores[task][name] for task in tasks[: max(index, 1)]]
             row[f"{name}/average_of_seen_tasks"] = fmean(seen)
-    base = json.loads(resolved.read(KEPT) or b"{}")
+    base = json.loads(resolved.read(BASE_KNOWLEDGE) or b"{}")
     row |= {f"base/{key}": base[key] for key in ("text_loss", "kl", "kl_answers") if key in base}
     for name, of_probe in base.get("probes", {}).items():
         row[f"base/probes/{name}"] = of_probe["acc_norm"]

@@ -14,13 +14,17 @@ from typing import Any
 
 from agcl.errors import InputError, one_line
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config.config import Config
+from pipeline.execution.cluster import check_address
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
+from pipeline.results.files import BASE_FILE, REPORT_FILE, TABLE_FILE
 from pipeline.results.results import METRIC_TITLES, metric, metric_name
+from pipeline.results.run_folder import locked
 from pipeline.secrets import masked
 from pipeline.stages.context import Record
+from pipeline.stages.files import METRICS
 from pipeline.tracking.client import TrackingFailed
 from pipeline.tracking.metric_files import MetricFiles
 from pipeline.tracking.mirrored_run import MirroredRun
@@ -49,19 +53,19 @@ class Mirror:
         console: Console,
         *,
         kind: str | None = None,
-        above: str | None = None,
+        parent_id: str | None = None,
     ) -> None:
         """Connect, if the config enables it.
 
         `kind` (`comparison`, `search`) adds a run called `title` above the others, whose id is kept
-        in `folder`. `above` is the parent of that run, or of all runs if there is none. Raises
+        in `folder`. `parent_id` is the parent of that run, or of all runs if there is none. Raises
         `InputError` for a bad URI and for a storage folder that cannot be written.
         """
         config.storage.check_writable()
         self.config, self.console = config, console
         self.folder, self.title = folder, title
-        self.kind, self.above = kind, above
-        self.own: str | None = None
+        self.kind, self.parent_id = kind, parent_id
+        self.run_id: str | None = None
         """Id of the run above the others."""
         self._runs: dict[str, MirroredRun] = {}
         """By label, until MLflow knows that they ended."""
@@ -97,8 +101,8 @@ class Mirror:
                 if self._tracker:
                     run.abort(status, str(error or ""))
         with self._surviving():
-            if self._tracker and self.own and error is not None:
-                self._tracker.end(self.own, status, str(error))
+            if self._tracker and self.run_id and error is not None:
+                self._tracker.end(self.run_id, status, str(error))
 
     def add(
         self, label: str, run: Run, *, kind: str = "sequence", without: Collection[str] = ()
@@ -138,7 +142,7 @@ class Mirror:
             with self._surviving(each):
                 if self._tracker:
                     run = self._runs[each]
-                    has_ended = run.sync(self._tracker, self.own or self.above)
+                    has_ended = run.sync(self._tracker, self.run_id or self.parent_id)
                     self._behind.pop(each, None)
                     if has_ended:
                         del self._runs[each]
@@ -209,12 +213,12 @@ class Mirror:
     ) -> None:
         """Log all this on the run above the others, and close it; FAILED with `error`."""
         with self._surviving():
-            if self._tracker and self.own:
-                self._tracker.tags(self.own, tags or {}, note)
-                self._tracker.params(self.own, params or {})
-                self._tracker.metrics(self.own, [metrics or {}])
-                self._tracker.artifacts(self.own, files)
-                self._tracker.end(self.own, "FAILED" if error else "FINISHED", error)
+            if self._tracker and self.run_id:
+                self._tracker.tags(self.run_id, tags or {}, note)
+                self._tracker.params(self.run_id, params or {})
+                self._tracker.metrics(self.run_id, [metrics or {}])
+                self._tracker.artifacts(self.run_id, files)
+                self._tracker.end(self.run_id, "FAILED" if error else "FINISHED", error)
 
     def _connect(self) -> None:
         if self.config.tracking.enabled:
@@ -224,7 +228,9 @@ class Mirror:
 
     def _open_own(self) -> None:
         if self._tracker and self.kind:
-            self.own = self._tracker.open(self.folder, self.title, {"kind": self.kind}, self.above)
+            self.run_id = self._tracker.open(
+                self.folder, self.title, {"kind": self.kind}, self.parent_id
+            )
 
     @contextmanager
     def _surviving(self, label: str = "") -> Iterator[None]:
@@ -251,6 +257,28 @@ class Mirror:
             run.forget()
 
 
-def warn(console: Console, message: str) -> None:
-    """Print a warning of one line."""
-    console.print(f"  [yellow]warning[/] {escape(message)}", highlight=False, soft_wrap=True)
+def files_for_mlflow(folder: Path, figures: Mapping[str, str]) -> dict[str, Content]:
+    """The results and figures of a folder to upload to MLflow, by artifact path."""
+    names = (METRICS, REPORT_FILE, TABLE_FILE, BASE_FILE)
+    files: dict[str, Content] = {name: folder / name for name in names if (folder / name).exists()}
+    return files | {f"figures/{name}": svg for name, svg in figures.items()}
+
+
+@contextmanager
+def mirrored(
+    config: Config,
+    folder: Path,
+    title: str,
+    console: Console,
+    *,
+    kind: str | None,
+    parent_id: str | None = None,
+) -> Iterator[Mirror]:
+    """Lock a folder against other commands, mirror it in MLflow, and save it on exit.
+
+    Waits while another command holds the lock.
+    """
+    check_address()
+    mirror = Mirror(config, folder, title, console, kind=kind, parent_id=parent_id)
+    with locked(folder, console), config.storage.results(folder), mirror:
+        yield mirror

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from agcl.errors import InputError
 
 from pipeline.config.loading import flat
+from pipeline.results.files import MLFLOW_RUN
 from pipeline.secrets import MASK, masked
 from pipeline.storage.artifact import write_json
 from pipeline.storage.storage import default_uri
@@ -27,7 +28,7 @@ from pipeline.tracking.client import (
     make_database,
 )
 
-_RUN_FILE, _KEY = "mlflow.json", "agcl_key"
+_KEY = "agcl_key"
 _NOTE = "mlflow.note.content"
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
@@ -83,13 +84,13 @@ class Tracker:
         have no new child since."""
 
     def start(
-        self, name: str, tags: Mapping[str, str], parent: str | None, at: float | None = None
+        self, name: str, tags: Mapping[str, str], parent_id: str | None, at: float | None = None
     ) -> str:
         """Create a run and return its id. `at` is its start in seconds since 1970; None is now."""
-        nested = {"mlflow.parentRunId": parent} if parent else {}
-        above = parent
-        while above in self._finished:
-            above = self._finished.pop(above)[1]
+        nested = {"mlflow.parentRunId": parent_id} if parent_id else {}
+        ancestor = parent_id
+        while ancestor in self._finished:
+            ancestor = self._finished.pop(ancestor)[1]
         started = _milliseconds(at)
         run = self.client.create_run(self.experiment, started, {**tags, **nested}, name)
         return str(run.info.run_id)
@@ -99,7 +100,7 @@ class Tracker:
         folder: Path,
         name: str,
         tags: Mapping[str, str],
-        parent: str | None = None,
+        parent_id: str | None = None,
         params: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The id of the run that `mlflow.json` in a folder names, reopened, or of a new run.
@@ -108,17 +109,17 @@ class Tracker:
         The file holds a key before the run exists. If the process is killed in between, the next
         one finds the run by its key instead of creating a second one.
         """
-        file, uri = folder / _RUN_FILE, masked(self.uri)
-        run_id = self._known(file, uri, parent, params)
+        file, uri = folder / MLFLOW_RUN, masked(self.uri)
+        run_id = self._known(file, uri, parent_id, params)
         if run_id is None:
             key = uuid.uuid4().hex
             write_json(file, {"key": key, "uri": uri})
-            run_id = self.start(name, {**tags, _KEY: key}, parent)
+            run_id = self.start(name, {**tags, _KEY: key}, parent_id)
         write_json(file, {"run_id": run_id, "uri": uri})
         return run_id
 
     def _known(
-        self, file: Path, uri: str, parent: str | None, params: Mapping[str, Any]
+        self, file: Path, uri: str, parent_id: str | None, params: Mapping[str, Any]
     ) -> str | None:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -145,7 +146,7 @@ class Tracker:
                 raise
             return None  # Deleted, or the database is a new one.
         if info.status == "FINISHED" and info.end_time:
-            self._finished[run_id] = (info.end_time / 1000, parent)
+            self._finished[run_id] = (info.end_time / 1000, parent_id)
         return run_id
 
     def _is_of(self, run: Any, params: Mapping[str, str]) -> bool:
@@ -160,11 +161,11 @@ class Tracker:
             if self.client.get_run(each).info.status == "RUNNING":
                 self.client.set_terminated(each, "KILLED")
 
-    def children(self, parent: str) -> list[Child]:
+    def children(self, parent_id: str) -> list[Child]:
         """The stage runs below a run."""
         found = self.client.search_runs(
             [self.experiment],
-            f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'stage'",
+            f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.kind = 'stage'",
             max_results=_MOST_CHILDREN,
         )
         return [
@@ -197,7 +198,7 @@ class Tracker:
 
         timestamp = _milliseconds(time.time() if at is None else at)
         metrics = [
-            Metric(metric_name(key), float(value), timestamp, record.get("step", 0))
+            Metric(allowed_name(key), float(value), timestamp, record.get("step", 0))
             for record in records
             for key, value in record.items()
             if key not in _NO_METRICS
@@ -257,7 +258,7 @@ def time_to_upload(folder: Path) -> Iterator[None]:
         os.environ[_TIMEOUT] = before
 
 
-def metric_name(key: str) -> str:
+def allowed_name(key: str) -> str:
     """A name as MLflow allows it."""
     return re.sub(r"[^\w\-. /]", "_", key)
 

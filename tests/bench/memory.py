@@ -25,11 +25,11 @@ from agcl.tasks import TRAIN, EncodedRows
 from agcl.throughput import peak_memory
 from bench.shapes import save_random
 from pipeline.config import loading
+from pipeline.estimate.memory import peaks
+from pipeline.estimate.setting import Part, RowLength, Setting, total
+from pipeline.estimate.shape import shape_of
 from pipeline.execution.session import run_stages
-from pipeline.plan.memory import peaks
 from pipeline.plan.plan import Run
-from pipeline.plan.setting import Part, Row, Setting, total
-from pipeline.plan.shape import shape_of
 from pipeline.plan.stage import ResolvedStage
 from pipeline.run import open_run
 from pipeline.stages.context import Context
@@ -132,9 +132,9 @@ def _peak(stages: list[ResolvedStage]) -> int:
     return peak_memory()
 
 
-def _longest(run: Run) -> Row:
+def _longest(run: Run) -> RowLength:
     rows = list(_prepared(run))
-    return Row(max(len(row.input_ids) for row in rows), max(row.loss_tokens for row in rows))
+    return RowLength(max(len(row.input_ids) for row in rows), max(row.loss_tokens for row in rows))
 
 
 def _prepared(run: Run) -> Iterator[Any]:

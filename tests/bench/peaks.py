@@ -22,9 +22,9 @@ from agcl.train import train_task
 from bench.figures import not_decomposed
 from bench.measure import Figure, Setting, figure
 from pipeline.config import loading
-from pipeline.plan import setting as plan
-from pipeline.plan.memory import peaks
-from pipeline.plan.shape import shape_of
+from pipeline.estimate import setting as plan
+from pipeline.estimate.memory import peaks
+from pipeline.estimate.shape import shape_of
 
 _BAR = 1.1
 """A stage is said to fit into 90 % of a GPU."""
@@ -140,5 +140,5 @@ def _planned(setting: Setting) -> plan.Setting:
         "resources": {"gpus_per_worker": int(setting.on_gpu), "checkpoint_minutes": 0},
     }
     config = loading.validate(loading.with_preset("agcl", settings))
-    row = plan.Row(longest, answer)
+    row = plan.RowLength(longest, answer)
     return plan.Setting(shape_of(setting.model), config, row, _DIRECTIONS)

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from pipeline.results.comparison import BASELINE, BOUNDS
+from pipeline.config.presets import BOUNDS
+from pipeline.results.comparison import BASELINE
 
 FOLDER = Path(__file__).parent.parent.parent / "agcl"
 RESULTS, PICTURE = FOLDER / "RESULTS.md", FOLDER / "kept_against_learned.png"

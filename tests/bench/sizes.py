@@ -6,11 +6,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import loading
-from pipeline.plan.disk import disk_per_task
-from pipeline.plan.fitting import fits, remedy
-from pipeline.plan.memory import peaks
-from pipeline.plan.setting import Row, Setting, total
-from pipeline.plan.shape import Shape, shape_of
+from pipeline.estimate.disk import disk_per_task
+from pipeline.estimate.fitting import fits, remedy
+from pipeline.estimate.memory import peaks
+from pipeline.estimate.setting import RowLength, Setting, total
+from pipeline.estimate.shape import Shape, shape_of
 
 _COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
 LLAMAS = {
@@ -46,7 +46,7 @@ HALF = " in bfloat16"
 NF4 = ", base in 4 bits"
 """Behind that: with `model.quantization: nf4`, the adapter not merged."""
 GPUS = {"24 GB": (24, 1), "80 GB": (80, 1), "8 x 80 GB": (80, 8)}
-ROW = Row(tokens=512, answer=256)
+ROW = RowLength(tokens=512, answer=256)
 _GB = 10**9
 
 

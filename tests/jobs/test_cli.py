@@ -22,7 +22,7 @@ from pipeline.config import loading
 from pipeline.config.check import check_inputs
 from pipeline.config.method import Adapter
 from pipeline.config.model import Model
-from pipeline.config.usual import too_long_for_batches, unusual
+from pipeline.config.recommended import too_long_for_batches, unusual
 from pipeline.config.weights import slow_here
 from pipeline.storage import artifact
 
@@ -377,7 +377,7 @@ def test_an_unknown_method_lists_those_that_are(agcl):
 
 
 def test_plan_writes_nothing_and_lists_the_stages(agcl, capsys):
-    assert cli.main(["plan", str(FACTS), "--no-probe"]) == cli.OK
+    assert cli.main(["plan", str(FACTS), "--formula-only"]) == cli.OK
     out = capsys.readouterr().out
     assert all(name in out for name in ("prepare/harbour", "pretrain", "train/4-", "report"))
     assert not list(agcl.place.iterdir())
@@ -386,7 +386,7 @@ def test_plan_writes_nothing_and_lists_the_stages(agcl, capsys):
 @pytest.mark.parametrize("has", [True, False])
 def test_plan_warns_of_bfloat16_on_a_cpu_without_it(agcl, capsys, monkeypatch, has):
     monkeypatch.setattr("pipeline.config.weights.cpu_has_bfloat16", lambda: has)
-    settings = ["training.precision=bfloat16", "--no-probe"]
+    settings = ["training.precision=bfloat16", "--formula-only"]
     assert cli.main(["plan", str(FACTS), *settings]) == cli.OK
     out = capsys.readouterr().out
     assert ("set training.precision=float32" in out) is not has
@@ -423,7 +423,7 @@ def test_plan_names_settings_far_from_what_others_use(agcl, capsys, model_folder
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "Who?", "answer": " Me"}\n' * 4)
     settings = ["training.learning_rate=0.1", f"model.path={model_folder}"]
-    settings += [f"tasks.sequence.0.train={file}", "--no-probe"]
+    settings += [f"tasks.sequence.0.train={file}", "--formula-only"]
     assert cli.main(["plan", "fine_tune", *settings]) == cli.OK
     shown = capsys.readouterr().out
     assert "warning training.learning_rate: 1e-1 is above what others use" in shown
@@ -537,7 +537,7 @@ def test_plan_predicts_memory_from_a_model_without_weights(agcl, capsys, bare):
     assert shown.count("fits 90% of 24 GB") == 3
     assert re.search(r"train      \d+\.\d MB on the GPU \(.* \d+\.\d MB", shown)
     assert "0.00" not in shown
-    assert "no probe on a few rows: no weights in" in shown
+    assert "no rehearsal on a few rows: no weights in" in shown
     assert not list(agcl.place.iterdir())
     code, (line,) = agcl("run", *bare)
     assert code == cli.BAD_INPUT
@@ -577,7 +577,7 @@ def test_plan_says_why_it_runs_no_rows_here(
     assert cli.main(["plan", *settings, "--gpu-memory", "24GB"]) == cli.OK
     shown = capsys.readouterr().out
     assert "fits 90% of 24 GB" in shown
-    assert f"no probe on a few rows: {said}" in shown
+    assert f"no rehearsal on a few rows: {said}" in shown
     assert agcl("run", *settings)[0] == cli.BAD_INPUT
 
 

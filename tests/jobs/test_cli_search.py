@@ -6,7 +6,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from jobs import cli
-from jobs.search import TrialTable, _described, trial_table
+from jobs.search import _described
+from jobs.trials import TrialTable, trial_table
 from pipeline.config.search import Choice, Float, Int
 from pipeline.search.trial import Progress, Trial
 

@@ -249,7 +249,7 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
     benchmarks, capsys, monkeypatch
 ):
     """Also of a config for GPUs, where there is none."""
-    monkeypatch.setattr("pipeline.run.run_with_progress", in_process)
+    monkeypatch.setattr("jobs.tasks.run_with_progress", in_process)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     rows = [{"q": f"Who is {i}?", "a": f" Me, [{i}]"} for i in range(9)]
     lost = [{"q": "Who? " * 300, "a": "Me"}, {"q": "", "a": "Me"}]
@@ -271,7 +271,7 @@ def test_tasks_shows_counts_and_examples_and_a_run_finds_them_prepared(
     for i in (0, 4, 8):
         assert f"Who is {i}?» Me, [{i}]<end>«" in shown
     assert [path.name for path in storage.iterdir()] == ["stages"]
-    assert cli.main(["plan", str(file), "--no-probe"]) == cli.OK
+    assert cli.main(["plan", str(file), "--formula-only"]) == cli.OK
     planned = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in planned if "prepare/one" in line] == ["done"]
     made = sorted((storage / "stages").iterdir())

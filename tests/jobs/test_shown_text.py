@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from agcl.metrics import summary
-from jobs import cli, execution, tasks
+from jobs import cli, output, tasks
 from pipeline.config import loading
 from pipeline.execution.progress import StageProgress
 from pipeline.results.model_card import card
@@ -36,7 +36,7 @@ def result():
 
 def test_the_terminal_shows_names_as_they_are(result):
     console = Console(file=io.StringIO(), width=120)
-    execution.print_matrices(console, "run", result)
+    output.print_matrices(console, "run", result)
     shown = console.file.getvalue()
     for name in NAMES:
         assert shown.count(name) == 2  # A column and a row.
@@ -44,8 +44,8 @@ def test_the_terminal_shows_names_as_they_are(result):
 
 def test_the_terminal_shows_names_of_probes_as_they_are(result):
     console = Console(file=io.StringIO(), width=200)
-    execution.print_base(console, "run", result)
-    execution.print_base_comparison(console, [result])
+    output.print_base(console, "run", result)
+    output.print_base_comparison(console, [result])
     for name in NAMES[:2]:
         assert name[:12] in console.file.getvalue()
 
@@ -96,10 +96,10 @@ def test_a_model_card_holds_names_in_code_alone(tmp_path, result):
 
 def test_scores_that_are_all_zero_are_called_out(result):
     console = Console(file=io.StringIO(), width=400)
-    execution._advise(console, {"fine": result})
+    output._advise(console, {"fine": result})
     assert not console.file.getvalue()
     nothing = summary([[0.0] * 3] * 4)
     sets = {"test": nothing, "paraphrases": nothing}
     metrics = {**result.metrics, "evaluation_sets": sets}
-    execution._advise(console, {"fine": result, "[red]bad": replace(result, metrics=metrics)})
+    output._advise(console, {"fine": result, "[red]bad": replace(result, metrics=metrics)})
     assert "its task's training: [red]bad. The report shows" in console.file.getvalue()

@@ -41,6 +41,7 @@ def main(rows: Path, folder: Path, cap: int) -> None:
         "task": {"format": "jsonl", "name": "large", **templates},
         "selection": {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0},
         "max_length": 4000,
+        "truncate": "drop",
         "chat_template": False,
     }
     prepare(config, {"tokenizer": folder / "tokenizer", "file/train": rows}, out, Context())

@@ -14,10 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import loading
+from pipeline.results.files import CONFIG_FILE, RESULT_FILE
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import CONFIG_FILE, RESULT_FILE, read_result
+from pipeline.results.run_folder import read_result
 from pipeline.run import execute, open_run
-from pipeline.stages.files import KEPT, METRICS, PREDICTIONS
+from pipeline.stages.files import BASE_KNOWLEDGE, METRICS, PREDICTIONS
 
 RECORDED = Path(__file__).parent.parent / "pipeline" / "results" / "recorded"
 LABELS = ["sequential-seed0", "sequential-seed1", "agcl-seed0", "agcl-seed1", "gate-seed0"]
@@ -70,7 +71,7 @@ def record() -> None:
         for index, folder in enumerate(evaluations):
             target = RECORDED / WITH_PREDICTIONS / "scores" / str(index)
             target.mkdir(parents=True)
-            for name in (PREDICTIONS, KEPT):
+            for name in (PREDICTIONS, BASE_KNOWLEDGE):
                 shutil.copyfile(folder / name, target / name)
 
 

@@ -6,7 +6,7 @@ import pytest
 from reference import chat
 
 from agcl.errors import InputError
-from agcl.tasks import choice, is_empty, messages
+from agcl.tasks import is_empty, messages, selection
 from agcl.tasks.records import Number
 
 ASKED, SAID = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}
@@ -85,7 +85,7 @@ def test_a_blank_last_turn_is_an_empty_row():
 def test_rows_are_placed_by_their_words_alone():
     """What a share of the rows for validation goes by."""
     one, same, other = (
-        choice.position(messages.row_of(talk, None, place), seed=0)
+        selection.position(messages.row_of(talk, None, place), seed=0)
         for talk, place in (([ASKED, SAID], "a"), ([ASKED, SAID], "b"), ([ASKED, SAID] * 2, "a"))
     )
     assert one == same != other

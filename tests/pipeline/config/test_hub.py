@@ -293,7 +293,7 @@ def test_plan_tasks_and_init_leave_the_weights_on_the_hub(
     few = config()
     planned = open_run(few, weights=False)
     file = str(tmp_path / "config.yaml")
-    assert cli.main(["plan", file, "--no-probe"]) == cli.OK
+    assert cli.main(["plan", file, "--formula-only"]) == cli.OK
     assert cli.main(["tasks", file]) == cli.INTERRUPTED
     made = ["init", ID, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "made.yaml")]
     assert cli.main(made) == cli.OK

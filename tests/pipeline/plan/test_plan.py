@@ -10,7 +10,7 @@ from pipeline.plan.plan import plan
 from pipeline.plan.schedule import sessions
 from pipeline.plan.stage import resolve
 from pipeline.storage import Local
-from pipeline.tracking.tracker import metric_name
+from pipeline.tracking.tracker import allowed_name
 
 PREPARED = ["tokenizer", "prepare/harbour", "prepare/valley", "prepare/base"]
 BASE = [*PREPARED, "pretrain", "evaluate/0-base"]
@@ -502,10 +502,18 @@ def test_the_base_model_writes_text_only_where_the_config_says_that_it_matters(
     assert config.measures_base is ("own_text" in stages(*settings, method=method))
 
 
-def test_what_an_adapter_starts_from_does_not_change_fingerprints_by_default(stages):
-    works = stages(method="lora")
-    assert "init" not in works["train/1-harbour"].config["adapter"]
-    assert not changed(works, stages("adapter.init=random", method="lora"))
+def test_stages_of_one_kind_have_the_same_settings(stages):
+    works = [
+        work
+        for method in ("agcl", "sequential", "kl", "lora_agcl", "osf", "merge_sqrt")
+        for work in stages(method=method).values()
+    ]
+    works += stages("training.optimizer=sgd", "training.learning_rate=0.3").values()
+    kinds = {}
+    for work in works:
+        kinds.setdefault(work.fn.__name__, set()).add(frozenset(work.config))
+    assert {"train", "evaluate", "prepare", "pretrain", "merge"} <= kinds.keys()
+    assert not {name for name, keys in kinds.items() if len(keys) > 1}
 
 
 @pytest.fixture
@@ -595,4 +603,4 @@ def test_a_scorer_of_rows_that_are_only_measured_counts_for_nothing(stages, tmp_
 
 def test_what_stages_depend_on_has_names_that_mlflow_takes(own):
     keys = {key for work in own().values() for key, _ in flat(work.config)}
-    assert keys == set(map(metric_name, keys))
+    assert keys == set(map(allowed_name, keys))

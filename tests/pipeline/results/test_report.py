@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from agcl.metrics import summary
-from jobs.execution import (
+from jobs.output import (
     print_base,
     print_base_comparison,
     print_comparison,
@@ -28,10 +28,16 @@ from pipeline.results import figures
 from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.figures import draw
-from pipeline.results.report import description, numbers, write_report
-from pipeline.results.results import METRIC_TITLES, RunResult, StageRecord, groups, labels, left_out
+from pipeline.results.report import description, numbers, rewrite_report, write_report
+from pipeline.results.results import (
+    METRIC_TITLES,
+    RunResult,
+    StageRecord,
+    labels,
+    left_out,
+    runs_by_method,
+)
 from pipeline.results.run_folder import write_runs
-from pipeline.run import rewrite_report
 from pipeline.search.trial import Progress, Trial
 from pipeline.search.trial import table as trial_table
 from pipeline.stages.metrics import _metrics
@@ -589,7 +595,11 @@ def test_rows_that_were_left_out_are_listed():
 
 def test_same_method_and_seed_twice_is_not_averaged():
     runs = [run("agcl"), run("agcl"), run("ewc")]
-    assert [group.label for group in groups(runs)] == ["agcl seed 0 #1", "agcl seed 0 #2", "ewc"]
+    assert [group.label for group in runs_by_method(runs)] == [
+        "agcl seed 0 #1",
+        "agcl seed 0 #2",
+        "ewc",
+    ]
 
 
 def test_names_are_shown_and_never_run(drawn_page):

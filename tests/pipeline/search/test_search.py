@@ -28,15 +28,14 @@ from pipeline.config.model import Model
 from pipeline.errors import StageFailed
 from pipeline.execution.session import run_stages
 from pipeline.plan.plan import plan
-from pipeline.results.run_folder import CONFIG_FILE, open_folder
+from pipeline.results.files import BEST_CONFIG, CONFIG_FILE, SEARCH_FILE
+from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
 from pipeline.search import trial as trials
+from pipeline.search.best import best_run
 from pipeline.search.engine import Points, Search, Watch, _trainable
 from pipeline.search.search import (
-    BEST_CONFIG,
-    SEARCH_FILE,
     _raise_common,
-    best_run,
     example_runs,
     execute_trials,
     in_several,

@@ -34,6 +34,7 @@ ITEM = {
     },
     "selection": {"train_rows": None, "test_rows": None, "validation": 0.0, "seed": 0},
     "max_length": 50,
+    "truncate": "drop",
     "chat_template": False,
 }
 

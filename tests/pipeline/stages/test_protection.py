@@ -10,7 +10,7 @@ from pipeline.stages.files import CHECKS
 from pipeline.stages.fit import freeze, write_checks
 from pipeline.stages.protection import Protection
 
-CONFIG = {"epochs": 1, "batch_size": 1, "learning_rate": 1e-2}
+CONFIG = {"epochs": 1, "batch_size": 1, "learning_rate": 1e-2, "optimizer": "adamw"}
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from agcl.lrp import attributed_linears
 from agcl.model import adapter, models
 from agcl.tasks.batches import collate
 from pipeline.config.check import check_inputs
-from pipeline.plan.setting import Row, Setting, model_parts
-from pipeline.plan.shape import shape_of
+from pipeline.estimate.setting import RowLength, Setting, model_parts
+from pipeline.estimate.shape import shape_of
 
 NF4 = ["model.quantization=nf4", "adapter.merge=false"]
 needs_bitsandbytes = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def test_the_plan_knows_the_size_of_a_base_in_four_bits(tiny_config, base, tmp_p
     scales = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     held = [*model.parameters(), *(s.absmax for s in scales), *(s.state2.absmax for s in scales)]
     measured = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    setting = Setting(shape_of(models.empty_model(base)), config, Row(16, 4))
+    setting = Setting(shape_of(models.empty_model(base)), config, RowLength(16, 4))
     predicted = model_parts(setting, gathered=False)[0].size
     assert predicted == pytest.approx(measured, rel=0.01)
 

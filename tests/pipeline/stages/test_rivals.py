@@ -11,7 +11,7 @@ from agcl.errors import InputError
 from agcl.loss import Loss
 from agcl.model import models
 from pipeline.stages import loss as loss_module
-from pipeline.stages.context import LOADING, Context
+from pipeline.stages.context import Context
 from pipeline.stages.files import LOG_FILE
 
 FIRST, SECOND = "train/1-harbour", "train/2-valley"
@@ -90,14 +90,15 @@ def test_an_adapters_base_model_is_not_loaded_again(run, monkeypatch):
     assert loaded[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", {}), ("cuda", {"dtype": "bfloat16"})])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_a_reference_is_held_in_bfloat16_on_a_gpu_alone(device, dtype, monkeypatch):
     """Many CPUs have no bfloat16 instructions: there its passes took 60 times as long."""
     context, read = Context(device=torch.device(device)), []
     monkeypatch.setattr(context, "loaded", lambda _, config: read.append(config) or tiny.llama())
     inputs = {"reference": Path("base"), "model": Path("last")}
-    loss_module.loss_of({"adapter": None, "loss": {"strength": 1.0}}, inputs, context)
-    assert read == [{LOADING: dtype}]
+    config = {"adapter": None, "loss": {"strength": 1.0}, "loading": {"dtype": "float32"}}
+    loss_module.loss_of(config, inputs, context)
+    assert read == [{"loading": {"dtype": dtype}}]
 
 
 def test_a_merged_model_lies_between_and_the_next_task_starts_there(run):
@@ -167,9 +168,6 @@ def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
     works = run("training.optimizer=adamw_8bit", "training.epochs=6")
     assert works["pretrain"].fingerprint == run(ONE_EPOCH)["pretrain"].fingerprint
     assert losses(works[FIRST])[-1] < 0.5 * losses(works[FIRST])[0]
-    # Files of earlier runs stay valid: only a run with another optimizer says which.
-    assert works[FIRST].config["optimizer"] == "adamw_8bit"
-    assert "optimizer" not in run(ONE_EPOCH)[FIRST].config
 
 
 def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):

@@ -40,6 +40,7 @@ SETTINGS = {
     "saved": False,
     "new": [],
     "facts": None,
+    "loading": {"dtype": "float32"},
 }
 
 ATTRIBUTION = {
@@ -58,6 +59,7 @@ ATTRIBUTION = {
     "moments": None,
     "unit_inputs": True,
     "seed": 0,
+    "loading": {"dtype": "float32"},
 }
 
 

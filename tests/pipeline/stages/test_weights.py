@@ -128,10 +128,10 @@ def test_bfloat16_weights_are_attributed_without_a_copy_if_that_may_round(config
     def loaded(dtype, precision):
         made = config(full, "agcl", dtype=dtype, importance={"precision": precision})
         stages = [s for s in plan(made).stages if s.name.startswith("attribute/")]
-        return [stage.config.get("loading") for stage in stages]
+        return [stage.config["loading"]["dtype"] for stage in stages]
 
-    assert loaded("float32", "bfloat16") == loaded("bfloat16", "float32") == [None]
-    assert loaded("bfloat16", "bfloat16") == [{"dtype": "bfloat16"}]
+    assert loaded("float32", "bfloat16") == loaded("bfloat16", "float32") == ["float32"]
+    assert loaded("bfloat16", "bfloat16") == ["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,17 @@ def test_what_weights_are_too_coarse_for_is_refused(config, tmp_path, stored, me
     base = base_folder(tmp_path / "base", LLAMA, getattr(torch, stored))
     with pytest.raises(InputError, match=rf"^(model|training)\.\w+: .*{said}"):
         check.check_inputs(config(base, method, **model))
+
+
+@pytest.mark.parametrize("factors", [{"adapter": Adapter()}, {"subspace": Subspace()}])
+def test_8bit_adam_trains_float32_factors_whatever_the_rounding_of_weights(
+    config, tmp_path, factors
+):
+    training = {"rounding": "nearest", "optimizer": "adamw_8bit"}
+    made = config(base_folder(tmp_path / "base", LLAMA), training=training, dtype="bfloat16")
+    with pytest.raises(InputError, match="nearest cannot be combined with"):
+        check.check_inputs(made)
+    check.check_inputs(made.model_copy(update=factors))
 
 
 def test_osf_of_weights_stored_transposed_is_refused_before_any_work(config, tmp_path):

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from agcl.errors import InputError
 from pipeline.config import loading
-from pipeline.run import execute, open_run, rewrite_report
+from pipeline.results.report import rewrite_report
+from pipeline.run import execute, open_run
 from pipeline.storage import Bucket, Local, object_store
 from pipeline.storage.object_store import StoreFailed
 

@@ -67,7 +67,7 @@ def test_a_folder_of_results_is_forgotten_with_all_that_is_in_it(bucket, elsewhe
     storage.save_results(storage.root / "search")
     elsewhere()
     storage = Bucket(bucket.uri)
-    storage.forget_folder(storage.root / "search" / "best")
+    storage.delete_folder(storage.root / "search" / "best")
     files = [name for name in bucket.names() if not name.endswith("/")]  # pyarrow marks folders.
     assert [name for name in files if "search" in name] == ["search/best2/config.yaml"]
 

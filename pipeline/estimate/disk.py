@@ -1,8 +1,8 @@
 """Disk that a config needs, by a formula, from its model's shape alone."""
 
 from pipeline.config.method import Project
-from pipeline.plan.memory_of_training import state_size, trained_weights
-from pipeline.plan.setting import FLOAT, HALF, Part, Parts, Setting, entries
+from pipeline.estimate.setting import FLOAT, HALF, Part, Parts, Setting, entries
+from pipeline.estimate.training import state_size, trained_weights
 
 
 def disk_per_task(setting: Setting) -> Parts:
@@ -14,7 +14,7 @@ def disk_per_task(setting: Setting) -> Parts:
     files = 1 + config.sums_moments  # Its own, and the sum of all so far.
     importance = files * HALF * setting.kept * moments
     importance += HALF * entries(setting.protected) * config.measures_entries
-    size = FLOAT if config.adapter or config.subspace else setting.weight_bytes
+    size = FLOAT if config.trains_factors else setting.weight_bytes
     alone = config.measures_solos
     return (
         Part("model", setting.weight_bytes * setting.shape.weights * saves_model),

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 from agcl.attribution.attribute import SKETCH
 from agcl.importance.moment import most_directions
+from agcl.model.models import empty_model
 
 from pipeline.config.config import Config
+from pipeline.config.row_lengths import longest_of_base, longest_row
+from pipeline.config.sources import decodes
 from pipeline.config.weights import attributed_dtype, loaded_dtype
-from pipeline.plan.shape import Shape
+from pipeline.estimate.shape import Shape, shape_of
 
 FLOAT, HALF = 4, 2
 """Bytes of a number."""
@@ -36,7 +39,7 @@ Parts = tuple[Part, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class RowLength:
     """The longest row: all its tokens, and those of its answer."""
 
     tokens: int
@@ -49,9 +52,9 @@ class Setting:
 
     shape: Shape
     config: Config
-    row: Row
+    row: RowLength
     directions: float = _DIRECTIONS
-    of_base: Row | None = None
+    of_base: RowLength | None = None
     """The longest row that the base model is measured on."""
     decodes: bool = False
     """Whether a scorer needs answers that are decoded token by token."""
@@ -73,12 +76,12 @@ class Setting:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight in memory."""
+        """Bytes of a weight in memory."""
         return HALF if loaded_dtype(self.config.model) == "bfloat16" else FLOAT
 
     @property
     def attributed_bytes(self) -> int:
-        """Of a weight in memory while it is attributed."""
+        """Bytes of a weight in memory while it is attributed."""
         dtype = attributed_dtype(self.config.model, self.config.importance)
         return HALF if dtype == "bfloat16" else FLOAT
 
@@ -111,6 +114,18 @@ class Setting:
         rank = self.config.adapter.rank if self.config.adapter else 0
         pairs = (((rank, width), (out, rank)) for out, width in self.shape.linears)
         return tuple(factor for pair in pairs for factor in pair)
+
+
+def setting_of(config: Config) -> Setting:
+    """The setting of a config with a given model, whose folder may lack the weights."""
+    of_base = longest_of_base(config)
+    return Setting(
+        shape_of(empty_model(config.model.folder)),
+        config,
+        RowLength(*longest_row(config)),
+        of_base=of_base and RowLength(*of_base),
+        decodes=decodes(config),
+    )
 
 
 def total(parts: Iterable[Part], *, on_gpu: bool) -> int:
@@ -162,12 +177,12 @@ def cast_weights(setting: Setting) -> int:
     return own + shape.vocabulary * shape.width
 
 
-def largest(setting: Setting, moments: Sequence[Parts]) -> Parts:
-    """The moment with the largest total; its parts that are not zero."""
-    worst = max(moments, key=lambda parts: total(parts, on_gpu=setting.on_gpu))
+def largest(setting: Setting, phases: Sequence[Parts]) -> Parts:
+    """The phase with the largest total, without parts of zero bytes."""
+    worst = max(phases, key=lambda parts: total(parts, on_gpu=setting.on_gpu))
     return tuple(part for part in worst if part.size)
 
 
 def logits_size(shape: Shape, answers: int, copies: int) -> int:
-    """Bytes of logits of answer tokens, with so many copies alive in float32."""
+    """Bytes of logits of answer tokens, with `copies` copies alive in float32."""
     return FLOAT * answers * shape.vocabulary * (copies + shape.capped_logits)

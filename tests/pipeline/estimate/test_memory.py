@@ -8,10 +8,10 @@ from bench.sizes import METHODS, setting_of, shape_named, table
 
 import agcl
 from pipeline.config.conflicts import conflicts
-from pipeline.plan.disk import disk_per_task
-from pipeline.plan.fitting import fits, on_device, remedy
-from pipeline.plan.memory import peaks
-from pipeline.plan.setting import Row, Setting, total
+from pipeline.estimate.disk import disk_per_task
+from pipeline.estimate.fitting import fits, on_device, remedy
+from pipeline.estimate.memory import peaks
+from pipeline.estimate.setting import RowLength, Setting, total
 
 GB = 10**9
 SPEED = Path(agcl.__file__).with_name("SPEED.md")
@@ -42,7 +42,7 @@ def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
 def test_a_moment_takes_four_bytes_per_pair_of_inputs_and_a_quarter_of_its_directions_is_kept(
     large,
 ):
-    setting = replace(setting_of(large, "agcl"), row=Row(8, 2))
+    setting = replace(setting_of(large, "agcl"), row=RowLength(8, 2))
     parts, pairs = sizes(setting, "attribute"), 16 * (3 * 2048**2 + 8192**2)
     assert parts["moments"] == 4 * pairs
     assert parts["directions"] == pairs
@@ -52,7 +52,7 @@ def test_a_moment_takes_four_bytes_per_pair_of_inputs_and_a_quarter_of_its_direc
 
 def test_a_wide_input_takes_a_sketch():
     setting = setting_of(shape_named("Llama-3.1-8B"), "agcl")
-    parts = sizes(replace(setting, row=Row(8, 2)), "attribute")
+    parts = sizes(replace(setting, row=RowLength(8, 2)), "attribute")
     moments = 32 * (3 * 4096**2 + 14336 * 4096)
     assert parts["moments"] == 4 * (moments + 14336 * 4096)  # And a test matrix.
 
@@ -70,13 +70,13 @@ def test_bfloat16_weights_are_attributed_without_a_copy_only_if_attribution_may_
     assert sizes(setting, "attribute")["weights"] == 4 * large.weights
     assert sizes(rounded, "attribute")["weights"] == 2 * large.weights
     of_entries = with_section(rounded, "importance", entries=True, top_k=1)
-    parts = sizes(replace(of_entries, row=Row(8, 2)), "attribute")
+    parts = sizes(replace(of_entries, row=RowLength(8, 2)), "attribute")
     assert parts["running values"] == 4 * large.linear_weights
     whole = on_device(setting, "attribute")
     assert on_device(rounded, "attribute") < whole - 2 * large.weights
     assert remedy(setting, "attribute", whole // 2).startswith("importance.precision=bfloat16")
     # Those of float32 weights get copies, which small passes do not make up for.
-    plain = replace(setting_of(large, "agcl"), row=Row(256, 64))
+    plain = replace(setting_of(large, "agcl"), row=RowLength(256, 64))
     cast = with_section(plain, "importance", precision="bfloat16")
     copies = 2 * (large.linear_weights + 128256 * 2048)
     assert sizes(cast, "attribute")["bfloat16 copies"] == copies
@@ -228,16 +228,16 @@ def test_what_the_config_excludes_is_not_advised(large, settings, dtype, kind, r
 
 
 def test_the_rows_that_the_base_is_measured_on_may_be_the_longest(large):
-    short = replace(setting_of(large, "ewc_base"), row=Row(20, 4))
-    own = replace(short, of_base=Row(1920, 640))
-    assert sizes(own, "attribute") == sizes(replace(short, row=Row(1920, 640)), "attribute")
+    short = replace(setting_of(large, "ewc_base"), row=RowLength(20, 4))
+    own = replace(short, of_base=RowLength(1920, 640))
+    assert sizes(own, "attribute") == sizes(replace(short, row=RowLength(1920, 640)), "attribute")
     assert on_device(own, "attribute") > 1.5 * on_device(short, "attribute")
     # With equal weights there is no backward pass, whatever the tasks' rows take.
     agcl = setting_of(large, "agcl")
-    long = replace(agcl, of_base=Row(1920, 64))
+    long = replace(agcl, of_base=RowLength(1920, 64))
     assert on_device(long, "attribute") == on_device(agcl, "attribute")
-    weighed = with_section(replace(long, row=Row(20, 4)), "base", weighting="relevance")
-    alike = replace(agcl, row=Row(1920, 64))
+    weighed = with_section(replace(long, row=RowLength(20, 4)), "base", weighting="relevance")
+    alike = replace(agcl, row=RowLength(1920, 64))
     assert on_device(weighed, "attribute") == on_device(alike, "attribute")
 
 
@@ -278,7 +278,7 @@ def test_a_gpu_holds_only_what_lies_on_it(large):
 
 
 def test_decoded_answers_take_keys_and_values_of_all_layers(large):
-    setting = replace(setting_of(large, "lora in bfloat16"), row=Row(2048, 64))
+    setting = replace(setting_of(large, "lora in bfloat16"), row=RowLength(2048, 64))
     setting = with_section(setting, "evaluation", batch_size=64)
     decoded = replace(setting, decodes=True)
     parts = sizes(decoded, "evaluate")
@@ -296,7 +296,7 @@ def test_decoded_answers_take_keys_and_values_of_all_layers(large):
 
 def test_longer_rows_take_more(large):
     setting = setting_of(large, "agcl")
-    short = Setting(large, setting.config, Row(64, 16))
+    short = Setting(large, setting.config, RowLength(64, 16))
     for kind in ("train", "attribute"):  # Comparing with the base model has a limit of its own.
         assert on_device(short, kind) < on_device(setting, kind)
 

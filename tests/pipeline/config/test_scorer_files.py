@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipeline.config.code import source_files
+from pipeline.config.scorer_files import source_files
 from pipeline.plan.plan import plan
 from pipeline.plan.stage import resolve
 

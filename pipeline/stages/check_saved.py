@@ -13,7 +13,7 @@ from agcl.tasks import Encoded, EncodedRows
 from agcl.tasks.encoding import Text, cut_left, encode_texts
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.stages.context import LOADING, Context
+from pipeline.stages.context import Context
 from pipeline.stages.files import ADAPTER
 
 _ROWS_PER_SET, ANSWERS = 8, 8
@@ -56,7 +56,7 @@ def check_answers(
     folder's generation config but without its penalties. Raises `ValueError` if more than an eighth
     of the verdicts differ, in bfloat16 more than half: rounding can flip a close answer.
     """
-    device, loading = context.device, config.get(LOADING, {})
+    device, loading = context.device, config["loading"]
     model = models.load_model(inputs["model"], **loading).to(device).eval()
     ends = model.generation_config.eos_token_id
     if "adapter" in inputs:  # Its folder has no generation config: the base's is not agcl's.
@@ -78,7 +78,7 @@ def check_answers(
         if (given.tolist() == answer) is not right:
             wrong.append((tokenizer.decode(prompt), tokenizer.decode(given)))
     if len(wrong) > len(few) // (
-        2 if "bfloat16" in (config["precision"], loading.get("dtype")) else ANSWERS
+        2 if "bfloat16" in (config["precision"], loading["dtype"]) else ANSWERS
     ):
         raise ValueError(
             f"the model saved in {inputs.get('adapter', inputs['model'])} does not answer as it "

@@ -12,20 +12,20 @@ from jobs.tables import heading, number, table
 from pipeline.config.config import Config
 from pipeline.config.naming import CHANGES, method_description, method_name
 from pipeline.config.weights import slow_here
+from pipeline.execution.progress import warn
 from pipeline.plan.plan import Run
-from pipeline.results.comparison import BASELINE, COMPARED, Estimate, compare, compare_base
-from pipeline.results.model_card import MODEL
+from pipeline.results.comparison import BASELINE, COMPARED, Mean, compare, compare_base
+from pipeline.results.files import MODEL, REPORT_FILE
 from pipeline.results.results import (
     RunResult,
     base_measures,
     base_title,
     evaluation_sets,
-    groups,
     metric,
+    runs_by_method,
 )
-from pipeline.run import REPORT_FILE, REPORTS_EACH, execute
+from pipeline.run import REPORTS_EACH, execute
 from pipeline.secrets import masked
-from pipeline.tracking.sync import warn
 
 METRICS_SHOWN = ("average_performance", "backward_transfer", "learning_accuracy", "forgetting",
                  "forward_transfer")  # fmt: skip
@@ -47,7 +47,7 @@ def execute_runs(runs: Mapping[str, Run], folder: Path, title: str, command: str
         for label, result in by_label.items():
             print_matrices(console, label, result)
             print_base(console, label, result)
-    if len(groups(results)) < len(results):
+    if len(runs_by_method(results)) < len(results):
         print_comparison(console, results)
     else:
         print_metrics(console, by_label)
@@ -247,7 +247,7 @@ def _print_caption(console: Console, caption: str) -> None:
     console.print(f"[dim]{caption}[/]\n", highlight=False)
 
 
-def _change(measure: str, rows: Sequence[Estimate] | None) -> str:
+def _change(measure: str, rows: Sequence[Mean] | None) -> str:
     if not rows:
         return "-"
     # The KL of the base model from itself is 0.
@@ -255,11 +255,11 @@ def _change(measure: str, rows: Sequence[Estimate] | None) -> str:
     return before + _estimate(rows[-1])
 
 
-def _mean(value: Estimate | None) -> float | None:
+def _mean(value: Mean | None) -> float | None:
     return value.mean if value else None
 
 
-def _estimate(value: Estimate | None) -> str:
+def _estimate(value: Mean | None) -> str:
     if value is None:
         return "-"
     spread = "" if value.half_width is None else " ±" + f"{value.half_width:.3f}".removeprefix("0")

@@ -8,8 +8,8 @@ from pipeline.config.config import Config
 from pipeline.config.conflicts import conflicts
 from pipeline.config.method import Adapter, Base, Freeze, Loss, Project, Replay
 from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
-from pipeline.plan.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
-from pipeline.plan.setting import Setting, total
+from pipeline.estimate.memory import ATTRIBUTE, EVALUATE, TRAIN, peaks
+from pipeline.estimate.setting import Setting, total
 
 USABLE = 0.9
 """Share of a GPU's memory that tensors can have: the rest is the CUDA context and fragments."""

@@ -3,7 +3,7 @@
 import pytest
 
 from agcl.tasks import TEST, TRAIN, VALIDATION, Row, Task, concept1k, facts
-from agcl.tasks.choice import position, select
+from agcl.tasks.selection import position, select
 
 
 def row(i):

@@ -11,7 +11,7 @@ from agcl.parallel.distributed import BUCKET_BYTES
 from pipeline.config.config import Config
 from pipeline.config.method import Project
 from pipeline.config.weights import rounds_to_nearest
-from pipeline.plan.decomposed import (
+from pipeline.estimate.decomposed import (
     bases_size,
     decomposing,
     held_factors,
@@ -19,7 +19,7 @@ from pipeline.plan.decomposed import (
     projection_of_weights,
     trained_factors,
 )
-from pipeline.plan.setting import (
+from pipeline.estimate.setting import (
     FLOAT,
     HALF,
     Part,
@@ -39,18 +39,18 @@ of their divergence."""
 
 
 def train_peak(setting: Setting) -> Parts:
-    """The worst moment of the worst task: the first one, or a later one with all protections."""
+    """The worst phase of the worst task: the first one, or a later one with all protections."""
     config = setting.config
     of_base = config.measured and config.base.protect != "none"
     always = of_base or len(config.measured) < len(config.protect)
-    moments = [] if always else _training(setting, protects=False)
+    phases = [] if always else _training(setting, protects=False)
     if config.protect:
-        moments += [*_training(setting, protects=True), _deciding(setting)]
-    return largest(setting, moments)
+        phases += [*_training(setting, protects=True), _deciding(setting)]
+    return largest(setting, phases)
 
 
 def trained_weights(setting: Setting, *, protects: bool) -> int:
-    """Weights with a gradient and Adam's two moments."""
+    """Weights with a gradient and Adam's two running means."""
     if setting.config.adapter:
         return entries(setting.factors)
     if setting.config.subspace:
@@ -63,7 +63,7 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     """The end of a forward pass, of a backward pass, and the optimizer's step."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
-    of_trained = FLOAT if _has_factors(setting) else size  # PEFT's factors are float32.
+    of_trained = FLOAT if setting.config.trains_factors else size  # PEFT's factors are float32.
     frozen = trained != shape.weights
     rows, passes = _pass(setting)
     tokens, answers = rows * setting.row.tokens, rows * setting.row.answer
@@ -160,11 +160,6 @@ def _shards(setting: Setting) -> int:
     return 1 if setting.config.adapter else setting.shards
 
 
-def _has_factors(setting: Setting) -> bool:
-    """Whether PEFT's factors are trained beside frozen weights."""
-    return bool(setting.config.adapter or setting.config.subspace)
-
-
 def _pass(setting: Setting) -> tuple[int, int]:
     """Rows of the largest forward pass of a training step, and passes of a worker per step.
 
@@ -182,7 +177,7 @@ def _cast(setting: Setting, checkpointing: bool) -> int:
     They are kept for the backward pass, and those of trained weights while autocast lasts.
     """
     shape = setting.shape
-    if _has_factors(setting) and checkpointing and not setting.config.model.quantization:
+    if setting.config.trains_factors and checkpointing and not setting.config.model.quantization:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return cast_weights(setting)
 
@@ -194,7 +189,7 @@ def _protection(setting: Setting) -> list[Part]:
     if "project" in kinds:
         bases = bases_size(setting)
         # The optimizer's, of bfloat16 weights in bfloat16 beside those in float32.
-        half = setting.weight_bytes == HALF and not _has_factors(setting)
+        half = setting.weight_bytes == HALF and not setting.config.trains_factors
         parts.append(Part("bases", bases // 2 if half else bases))
         beside = setting.on_gpu or half
         parts += [Part("bases in main memory", bases, on_host=True)] * beside

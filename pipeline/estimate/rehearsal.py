@@ -40,7 +40,7 @@ from pipeline.stages.metrics import report
 from pipeline.stages.prepare import prepare
 
 _BATCHES = 3
-"""Batches of each task in the probe. The first one warms up and is not timed."""
+"""Batches of each task in the rehearsal. The first one warms up and is not timed."""
 _WORKERS_SECONDS = 12.0
 _SECONDS_ONCE: Mapping[StageFunction, float] = {prepare: 13.0, report: 7.0}
 """Startup of Ray Train and of Ray Data, and the report. Measured on two cores."""
@@ -49,11 +49,11 @@ _RAY_SLOWDOWN = 1.15
 _Rows = dict[str, dict[str, int]]
 
 
-class ProbeFailed(Failed):
-    """A stage failed in the probe, so it would fail in the run."""
+class RehearsalFailed(Failed):
+    """A stage failed in the rehearsal, so it would fail in the run."""
 
     def __str__(self) -> str:
-        return f"the probe failed, and so would the run: {self.args[0]}"
+        return f"the rehearsal on a few rows failed, and so would the run: {self.args[0]}"
 
 
 @dataclass
@@ -61,14 +61,14 @@ class Needs:
     """What the unfinished stages of a run need."""
 
     worker_bytes: int
-    """Peak memory of the probe's process, or of its GPU."""
+    """Peak memory of the rehearsal's process, or of its GPU."""
     disk_bytes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """By kind of stage, as its name begins; `start` is the startup of Ray plus the report."""
 
 
 def estimate(run: Run, device: str = "cpu") -> Needs:
-    """Run one stage of each unfinished kind on few rows and scale. Raises `ProbeFailed`."""
+    """Run one stage of each unfinished kind on few rows and scale. Raises `RehearsalFailed`."""
     unfinished: dict[Path, Stage] = {}  # By folder, because equal stages share one artifact.
     for stage in run.plan.stages:
         if not (resolved := run.resolved[stage.name]).is_complete():
@@ -78,18 +78,18 @@ def estimate(run: Run, device: str = "cpu") -> Needs:
     # The base model's evaluation can include loading the model, so it is the last choice.
     for stage in sorted(todo, key=lambda stage: stage.name == "evaluate/0-base"):
         examples.setdefault(_kind(stage), stage.name)
-    with TemporaryDirectory(prefix="agcl-probe-") as scratch:
-        probe = open_run(_on_few_rows(run.config, scratch))
-        small = {stage.name: stage for stage in probe.plan.stages}
-        needed = needed_for([small[name] for name in examples.values()], probe.plan.stages)
-        chosen = [probe.resolved[stage.name] for stage in needed]
+    with TemporaryDirectory(prefix="agcl-rehearsal-") as scratch:
+        rehearsal = open_run(_on_few_rows(run.config, scratch))
+        small = {stage.name: stage for stage in rehearsal.plan.stages}
+        needed = needed_for([small[name] for name in examples.values()], rehearsal.plan.stages)
+        chosen = [rehearsal.resolved[stage.name] for stage in needed]
         needs = Needs(_peak_of(chosen, device, run.config.resources.cpus_per_worker) if todo else 0)
-        few_rows, all_rows = _rows(probe.config), _rows(run.config)
+        few_rows, all_rows = _rows(rehearsal.config), _rows(run.config)
         for stage in todo:
             name = examples[_kind(stage)]
             few = _rows_in(small[name], few_rows)
             ratio = _rows_in(stage, all_rows) / few if few else 1.0  # Merging reads no rows.
-            _add(needs, stage, ratio, probe.resolved[name], run.config.resources)
+            _add(needs, stage, ratio, rehearsal.resolved[name], run.config.resources)
     once = sum(_SECONDS_ONCE.get(fn, 0.0) for fn in {stage.fn for stage in unfinished.values()})
     needs.seconds["start"] = once + _WORKERS_SECONDS * any(stage.train for stage in todo)
     return needs
@@ -100,7 +100,7 @@ def _kind(stage: Stage) -> str:
     roles = sorted({role.partition("/")[0] for role in stage.inputs})
     settings = {**stage.config, "seed": None, "new": None}
     if stage.fn is attribute and "rows" in stage.inputs:  # Those of the base are `rows/...`.
-        settings["correct_only"] = None  # Differs by the task's scorer, and not in the probe.
+        settings["correct_only"] = None  # Differs by the task's scorer, and not in the rehearsal.
     return json.dumps([stage.fn.__name__, roles, settings], sort_keys=True)
 
 
@@ -110,7 +110,7 @@ def _on_few_rows(config: Config, storage: str) -> Config:
     settings = {
         "storage": storage,
         "tracking.enabled": False,
-        "resources.num_workers": 1,  # The probe is one process, so one GPU is enough.
+        "resources.num_workers": 1,  # The rehearsal is one process, so one GPU is enough.
         "tasks.train_rows": min(most, config.tasks.train_rows or most),
         "tasks.test_rows": min(most, config.tasks.test_rows or most),
         "model.pretraining.epochs": 1,
@@ -138,7 +138,7 @@ def _peak_of(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> 
         try:
             return pool.submit(_run, stages, device, num_threads).result()
         except BrokenExecutor:
-            raise ProbeFailed("its process was killed, most likely out of memory") from None
+            raise RehearsalFailed("its process was killed, most likely out of memory") from None
         except KeyboardInterrupt:
             for process in active_children():
                 process.kill()  # Otherwise leaving the pool waits for the last stage.
@@ -154,7 +154,7 @@ def _run(stages: Sequence[ResolvedStage], device: str, num_threads: int) -> int:
     except Exception:
         failed = next(record for record in records if record.get("state") == "failed")
         stage = next(stage for stage in stages if stage.folder.name == failed["artifact"])
-        raise ProbeFailed(f"{stage.name}: {failed['error']}") from None
+        raise RehearsalFailed(f"{stage.name}: {failed['error']}") from None
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
     return highest_memory(place or torch.device(device))
 
@@ -190,7 +190,7 @@ def _rows_in(stage: Stage, rows: _Rows) -> float:
 
 
 def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: Resources) -> None:
-    """Add a stage that has `ratio` times as many rows as its example in the probe."""
+    """Add a stage that has `ratio` times as many rows as its example in the rehearsal."""
     manifest = example.manifest() or {}
     files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     needs.disk_bytes += sum(files.values()) * (ratio if stage.fn is prepare else 1)

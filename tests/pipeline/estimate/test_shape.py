@@ -16,7 +16,7 @@ from agcl.model import adapter
 from agcl.model.forward import autocast
 from agcl.tasks import Encoded
 from agcl.tasks.batches import collate
-from pipeline.plan.shape import shape_of
+from pipeline.estimate.shape import shape_of
 
 LENGTH, ROWS = 48, 4
 TOKENS = LENGTH * ROWS

@@ -13,9 +13,8 @@ from agcl.parallel.distributed import owners
 from agcl.scoring.evaluate import LOGITS_TOKENS, PASS_ANSWERS, PASS_TOKENS
 
 from pipeline.config.method import Project
-from pipeline.plan.decomposed import decompose_peak
-from pipeline.plan.memory_of_training import train_peak
-from pipeline.plan.setting import (
+from pipeline.estimate.decomposed import decompose_peak
+from pipeline.estimate.setting import (
     FLOAT,
     HALF,
     Part,
@@ -28,6 +27,7 @@ from pipeline.plan.setting import (
     model_parts,
     summed_columns,
 )
+from pipeline.estimate.training import train_peak
 
 T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
@@ -47,9 +47,10 @@ def peaks(setting: Setting) -> dict[str, Parts]:
 
 
 def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
-    """The end of a forward pass, or the end, when results are beside what they are made from.
+    """Peak of attribution: the end of a forward pass, or the final decomposition.
 
-    Of a task, or `of_base`, the base model, whose weighting is its own.
+    During the decomposition, results and running sums coexist. `of_base`: attribution of the base
+    model, which has its own weighting, instead of a task.
     """
     shape, config = setting.shape, setting.config
     importance, row = config.importance, setting.row

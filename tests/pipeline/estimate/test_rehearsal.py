@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import estimate as estimates
 from pipeline.config import loading
-from pipeline.estimate import ProbeFailed, estimate
+from pipeline.estimate import rehearsal
+from pipeline.estimate.rehearsal import RehearsalFailed, estimate
 from pipeline.plan.plan import plan
 from pipeline.run import open_run
 from pipeline.stages.files import IMPORTANCE_FILE
@@ -23,7 +23,7 @@ GATE, FEW = "protect.0.kind=gate", "training.epochs=6"
 def measured(tiny_config, tmp_path_factory):
     """A config's run, executed in one process, and the peak memory of that process."""
     run = open_run(tiny_config(tmp_path_factory.mktemp("measured"), GATE, FEW))
-    return run, estimates._peak_of(list(run.resolved.values()), "cpu", 1)
+    return run, rehearsal._peak_of(list(run.resolved.values()), "cpu", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +57,9 @@ def test_a_finished_run_needs_nothing(measured):
 
 
 def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, monkeypatch):
-    """The probe's own measurements are replaced, so that only the scaling is left."""
-    monkeypatch.setattr(estimates, "_peak_of", lambda *given: 1)
-    monkeypatch.setattr(estimates, "_add", lambda needs, stage, ratio, *given: _note(stage, ratio))
+    """The rehearsal's own measurements are replaced, so that only the scaling is left."""
+    monkeypatch.setattr(rehearsal, "_peak_of", lambda *given: 1)
+    monkeypatch.setattr(rehearsal, "_add", lambda needs, stage, ratio, *given: _note(stage, ratio))
     ratios = {}
 
     def _note(stage, ratio):
@@ -68,7 +68,7 @@ def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, m
     config = tiny_config(tmp_path, GATE, "tasks.entities=100", "importance.samples=50")
     assert config.training.epochs == 12
     estimate(open_run(config))
-    # 400 rows per task and 64 of the base model, of which the probe takes at most 3 batches of 32.
+    # 400 rows per task, 64 of the base model; the rehearsal takes at most 3 batches of 32 of each.
     assert ratios["prepare/valley"] == pytest.approx(800 / 192)
     assert ratios["pretrain"] == config.model.pretraining.epochs
     assert ratios["train/2-valley"] == pytest.approx(12 * 400 / 96)
@@ -76,16 +76,16 @@ def test_more_epochs_and_rows_take_longer_in_proportion(tiny_config, tmp_path, m
     assert ratios["evaluate/2-valley"] == pytest.approx((4 * 400 + 64) / (4 * 96 + 64))
 
 
-def test_a_probe_for_several_workers_needs_one_gpu(tiny_config, tmp_path, monkeypatch):
+def test_a_rehearsal_for_several_workers_needs_one_gpu(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr(estimates, "_peak_of", lambda *given: 1)
-    monkeypatch.setattr(estimates, "_add", lambda *given: None)
+    monkeypatch.setattr(rehearsal, "_peak_of", lambda *given: 1)
+    monkeypatch.setattr(rehearsal, "_add", lambda *given: None)
     settings = ["resources.gpus_per_worker=1", "resources.num_workers=8"]
     run = open_run(tiny_config(tmp_path, *settings), devices=False)
     assert estimate(run, "cuda").worker_bytes == 1
 
 
-def test_tasks_with_other_scorers_are_probed_as_one(tiny_config, tmp_path):
+def test_tasks_with_other_scorers_are_rehearsed_as_one(tiny_config, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "answer": " Ada"}\n' * 4)
     tasks = [f"{{name: {name}, train: {tmp_path / 'rows.jsonl'}}}" for name in "abc"]
     section = f"tasks={{format: jsonl, sequence: [{', '.join(tasks)}]}}"
@@ -94,7 +94,7 @@ def test_tasks_with_other_scorers_are_probed_as_one(tiny_config, tmp_path):
         stages = plan(tiny_config(tmp_path, section, *settings)).stages
         by_kind = {}
         for stage in stages:
-            by_kind.setdefault(estimates._kind(stage), []).append(stage.name)
+            by_kind.setdefault(rehearsal._kind(stage), []).append(stage.name)
         return list(by_kind.values())
 
     of_base = "base.samples=8", "importance.samples=8"
@@ -103,13 +103,13 @@ def test_tasks_with_other_scorers_are_probed_as_one(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def probed_here(monkeypatch):
-    """Probes run in this process, which saves imports; its peak memory is not theirs."""
-    monkeypatch.setattr(estimates, "_peak_of", estimates._run)
+def rehearsed_here(monkeypatch):
+    """Rehearsals run in this process, which saves imports; its peak memory is not theirs."""
+    monkeypatch.setattr(rehearsal, "_peak_of", rehearsal._run)
 
 
 def test_a_given_model_that_is_protected_from_the_first_task_on(
-    measured, probed_here, tiny_config, tmp_path
+    measured, rehearsed_here, tiny_config, tmp_path
 ):
     """The run then contains no stage that trains without protection."""
     stages = measured[0].resolved
@@ -124,7 +124,7 @@ def test_a_given_model_that_is_protected_from_the_first_task_on(
 def test_a_stage_that_fails_is_named_with_its_error(tiny_config, tmp_path):
     run = open_run(tiny_config(tmp_path / "storage", "training.learning_rate=1e30"))
     with pytest.raises(
-        ProbeFailed, match=r"train/1-harbour: loss .* at step 2 of 2; lower the learning"
+        RehearsalFailed, match=r"train/1-harbour: loss .* at step 2 of 2; lower the learning"
     ):
         estimate(run)
 
@@ -136,11 +136,11 @@ def die(config, inputs, out_dir, context):
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
     stage = replace(measured[0].resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
-    with pytest.raises(ProbeFailed, match="killed, most likely out of memory"):
-        estimates._peak_of([stage], "cpu", 1)
+    with pytest.raises(RehearsalFailed, match="killed, most likely out of memory"):
+        rehearsal._peak_of([stage], "cpu", 1)
 
 
-def test_merging_which_reads_no_rows_can_be_planned(probed_here, tiny_config, tmp_path):
+def test_merging_which_reads_no_rows_can_be_planned(rehearsed_here, tiny_config, tmp_path):
     config = tiny_config(tmp_path, "tasks.count=1", FEW, method="wise")
     needs = estimate(open_run(config))
     assert "merge" in needs.seconds
@@ -160,9 +160,9 @@ def test_a_small_share_for_validation_can_be_planned(measured, tmp_path):
         }
     )
     open_run(config)
-    open_run(estimates._on_few_rows(config, str(tmp_path / "scratch")))
+    open_run(rehearsal._on_few_rows(config, str(tmp_path / "scratch")))
     # With test rows, a share of the training rows is set aside, which takes time of its own.
     (item,) = tasks["sequence"]
     tested = loading.changed(config, {"tasks.sequence": [item | {"test": str(file)}]})
-    few = estimates._on_few_rows(tested, str(tmp_path / "scratch"))
+    few = rehearsal._on_few_rows(tested, str(tmp_path / "scratch"))
     assert few.evaluation.validation == 0.005

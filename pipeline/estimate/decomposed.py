@@ -8,7 +8,7 @@ import math
 
 from pipeline.config.method import Project
 from pipeline.config.sources import sources
-from pipeline.plan.setting import FLOAT, Part, Parts, Setting, entries
+from pipeline.estimate.setting import FLOAT, Part, Parts, Setting, entries
 
 _DOUBLE = 8
 """Bytes of a number in float64, in which directions are computed."""
@@ -21,10 +21,10 @@ def trained_factors(setting: Setting) -> int:
 
 
 def held_factors(setting: Setting) -> list[Part]:
-    """U, S and V, the same as they were, and what PEFT keeps of the leading directions.
+    """Trained factors U, S, V, a copy of their initial values, and frozen directions.
 
-    That is those of a weight's longer side, and none of a square one. Of CorDA's factors, those
-    that it started from.
+    PEFT stores the frozen directions of a weight's longer side only, and none of a square weight.
+    For CorDA: its initial factors.
     """
     if setting.config.starts_from_corda:
         return [Part("factors at the start", FLOAT * entries(setting.factors), on_host=True)]

@@ -17,7 +17,7 @@ from agcl.tasks import Encoded, EncodedRows, sample
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.stages.context import Context
-from pipeline.stages.files import KEPT, PROBES, SUMMARY, named, rows_file
+from pipeline.stages.files import BASE_KNOWLEDGE, PROBES, SUMMARY, named, rows_file
 from pipeline.storage.artifact import write_json
 
 _CHARACTERS = 64
@@ -69,7 +69,7 @@ def measure(
     if of_probes:
         found["probes"] = of_probes
     if context.is_rank_zero:
-        write_json(out_dir / KEPT, found)
+        write_json(out_dir / BASE_KNOWLEDGE, found)
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, file: Path, most: int) -> list[int]:

@@ -20,12 +20,12 @@ class Shape:
     """Numbers of weights, and the widths of a layer's tensors."""
 
     weights: int
-    """Of the whole model, tied ones once."""
+    """Weights of the whole model, tied ones once."""
     embeddings: int
     """Weights of embeddings and head, tied ones once."""
     vocabulary: int
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
     layers: int
     linears: tuple[tuple[int, int], ...]
     """(out, in) of every attributed linear layer of the model, in its order."""
@@ -141,7 +141,7 @@ class Shape:
         return tokens * (size * (sum(self.inputs) + outputs) + autocast * 2 * 2 * self.width)
 
     def passing(self, tokens: int, *, half: bool) -> int:
-        """Bytes that one layer needs for a moment in a forward pass without a backward pass."""
+        """Bytes that one layer needs temporarily in a forward pass without a backward pass."""
         mlp = (2 + self.is_gated) * self.inner
         return tokens * (4 * 3 * self.width + (2 if half else 4) * mlp)
 

@@ -1,0 +1,1 @@
+"""`agcl plan`: the memory, disk and time that a config needs."""

@@ -1,0 +1,27 @@
+"""Names of the files in the folder of a run, a comparison or a search.
+
+Those that the report stage writes too, such as `metrics.json`, are in `stages/files.py`.
+"""
+
+CONFIG_FILE = "config.yaml"
+RESULT_FILE = "result.json"
+"""What a report needs besides a run's config and metrics; of a comparison, its runs' folders."""
+REPORT_FILE = "report.html"
+TABLE_FILE, LATEX_FILE = "metrics.csv", "metrics.tex"
+"""The report's table of metrics beside it, with the half width of each mean's interval."""
+BASE_FILE = "base.csv"
+"""What the base model still knows, beside the report: a line per run, task and measure."""
+MODEL, CARD, LOCATION = "model", "README.md", "location.txt"
+"""The final model's folder in a run folder, the card in it, and the file with a bucket's URI."""
+JSONL, TENSORBOARD = "metrics.jsonl", "tensorboard"
+"""The metrics of a run's stages: a file, and a folder (`tracking.report_to`)."""
+MLFLOW_RUN = "mlflow.json"
+"""The id of the folder's run in MLflow."""
+SEARCH_FILE = "search.yaml"
+"""The config of a search."""
+TRIALS_FILE = "trials.parquet"
+"""The trials of a search, one per row."""
+BEST_CONFIG, BEST = "best.yaml", "best"
+"""The config of a search's best trial, and the folder of its run."""
+CHOSEN_FILE = "tuning.json"
+"""The best trial of each method of a comparison."""
