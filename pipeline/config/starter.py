@@ -1,20 +1,25 @@
 """What a data file tells about itself: its format, templates and lengths, for a config to start."""
 
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from heapq import nlargest
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
 from agcl.errors import InputError
-from agcl.tasks import TEST, TRAIN, VALIDATION, encode, files, is_empty, records
+from agcl.tasks import TEST, TRAIN, VALIDATION, Row, encode, files, is_empty, records
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.layouts import LAYOUTS, task_of_records
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.row_lengths import LONGEST, size
+
 _LOOKED_AT = 1000
-"""Rows per task that are tokenized, to find their lengths."""
+"""Training rows per task that are tokenized, to find their lengths: a sample of all."""
 _BY_COLUMNS = (
     ("messages", {"messages"}),
     ("sharegpt", {"conversations"}),
@@ -41,9 +46,11 @@ class Data:
     templates: Mapping[str, str]
     """`prompt` and `answer`, if the format is a type of files."""
     lengths: list[int]
-    """Tokens of the rows looked at."""
+    """Tokens of a sample of the training rows."""
     answers: list[int]
     """Tokens of their answers."""
+    longest: int
+    """Tokens of the longest row of all splits."""
 
     @property
     def said(self) -> str:
@@ -86,20 +93,36 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
     settings: dict[str, Any] = {"layout": layout} if layout else dict(templates)
     if layout == "alpaca":
         settings["chat"] = chat
-    read = {"train": lambda: records.read(train, records.ANY)}
-    rows = task_of_records("", read, **settings).splits["train"]()
-    looked_at = [row for row in islice(rows, _LOOKED_AT) if not is_empty(row)]
+    read = {split: partial(records.read, Path(f), records.ANY) for split, f in splits.items()}
+    sources = task_of_records("", read, **settings).splits
+    looked_at = _sample(row for row in sources[TRAIN]() if not is_empty(row))
     if not looked_at:
         raise InputError(f"{train}: no row has a prompt and an answer")
     encoded = list(encoded_rows(encode(tokenizer, looked_at, chat=chat)))
+    # The files may be sorted by length, and the sample lacks a few long rows.
+    largest = [row for rows in sources.values() for row in nlargest(LONGEST, rows(), key=size)]
+    of_largest = encode(tokenizer, filterfalse(is_empty, largest), chat=chat)
+    lengths = [len(row.input_ids) for row in encoded]
     return Data(
         name=beside.resolve().name if given.is_dir() or stem == "train" else stem,
         files=splits,
         format=layout or records.format_of(train),
         templates=templates,
-        lengths=[len(row.input_ids) for row in encoded],
+        lengths=lengths,
         answers=[len(row.input_ids) - row.prompt_tokens for row in encoded],
+        longest=max([*lengths, *(len(row.input_ids) for row in encoded_rows(of_largest))]),
     )
+
+
+def _sample(rows: Iterable[Row]) -> list[Row]:
+    """At most `_LOOKED_AT` rows, each as likely as any other (Vitter 1985, algorithm R)."""
+    generator, kept = random.Random(0), list[Row]()
+    for number, row in enumerate(rows):
+        if number < _LOOKED_AT:
+            kept.append(row)
+        elif (place := generator.randrange(number + 1)) < _LOOKED_AT:
+            kept[place] = row
+    return kept
 
 
 def _templates(record: Mapping[str, Any], file: Path) -> dict[str, str]:

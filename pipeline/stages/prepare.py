@@ -79,6 +79,12 @@ def prepare(
                 "(tasks.max_length, or fewer that the model has positions for)"
             )
         summary[split] = counts
+        if counts["too_long"]:  # Said before hours of training without them.
+            advice = "" if cut else "; tasks.truncate=left cuts their prompts instead"
+            context.warn(
+                f"{counts['too_long']} {split} rows are longer than {config['max_length']} tokens "
+                f"and are left out{advice}"
+            )
     write_json(out_dir / SUMMARY, {"splits": summary, "scored": dict(task.scored)})
 
 

@@ -131,6 +131,16 @@ def test_rows_longer_than_the_model_takes_are_counted_or_refused(agcl, capsys, m
     assert "some: 1 of the 6 rows looked at have more than 512 tokens" in capsys.readouterr().out
 
 
+def test_files_sorted_by_length_and_longer_test_rows_get_a_limit_that_fits(agcl, model_folder):
+    rows = [{"prompt": "Who? " * (1 + n // 100), "answer": "Me"} for n in range(1200)]
+    written(agcl.place / "a.jsonl", rows)
+    written(agcl.place / "a-test.jsonl", [{"prompt": "Who? " * 60, "answer": "Me"}])
+    assert agcl("init", model_folder, "a.jsonl") == (cli.OK, [])
+    file = agcl.place / "config.yaml"
+    longest = int(file.read_text().partition("the longest ")[2].partition(".")[0])
+    assert 60 < longest <= loading.load(file).tasks.max_length < longest + 64
+
+
 def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_folder):
     written(agcl.place / "a.jsonl", [{"prompt": "Who?", "answer": "Me"}] * 9)
     written(agcl.place / "b.jsonl", [{"question": "Who?", "answer": "Me"}] * 9)
