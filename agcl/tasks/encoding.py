@@ -145,6 +145,8 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> lis
     ids = tokenizer(pairs, add_special_tokens=special)["input_ids"]
     encoded = []
     for text, prompt, whole in zip(texts, ids[::2], ids[1::2], strict=True):
+        if _has_second_bos(tokenizer, text, whole):
+            prompt, whole = prompt[1:], whole[1:]
         if special and prompt[-1:] == [end]:
             # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
             prompt = prompt[:-1]
@@ -158,6 +160,15 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> lis
         earlier = _tokens_of(tokenizer, text) if text.earlier else ()
         encoded.append(Encoded([*prompt, *answer, last], len(prompt), earlier))
     return encoded
+
+
+def _has_second_bos(tokenizer: "PreTrainedTokenizerBase", text: Text, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer put BOS before a prompt that begins with its text."""
+    start = tokenizer.bos_token
+    if not start or text.end is not None or not text.prompt.startswith(start):
+        return False
+    written = 1 + text.prompt.startswith(2 * start)
+    return list(ids[: written + 1]) == [tokenizer.bos_token_id] * (written + 1)
 
 
 def _end(text: Text) -> str:
@@ -189,7 +200,8 @@ def _starts(tokenizer: "PreTrainedTokenizerBase", text: Text) -> list[int]:
         )
     special = text.end is None
     read = tokenizer(text.prompt, add_special_tokens=special, return_offsets_mapping=True)
-    return [start for start, _ in read["offset_mapping"]]
+    starts = [start for start, _ in read["offset_mapping"]]
+    return starts[_has_second_bos(tokenizer, text, read["input_ids"]) :]
 
 
 def cut_left(row: Encoded, length: int, special: Collection[int], kept: int = 0) -> Encoded | None:
