@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("position", pa.float64()),  # `choice.position`: what a share of the scored rows goes by.
         ("references", pa.list_(pa.string())),  # Further right answers; null where there are none.
         ("kept", pa.int32()),  # Tokens at the start of the prompt that `cut_left` keeps.
+        ("question", pa.string()),  # What the user asks, for scorers; null if that is the prompt.
     ]
 )
 
@@ -94,6 +95,10 @@ def encode(
             "kept": [
                 _kept_tokens(tokenizer, text, row) for text, row in zip(texts, encoded, strict=True)
             ],
+            "question": [
+                None if text.end is None else _question(row)
+                for text, row in zip(texts, rows, strict=True)
+            ],
         },
         schema=SCHEMA,
     )
@@ -113,6 +118,13 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], chat: bool
             text = text._replace(kept=start + row.kept)
         texts.append(text)
     return texts
+
+
+def _question(row: Row) -> str:
+    """What a chat template was applied to; of a conversation, the user's last words."""
+    talk = row.conversation.messages if row.conversation else ()
+    asked = [message["content"] for message in talk if message["role"] == "user"]
+    return str(asked[-1]) if asked else row.prompt
 
 
 def _as_conversation(row: Row) -> Conversation:

@@ -103,6 +103,7 @@ def _write(texts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, out_dir
             "position": [0.0] * len(texts),
             "references": [None] * len(texts),
             "kept": [0] * len(texts),
+            "question": [None] * len(texts),
         },
         schema=SCHEMA,
     )
