@@ -100,6 +100,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     file.write_text(text, encoding="utf-8")
     console = Console(highlight=False, soft_wrap=True)
     for each in data:
+        if each.unused:
+            warn(console, f"{each.name}: columns that are not trained on: {each.unused}")
         if too_long := sum(length > limit for length in each.lengths):
             warn(
                 console,

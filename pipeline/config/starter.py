@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -10,10 +10,11 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from agcl.tasks import TEST, TRAIN, VALIDATION, Row, encode, files, is_empty, records
 from agcl.tasks.encoding import encoded_rows
 from agcl.tasks.layouts import LAYOUTS, task_of_records
+from agcl.tasks.template import columns
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.row_lengths import LONGEST, size
@@ -27,6 +28,13 @@ _BY_COLUMNS = (
     ("alpaca", {"instruction", "output"}),
 )
 """Layouts by the columns that they need; the first match counts."""
+_COLUMNS = {
+    "messages": {"messages", "tools"},
+    "sharegpt": {"conversations", "system", "tools"},
+    "prompt_completion": {"prompt", "completion", "tools"},
+    "alpaca": {"instruction", "input", "output"},
+}
+"""All columns that a layout reads."""
 _PROMPTS = ("prompt", "question", "query", "instruction", "input", "text", "sentence", "source")
 _ANSWERS = ("answer", "response", "completion", "output", "label", "target")
 
@@ -51,6 +59,8 @@ class Data:
     """Tokens of their answers."""
     longest: int
     """Tokens of the longest row of all splits."""
+    unused: str
+    """Columns of the training file that are in no row, by comma; empty if there are none."""
 
     @property
     def said(self) -> str:
@@ -94,6 +104,8 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
     if layout == "alpaca":
         settings["chat"] = chat
     read = {split: partial(records.read, Path(f), records.ANY) for split, f in splits.items()}
+    filled: dict[str, None] = {}
+    read[TRAIN] = partial(_noting, read[TRAIN], filled)
     sources = task_of_records("", read, **settings).splits
     looked_at = _sample(row for row in sources[TRAIN]() if not is_empty(row))
     if not looked_at:
@@ -103,6 +115,7 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
     largest = [row for rows in sources.values() for row in nlargest(LONGEST, rows(), key=size)]
     of_largest = encode(tokenizer, filterfalse(is_empty, largest), chat=chat)
     lengths = [len(row.input_ids) for row in encoded]
+    used = _COLUMNS.get(layout or "") or {c for text in templates.values() for c in columns(text)}
     return Data(
         name=beside.resolve().name if given.is_dir() or stem == "train" else stem,
         files=splits,
@@ -110,8 +123,23 @@ def look_at(path: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Dat
         templates=templates,
         lengths=lengths,
         answers=[len(row.input_ids) - row.prompt_tokens for row in encoded],
+        unused=one_line(", ".join(map(_shown, filter(lambda c: c not in used, filled))), 300),
         longest=max([*lengths, *(len(row.input_ids) for row in encoded_rows(of_largest))]),
     )
+
+
+def _noting(read: Callable[[], records.Records], filled: dict[str, None]) -> records.Records:
+    """The records, after their columns that are not blank were added to `filled`."""
+    for place, record in read():
+        filled.update(
+            (k, None) for k, v in record.items() if v not in (None, [], {}, "") and str(v).strip()
+        )
+        yield place, record
+
+
+def _shown(column: str) -> str:
+    """A name as one word of a list, whatever characters it has."""
+    return column if column.isprintable() and "," not in column else repr(column)
 
 
 def _sample(rows: Iterable[Row]) -> list[Row]:
