@@ -40,6 +40,8 @@ def prepare(
 ) -> None:
     """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
+    `summary.json` also says whether the chat template rendered any rows (`conversations`).
+
     Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
     prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. With
     `truncate: left` the beginning of a long row's prompt, behind any instruction, is cut if its
@@ -54,6 +56,7 @@ def prepare(
         selection["validation"] = 0.0
     task = choice.select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
+    conversations = False
     done = 0
     cut = config.get("truncate") == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
@@ -70,6 +73,7 @@ def prepare(
                 if cut:
                     table = _cut(table, config["max_length"], tokenizer, counts)
                 table = _short(table, config["max_length"], counts)
+                conversations |= table["earlier"].null_count < table.num_rows
                 writer.write_table(table)
                 done += table.num_rows
                 context.log({"rows": done}, done)
@@ -85,7 +89,8 @@ def prepare(
                 f"{counts['too_long']} {split} rows are longer than {config['max_length']} tokens "
                 f"and are left out{advice}"
             )
-    write_json(out_dir / SUMMARY, {"splits": summary, "scored": dict(task.scored)})
+    found = {"splits": summary, "scored": dict(task.scored), "conversations": conversations}
+    write_json(out_dir / SUMMARY, found)
 
 
 def _encoded_here(
