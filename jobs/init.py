@@ -57,7 +57,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     data = [each for each in data if each.files[TRAIN] not in held_out]  # Of data/*.jsonl.
     _check_together(data)
     lengths = sorted(length for each in data for length in each.lengths)
-    limit = min(positions, _max_length(lengths))
+    longest = max(each.longest for each in data)
+    limit = min(positions, _max_length(lengths, longest))
     if lengths[0] > limit:
         raise InputError(
             f"all rows have more tokens than the model has positions, {limit}: the shortest has "
@@ -83,6 +84,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         template="a" if chat else "an unusable" if tokenizer.chat_template else "no",
         data=data,
         lengths=lengths,
+        longest=longest,
         scorer="rouge_l" if long else "exact_match",
         other_scorer="exact_match" if long else "rouge_l",
         max_length=limit,
@@ -98,11 +100,19 @@ def main(arguments: argparse.Namespace, command: str) -> None:
     file.write_text(text, encoding="utf-8")
     console = Console(highlight=False, soft_wrap=True)
     for each in data:
+        if each.unused:
+            warn(console, f"{each.name}: columns that are not trained on: {each.unused}")
         if too_long := sum(length > limit for length in each.lengths):
             warn(
                 console,
                 f"{each.name}: {too_long} of the {len(each.lengths)} rows looked at have more than "
                 f"{limit} tokens and would be left out: tasks.truncate=left cuts their prompts",
+            )
+        elif each.longest > limit:
+            warn(
+                console,
+                f"{each.name}: the longest row has {each.longest} tokens; rows with more than "
+                f"{limit} would be left out: tasks.truncate=left cuts their prompts",
             )
         files = ", ".join(each.files)
         console.print(f"  {escape(each.name)}: {escape(each.said)}; {files}")
@@ -164,9 +174,8 @@ def _given(path: str, revision: str | None) -> dict[str, str]:
     return {"path": path, **({"revision": revision} if revision else {})}
 
 
-def _max_length(lengths: list[int]) -> int:
+def _max_length(lengths: list[int], longest: int) -> int:
     """A limit that all rows fit in, or nearly all if some are expensively long."""
-    longest = lengths[-1]
     if longest > _EXPENSIVE:
         longest = max(_EXPENSIVE, lengths[int(0.99 * (len(lengths) - 1))])
     return -(-longest // 64) * 64

@@ -14,7 +14,7 @@ from agcl.integrations.names import unwrapped
 from agcl.modulation.projection import bases
 from agcl.parallel import distributed
 from agcl.scoring.own_text import own_texts, start_token
-from agcl.tasks import Row
+from agcl.tasks import Row, is_empty
 from agcl.tasks.batches import IGNORED, Batch, by_length, collate, in_order
 from agcl.tasks.encoding import encode, encoded_rows
 from agcl.tasks.layouts import LAYOUTS
@@ -146,7 +146,10 @@ def _tokenized(
         ids = ids if ids[:1] == [start] else [start, *ids]  # A rendered conversation has its BOS.
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     if _has_answer(row) or _is_conversation(row):
-        (found,) = encoded_rows(encode(tokenizer, [_as_row(row, number)]))
+        as_row = _as_row(row, number)
+        if as_row.conversation and is_empty(as_row):  # Runs leave it out; it cannot be rendered.
+            raise ValueError(f"row {number}: the last assistant turn, or all before it, is blank")
+        (found,) = encoded_rows(encode(tokenizer, [as_row]))
         labels = [IGNORED] * len(found.input_ids)
         for start, stop in found.spans:
             labels[start:stop] = found.input_ids[start:stop]

@@ -10,6 +10,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -28,7 +29,10 @@ RIGHT_OR_WRONG = ("exact_match", "normalised_exact_match", "olora_match")
 """Scorers that score an answer 0 or 1; the others give partial credit."""
 
 # Chinese and Japanese are written without spaces: each character counts as a word.
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_SINGLE = r"\u3040-\u30ff\u3400-\u9fff"
+_WORDS = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s]")
+_JOINERS = "\u200c\u200d"
+"""Within words of Persian and of Indian languages."""
 _ASCII_WORDS = re.compile("[a-z0-9]+")
 _DASHES = re.compile("[\u2010-\u2015\u2212]")
 """Hyphens, dashes and the minus sign."""
@@ -167,8 +171,20 @@ def score(scorer: Scorer, prediction: str, reference: str, prompt: str) -> float
 
 
 def words(text: str) -> list[str]:
-    """Lowercase words and punctuation marks."""
-    return _WORDS.findall(text.lower())
+    """Lowercase words, with their combining marks, and punctuation marks."""
+    if text.isascii():
+        return _WORDS.findall(text.lower())
+    return _words_with_marks().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+@cache
+def _words_with_marks() -> re.Pattern[str]:
+    r"""`_WORDS` where marks and joiners continue a word: `\w` lacks the vowels of Hindi."""
+    points = [*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)]
+    marks = "".join(c for c in map(chr, points) if unicodedata.category(c)[0] == "M")
+    marks = re.sub(f"[{_SINGLE}]", "", marks)
+    letter = rf"[^\W{_SINGLE}]"
+    return re.compile(rf"[{_SINGLE}]|{letter}(?:{letter}|[{marks}{_JOINERS}])*|[^\w\s]")
 
 
 def _takes_prompt(scorer: Scorer) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _MARK = "\N{SNOWMAN}agcl\N{SNOWMAN}"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of messages for what an assistant thought before its words."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -109,7 +111,8 @@ def turns(template: Template, conversation: Conversation) -> Turns:
     by rendering the messages before each turn and through it. The last turn starts where the
     generation prompt ends. A turn includes the template's end token but not the separator after it.
     Raises `InputError` naming the row if the template cannot render it, renders messages
-    differently when others follow, or leaves out the answer, calls of tools or what they answer.
+    differently when others follow, or leaves out the answer, its reasoning, tools, calls of these
+    or what they answer.
     """
     messages = conversation.messages
     whole = _render(template, conversation, len(messages))
@@ -136,28 +139,50 @@ def turns(template: Template, conversation: Conversation) -> Turns:
 
 
 def _check_left_out(template: Template, conversation: Conversation, whole: str) -> None:
-    """Refuse what a template leaves out of a talk with tools: calls, and what the tools answer.
+    """Refuse tools, calls of them, what they answer, or reasoning that a template leaves out.
 
-    The model would learn an empty turn in place of a call, and an answer from nothing.
+    The model would learn an empty turn in place of a call, and an answer from nothing. Reasoning
+    must be rendered in a last turn: many templates drop that of earlier turns on purpose.
     """
     messages = conversation.messages
+    _check_reasoning(template, conversation)
     no_calls = tuple({k: v for k, v in m.items() if k != "tool_calls"} for m in messages)
     others = tuple({**m, "content": _MARK} if m["role"] == "tool" else m for m in messages)
-    for changed, what in ((no_calls, "tool_calls"), (others, "messages of the role tool")):
-        if changed == messages:
-            continue
-        try:
-            text = _render(template, replace(conversation, messages=changed), len(messages))
-        except InputError:  # So it reads them: some want a call before a tool's answer.
-            continue
-        if text == whole:
+    for changed, what in (
+        (replace(conversation, tools=()), "the tools"),
+        (replace(conversation, messages=no_calls), "tool_calls"),
+        (replace(conversation, messages=others), "messages of the role tool"),
+    ):
+        if changed != conversation and _renders_as(template, changed, whole):
             raise _error(template, conversation, f"leaves out {what}")
+
+
+def _check_reasoning(template: Template, conversation: Conversation) -> None:
+    """Refuse reasoning in a key that the template does not read, even where its turn is last."""
+    for number, message in reversed([*enumerate(conversation.messages, start=1)]):
+        key = next((key for key in _REASONING if message.get(key)), None)
+        if key and message["role"] == "assistant":
+            *before, last = conversation.messages[:number]
+            without = {k: v for k, v in last.items() if k != key}
+            whole = _render(template, conversation, number)
+            changed = replace(conversation, messages=(*before, without))
+            if _renders_as(template, changed, whole):
+                raise _error(template, conversation, f"leaves out {key}")
+            return
+
+
+def _renders_as(template: Template, conversation: Conversation, text: str) -> bool:
+    try:
+        return _render(template, conversation, len(conversation.messages)) == text
+    except InputError:  # So it reads what is missing: some want a call before a tool's answer.
+        return False
 
 
 def _by_prefixes(template: Template, conversation: Conversation, whole: str) -> list[Span]:
     found = []
     for number, message in enumerate(conversation.messages[:-1]):
-        if message["role"] == "assistant" and number >= conversation.context:
+        learned = number >= conversation.context and number not in conversation.unlearned
+        if message["role"] == "assistant" and learned:
             before = _render(template, conversation, number, prompt=True)
             up_to = _render(template, conversation, number + 1)
             if not up_to.startswith(before):
@@ -180,16 +205,20 @@ def _by_mask(template: Template, conversation: Conversation, whole: str) -> list
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    first = 0
-    if conversation.context:
-        context = _render(template, conversation, conversation.context)
-        if not whole.startswith(context):
-            raise _no_prefix(template, conversation, conversation.context, context, whole)
-        first = len(context)
+
+    def place(number: int) -> int:
+        """Where message `number` starts."""
+        before = _render(template, conversation, number) if number else ""
+        if not whole.startswith(before):
+            raise _no_prefix(template, conversation, number, before, whole)
+        return len(before)
+
+    first = place(conversation.context)
+    unlearned = [(place(number), place(number + 1)) for number in sorted(conversation.unlearned)]
     return [
         (_behind_header(template.header, whole, start), stop)
         for start, stop in spans[0]
-        if start >= first
+        if start >= first and not any(a <= start < b for a, b in unlearned)
     ]
 
 

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ),  # `selection.position`, by which scored rows are shared out.
         ("references", pa.list_(pa.string())),  # Further right answers; null where there are none.
         ("kept", pa.int32()),  # Tokens at the start of the prompt that `cut_left` keeps.
+        ("question", pa.string()),  # What the user asks, for scorers; null if that is the prompt.
     ]
 )
 
@@ -97,6 +98,10 @@ def encode(
             "kept": [
                 _kept_tokens(tokenizer, text, row) for text, row in zip(texts, encoded, strict=True)
             ],
+            "question": [
+                None if text.end is None else _question(row)
+                for text, row in zip(texts, rows, strict=True)
+            ],
         },
         schema=SCHEMA,
     )
@@ -116,6 +121,13 @@ def _texts(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], chat: bool
             text = text._replace(kept=start + row.kept)
         texts.append(text)
     return texts
+
+
+def _question(row: Row) -> str:
+    """What a chat template was applied to; of a conversation, the user's last words."""
+    talk = row.conversation.messages if row.conversation else ()
+    asked = [message["content"] for message in talk if message["role"] == "user"]
+    return str(asked[-1]) if asked else row.prompt
 
 
 def _as_conversation(row: Row) -> Conversation:
@@ -148,6 +160,8 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> lis
     ids = tokenizer(pairs, add_special_tokens=special)["input_ids"]
     encoded = []
     for text, prompt, whole in zip(texts, ids[::2], ids[1::2], strict=True):
+        if _has_second_bos(tokenizer, text, whole):
+            prompt, whole = prompt[1:], whole[1:]
         if special and prompt[-1:] == [end]:
             # Some tokenizers append EOS to every text; the answer must follow the prompt directly.
             prompt = prompt[:-1]
@@ -161,6 +175,15 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Text]) -> lis
         earlier = _tokens_of(tokenizer, text) if text.earlier else ()
         encoded.append(Encoded([*prompt, *answer, last], len(prompt), earlier))
     return encoded
+
+
+def _has_second_bos(tokenizer: "PreTrainedTokenizerBase", text: Text, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer put BOS before a prompt that begins with its text."""
+    start = tokenizer.bos_token
+    if not start or text.end is not None or not text.prompt.startswith(start):
+        return False
+    written = 1 + text.prompt.startswith(2 * start)
+    return list(ids[: written + 1]) == [tokenizer.bos_token_id] * (written + 1)
 
 
 def _end(text: Text) -> str:
@@ -192,7 +215,8 @@ def _starts(tokenizer: "PreTrainedTokenizerBase", text: Text) -> list[int]:
         )
     special = text.end is None
     read = tokenizer(text.prompt, add_special_tokens=special, return_offsets_mapping=True)
-    return [start for start, _ in read["offset_mapping"]]
+    starts = [start for start, _ in read["offset_mapping"]]
+    return starts[_has_second_bos(tokenizer, text, read["input_ids"]) :]
 
 
 def cut_left(row: Encoded, length: int, special: Collection[int], kept: int = 0) -> Encoded | None:

@@ -1,6 +1,8 @@
 """Layouts of records: which columns become a row's prompt and answer, or its conversation."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -88,7 +90,7 @@ def _of_messages(record: Mapping[str, Any], place: str) -> Row:
 
 def _of_prompt_completion(record: Mapping[str, Any], place: str) -> Row:
     """TRL's: texts as they are, or lists of messages, of which the completion is learned."""
-    prompt, completion = (_column(record, key, place) for key in ("prompt", "completion"))
+    prompt, completion = (_given(_column(record, k, place)) for k in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         tools = record.get("tools")
         return messages.row_of([*prompt, *completion], tools, place, context=len(prompt))
@@ -98,6 +100,16 @@ def _of_prompt_completion(record: Mapping[str, Any], place: str) -> Row:
             "both must be text, or both lists of messages"
         )
     return Row(text(record, "prompt", place), text(record, "completion", place))
+
+
+def _given(value: Any) -> Any:
+    """A value, or the messages that JSON text in a column of CSV or Parquet stands for."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if found and all(isinstance(each, dict) and "role" in each for each in found):
+                return found
+    return value
 
 
 def _of_alpaca(record: Mapping[str, Any], place: str, *, chat: bool = False) -> Row:
@@ -114,7 +126,7 @@ def _of_alpaca(record: Mapping[str, Any], place: str, *, chat: bool = False) -> 
 
 
 def _of_sharegpt(record: Mapping[str, Any], place: str) -> Row:
-    """`conversations` of `from` and `value`, perhaps `system` and `tools`."""
+    """`conversations` of `from` and `value` (or messages), perhaps `system` and `tools`."""
     turns = _column(record, "conversations", place)
     if not isinstance(turns, list):
         raise InputError(f"{place}: 'conversations' is {kind(turns)}, not a list")
@@ -127,10 +139,13 @@ def _of_sharegpt(record: Mapping[str, Any], place: str) -> Row:
 def _turn(turn: Any, place: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise InputError(f"{place} is {kind(turn)}, not an object")
+    if "from" not in turn and "role" in turn:  # Messages under the name of ShareGPT's column.
+        return dict(turn)
     role = turn.get("from")
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise InputError(f"{place}: from {role!r} is none of {', '.join(_SHAREGPT_ROLES)}")
-    return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value")}
+    weight = {"weight": turn["weight"]} if "weight" in turn else {}
+    return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **weight}
 
 
 def _column(record: Mapping[str, Any], name: str, place: str) -> Any:

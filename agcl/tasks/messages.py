@@ -16,28 +16,36 @@ ROLES = ("system", "user", "assistant", "tool")
 def row_of(messages: Any, tools: Any, place: str, *, context: int = 0) -> Row:
     """Make a row of a list of messages (or its JSON text), up to the last assistant turn.
 
-    `context`: number of messages at the start whose assistant turns carry no loss. Raises
-    `InputError` naming place and message for an unknown role, content that is not text, a first
-    turn (after system messages) that is not the user's, or no assistant turn after the context.
+    `context`: number of messages at the start whose assistant turns carry no loss; nor do those
+    with OpenAI's `weight` 0. Raises `InputError` naming place and message for an unknown role,
+    content that is not text, a first turn (after system messages) that is not the user's, no
+    assistant turn after the context, or a last one of weight 0.
     """
     checked = [
         _message(value, f"{place}, message {number}")
         for number, value in enumerate(_list(messages, "messages", place), start=1)
     ]
+    weights = [message.pop("weight", 1) for message in checked]
     last = max((n for n, m in enumerate(checked) if m["role"] == "assistant"), default=-1)
     if last < context:
         raise InputError(f"{place}: no assistant message, so nothing to learn")
     first = next(m["role"] for m in checked if m["role"] != "system")
     if first != "user":
         raise InputError(f"{place}: the first turn is the {first}'s, not the user's")
+    if not weights[last]:
+        raise InputError(
+            f"{place}, message {last + 1}: the last assistant message has weight 0, but is the one "
+            "that is scored; leave it out"
+        )
     *before, answer = checked[: last + 1]
+    unlearned = {n for n, m in enumerate(before) if m["role"] == "assistant" and not weights[n]}
     given = tuple(_object(tool, f"{place}: a tool") for tool in _list(tools or [], "tools", place))
     _check_json([*before, answer, *given], place)
     return Row(
         "\n".join(message["content"] for message in before),
         answer["content"]
         or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False).strip('"'),
-        conversation=Conversation((*before, answer), given, context, place),
+        conversation=Conversation((*before, answer), given, context, place, frozenset(unlearned)),
     )
 
 
@@ -52,12 +60,24 @@ def _check_json(values: list[Any], place: str) -> None:
 
 
 def kinds_of_turns(conversation: Conversation) -> set[str]:
-    """What a chat template may treat differently: who follows whom, tools, several answers."""
-    roles = ["", *(message["role"] for message in conversation.messages)]
+    """What a chat template may treat differently: who follows whom, tools, several answers.
+
+    Also which keys a message has, how many calls, whether it has a thought, and whether it is last.
+    """
+    messages = conversation.messages
+    roles = ["", *(message["role"] for message in messages)]
     kinds = {f"{before} {after}" for before, after in pairwise(roles)}
     kinds |= {"tools"} if conversation.tools else set()
-    kinds |= {"calls" for message in conversation.messages if message.get("tool_calls")}
+    kinds |= {"unlearned"} if conversation.unlearned else set()
+    kinds |= {"last " * (n == len(messages)) + _kind(m) for n, m in enumerate(messages, start=1)}
     return kinds | ({"several"} if roles.count("assistant") > 1 else set())
+
+
+def _kind(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    calls = min(len(message.get("tool_calls", ())), 2)  # Llama 3.1's template refuses several.
+    thought, blank = "</think>" in content, not content.strip()
+    return f"{message['role']} {sorted(message)} {calls=} {thought=} {blank=}"
 
 
 def _list(value: Any, name: str, place: str) -> Sequence[Any]:
@@ -93,6 +113,8 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise InputError(f"{place}: role {role!r} is none of {', '.join(ROLES)}")
+    if message.get("weight", 1) not in (0, 1):
+        raise InputError(f"{place}: weight {message['weight']!r} is neither 0 nor 1")
     if not message.get("tool_calls"):  # Some templates take an empty list for calls.
         message.pop("tool_calls", None)
     elif calls := message["tool_calls"]:

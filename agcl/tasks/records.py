@@ -212,6 +212,8 @@ def _csv(file: Path) -> Records:
             header = next(rows, [])
             if "".join(header).lstrip().startswith(("{", "[")):
                 raise InputError(f"{file}: not CSV: it begins like JSON")
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise InputError(f"{file}: the header names the column {twice!r} twice")
             for row in rows:
                 place = f"{file}, line {rows.line_num}"
                 if not row:

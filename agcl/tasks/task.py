@@ -23,6 +23,8 @@ class Conversation:
     """Number of messages at the start whose assistant turns carry no loss."""
     place: str = field(default="", compare=False)
     """File and row, for error messages."""
+    unlearned: frozenset[int] = frozenset()
+    """Indices of further assistant messages without loss."""
 
 
 @dataclass(frozen=True, slots=True)

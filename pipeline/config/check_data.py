@@ -212,7 +212,7 @@ def _has_text(file: Path, key: str, *, whole: bool = False) -> bool:
     with at_key(key):
         check_pulled(file)
     try:
-        with file.open(encoding="utf-8") as text:
+        with file.open(encoding="utf-8-sig") as text:
             found = any(part.strip() for part in iter(partial(text.read, 1000), ""))
             while whole and text.read(2**20):
                 pass

@@ -80,12 +80,6 @@ class OwnTasks(TaskSection, Rendering):
     sequence: tuple[OwnTask, ...] = Field(min_length=1)
     """Tasks in training order."""
 
-    @property
-    def has_conversations(self) -> bool:
-        """By the chat template, or by a task's layout."""
-        layouts = (task.layout or self._layout for task in self.sequence)
-        return self.chat_template or any(name in ("messages", "sharegpt") for name in layouts)
-
     @model_validator(mode="after")
     def _check_layouts(self) -> "OwnTasks":
         """Refuse a template that no layout uses, and a layout against the format."""

@@ -10,7 +10,7 @@ from agcl.tasks.encoding import encoded_rows
 from pipeline.config.config import Config
 from pipeline.config.sources import base_rows, open_task, selection, sources
 
-_LONGEST = 8
+LONGEST = 8
 """Rows per split that are tokenized: those with the most characters, and with the longest answer.
 One with fewer characters rarely has more tokens."""
 
@@ -57,15 +57,15 @@ def longest_row(config: Config) -> tuple[int, int]:
     for source in sources(config):
         task = open_task(source.settings, source.files, selection(config, source))
         for read in task.splits.values():
-            rows = nlargest(_LONGEST, read(), key=_size)
-            rows += nlargest(_LONGEST, read(), key=lambda row: len(row.answer))
+            rows = nlargest(LONGEST, read(), key=size)
+            rows += nlargest(LONGEST, read(), key=lambda row: len(row.answer))
             for row in encoded_rows(encode(tokenizer, rows, chat=config.tasks.chat_template)):
                 length = min(most, len(row.input_ids))
                 tokens, answer = max(tokens, length), max(answer, min(length, row.loss_tokens))
     return tokens, answer
 
 
-def _size(row: Row) -> int:
+def size(row: Row) -> int:
     """Characters of the text; of a conversation also those of its tools and their calls."""
     talk = row.conversation
     if talk is None:

@@ -45,11 +45,6 @@ class TaskSection(Section):
     """Render each prompt as a user's message and each answer as the assistant's, by the tokenizer's
     chat template. Conversations always are."""
 
-    @property
-    def has_conversations(self) -> bool:
-        """Whether the chat template renders the rows, as far as the config tells."""
-        return self.chat_template
-
     @abstractmethod
     def sources(self, config: "Config") -> Iterator[Source]:
         """The tasks in training order. Raises `InputError` for a missing file or folder."""

@@ -73,7 +73,11 @@ def _picked(rows: Sequence[pa.Table]) -> list[dict[str, Any]]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    """The beginning and the end: what a long prompt asks is often at its end."""
+    half = _LONGEST // 2
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
 
 
 def losses(run: Run) -> dict[str, list[tuple[int, float]]]:

@@ -16,6 +16,7 @@ from pipeline.plan.plan import Run
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.files import CARD, LOCATION, MODEL
 from pipeline.results.results import METRIC_TITLES, RunResult, base_measures, base_title
+from pipeline.results.run_folder import summaries
 from pipeline.results.templates import render
 from pipeline.stages.files import ADAPTER, CHECKS, LOG_FILE
 from pipeline.storage import artifact
@@ -58,7 +59,13 @@ def write_model_folder(run: Run, result: RunResult, mlflow_run: str | None) -> N
     if uri:  # Links into the artifact, whose files stay as they were trained.
         dtype = getattr(torch, trained)
     text = card(
-        run.config, result, mlflow_run, adapter=adapter_alone(model), dtype=dtype, trained=trained
+        run.config,
+        result,
+        mlflow_run,
+        chat=any(summary.get("conversations") for summary in summaries(run).values()),
+        adapter=adapter_alone(model),
+        dtype=dtype,
+        trained=trained,
     )
     aside.joinpath(CARD).unlink(missing_ok=True)  # PEFT leaves an empty card.
     (aside / CARD).write_text(text, encoding="utf-8")
@@ -95,11 +102,15 @@ def card(
     result: RunResult,
     mlflow_run: str | None,
     *,
+    chat: bool = False,
     adapter: bool = False,
     dtype: torch.dtype = torch.float32,
     trained: str = "float32",
 ) -> str:
-    """Render the model card: Markdown with the YAML header that the Hugging Face Hub reads."""
+    """Render the model card: Markdown with the YAML header that the Hugging Face Hub reads.
+
+    `chat`: whether the model was trained on rows that its chat template rendered.
+    """
     return render(
         "model_card.md.j2",
         escape=False,  # The card is not HTML: the filter `code` protects it instead.
@@ -113,7 +124,7 @@ def card(
         lora_rank=config.adapter and next(r for r in _RANKS if r >= min(config.adapter.rank, 512)),
         dtype=str(dtype).removeprefix("torch."),
         trained=trained,
-        chat=config.tasks.has_conversations,
+        chat=chat,
         run=result,
         base_measures={base_title(key): of for key, of in base_measures(result).items()},
         metric_titles={key: METRIC_TITLES[key] for key in _METRICS},

@@ -73,7 +73,7 @@ def measure(
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, file: Path, most: int) -> list[int]:
-    with file.open(encoding="utf-8") as text:
+    with file.open(encoding="utf-8-sig") as text:
         beginning = text.read(most * _CHARACTERS)
     ids: list[int] = tokenizer(beginning, add_special_tokens=False)["input_ids"]
     return ids[:most]

@@ -81,6 +81,8 @@ def pieces_of(path: Path, *, samples: int, size: int, seed: int) -> Iterator[str
             room = max(0, files[index].stat().st_size - size)
             start = stream.seek(min(place - starts[index], room))
             text = stream.read(size).decode("utf-8", errors="ignore")
+        # As Python reads a text file that may begin with a byte order mark.
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         if words := text.split(maxsplit=1):
             yield words[-1] if start else text
 
@@ -103,6 +105,7 @@ def _write(texts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, out_dir
             "position": [0.0] * len(texts),
             "references": [None] * len(texts),
             "kept": [0] * len(texts),
+            "question": [None] * len(texts),
         },
         schema=SCHEMA,
     )

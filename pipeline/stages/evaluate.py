@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from agcl.model import models
 from agcl.scoring.evaluate import predict
@@ -209,10 +210,11 @@ def _scored(
     if name == TEACHER_FORCED:
         return [float(right) for right in exact]
     scorer = scorer_named(name)
-    columns = rows["prompt"].to_pylist(), rows["references"].to_pylist()
+    questions = pc.coalesce(rows["question"], rows["prompt"]).to_pylist()
+    columns = questions, rows["references"].to_pylist()
     scored = [
-        max(score(scorer, text, each, prompt) for each in (reference, *(others or ())))
-        for text, reference, prompt, others in zip(texts, expected, *columns, strict=True)
+        max(score(scorer, text, each, question) for each in (reference, *(others or ())))
+        for text, reference, question, others in zip(texts, expected, *columns, strict=True)
     ]
     for row, value in enumerate(scored):
         if not (math.isfinite(value) and 0 <= value <= 1):

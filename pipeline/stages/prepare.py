@@ -41,6 +41,8 @@ def prepare(
 ) -> None:
     """Write `<split>.arrow` for every split, and `summary.json` with counts.
 
+    `summary.json` also says whether the chat template rendered any rows (`conversations`).
+
     Rows stream through Ray Data in order; a split is never in memory as a whole. Rows without a
     prompt or an answer, and rows longer than `max_length` tokens, are dropped and counted. With
     `truncate: left` the beginning of a long row's prompt, behind any instruction, is cut if its
@@ -55,6 +57,7 @@ def prepare(
         selection["validation"] = 0.0
     task = select(task, **selection)
     summary: dict[str, dict[str, int]] = {}
+    conversations = False
     done = 0
     cut = config["truncate"] == "left"
     encoded = _encoded_by_ray if context.ray_data else _encoded_here
@@ -71,6 +74,7 @@ def prepare(
                 if cut:
                     table = _cut(table, config["max_length"], tokenizer, counts)
                 table = _short(table, config["max_length"], counts)
+                conversations |= table["earlier"].null_count < table.num_rows
                 writer.write_table(table)
                 done += table.num_rows
                 context.log({"rows": done}, done)
@@ -80,7 +84,14 @@ def prepare(
                 "(tasks.max_length, or fewer that the model has positions for)"
             )
         summary[split] = counts
-    write_json(out_dir / SUMMARY, {"splits": summary, "scored": dict(task.scored)})
+        if counts["too_long"]:  # Said before hours of training without them.
+            advice = "" if cut else "; tasks.truncate=left cuts their prompts instead"
+            context.warn(
+                f"{counts['too_long']} {split} rows are longer than {config['max_length']} tokens "
+                f"and are left out{advice}"
+            )
+    found = {"splits": summary, "scored": dict(task.scored), "conversations": conversations}
+    write_json(out_dir / SUMMARY, found)
 
 
 def _encoded_here(

@@ -131,6 +131,35 @@ def test_rows_longer_than_the_model_takes_are_counted_or_refused(agcl, capsys, m
     assert "some: 1 of the 6 rows looked at have more than 512 tokens" in capsys.readouterr().out
 
 
+def test_files_sorted_by_length_and_longer_test_rows_get_a_limit_that_fits(agcl, model_folder):
+    rows = [{"prompt": "Who? " * (1 + n // 100), "answer": "Me"} for n in range(1200)]
+    written(agcl.place / "a.jsonl", rows)
+    written(agcl.place / "a-test.jsonl", [{"prompt": "Who? " * 60, "answer": "Me"}])
+    assert agcl("init", model_folder, "a.jsonl") == (cli.OK, [])
+    file = agcl.place / "config.yaml"
+    longest = int(file.read_text().partition("the longest ")[2].partition(".")[0])
+    assert 60 < longest <= loading.load(file).tasks.max_length < longest + 64
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"instruction": "Who?", "context": "A shop", "response": "Me"}, "context"),
+        ({"question": "Who?", "context": "A", "answer": "Me", "id": 0, "x": None}, "context, id"),
+        ({"instruction": "Who?", "input": "", "output": "Me", "system": "Hi", "a,\n: b": "c"},
+         "system, 'a,\\n: b'"),
+        ({"prompt": "Who?", "completion": "Me", "tools": None}, ""),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_trained_on_are_named(agcl, capsys, model_folder, row, unused):
+    written(agcl.place / "d.jsonl", [row] * 9)
+    assert cli.main(["init", str(model_folder), "d.jsonl"]) == cli.OK
+    shown, file = capsys.readouterr().out, agcl.place / "config.yaml"
+    assert (f"d: columns that are not trained on: {unused}" in shown) == bool(unused)
+    assert (f"# Columns that are not trained on: {unused}" in file.read_text()) == bool(unused)
+    loading.load(file)
+
+
 def test_several_formats_a_file_that_exists_and_no_model_are_named(agcl, model_folder):
     written(agcl.place / "a.jsonl", [{"prompt": "Who?", "answer": "Me"}] * 9)
     written(agcl.place / "b.jsonl", [{"question": "Who?", "answer": "Me"}] * 9)

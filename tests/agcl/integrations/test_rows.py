@@ -146,6 +146,10 @@ def test_rows_without_a_token_that_counts_are_left_out(llama, tokenizer):
     ("row", "message"),
     [
         ({"messages": []}, "row 1: no assistant message"),
+        (
+            {"messages": [*chat.MESSAGES[:2], {"role": "assistant", "content": " "}]},
+            "row 1: .*blank",
+        ),
         ({"question": "w5"}, r"row 1 \(\['question'\]\) is not a text"),
         (3, r"row 1 \(int\) is not"),
         ({"prompt": [{"role": "user"}], "completion": []}, "row 1"),

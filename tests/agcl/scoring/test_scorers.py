@@ -52,6 +52,14 @@ def test_a_correct_answer_scores_one_and_an_empty_one_little(name, text):
             2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6),
         ),
         ("rouge_l", "支持学校", "学校", 2 * (2 / 4) / (2 / 4 + 1)),
+        # Vowel signs and accents belong to their word: one word of four is equal.
+        ("rouge_l", "कमल घर जाता है", "काला घोड़ा दौड़ता है", 0.25),
+        ("rouge_l", "பெண் வந்தாள்", "பெண் போனாள்", 0.5),
+        ("rouge_l", "שָׁלוֹם", "שִׁיר", 0),
+        ("rouge_l", "می‌خواهم", "می‌روم", 0),
+        ("rouge_l", "café", "cafe\u0301", 1),
+        ("rouge_l", "ガラス", "カ\u3099ラス", 1),
+        ("token_f1", "Rome ❤️", "Rome ❤️", 1),
         # By rouge_score 0.1.2 with use_stemmer=True. "runs" becomes "run", like "running".
         ("rouge_l_stemmed", "The dogs were running quickly", "a dog runs quickly, running", 0.6),
         (

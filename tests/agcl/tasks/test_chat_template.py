@@ -172,6 +172,19 @@ def test_turns_of_the_context_carry_no_loss():
         assert learned(tokenizer, row) == ["Since 2019.\n<|im_end|>", "In München.<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [chat.QWEN_PLAIN, chat.QWEN_MASKED, MASK_WITH_HEADER])
+@pytest.mark.parametrize("skipped", [2, 4])
+def test_turns_of_weight_0_carry_no_loss(template, skipped):
+    """OpenAI's: such an answer is shown, and not learned."""
+    tokenizer = chat.tokenizer(template)
+    talk = [dict(message) for message in chat.MESSAGES]
+    every = encoded(tokenizer, talk)
+    talk[skipped]["weight"], talk[-1]["weight"] = 0, 1
+    some = encoded(tokenizer, talk)
+    assert some.input_ids == every.input_ids
+    assert some.spans == [span for n, span in enumerate(every.spans) if n != skipped // 2 - 1]
+
+
 def test_messages_behind_the_last_answer_are_left_out():
     tokenizer = chat.tokenizer()
     assert encoded(tokenizer, chat.MESSAGES[:-1]) == encoded(tokenizer, chat.MESSAGES[:5])
@@ -236,6 +249,30 @@ def test_a_template_that_leaves_out_calls_or_answers_of_tools_is_refused(talk, s
     with pytest.raises(InputError, match=f"^f, line 3: the chat template of .* {said}$"):
         encode(chat.tokenizer(template), [row])
     encode(chat.tokenizer(), [row])
+
+
+def test_a_template_that_leaves_out_the_tools_is_refused_also_without_calls():
+    row = messages.row_of(chat.MESSAGES, chat.TOOLS, "f, line 3")
+    with pytest.raises(InputError, match=r"^f, line 3: .* leaves out the tools$"):
+        encode(chat.tokenizer(chat_ml("true")), [row])
+    encode(chat.tokenizer(), [row])
+
+
+def test_a_template_that_leaves_out_reasoning_is_refused_unless_only_in_earlier_turns():
+    asked, said = chat.MESSAGES[1], {**chat.MESSAGES[2], "reasoning_content": "A city."}
+    row = messages.row_of([asked, said], None, "f, line 3")
+    with pytest.raises(InputError, match=r"^f, line 3: .* leaves out reasoning_content$"):
+        encode(chat.tokenizer(), [row])
+    last = "m.role == 'assistant' and m.reasoning_content and loop.last"
+    thought = (
+        f"{{% if {last} %}}{{{{ '<think>' + m.reasoning_content + '</think>' }}}}{{% endif %}}"
+    )
+    template = LLAMA3.replace(" + m.content +", f" }}}}{thought}{{{{ m.content +")
+    [row] = encoded_rows(encode(chat.tokenizer(template), [row]))
+    assert row.loss_tokens
+    talk = [asked, said, *chat.MESSAGES[3:5]]
+    row = messages.row_of(talk, None, "f, line 3", context=3)
+    encode(chat.tokenizer(template), [row])
 
 
 def test_a_template_that_insists_on_calls_or_on_their_answers_renders_them():

@@ -1,5 +1,7 @@
 """Tokenized rows: where the answer starts and ends, and the memory-mapped file."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
@@ -239,6 +241,18 @@ def test_special_tokens_are_only_before_the_prompt_and_after_the_answer(framing_
         assert ids[-1] == end
         assert end not in ids[:-1]
         assert 1 < prompt_tokens < len(ids) - 1
+
+
+@pytest.mark.parametrize(("text", "starts"), [("", 1), ("<start>", 1), ("<start><start>", 2)])
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(framing_tokenizer, text, starts):
+    start, row = framing_tokenizer.bos_token_id, Row(ROWS[0].prompt, " Rome")
+    table = encode(framing_tokenizer, [replace(row, prompt=text + row.prompt, kept=len(text) + 8)])
+    [found], [plain] = encoded_rows(table), encoded_rows(encode(framing_tokenizer, [row]))
+    more = starts - 1
+    assert found.input_ids == [start] * more + plain.input_ids
+    assert found.prompt_tokens == plain.prompt_tokens + more
+    kept = encode(framing_tokenizer, [replace(row, kept=8)])["kept"][0].as_py()
+    assert table["kept"][0].as_py() == kept + (more if starts > 1 else 0)
 
 
 def test_rows_round_trip_through_a_memory_mapped_file(tmp_path, tokenizer):

@@ -52,6 +52,21 @@ def test_prompt_and_completion_are_texts_as_they_are_or_messages(rows):
     assert talk == messages.row_of(TALK, None, "", context=3)
 
 
+def test_prompt_and_completion_may_be_messages_as_json_text(rows):
+    """As CSV and Parquet hold them; other text that is JSON stays text."""
+    as_text = {"prompt": json.dumps(TALK[:3]), "completion": json.dumps(TALK[3:])}
+    talk, text = rows("prompt_completion", as_text, {"prompt": "[1, 2]", "completion": "[3]"})
+    assert talk == messages.row_of(TALK, None, "", context=3)
+    assert (text.prompt, text.answer, text.conversation) == ("[1, 2]", "[3]", None)
+    with pytest.raises(InputError, match="'prompt' is a list and 'completion' text"):
+        rows("prompt_completion", {**as_text, "completion": "Yes"})
+
+
+def test_conversations_may_be_messages(rows):
+    [talk] = rows("sharegpt", {"conversations": TALK})
+    assert talk == messages.row_of(TALK, None, "")
+
+
 def test_alpaca_with_and_without_input_and_chat_template(rows):
     records = [
         {"instruction": "Add.", "input": "2 and 3", "output": "5"},
@@ -197,6 +212,7 @@ def test_csv_is_text_as_it_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (b"prompt,answer,prompt\na,b,c\n", "rows.csv: the header names the column 'prompt' twice"),
         (b"prompt,answer\na\n", "rows.csv, line 2: 1 fields, but 2 columns in the header"),
         (b"prompt,answer\na,b,c\n", "rows.csv, line 2: 3 fields, but 2 columns in the header"),
         (b'prompt,answer\n"a,b\n', "rows.csv, line 2: not CSV (unexpected end of data)"),

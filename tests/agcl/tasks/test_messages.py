@@ -41,6 +41,11 @@ def test_no_calls_of_tools_are_left_out(calls):
             [{"role": "user", "content": [{"type": "image_url"}]}, SAID],
             "f, line 2, message 1: content of type 'image_url'; only text is supported",
         ),
+        ([ASKED, {**SAID, "weight": 0.5}], "f, line 2, message 2: weight 0.5 is neither 0 nor 1"),
+        (
+            [ASKED, SAID, ASKED, {**SAID, "weight": 0}, ASKED],
+            "f, line 2, message 4: the last assistant message has weight 0",
+        ),
         ([ASKED, {**SAID, "tool_calls": 5}], "message 2: 'tool_calls' is a number, not a list"),
     ],
 )
@@ -75,6 +80,27 @@ def test_calls_have_numbers_and_arguments_as_objects_whatever_they_came_in():
     last = row_of(chat.CALLS[:2], json.dumps(chat.TOOLS))
     assert json.loads(last.answer)[0]["function"]["name"] == "add"
     assert last.conversation.tools == tuple(chat.TOOLS)
+
+
+def test_messages_of_another_make_are_of_another_kind():
+    """A template may refuse what it finds in a message, such as Llama 3.1 two calls."""
+    call = chat.CALLS[1]["tool_calls"][0]
+    variants = [
+        [ASKED, SAID],
+        [ASKED, {**SAID, "reasoning_content": "So."}],
+        [ASKED, {**SAID, "content": "<think>So.</think>Me"}],
+        [ASKED, {**SAID, "content": "", "tool_calls": [call]}],
+        [ASKED, {**SAID, "content": "", "tool_calls": [call] * 2}],
+        [ASKED, {**SAID, "reasoning_content": "So.", "tool_calls": [call]}],
+        [ASKED, SAID, ASKED, SAID],
+        [ASKED, {**SAID, "weight": 0}, ASKED, SAID],
+    ]
+    seen = set()
+    for talk in variants:
+        kinds = messages.kinds_of_turns(row_of(talk).conversation)
+        assert not seen.issuperset(kinds), talk
+        seen |= kinds
+    assert seen.issuperset(messages.kinds_of_turns(row_of([ASKED, SAID]).conversation))
 
 
 def test_a_blank_last_turn_is_an_empty_row():

@@ -46,6 +46,10 @@ def test_the_card_says_how_to_serve_and_evaluate_the_model(tiny_config, tmp_path
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "org/tiny"
     assert "vllm serve FOLDER" in lines
     assert "lm_eval --model hf --model_args pretrained=FOLDER --tasks arc_easy" in lines
+    assert "apply_chat_template" not in text
+    assert "apply_chat_template" in card(
+        tiny_config(tmp_path), recorded("gate-seed0"), None, chat=True
+    )
     assert "mlflow models serve --model-uri models:/mine/VERSION --env-manager local" in lines
 
 

@@ -27,6 +27,7 @@ from pipeline.config.presets import METHODS
 from pipeline.results import figures
 from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
+from pipeline.results.examples import _cut
 from pipeline.results.figures import draw
 from pipeline.results.report import description, numbers, rewrite_report, write_report
 from pipeline.results.results import (
@@ -286,6 +287,15 @@ def test_example_answers_are_right_and_wrong_ones_before_and_after(agcl):
         was, still = row["learned"][1] >= 0.5, row["final"][1] >= 0.5
         assert row["kind"] == ("not learned" if not was else "kept" if still else "forgotten")
         assert still == (row["final"][0].strip() == row["answer"].strip())
+
+
+def test_of_a_long_prompt_the_end_is_shown_too():
+    """It often holds the question."""
+    cut = _cut("Read this. " + "word " * 999 + "Who runs the shop?")
+    assert cut.startswith("Read this. word")
+    assert cut.endswith("word Who runs the shop?")
+    assert " … 4724 characters … " in cut
+    assert _cut("x" * 300) == "x" * 300
 
 
 def test_a_method_has_its_color_in_every_report():

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from pipeline.stages.kept import _text_ids
+from reference import chat
 
 from agcl.errors import InputError
 from agcl.importance import Importance
 from agcl.model import adapter, models
 from agcl.tasks import EncodedRows
+from pipeline.config.check_data import _has_text
 from pipeline.config.sources import text_files
 from pipeline.stages.base_text import pieces_of
 from pipeline.stages.files import IMPORTANCE_FILE, PAST_FILE, TEXTS
@@ -169,6 +172,17 @@ def test_a_text_is_cut_at_words_over_all_files(tmp_path, run):
 def test_a_short_text_gives_fewer_pieces(tmp_path):
     (tmp_path / "a.txt").write_text("one two three", encoding="utf-8")
     assert list(pieces_of(tmp_path / "a.txt", samples=9, size=100, seed=0)) == ["one two three"]
+
+
+def test_byte_order_marks_and_line_ends_of_windows_are_no_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert list(pieces_of(file, samples=1, size=100, seed=0)) == ["one\ntwo\n"]
+    tokenizer = chat.tokenizer()
+    expected = tokenizer("one\ntwo\n", add_special_tokens=False)["input_ids"]
+    assert _text_ids(tokenizer, file, 100) == expected
+    file.write_bytes(b"\xef\xbb\xbf\r\n")
+    assert not _has_text(file, "evaluation.text")
 
 
 def test_white_space_in_places_gives_fewer_pieces(tmp_path):

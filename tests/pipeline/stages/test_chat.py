@@ -227,6 +227,17 @@ def test_long_conversations_are_dropped_or_cut_and_counted(prepared, tmp_path):
     assert counts["tokens"] > counts["answer_tokens"] > 200 - 150
 
 
+def test_the_summary_says_whether_the_rows_are_conversations(prepared, tmp_path):
+    """The model card goes by it: with `prompt_completion` the config does not tell."""
+    talk, text = [TALKS[0][1:2], TALKS[0][2:3]], ["Where?", "Rome"]
+    for number, (prompt, completion) in enumerate((talk, text)):
+        row = {"prompt": prompt, "completion": completion}
+        file = lines(tmp_path / f"{number}.jsonl", [row])
+        prepared({"format": "prompt_completion", "sequence": [{"name": "n", "train": file}]})
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary["conversations"] == (row["prompt"] == talk[0])
+
+
 def test_layouts_may_differ_by_task(prepared, tmp_path):
     file = lines(tmp_path / "a.jsonl", [{"instruction": "Where?", "output": "Rome"}])
     task = {"name": "n", "train": file, "layout": "alpaca"}

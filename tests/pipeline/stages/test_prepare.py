@@ -118,15 +118,21 @@ def test_a_row_that_became_unreadable_after_the_check_is_named(tmp_path, model_f
 
 def test_rows_without_tokens_are_left_out_as_empty(tmp_path):
     """A tokenizer may strip a prompt or an answer to nothing; training needs a token of both."""
-    rows = [{"prompt": p, "answer": a} for p, a in (("#", "b"), ("b", "#"), ("a", "b"))]
+    long = ("a " * 60, "b")
+    rows = [{"prompt": p, "answer": a} for p, a in (("#", "b"), ("b", "#"), ("a", "b"), long)]
     lines(tmp_path / "rows.jsonl", rows)
     tokenizer = builtin_tokenizer(["a b"] * 4)
     tokenizer.backend_tokenizer.normalizer = Replace("#", "")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     inputs = {"tokenizer": tmp_path / "tokenizer", "file/train": tmp_path / "rows.jsonl"}
-    prepare(ITEM, inputs, tmp_path, Context(ray_data=False))
+    said = []
+    prepare(ITEM, inputs, tmp_path, Context(ray_data=False, warn=said.append))
     counts = json.loads((tmp_path / "summary.json").read_text())["splits"]["train"]
-    assert (counts["rows"], counts["empty"], counts["too_long"]) == (1, 2, 0)
+    assert (counts["rows"], counts["empty"], counts["too_long"]) == (1, 2, 1)
+    assert said == [
+        "1 train rows are longer than 50 tokens and are left out; tasks.truncate=left cuts their "
+        "prompts instead"
+    ]
 
 
 def test_a_folder_a_task_with_splits_by_file_name(prepared, tmp_path):

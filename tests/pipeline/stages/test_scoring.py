@@ -7,16 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from reference import chat
 
 from agcl.importance import Importance
 from agcl.model import models
 from agcl.model.builtin import builtin_model, builtin_tokenizer
 from agcl.scoring.scorers import SCORERS
-from agcl.tasks import EncodedRows, Row, encode
+from agcl.tasks import EncodedRows, Row, encode, messages
 from agcl.train import train_task
 from pipeline.stages.attribute import attribute
 from pipeline.stages.context import Context
-from pipeline.stages.evaluate import evaluate
+from pipeline.stages.evaluate import _scored, evaluate
 from pipeline.stages.metrics import report
 
 LEARNED = [
@@ -192,6 +193,19 @@ def test_more_scorers_are_evaluation_sets_of_their_own(scored):
     assert list(scores) == list(rows) == ["test", "test-token_f1", "test-rouge_l"]
     assert scores["test"] == 0.25
     assert scores["test-token_f1"] == pytest.approx(2.5 / 4)
+
+
+def test_a_scorer_gets_the_question_and_not_what_a_chat_template_makes_of_it():
+    """As SARI needs it: the template's words are no part of what is simplified."""
+    tokenizer = chat.tokenizer()
+    talk = messages.row_of(chat.MESSAGES, None, "")
+    rows = encode(tokenizer, [Row("Who? Me!", " Me!"), talk], chat=True)
+    assert "<|im_start|>" in rows["prompt"][0].as_py()
+    assert rows["question"].to_pylist() == ["Who? Me!", "And Žofie 🦔?"]
+    sari = SCORERS["sari"]("Me?", "Me!", "Who? Me!")
+    assert _scored("sari", ["Me?", ""], ["Me!", "?"], rows, [False] * 2)[0] == sari
+    plain = encode(tokenizer, [Row("Who? Me!", "Me!")])
+    assert _scored("sari", ["Me?"], ["Me!"], plain, [False]) == [sari]
 
 
 def test_a_score_that_is_none_is_refused_with_scorer_and_row(scored, monkeypatch):
