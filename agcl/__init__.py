@@ -1,8 +1,8 @@
 """agcl: attribution-guided continual learning of large language models.
 
 The method in plain torch. Start with `train.py` (the loop), `attribution/attribute.py` (relevance
-of every weight) and `modulation/` (how relevance slows or redirects updates). `METHOD.md` maps
-each equation to its function.
+of weights, second moments of layer inputs) and `modulation/` (how these slow or redirect updates).
+`METHOD.md` maps each equation to its function.
 """
 
 __version__ = "0.13.0"

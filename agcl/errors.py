@@ -6,5 +6,5 @@ class InputError(ValueError):
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """The text of an error, or a text, without line breaks, at most so many characters."""
+    """The text of an error, or a text, without line breaks, at most `most` characters."""
     return " ".join(str(error).split())[:most]

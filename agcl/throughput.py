@@ -24,7 +24,7 @@ _PEAK_TERAFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-"""Of dense bfloat16, from data sheets, by a part of the device's name. The first match counts."""
+"""Peak dense bfloat16 FLOP/s of data sheets, by part of a device's name; first match wins."""
 
 
 def meter(model: PreTrainedModel) -> Callable[[Sequence[int]], dict[str, float]]:
@@ -72,7 +72,7 @@ def _peak(name: str) -> float | None:
 
 
 def _weights(parameter: torch.Tensor) -> int:
-    """Of a parameter; bitsandbytes packs two into a byte."""
+    """Number of weights in a parameter; bitsandbytes packs two into a byte."""
     return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 

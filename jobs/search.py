@@ -1,4 +1,4 @@
-"""`agcl search`: Ray Tune over the scaling of the importances, or any other settings."""
+"""`agcl search`: Search one method's settings with Ray Tune and Optuna."""
 
 import argparse
 

@@ -36,8 +36,8 @@ def main(arguments: argparse.Namespace, command: str) -> int:
         return subprocess.run([*ray, *where, *job], env=mode | os.environ, check=False).returncode
     except KeyboardInterrupt:
         print(
-            "agcl: interrupted; a job that was submitted goes on: ray job logs --follow ID shows "
-            "its log again, ray job stop ID ends it",
+            "agcl: interrupted; a submitted job keeps running: ray job logs --follow ID shows its "
+            "log, ray job stop ID stops it",
             file=sys.stderr,
         )
         return INTERRUPTED

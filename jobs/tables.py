@@ -1,6 +1,6 @@
 """Tables in the terminal."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,8 +12,6 @@ from pipeline.results.results import METRIC_TITLES
 def table(
     text: Sequence[str],
     numbers: Sequence[str],
-    *,
-    no_wrap: Collection[str] = (),
     **settings: Any,
 ) -> Table:
     """An empty table with columns of text and then of numbers, narrow enough for 80 characters.
@@ -29,7 +27,7 @@ def table(
         **settings,
     )
     for column in text:
-        made.add_column(column, no_wrap=column in no_wrap, overflow="fold")
+        made.add_column(column, overflow="fold")
     for column in numbers:
         made.add_column(column, no_wrap=True, justify="right")
     return made

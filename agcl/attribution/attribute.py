@@ -1,4 +1,7 @@
-"""Relevance of every weight for a task's correct answers, streamed over samples and ranks."""
+"""Attribution of a task's answers: relevance of weights and second moments of layer inputs.
+
+Both are streamed over samples and ranks.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

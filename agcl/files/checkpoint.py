@@ -75,7 +75,7 @@ class Checkpoint:
         """Called on every rank with the last step before the file, once that is loaded."""
         self.last_write, self.write_seconds = time.monotonic(), 0.0
         self.slot, self.parts = 1, list[Path]()
-        """Of the last complete checkpoint."""
+        """Step of the last complete checkpoint."""
 
     def restore(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Steps:
         """Load weights and optimizer state; return the steps before the checkpoint.
@@ -183,7 +183,7 @@ class Checkpoint:
         return _WRITTEN
 
     def _elsewhere(self, do: Callable[[Path], None], file: Path) -> bool:
-        """Make, read or delete the copy; training goes on without it."""
+        """Make, read or delete the copy; training continues if that fails."""
         try:
             do(file)
         except OSError as error:

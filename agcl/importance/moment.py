@@ -26,7 +26,7 @@ class Moment:
     energies: Tensor
     """(r,), float64, descending: how much of C each direction holds."""
     trace: float
-    """Of C itself, not of what is kept."""
+    """Trace of C itself, not of what is kept."""
 
     @property
     def kept(self) -> float:

@@ -70,7 +70,7 @@ def attribute_dataset(
     For the kinds of rows see `tokenize_rows`; `max_tokens` is at most the model's positions. Rows
     that keep no token that counts are left out. `correct_only` attributes only rows that the model
     answers exactly; by default this is so if all rows have a prompt and an answer as text, since
-    nobody writes a long text exactly. `options` are those of `attribute`, which by default
+    a long text is rarely reproduced exactly. `options` are those of `attribute`, which by default
     collects moments of all tokens alike and no entries: what `bases` needs, in one forward pass.
     For an energy above 0.95 pass `keep=1`.
     `log=` is called with the number of rows done.

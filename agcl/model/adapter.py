@@ -27,7 +27,7 @@ from agcl.parallel import sharding
 
 _ADAPTER = "default"
 PREFIX, FACTOR_A = "base_model.model.", ".lora_A.weight"
-"""Of the keys in an adapter's file, around a layer's name."""
+"""What the keys in an adapter's file begin and end with, around a layer's name."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

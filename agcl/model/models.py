@@ -25,7 +25,7 @@ from agcl.parallel import distributed, sharding
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """The date that Llama's templates have where they do not know today's."""
 _SHARD_SIZE = "5GB"
-"""Of a saved weight file, which `save_in` reads as a whole."""
+"""Maximum bytes of a saved weight file, which `save_in` reads as a whole."""
 
 
 def load_model(

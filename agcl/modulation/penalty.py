@@ -43,7 +43,7 @@ def quadratic_penalty(
         value = torch.zeros((), device=next(iter(anchors.values())).device)
         for name, anchor in anchors.items():
             parameter = parameters[name]
-            if not parameter.requires_grad:  # It does not move, and nobody clears its gradient.
+            if not parameter.requires_grad:  # Frozen: it does not move.
                 continue
             moved = parameter.to(fisher[name].dtype) - anchor
             gradient = strength * fisher[name] * moved

@@ -68,7 +68,7 @@ def gaps(before: Tensor, after: Tensor) -> Tensor:
 def rounding_noise(
     before: Tensor, after: Tensor, steps: int, learning_rate: float = math.inf
 ) -> Tensor:
-    """Bound on the standard deviation of what rounding added to each weight in so many steps.
+    """Bound on the standard deviation of what rounding added to each weight in `steps` steps.
 
     Errors are independent and have mean 0. Between neighbors with a `gap`, a step of size δ has
     variance at most |δ| gap and at most gap² / 4; Adam's are about as large as the peak

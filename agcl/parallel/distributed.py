@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 T = TypeVar("T")
 _meetings = count()
 BUCKET_BYTES = 25 * 2**20
-"""Of a message that sums small tensors; long enough for the network, as torch's DDP found."""
+"""Maximum bytes of a message that sums small tensors: the default of torch's DDP."""
 
 
 def world_size() -> int:

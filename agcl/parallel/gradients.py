@@ -60,7 +60,7 @@ def summed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         _gradient(parameter)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     """The parameter's gradient, set to zeros if a backward pass has not reached it."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

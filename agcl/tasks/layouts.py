@@ -143,7 +143,7 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
         return dict(turn)
     role = turn.get("from")
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        raise InputError(f"{place}: from {role!r} is none of {', '.join(_SHAREGPT_ROLES)}")
+        raise InputError(f"{place}: from must be one of {', '.join(_SHAREGPT_ROLES)}, not {role!r}")
     weight = {"weight": turn["weight"]} if "weight" in turn else {}
     return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **weight}
 

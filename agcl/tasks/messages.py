@@ -112,7 +112,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     message = _object(value, place)
     role = message.get("role")
     if role not in ROLES:
-        raise InputError(f"{place}: role {role!r} is none of {', '.join(ROLES)}")
+        raise InputError(f"{place}: role must be one of {', '.join(ROLES)}, not {role!r}")
     if message.get("weight", 1) not in (0, 1):
         raise InputError(f"{place}: weight {message['weight']!r} is neither 0 nor 1")
     if not message.get("tool_calls"):  # Some templates take an empty list for calls.

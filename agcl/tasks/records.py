@@ -158,7 +158,7 @@ def _parsed(content: str | bytes) -> Any:
 
 
 def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON value")
+    raise ValueError(f"{word} is not valid JSON")
 
 
 def json_records(file: Path) -> Records:

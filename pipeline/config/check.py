@@ -190,6 +190,6 @@ def _check_layers(config: Config) -> None:
     only_layers = config.freeze.ungated or config.trains_factors or freezes_others
     if only_layers and len(set(layers)) == number:
         raise InputError(
-            "freeze.layers: all layers, and the other weights are not trained either, so that "
-            "later tasks would train nothing"
+            "freeze.layers: all layers are frozen, and the other weights are too, so later tasks "
+            "would train nothing"
         )

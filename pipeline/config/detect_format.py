@@ -39,7 +39,7 @@ _PROMPTS = ("prompt", "question", "query", "instruction", "input", "text", "sent
 _ANSWERS = ("answer", "response", "completion", "output", "label", "target")
 
 _OF_TRAIN = re.compile(r"(?<=.)[-_]train$")
-"""The end of a name, without endings, that has one for the test file in its place."""
+"""What a training file's stem ends in; `_test` or `-test` in its place gives the test file."""
 
 
 @dataclass(frozen=True)

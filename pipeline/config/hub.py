@@ -60,7 +60,7 @@ def resolve(model: str, revision: str) -> str:
 def fetch(model: str, commit: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Download what is missing of a commit into the cache and return its folder.
 
-    Only safetensors, configs and tokenizer files: never a pickle, never Python. Asks nobody if all
+    Only safetensors, configs and tokenizer files: no pickle, no Python. Makes no request if all
     is there. `revision` is the name for the commit in messages. With `weights` false, the weights
     are left on the hub unless some are here already. Raises `InputError`, one line that says what
     to do.
@@ -147,7 +147,7 @@ def _remedy(error: BaseException, model: str, revision: str) -> str:
     hub = constants.ENDPOINT
     who = "with the token in HF_TOKEN" if get_token() else "without HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return f"model.path: there is no folder {model}, and it is no name of a model on the hub"
+        return f"model.path: there is no folder {model}, and no model on the hub can be called that"
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"model.revision: {model} has no branch, tag or commit {revision} on {hub}"
     if isinstance(cause, errors.GatedRepoError):

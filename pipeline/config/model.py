@@ -64,8 +64,8 @@ class Model(Section):
     def _fitting(self) -> "Model":
         if self.revision and not self.on_hub:
             raise ValueError(
-                f"revision: only models on the hub have revisions, and {self.path} is "
-                f"{'none' if self.is_builtin else 'a folder'}"
+                f"revision: only for models on the hub; {self.path} is "
+                f"{'the built-in model' if self.is_builtin else 'a folder'}"
             )
         for key in ("dtype", "attention", "quantization"):
             if self.is_builtin and getattr(self, key) != Model.model_fields[key].default:

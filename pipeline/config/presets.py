@@ -112,12 +112,12 @@ METHODS: dict[str, Method] = {
         Knob("loss.max_perplexity", 1.5, 1e3),
     ),
     "merge": Method(
-        "after each task only a part of its change is kept",
+        "keeps a fixed part of each task's change",
         {"merge": {"factor": 0.5}},
         Knob("merge.factor", 0.1, 0.9, logarithmic=False),
     ),
     "merge_sqrt": Method(
-        "of task t's change 1/sqrt(t) is kept, as SLAO scales it",
+        "keeps 1/sqrt(t) of task t's change, as SLAO scales it",
         {"merge": {"factor": "1/sqrt(t)"}},
     ),
     "wise": Method(

@@ -19,7 +19,7 @@ class Training(Section):
     gradient scales the whole step, which under Adam cancels. Needs a learning rate hundreds of
     times higher."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of `sgd`."""
+    """Momentum of `sgd`; other optimizers ignore it."""
     schedule: Schedule = "constant"
     """Learning rate over the steps of each task: `constant`, or decaying to 0, `linear` or as half
     a `cosine`."""

@@ -47,7 +47,7 @@ def run_stages(stages: Sequence[ResolvedStage], context: Context, emit: Emit) ->
 
 def _claimed(stage: ResolvedStage, emit: Emit) -> AbstractContextManager[None]:
     """Lock the artifact while it is made; emit a note if another run holds the lock."""
-    note = "waits for another run, which is making it"
+    note = "waiting for another run that is computing it"
     waits: Record = {"artifact": stage.folder.name, "note": note}
     return artifact.claimed(stage.folder, on_wait=lambda: emit([waits]))
 

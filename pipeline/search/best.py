@@ -19,7 +19,7 @@ from pipeline.storage import artifact
 from pipeline.tracking.sync import Mirror
 
 BEST_SUFFIX = "-best"
-"""Of the name of the best trial as a run."""
+"""What the name of the best trial's run ends in."""
 
 
 def score_best(

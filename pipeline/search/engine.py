@@ -70,7 +70,7 @@ class Search:
         name = f"{self.config.name}-{label}"
         config = config.model_copy(update={"name": name, "search": SearchSection()})
         planned = plan(config)
-        # Nobody reads a trial's report, or the importance of its last task.
+        # A trial needs neither a report nor the importance of its last task.
         stages = needed_for([s for s in planned.stages if s.fn is evaluate], planned.stages)
         resolved = resolve(stages, config.storage)
         return Run(config, self.run_folder(number), replace(planned, stages=stages), resolved)

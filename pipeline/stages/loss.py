@@ -1,4 +1,4 @@
-"""The loss of a train stage: cross-entropy, or one that looks at a frozen reference model."""
+"""The loss of a train stage: cross-entropy, or one against a frozen reference model."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -62,7 +62,7 @@ def make_database(storage: Path, experiment: str) -> None:
     """Create the storage folder's database under another name, then rename it.
 
     MLflow's migrations take seconds. A process killed during them, or two processes running them
-    at once, would leave a database that nobody can open.
+    at once, would leave a database that cannot be opened.
     """
     file = storage / DATABASE
     with nullcontext() if file.exists() else claimed(file):

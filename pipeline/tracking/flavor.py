@@ -18,7 +18,7 @@ _FLAVOR, _TASK, _PIPELINE = "transformers", "text-generation", "TextGenerationPi
 _MODEL, _PEFT, _TOKENIZER = "model", "peft", "components/tokenizer"
 _PACKAGES = ("mlflow", "transformers", "torch", "accelerate")
 _DEFAULTS = {"max_new_tokens": 256, "do_sample": False, "return_full_text": False}
-"""Of a served model: it answers greedily, as agcl scores, and does not repeat the prompt."""
+"""Parameters of a served model: it answers greedily, as agcl scores, without the prompt."""
 
 
 def write_flavor(folder: Path, base: Path, target: Path, *, run_id: str, model_id: str) -> None:

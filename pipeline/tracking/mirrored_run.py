@@ -44,7 +44,7 @@ class MirroredRun:
     def forget(self) -> None:
         """After a failure MLflow may lack what it was sent: ask it again what it has."""
         self.id = ""
-        """Of its MLflow run; empty while that is not open."""
+        """Id of its MLflow run; empty while that is not open."""
         self.children: defaultdict[str, list[str]] = defaultdict(list)
         """Run ids by stage, the last one in use; several if an answer of MLflow was lost."""
         self.state: dict[str, Literal["live", "late", "recorded"]] = {}

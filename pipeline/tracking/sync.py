@@ -33,7 +33,7 @@ from pipeline.tracking.tracker import Content, Tracker
 _SECONDS_BETWEEN_SYNCS = 60.0
 _SECONDS_BETWEEN_BATCHES = 2.0
 _LARGEST_SHARE = 0.1
-"""Of a run's time, that attempts to reach MLflow may take."""
+"""Maximum share of a run's time that attempts to reach MLflow may take."""
 
 
 class Mirror:

@@ -176,7 +176,7 @@ def conversations(file, *talks, **changes):
     [
         ([ASKED], "talks.jsonl, line 2: no assistant message"),
         ([SAID], "talks.jsonl, line 2: the first turn is the assistant's"),
-        ([ASKED, {"role": "bot", "content": "Me"}], "line 2, message 2: role 'bot' is none of"),
+        ([ASKED, {"role": "bot", "content": "Me"}], "line 2, message 2: role must be one of"),
         ([ASKED, {"role": "assistant", "content": 5}], ""),
         ([ASKED, {"role": "assistant", "content": ["Me"]}], "line 2, message 2: a part of the"),
         (

@@ -84,7 +84,7 @@ def test_parquet_and_json_lines_give_the_same_rows(tmp_path):
         (b'"a"', "not a JSON object"),
         (b'{"prompt": "a", "answer": "\xff"}', "UTF-8"),
         (b'{"prompt": "a", "answer": "\\ud800"}', "half a character"),
-        (b'{"prompt": "a", "answer": NaN}', "not JSON .NaN is no JSON value"),
+        (b'{"prompt": "a", "answer": NaN}', "not JSON .NaN is not valid JSON"),
         (b'{"prompt": "a", "answer": -Infinity}', "not JSON .-Infinity"),
         (b"{", "not JSON.*one object per line"),
         (b"[" * 100_000, "not JSON"),

@@ -114,7 +114,7 @@ def test_sharegpt_is_the_same_conversation(rows):
         ("alpaca", {"instruction": "a"}, "line 1: no column 'output'"),
         ("sharegpt", {"conversations": "a"}, "line 1: 'conversations' is text, not a list"),
         ("sharegpt", {"conversations": ["a"]}, "line 1, message 1 is text, not an object"),
-        ("sharegpt", {"conversations": [{"from": "me"}]}, "message 1: from 'me' is none of human"),
+        ("sharegpt", {"conversations": [{"from": "me"}]}, "message 1: from must be one of human"),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": 5}, {"from": "gpt"}]},

@@ -33,8 +33,8 @@ def test_no_calls_of_tools_are_left_out(calls):
         (["Who?", SAID], "f, line 2, message 1 is text, not an object"),
         ([SAID, ASKED, SAID], "f, line 2: the first turn is the assistant's, not the user's"),
         ([{"role": "tool", "content": "5"}, SAID], "f, line 2: the first turn is the tool's"),
-        ([ASKED, {"role": "bot", "content": "Me"}], "line 2, message 2: role 'bot' is none of sys"),
-        ([{"content": "Who?"}, SAID], "f, line 2, message 1: role None is none of system, user"),
+        ([ASKED, {"role": "bot", "content": "Me"}], "line 2, message 2: role must be one of sys"),
+        ([{"content": "Who?"}, SAID], "f, line 2, message 1: role must be one of system, user"),
         ([{"role": "user"}, SAID], "f, line 2, message 1: 'content' is null, not text"),
         ([ASKED, {"role": "assistant", "content": {"a": 1}}], "message 2: 'content' is an object"),
         (

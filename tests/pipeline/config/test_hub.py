@@ -234,7 +234,7 @@ def test_models_that_cannot_be_read_end_with_a_line_that_says_what_to_do(
         "model.path=org/private": f"shows no model org/private {who}; .* set HF_TOKEN",
         "model.path=org/none": f"there is no folder org/none, .* no model org/none {who}",
         "model.path=org/pickled": "model.path: org/pickled has no safetensors at main",
-        "model.path=org/a--b": "it is no name of a model on the hub",
+        "model.path=org/a--b": "no model on the hub can be called that",
         "model.revision=v9": f"model.revision: {ID} has no branch, tag or commit v9 on http://",
         f"model.revision={'ab' * 20}": f"model.revision: {ID} has no branch, tag or commit abab",
     }.items():
