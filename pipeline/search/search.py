@@ -57,9 +57,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     Writes nothing. Raises `InputError`; with `resume` also if there is no search to resume.
     """
     if config.method in BOUNDS:
-        raise InputError(
-            f"method: {config.method} is an upper bound; search a method of the sequence"
-        )
+        raise InputError(f"method: {config.method} is an upper bound, which is not searched")
     folder = config.storage.root / f"{config.name}-search"
     config = only_validation(pinned(config, [folder / SEARCH_FILE]))
     loading.changed(config, {"name": f"{config.name}{BEST_SUFFIX}"})  # A name may be too long.

@@ -130,8 +130,8 @@ def test_a_folder_of_the_same_name_wins_and_has_no_revision(tmp_path, monkeypatc
     (tmp_path / ID).mkdir(parents=True)
     model = Model(path=ID)
     assert (model.on_hub, model.folder, model.identity) == (False, tmp_path / ID, None)
-    for path, said in ((ID, "is a folder"), ("builtin", "is none")):
-        with pytest.raises(ValueError, match=f"revision: only models on the hub.*{said}"):
+    for path, said in ((ID, "is a folder"), ("builtin", "is the built-in model")):
+        with pytest.raises(ValueError, match=f"revision: only for models on the hub.*{said}"):
             Model(path=path, revision="v2")
 
 

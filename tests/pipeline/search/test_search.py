@@ -332,7 +332,7 @@ def test_the_same_winner_on_other_machines_keeps_its_folder(search):
     ("settings", "resume", "said"),
     [
         ((), True, "--resume: "),
-        (("method=joint",), False, "method: joint is a bound"),
+        (("method=joint",), False, "method: joint is an upper bound"),
         (
             ("tasks.count=1", "search.objective=retained_and_learned"),
             False,
