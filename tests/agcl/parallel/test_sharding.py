@@ -150,7 +150,7 @@ def test_stages_run_in_sequence_on_one_sharded_model(workers):
         assert found == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+@pytest.mark.parametrize("architecture", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [{}, {"protected": True}, {"checkpointing": True}])
 def test_an_adapter_on_a_sharded_model_is_that_on_a_whole_one(
     workers, architecture, settings, tmp_path

@@ -64,6 +64,7 @@ ALIKE = {
     *("project_raw", "base_unprotected", "kl_reverse", "merge_sqrt"),
     *("kl", "lwf", "asft", "stm", "merge", "wise"),  # tests/pipeline/stages/test_rivals.py
     *("das", "gate_permuted", "project_random", "project_weights", "ewc_lora", "corda"),
+    *("project_uniform", "ewc_base", "olora", "freeze", "frozen_embeddings", "solo"),
 }
 """Methods that differ from one tested here in one setting, or that other tests run."""
 
@@ -109,9 +110,12 @@ def test_every_method_differs_from_sequential_once_it_protects_something(run_met
     [
         ("agcl", ["protect.0.energy=0", "base.energy=0"]),
         ("gate", ["protect.0.strength=0"]),
-        ("gate", ["protect.0.strength=0", "protect.0.on=gradient", "base.protect=self"]),
+        pytest.param(
+            *("gate", ["protect.0.strength=0", "protect.0.on=gradient", "base.protect=self"]),
+            marks=pytest.mark.slow,
+        ),
         ("ewc_base", ["protect.0.strength=0"]),
-        ("das", ["protect.0.strength=0"]),
+        pytest.param("das", ["protect.0.strength=0"], marks=pytest.mark.slow),
         pytest.param("gate_permuted", ["protect.0.strength=0"], marks=pytest.mark.slow),
         pytest.param(
             *("project_random", ["protect.0.energy=0", "base.energy=0"]), marks=pytest.mark.slow
@@ -151,10 +155,16 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
             *("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
             marks=pytest.mark.slow,
         ),
-        ("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
+        pytest.param(
+            *("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
+            marks=pytest.mark.slow,
+        ),
         ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
         ("ewc_lora", ["protect.0.strength=0"], ("olora", "adapter.orthogonal=0")),
-        ("ewc_lora", ["protect.0.strength=0", "adapter.orthogonal=0.5"], ("olora",)),
+        pytest.param(
+            *("ewc_lora", ["protect.0.strength=0", "adapter.orthogonal=0.5"], ("olora",)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
@@ -219,6 +229,7 @@ def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_m
     assert 0.1 * 0.5e6 * costs[0] < last < 10 * 0.5e6 * costs[0]
 
 
+@pytest.mark.slow
 def test_ewc_lora_keeps_what_the_base_model_knew_from_the_first_task_on(run_method):
     settings = ["training.learning_rate=5e-3", "importance.correct_only=false"]
     free = run_method("ewc_lora", "protect.0.strength=0", *settings)

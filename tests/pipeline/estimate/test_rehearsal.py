@@ -36,6 +36,7 @@ def temporary(tmp_path, monkeypatch):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow  # It compares times, which a busy machine changes.
 def test_the_estimate_is_close_to_what_the_run_took(measured, tiny_config, tmp_path):
     run, peak = measured
     needs = estimate(open_run(tiny_config(tmp_path / "storage", GATE, FEW)))

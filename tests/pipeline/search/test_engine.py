@@ -191,6 +191,7 @@ def test_tune_tries_the_same_points_on_any_cluster_and_records_every_outcome(
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_trials_whose_workers_compute_do_not_take_their_place(search, on_tune):
     """Each needs both CPUs for its workers: two trials at once would wait for each other."""
     report = scoring()

@@ -274,8 +274,8 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
     ("files", "scored_set", "share"),
     [
         (("train",), "memorization", 0.5),
-        (("train", "test"), "test", 0.5),
-        (("train", "validation"), "validation", None),
+        pytest.param(("train", "test"), "test", 0.5, marks=pytest.mark.slow),
+        pytest.param(("train", "validation"), "validation", None, marks=pytest.mark.slow),
     ],
 )
 def test_tasks_scored_on_what_they_train_on_train_all_of_it(

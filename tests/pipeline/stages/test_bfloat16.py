@@ -100,8 +100,10 @@ def test_factors_on_a_bfloat16_base_are_attributed_in_bfloat16_by_shared_inputs(
     [
         ("agcl", ["protect.0.energy=0", "base.energy=0"]),
         ("gate", ["protect.0.strength=0"]),
-        ("gate", ["protect.0.strength=0", "protect.0.on=gradient"]),
-        ("ewc", ["protect.0.strength=0"]),
+        pytest.param(
+            *("gate", ["protect.0.strength=0", "protect.0.on=gradient"]), marks=pytest.mark.slow
+        ),
+        pytest.param("ewc", ["protect.0.strength=0"], marks=pytest.mark.slow),
     ],
 )
 def test_without_strength_bfloat16_weights_are_those_of_sequential(half_run, method, settings):

@@ -97,8 +97,15 @@ def loss_by_hand(model, tokenizer, talks):
     return float(total) / count
 
 
-@pytest.mark.parametrize("eos", [chat.END, chat.END_OF_TEXT])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("eos", "packing"),
+    [
+        (chat.END, False),
+        (chat.END_OF_TEXT, True),
+        pytest.param(chat.END, True, marks=pytest.mark.slow),
+        pytest.param(chat.END_OF_TEXT, False, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_answers_and_ends_are_those_of_plain_transformers(ran, talks, tmp_path, eos, packing):
     base = chat.folder(tmp_path / "base", eos=eos)
     training = {"epochs": 40, "batch_size": 4, "learning_rate": 1e-2, "packing": packing}
@@ -254,7 +261,7 @@ def test_a_run_may_be_checked_again_after_rows_were_cut(ran, tmp_path):
     assert (counts["rows"], counts["truncated"]) == (4, 4)
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_adapter_learns_conversations_too(ran, talks, merge):
     resolved = ran(talks, method="lora", adapter={"rank": 8, "merge": merge})
     assert json.loads(resolved["evaluate/1-mine"].read("saved.json")) == {"rows": 4, "agree": 4}

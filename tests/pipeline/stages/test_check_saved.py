@@ -14,7 +14,14 @@ from agcl.lrp.families import FAMILIES
 from agcl.model import models
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM")
+"""The others are in slow tests."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_plain_generate_from_the_final_folder_answers_as_scored(trained, tmp_path, architecture):
     resolved = trained(base_folder(tmp_path / "base", architecture))
     scored = resolved["evaluate/1-sums"]
@@ -48,7 +55,13 @@ def test_an_adapter_is_checked_on_its_base(trained, tmp_path):
     assert json.loads(resolved["evaluate/1-sums"].read("saved.json")) == {"rows": 6, "agree": 6}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16)),
+    ],
+)
 def test_the_final_folder_can_be_copied_and_has_the_bases_dtype(trained, tmp_path, dtype):
     resolved = trained(base_folder(tmp_path / "base", "LlamaForCausalLM", dtype))
     shutil.copytree(tmp_path / "storage" / "base" / "model", tmp_path / "copy", symlinks=True)

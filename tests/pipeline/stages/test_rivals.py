@@ -164,6 +164,7 @@ def test_what_cannot_be_combined_is_refused_by_name(tiny_config, tmp_path, overr
     assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
     works = run("training.optimizer=adamw_8bit", "training.epochs=6")
     assert works["pretrain"].fingerprint == run(ONE_EPOCH)["pretrain"].fingerprint
@@ -171,7 +172,7 @@ def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
 
 
 def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):
-    options = ["training.optimizer=sgd", "training.learning_rate=0.3"]
+    options = ["training.optimizer=sgd", "training.learning_rate=0.3", "training.epochs=6"]
     plain = run(*options, method="sequential")
     assert losses(plain[FIRST])[-1] < 0.7 * losses(plain[FIRST])[0]
     on = {

@@ -151,7 +151,13 @@ def test_a_perfect_answer_scores_1_whatever_special_tokens_the_reference_has(sco
     assert scored(scorer, asked=ending)[0] == {"test": 1.0}
 
 
-@pytest.mark.parametrize("scorer", ["exact_match", "normalised_exact_match", "token_f1"])
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "exact_match",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("normalised_exact_match", "token_f1")),
+    ],
+)
 def test_labels_that_are_special_tokens_are_told_apart(tmp_path, scorer):
     learned = [Row("Good?", "<yes>"), Row("Bad?", "<no>")]
     tokenizer = builtin_tokenizer(row.prompt for row in learned)

@@ -41,7 +41,7 @@ def dtypes(folder):
     ("stored", "asked", "sections"),
     [
         (torch.float32, "bfloat16", {"training": {"epochs": 40, "learning_rate": 1e-2}}),
-        (torch.bfloat16, "auto", {"method": "freeze"}),
+        pytest.param(torch.bfloat16, "auto", {"method": "freeze"}, marks=pytest.mark.slow),
         (torch.bfloat16, "bfloat16", {"method": "lora", "adapter": {"rank": 8, "merge": True}}),
     ],
 )
@@ -277,7 +277,12 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize(
-    "make", [resized, tied, sharded, with_added_tokens, without_a_pad_token, snapshot]
+    "make",
+    [
+        *(with_added_tokens, snapshot),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (resized, tied)),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (sharded, without_a_pad_token)),
+    ],
 )
 def test_folders_as_users_have_them_train_and_are_saved_whole(trained, tmp_path, make):
     base = tmp_path / "base"
