@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agcl.lrp.families import FAMILIES
 from agcl.model import models
 
-
 QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM")
 """The others are in slow tests."""
 
