@@ -58,13 +58,13 @@ def copy_stages():
 
 @pytest.fixture(scope="session")
 def run_in_process():
-    """Runs a config's missing stages without Ray; gives the works by stage name."""
+    """Runs a config's missing stages without Ray; gives the resolved stages by name."""
 
     def run(config):
         config.storage.root.mkdir(parents=True, exist_ok=True)
-        works = open_run(config).resolved
-        run_stages(list(works.values()), Context(ray_data=False), lambda records: None)
-        return works
+        resolved = open_run(config).resolved
+        run_stages(list(resolved.values()), Context(ray_data=False), lambda records: None)
+        return resolved
 
     return run
 

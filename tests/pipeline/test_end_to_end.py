@@ -50,7 +50,7 @@ def test_protections_freeze_what_has_no_importance(finished):
 
 
 def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
-    folders = {work.folder for run in finished.runs.values() for work in run.resolved.values()}
+    folders = {stage.folder for run in finished.runs.values() for stage in run.resolved.values()}
     others = {finished.storage / name for name in ("stages", "mlartifacts", "mlflow.db")}
     assert set(finished.left) == folders | others
     for folder in folders:
@@ -59,7 +59,7 @@ def test_every_artifact_is_whole_and_nothing_else_is_left(finished):
 
 def test_what_methods_share_was_computed_once(finished):
     done = [line for line in finished.output.splitlines() if "done" in line]
-    folders = {work.folder for run in finished.runs.values() for work in run.resolved.values()}
+    folders = {stage.folder for run in finished.runs.values() for stage in run.resolved.values()}
     assert len(done) == len(folders)
     assert f"({len(folders)}/{len(folders)})" in done[-1]
 
@@ -143,8 +143,8 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     mlflow_run = card.split("MLflow run: `")[1].split("`")[0]
     assert mlflow_run in (folder / "mlflow.json").read_text(encoding="utf-8")
-    for stage, work in finished.runs[label].resolved.items():
-        assert (folder / stage.replace("/", "-")).resolve() == work.folder.resolve()
+    for stage, found in finished.runs[label].resolved.items():
+        assert (folder / stage.replace("/", "-")).resolve() == found.folder.resolve()
     files = [file for file in (folder / "model").iterdir() if file.name != "README.md"]
     assert files
     assert not any(file.is_symlink() for file in files)  # They can be moved and copied.
@@ -153,10 +153,10 @@ def test_a_runs_folder_holds_config_report_and_a_link_to_every_stage(finished, l
 def test_ray_gives_what_plain_functions_in_one_process_give(finished, run_in_process, tmp_path):
     label = "solo"  # It has stages of every kind, and starts from what all labels share.
     config = finished.configs[label].model_copy(update={"storage": Local(tmp_path / "storage")})
-    works = run_in_process(config)
+    resolved = run_in_process(config)
     for stage in TRAINED:
-        assert same_bits(works[stage].folder, finished.artifact(label, stage))
-    metrics = json.loads((works["report"].folder / "metrics.json").read_text())
+        assert same_bits(resolved[stage].folder, finished.artifact(label, stage))
+    metrics = json.loads((resolved["report"].folder / "metrics.json").read_text())
     scorers = dict.fromkeys(("harbour", "valley"), "exact_match")
     of_run = {"name": "tiny", "description": method_description(config), "scorers": scorers}
     assert {**metrics, **of_run} == finished.metrics(label)

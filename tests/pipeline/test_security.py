@@ -81,7 +81,7 @@ def test_folders_of_odd_but_allowed_task_names_lie_in_the_storage(config_of, tmp
     check_names(names)
     sequence = [{"name": name, "train": str(tmp_path / "rows.jsonl")} for name in names]
     config = config_of(yaml.safe_dump({"tasks": {"format": "jsonl", "sequence": sequence}}))
-    folders = [work.folder for work in open_run(config).resolved.values()]
+    folders = [stage.folder for stage in open_run(config).resolved.values()]
     assert {folder.parent for folder in folders} == {tmp_path / "storage" / "stages"}
     assert all(folder.resolve() == folder for folder in folders)
 
@@ -239,12 +239,12 @@ def fails(config, inputs, out_dir, context):
 
 def test_a_failed_stage_tells_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_s3cr3t")
-    work = ResolvedStage(
+    stage = ResolvedStage(
         "toy", fails, {}, {}, tmp_path / "toy", {"fingerprint": "f"}, Local(tmp_path)
     )
     records = []
     with pytest.raises(RuntimeError):
-        run_stages([work], Context(), records.extend)
+        run_stages([stage], Context(), records.extend)
     (failed,) = [record for record in records if record["state"] == "failed"]
     assert failed["error"] == "RuntimeError: denied for *** at http://***@127.0.0.1"
     assert "hf_s3cr3t" not in failed["traceback"]

@@ -375,6 +375,6 @@ def stages_of(config: Any) -> None:
 
     context = Context(shard_model=True, checkpoint_minutes=1e-9)
     run = open_run(config)
-    works = [run.resolved[stage.name] for stage in run.plan.stages if stage.train]
+    resolved = [run.resolved[stage.name] for stage in run.plan.stages if stage.train]
     with as_often_as_asked():
-        run_stages(works, context, lambda records: None)
+        run_stages(resolved, context, lambda records: None)

@@ -97,9 +97,9 @@ def test_a_config_is_valid_or_refused_in_one_line(place, content, settings):
     assert config.storage.root.is_absolute()
     if is_small(config):
         with suppress(InputError):
-            works = open_run(config).resolved.values()
-            assert {work.folder.parent for work in works} == {config.storage.root / "stages"}
-            assert not any(work.folder.name in ("", ".", "..") for work in works)
+            resolved = open_run(config).resolved.values()
+            assert {stage.folder.parent for stage in resolved} == {config.storage.root / "stages"}
+            assert not any(stage.folder.name in ("", ".", "..") for stage in resolved)
 
 
 @fuzz

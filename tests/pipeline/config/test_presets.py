@@ -22,7 +22,7 @@ from pipeline.config.presets import METHODS
 
 @pytest.fixture(scope="module")
 def run_method(tiny_config, run_in_process, tmp_path_factory):
-    """Runs a method, but for the stages that another one ran; gives its works by stage name."""
+    """Runs a method, but for the stages that another one ran; gives its resolved stages by name."""
     storage = tmp_path_factory.mktemp("methods") / "storage"
 
     def run(method, *settings):
@@ -36,12 +36,12 @@ WHOLE = "training.micro_batch_size=null"
 """Batches in one pass, in half the time."""
 
 
-def metrics(works):
-    return json.loads((works["report"].folder / "metrics.json").read_text())
+def metrics(resolved):
+    return json.loads((resolved["report"].folder / "metrics.json").read_text())
 
 
-def weights(works, stage="train/2-valley"):
-    return load_file(works[stage].folder / "model.safetensors")
+def weights(resolved, stage="train/2-valley"):
+    return load_file(resolved[stage].folder / "model.safetensors")
 
 
 def same_bits(first, second):
@@ -140,8 +140,8 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
     assert whole["train/2-valley"].folder != alone["train/2-valley"].folder
     assert same_bits(weights(whole), weights(alone))
     shown, few = (
-        json.loads((works["report"].folder / "importance.json").read_text())
-        for works in (whole, alone)
+        json.loads((resolved["report"].folder / "importance.json").read_text())
+        for resolved in (whole, alone)
     )
     assert shown.keys() - few.keys() == {"by_layer_and_module", "overlap"}
     assert few == {key: shown[key] for key in ("tasks", "rows_attributed")}
@@ -183,7 +183,7 @@ def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_sam
     assert same_bits(adapter, beside)
     assert metrics(apart)["evaluation_sets"] == metrics(merged)["evaluation_sets"]
     # Merged, the base model is loaded beside the model; otherwise the adapter is switched off.
-    kl_answers = [metrics(works)["base"]["kl_answers"] for works in (apart, merged)]
+    kl_answers = [metrics(resolved)["base"]["kl_answers"] for resolved in (apart, merged)]
     assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-3)
     assert min(kl_answers[0][1:]) > 1e-3
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").merge_and_unload()
@@ -193,9 +193,9 @@ def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_sam
 
 
 def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
-    works = run_method("lora", "freeze.layers=[1,3]", *QUICK)
+    resolved = run_method("lora", "freeze.layers=[1,3]", *QUICK)
     before, after = (
-        load_file(works[stage].folder / "adapter" / "adapter_model.safetensors")
+        load_file(resolved[stage].folder / "adapter" / "adapter_model.safetensors")
         for stage in ("train/1-harbour", "train/2-valley")
     )
     for name in before:
@@ -205,25 +205,27 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
 
 def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_method):
     settings = ["training.learning_rate=5e-3", "importance.correct_only=false"]
-    works = run_method("ewc_lora", "protect.0.strength=1e6", *settings)
+    resolved = run_method("ewc_lora", "protect.0.strength=1e6", *settings)
     free = run_method("ewc_lora", "protect.0.strength=0", *settings)
     before, kept, moved = (
         weights(each, stage)
         for each, stage in (
-            (works, "train/1-harbour"),
-            (works, "train/2-valley"),
+            (resolved, "train/1-harbour"),
+            (resolved, "train/2-valley"),
             (free, "train/2-valley"),
         )
     )
     assert same_bits(before, weights(free, "train/1-harbour"))
-    fisher = Importance.load(works["attribute/1-harbour"].folder / "importance.safetensors").entries
+    fisher = Importance.load(
+        resolved["attribute/1-harbour"].folder / "importance.safetensors"
+    ).entries
     assert set(fisher) == {name for name in before if "_proj" in name}
     costs = [
         sum(float((f.double() * (after[n] - before[n]).double() ** 2).sum()) for n, f in pairs)
         for after, pairs in ((kept, fisher.items()), (moved, fisher.items()))
     ]
     assert 0 < costs[0] < 0.1 * costs[1]
-    log = (works["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
+    log = (resolved["train/2-valley"].folder / "log.jsonl").read_text().splitlines()
     assert json.loads(log[0])["penalty"] == 0  # B is zero.
     last = json.loads(log[-1])["penalty"]
     assert 0.1 * 0.5e6 * costs[0] < last < 10 * 0.5e6 * costs[0]
@@ -252,14 +254,14 @@ def test_ewc_lora_keeps_what_the_base_model_knew_from_the_first_task_on(run_meth
 
 @pytest.mark.parametrize("text", ["self", pytest.param("rows", marks=pytest.mark.slow)])
 def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
-    works = run_method("corda", f"base.protect={text}", "adapter.rank=3")
-    base, start = weights(works, "pretrain"), works["corda"].folder
+    resolved = run_method("corda", f"base.protect={text}", "adapter.rank=3")
+    base, start = weights(resolved, "pretrain"), resolved["corda"].folder
     for stage in ("train/1-harbour", "train/2-valley"):
-        assert works[stage].inputs["model"] == works["pretrain"].folder
-        assert works[stage].inputs["adapter"] == start
-        start = works[stage].folder
+        assert resolved[stage].inputs["model"] == resolved["pretrain"].folder
+        assert resolved[stage].inputs["adapter"] == start
+        start = resolved[stage].folder
         adapter = load_file(start / "adapter" / "adapter_model.safetensors")
-        for name, weight in weights(works, stage).items():
+        for name, weight in weights(resolved, stage).items():
             layer = "base_model.model." + name.removesuffix("weight")
             if f"{layer}lora_A.weight" not in adapter:
                 assert torch.equal(weight, base[name]), name
@@ -272,8 +274,8 @@ def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
             torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-5)
     apart = run_method("corda", f"base.protect={text}", "adapter.rank=3", "adapter.merge=false")
     assert not list(apart["train/2-valley"].folder.glob("*.safetensors"))
-    assert metrics(apart)["evaluation_sets"] == metrics(works)["evaluation_sets"]
-    kl_answers = [metrics(each)["base"]["kl_answers"] for each in (apart, works)]
+    assert metrics(apart)["evaluation_sets"] == metrics(resolved)["evaluation_sets"]
+    kl_answers = [metrics(each)["base"]["kl_answers"] for each in (apart, resolved)]
     assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-2)
 
 
@@ -282,9 +284,9 @@ def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_it
 ):
     settings = ["base.protect=self", "adapter.init=corda", "training.epochs=1"]
     settings += ["loss.strength=100", "training.batch_size=12"]
-    works = run_method("kl", "adapter={rank: 32}", *settings)
-    rows = EncodedRows(works["prepare/harbour"].folder / "train.arrow")
-    first = json.loads((works["train/1-harbour"].folder / "log.jsonl").open().readline())
+    resolved = run_method("kl", "adapter={rank: 32}", *settings)
+    rows = EncodedRows(resolved["prepare/harbour"].folder / "train.arrow")
+    first = json.loads((resolved["train/1-harbour"].folder / "log.jsonl").open().readline())
     plain = run_method("lora", "training.epochs=1", "training.batch_size=12")
     other = json.loads((plain["train/1-harbour"].folder / "log.jsonl").open().readline())
     # Before its first step the model is the base model, from which it has not gone away.
@@ -299,16 +301,16 @@ def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_it
 def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
     run_method, before, stage, share
 ):
-    works = run_method("osf", "subspace.unfreeze=0.3", *QUICK)
-    assert works[stage].config["subspace"] == share
-    assert works[stage].inputs.keys() == {"model", "rows"}
-    model = models.load_model(works[before].folder)
+    resolved = run_method("osf", "subspace.unfreeze=0.3", *QUICK)
+    assert resolved[stage].config["subspace"] == share
+    assert resolved[stage].inputs.keys() == {"model", "rows"}
+    model = models.load_model(resolved[before].folder)
     peft_model = subspace.attach(model, preserved=share)
     inner = peft_model.get_base_model()
-    settings = works[stage].config
+    settings = resolved[stage].config
     train_task(
         inner,
-        EncodedRows(works[f"prepare/{stage.partition('-')[2]}"].folder / "train.arrow"),
+        EncodedRows(resolved[f"prepare/{stage.partition('-')[2]}"].folder / "train.arrow"),
         GatedAdamW(
             [(name, p) for name, p in inner.named_parameters() if p.requires_grad],
             lr=settings["learning_rate"],
@@ -317,18 +319,18 @@ def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
         **{key: settings[key] for key in ("epochs", "batch_size", "micro_batch_size", "seed")},
     )
     expected = dict(subspace.merged(peft_model).named_parameters())
-    found = weights(works, stage)
+    found = weights(resolved, stage)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_a_projection_by_weights_keeps_each_task_off_the_leading_directions_of_the_last_model(
     run_method,
 ):
-    works = run_method("project_weights", "protect.0.energy=0.6", *QUICK)
-    assert not [name for name in works if name.startswith(("attribute", "own_text"))]
+    resolved = run_method("project_weights", "protect.0.energy=0.6", *QUICK)
+    assert not [name for name in resolved if name.startswith(("attribute", "own_text"))]
     for before, stage in (("pretrain", "train/1-harbour"), ("train/1-harbour", "train/2-valley")):
-        assert works[stage].inputs.keys() == {"model", "rows"}
-        old, new = weights(works, before), weights(works, stage)
+        assert resolved[stage].inputs.keys() == {"model", "rows"}
+        old, new = weights(resolved, before), weights(resolved, stage)
         for name, weight in old.items():
             change = (new[name] - weight).double()
             if "_proj" not in name:
@@ -342,24 +344,24 @@ def test_a_projection_by_weights_keeps_each_task_off_the_leading_directions_of_t
 
 
 def test_freeze_with_osf_leaves_those_layers(run_method):
-    works = run_method("osf", "freeze.layers=[1,3]", *QUICK)
-    before, after = weights(works, "train/1-harbour"), weights(works)
+    resolved = run_method("osf", "freeze.layers=[1,3]", *QUICK)
+    before, after = weights(resolved, "train/1-harbour"), weights(resolved)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {n for n in before if "_proj" in n and n.split(".")[2] in "02"}
 
 
 @pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
 def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
-    works = run_method("freeze", f"freeze.layers={layers}", *QUICK)
-    before, after = weights(works, "train/1-harbour"), weights(works)
+    resolved = run_method("freeze", f"freeze.layers={layers}", *QUICK)
+    before, after = weights(resolved, "train/1-harbour"), weights(resolved)
     for name in before:
         inside = any(name.startswith(f"model.layers.{index}.") for index in frozen)
         assert torch.equal(before[name], after[name]) is inside, name
 
 
 def test_frozen_embeddings_leave_linear_layers_free(run_method):
-    works = run_method("frozen_embeddings")
-    before, after = weights(works, "train/1-harbour"), weights(works)
+    resolved = run_method("frozen_embeddings")
+    before, after = weights(resolved, "train/1-harbour"), weights(resolved)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "_proj" in name}
 
@@ -386,24 +388,26 @@ def test_joint_is_one_model_for_all_rows_of_the_matrix(run_method):
 
 
 def test_solo_scores_every_task_by_its_own_model(run_method):
-    works = run_method("solo")
+    resolved = run_method("solo")
     rows = [
-        json.loads((works[f"evaluate/{stage}"].folder / "scores.json").read_text())
+        json.loads((resolved[f"evaluate/{stage}"].folder / "scores.json").read_text())
         for stage in ("0-base", "1-harbour", "2-valley")
     ]
-    for name, values in metrics(works)["evaluation_sets"].items():
+    for name, values in metrics(resolved)["evaluation_sets"].items():
         own = rows[1]["harbour"][name], rows[2]["valley"][name]
         assert values["accuracy_matrix"][1] == [own[0], rows[1]["valley"][name]]
         assert values["accuracy_matrix"][2] == list(own)
-    base, model = "pretrain", works["train/2-valley"]
-    assert model.inputs["model"] == works[base].folder
+    base, model = "pretrain", resolved["train/2-valley"]
+    assert model.inputs["model"] == resolved[base].folder
 
 
 def test_every_metric_can_be_computed_again_from_the_predictions(run_method):
-    works = run_method("agcl")
+    resolved = run_method("agcl")
     matrix = []
     for stage in ("0-base", "1-harbour", "2-valley"):
-        table = pq.read_table(works[f"evaluate/{stage}"].folder / "predictions.parquet").to_pylist()
+        table = pq.read_table(
+            resolved[f"evaluate/{stage}"].folder / "predictions.parquet"
+        ).to_pylist()
         for row in table:
             assert row["predicted"] == row["answer"] or not row["score"]
         verdicts = {
@@ -415,7 +419,7 @@ def test_every_metric_can_be_computed_again_from_the_predictions(run_method):
             for task in ("harbour", "valley")
         }
         matrix.append([sum(found) / len(found) for found in verdicts.values()])
-    found = metrics(works)
+    found = metrics(resolved)
     assert summary(matrix) == found["evaluation_sets"]["memorization"]
 
 
@@ -441,17 +445,17 @@ def test_rows_to_choose_by_are_never_rows_to_report(run_method):
 def test_what_the_base_knew_is_measured_before_and_after_every_task(run_method, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Who lives in the harbour? " * 40)
-    works = run_method("sequential", f"evaluation.text={text}", "evaluation.text_tokens=200")
-    base = metrics(works)["base"]
+    resolved = run_method("sequential", f"evaluation.text={text}", "evaluation.text_tokens=200")
+    base = metrics(resolved)["base"]
     assert list(base) == ["kl_answers", "text_loss", "kl", "facts"]
     losses = base["text_loss"]
     assert [len(values) for values in base.values()] == [3] * 4
     assert len(set(losses)) == 3
-    model = AutoModelForCausalLM.from_pretrained(works["train/2-valley"].folder)
-    tokenizer = AutoTokenizer.from_pretrained(works["train/2-valley"].folder)
+    model = AutoModelForCausalLM.from_pretrained(resolved["train/2-valley"].folder)
+    tokenizer = AutoTokenizer.from_pretrained(resolved["train/2-valley"].folder)
     ids = torch.tensor([tokenizer(text.read_text())["input_ids"][:200]])
     assert losses[-1] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
-    first = AutoModelForCausalLM.from_pretrained(works["pretrain"].folder)
+    first = AutoModelForCausalLM.from_pretrained(resolved["pretrain"].folder)
     of_base, of_model = (
         each(ids).logits[:, :-1].detach().double().log_softmax(-1) for each in (first, model)
     )
@@ -473,10 +477,10 @@ def test_probes_are_scored_before_and_after_every_task(run_method, tmp_path):
         lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS[:count])
         (tmp_path / f"{name}.jsonl").write_text(lines)
     files = f"[{tmp_path}/places.jsonl, {tmp_path}/few.jsonl]"
-    works = run_method("sequential", f"evaluation.probes={files}", "evaluation.probe_rows=20")
-    base, last = metrics(works)["base"], works["evaluate/2-valley"].folder
+    resolved = run_method("sequential", f"evaluation.probes={files}", "evaluation.probe_rows=20")
+    base, last = metrics(resolved)["base"], resolved["evaluate/2-valley"].folder
     rows = pq.read_table(last / "probes.parquet").to_pylist()
-    folder = works["train/2-valley"].folder
+    folder = resolved["train/2-valley"].folder
     model, tokenizer = models.load_model(folder), AutoTokenizer.from_pretrained(folder)
     for name, count in (("places", 20), ("few", 3)):
         of_probe = [row for row in rows if row["probe"] == name]
@@ -508,14 +512,14 @@ def test_probes_are_scored_before_and_after_every_task(run_method, tmp_path):
 def test_kl_answers_is_on_all_tasks_that_the_model_was_just_trained_on(
     run_method, method, stage, tasks
 ):
-    works = run_method(method)
+    resolved = run_method(method)
     base, model = (
-        AutoModelForCausalLM.from_pretrained(works[name].folder)
+        AutoModelForCausalLM.from_pretrained(resolved[name].folder)
         for name in ("pretrain", f"train/{stage}")
     )
-    trained_on = [EncodedRows(works[f"prepare/{task}"].folder / "train.arrow") for task in tasks]
+    trained_on = [EncodedRows(resolved[f"prepare/{task}"].folder / "train.arrow") for task in tasks]
     rows = [each[i] for each in trained_on for i in range(len(each))]
-    found = metrics(works)["base"]["kl_answers"]
+    found = metrics(resolved)["base"]["kl_answers"]
     assert found[2] == pytest.approx(answer_kl(model, base, rows), rel=1e-5)
     assert (found[1] == found[2]) is (method == "joint")
 
@@ -523,7 +527,7 @@ def test_kl_answers_is_on_all_tasks_that_the_model_was_just_trained_on(
 def test_a_trial_measures_nothing_of_the_base_model(run_method, tmp_path):
     (tmp_path / "probe.jsonl").write_text(json.dumps(QUESTIONS[0]))
     settings = ["evaluation.validation=0.4", f"evaluation.probes=[{tmp_path}/probe.jsonl]"]
-    works = run_method("sequential", *settings, "evaluation.rows=validation")
-    assert "base" not in works["evaluate/1-harbour"].inputs
-    assert json.loads((works["evaluate/1-harbour"].folder / "base.json").read_text()) == {}
-    assert metrics(works)["base"].keys() == {"facts"}
+    resolved = run_method("sequential", *settings, "evaluation.rows=validation")
+    assert "base" not in resolved["evaluate/1-harbour"].inputs
+    assert json.loads((resolved["evaluate/1-harbour"].folder / "base.json").read_text()) == {}
+    assert metrics(resolved)["base"].keys() == {"facts"}

@@ -81,8 +81,8 @@ def test_a_kill_at_a_random_moment_changes_nothing(finished, copy_stages, tmp_pa
     """`tests/chaos.py` in small: one kill, against the runs that are finished already."""
     config = loading.dump(finished.configs["gradient"])
     reference, run = (chaos.Run(tmp_path / name, config=config) for name in ("whole", "struck"))
-    for work in finished.runs["gradient"].resolved.values():
-        shutil.copytree(work.folder, reference.storage / "stages" / work.folder.name)
+    for stage in finished.runs["gradient"].resolved.values():
+        shutil.copytree(stage.folder, reference.storage / "stages" / stage.folder.name)
     shutil.copytree(finished.folder / "gradient", reference.folder, symlinks=True)
     copy_stages(finished.storage, run.storage, ("tokenizer", "prepare"))
     seen = chaos.Seen()

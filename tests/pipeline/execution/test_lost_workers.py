@@ -75,8 +75,8 @@ def run_on_a_cluster(folder, train, sessions):
         for config in configs:
             stages.append(Stage(config["name"], run, config, last))
             last = {"before": stages[-1]}
-        works = tuple(resolve(stages, Local(folder / "storage")).values())
-        return Session(name, works, train, ("one",), frozenset(after))
+        resolved = tuple(resolve(stages, Local(folder / "storage")).values())
+        return Session(name, resolved, train, ("one",), frozenset(after))
 
     records = []
     with pytest.MonkeyPatch.context() as patch:
@@ -192,13 +192,13 @@ def test_what_starts_workers_imports_nothing_that_only_stages_need():
 def test_a_node_that_does_not_see_the_storage_folder_is_named(tmp_path):
     records = []
     stage = Stage("train/1-x", run_stages, {})
-    (work,) = resolve([stage], Local(tmp_path / "storage")).values()
-    _check_scratch(tmp_path, work, records.extend)
+    (found,) = resolve([stage], Local(tmp_path / "storage")).values()
+    _check_scratch(tmp_path, found, records.extend)
     assert not records
     with pytest.raises(InputError, match=f"^storage: node .* does not see {tmp_path}/run of"):
-        _check_scratch(tmp_path / "run" / "scratch", work, records.extend)
-    assert [(r["artifact"], r["state"]) for r in records] == [(work.folder.name, "failed")]
-    stored = replace(work, storage=Bucket("s3://bucket/runs"))
+        _check_scratch(tmp_path / "run" / "scratch", found, records.extend)
+    assert [(r["artifact"], r["state"]) for r in records] == [(found.folder.name, "failed")]
+    stored = replace(found, storage=Bucket("s3://bucket/runs"))
     _check_scratch(tmp_path / "run" / "scratch", stored, records.extend)
 
 
@@ -255,8 +255,8 @@ def test_a_session_that_is_lost_after_its_last_artifact_counts_as_finished(mailb
         (out_dir / "out.txt").write_text("x")
 
     def session(name):
-        (work,) = resolve([Stage(name, write, {"name": name})], Local(tmp_path)).values()
-        return Session(name, (work,), True, ("one",), frozenset())
+        (stage,) = resolve([Stage(name, write, {"name": name})], Local(tmp_path)).values()
+        return Session(name, (stage,), True, ("one",), frozenset())
 
     done, next_one = session("a"), session("b")
     run_stages(done.stages, Context(ray_data=False), lambda records: None)
@@ -279,8 +279,8 @@ def test_ray_trains_handler_of_interrupts_is_taken_back():
 def test_groups_that_are_lost_before_they_take_a_session_fail_it_in_the_end(
     mailbox, tmp_path, monkeypatch
 ):
-    (work,) = resolve([Stage("a", run_stages, {})], Local(tmp_path)).values()
-    waiting = Session("a", (work,), True, ("one",), frozenset())
+    (stage,) = resolve([Stage("a", run_stages, {})], Local(tmp_path)).values()
+    waiting = Session("a", (stage,), True, ("one",), frozenset())
     run = _Sessions({}, tmp_path, Resources(), 1, print, False, Remote(mailbox), {"a": waiting})
     lost = ray.exceptions.WorkerCrashedError()
     monkeypatch.setattr("pipeline.execution.scheduler._error_of", lambda ref: lost)
@@ -300,8 +300,8 @@ def test_groups_that_are_lost_before_they_take_a_session_fail_it_in_the_end(
 @pytest.fixture
 def losing(mailbox, tmp_path, monkeypatch):
     """A run with one session, and a function by which a group takes it and is lost."""
-    (work,) = resolve([Stage("prepare/x", run_stages, {})], Local(tmp_path)).values()
-    session, records = Session("prepare", (work,), False, ("one",), frozenset()), []
+    (stage,) = resolve([Stage("prepare/x", run_stages, {})], Local(tmp_path)).values()
+    session, records = Session("prepare", (stage,), False, ("one",), frozenset()), []
     queued = {"prepare": session}
     run = _Sessions({}, tmp_path, Resources(), 1, records.extend, False, Remote(mailbox), queued)
     mailbox.queue(False, "prepare", [session])
@@ -316,7 +316,7 @@ def losing(mailbox, tmp_path, monkeypatch):
         run.poll()
         return group
 
-    return SimpleNamespace(run=run, work=work, records=records, lose=lose)
+    return SimpleNamespace(run=run, stage=stage, records=records, lose=lose)
 
 
 @pytest.mark.usefixtures("as_if_remote")
@@ -362,19 +362,19 @@ def test_a_run_goes_on_after_the_loss_of_its_only_group(mailbox, tmp_path, monke
     monkeypatch.setattr(of_scheduler + "run_group", remote(start))
     monkeypatch.setattr(of_scheduler + "here", lambda: None)
     monkeypatch.setattr(of_scheduler + "_error_of", error_of)
-    (work,) = resolve([Stage("prepare/x", write, {})], Local(tmp_path)).values()
-    session, records = Session("prepare", (work,), False, ("one",), frozenset()), []
+    (stage,) = resolve([Stage("prepare/x", write, {})], Local(tmp_path)).values()
+    session, records = Session("prepare", (stage,), False, ("one",), frozenset()), []
     assert not run_sessions([session], tmp_path / "scratch", Resources(), 1, records.extend)
     assert [record["state"] for record in records] == ["lost", "started", "finished"]
 
 
 @pytest.mark.usefixtures("as_if_remote")
 def test_losses_of_a_groups_process_count_from_the_last_checkpoint_on(losing):
-    losing.work.folder.parent.mkdir(exist_ok=True)
+    losing.stage.folder.parent.mkdir(exist_ok=True)
     for number in range(LOSSES + 1):
         losing.lose()
         assert not losing.run.failures
-        checkpoint = artifact.checkpoint_of(losing.work.folder)
+        checkpoint = artifact.checkpoint_of(losing.stage.folder)
         checkpoint.touch()
         os.utime(checkpoint, (number, number))
 
@@ -384,7 +384,7 @@ def test_losses_of_a_groups_process_count_from_the_last_checkpoint_on(losing):
 def test_a_session_is_not_queued_again(losing, mailbox, why):
     """If its group itself gave up, if a stage has failed, or if no session starts any more."""
     if why == "failed":
-        record = {"artifact": losing.work.folder.name, "state": "failed"}
+        record = {"artifact": losing.stage.folder.name, "state": "failed"}
         mailbox.put([{**record, "error": "row 3 is empty", "traceback": "row 3"}])
     if why == "ending":
         losing.run.failures = [StageFailed("other", "row 5 is empty", "row 5")]

@@ -33,7 +33,7 @@ class Toys:
         if name in self.fail:
             raise self.fail[name]
 
-    def works(self):
+    def resolved(self):
         stages, last = [], {}
         for name in "abc":
             stages.append(Stage(name, self.run, {"name": name}, last))
@@ -44,7 +44,7 @@ class Toys:
         """Run as one session does; the records sent by then, also where it fails."""
         self.calls, records = [], []
         try:
-            run_stages(self.works(), Context(), records.extend)
+            run_stages(self.resolved(), Context(), records.extend)
         except BaseException as error:
             return records, error
         return records, None
@@ -63,11 +63,11 @@ def test_stages_run_in_order_on_each_others_artifacts(toys):
     records, error = toys.start()
     assert error is None
     assert toys.calls == ["a", "b", "c"]
-    assert [(w.folder / "out.txt").read_text() for w in toys.works()] == ["a", "ab", "abc"]
+    assert [(w.folder / "out.txt").read_text() for w in toys.resolved()] == ["a", "ab", "abc"]
     assert states(records) == [(n, s) for n in "abc" for s in ("started", "finished")]
-    for work in toys.works():
-        assert work.is_complete()
-        artifact.verify(work.folder)
+    for stage in toys.resolved():
+        assert stage.is_complete()
+        artifact.verify(stage.folder)
 
 
 class Cycle:
@@ -87,7 +87,7 @@ def test_what_a_stage_leaves_in_cycles_is_gone_when_the_next_begins_if_models_ar
     toys.run = leaving
     gc.disable()
     try:
-        run_stages(toys.works(), Context(shard_model=True), lambda records: None)
+        run_stages(toys.resolved(), Context(shard_model=True), lambda records: None)
     finally:
         gc.enable()
     assert alive == [0, 0, 0]
@@ -95,12 +95,12 @@ def test_what_a_stage_leaves_in_cycles_is_gone_when_the_next_begins_if_models_ar
 
 def test_the_manifest_names_the_inputs_with_their_fingerprints(toys):
     toys.start()
-    works = {work.name: work for work in toys.works()}
-    manifest = artifact.read_manifest(works["b"].folder)
+    resolved = {stage.name: stage for stage in toys.resolved()}
+    manifest = artifact.read_manifest(resolved["b"].folder)
     assert manifest["stage"] == "b"
     assert manifest["config"] == {"name": "b"}
-    assert manifest["fingerprint"] == works["b"].fingerprint
-    assert works["a"].fingerprint in json.dumps(manifest["inputs"])
+    assert manifest["fingerprint"] == resolved["b"].fingerprint
+    assert resolved["a"].fingerprint in json.dumps(manifest["inputs"])
 
 
 def test_a_second_start_runs_nothing_and_says_nothing(toys):
@@ -115,15 +115,15 @@ def test_after_a_crash_only_the_rest_is_computed(toys, crash):
     _, error = toys.start()
     assert error is crash
     assert toys.calls == ["a", "b"]
-    assert [work.is_complete() for work in toys.works()] == [True, False, False]
+    assert [stage.is_complete() for stage in toys.resolved()] == [True, False, False]
     assert not list(toys.storage.rglob("*.part"))
-    first = artifact.read_manifest(toys.works()[0].folder)
+    first = artifact.read_manifest(toys.resolved()[0].folder)
     toys.fail = {}
     _, error = toys.start()
     assert error is None
     assert toys.calls == ["b", "c"]
-    assert artifact.read_manifest(toys.works()[0].folder) == first
-    assert (toys.works()[-1].folder / "out.txt").read_text() == "abc"
+    assert artifact.read_manifest(toys.resolved()[0].folder) == first
+    assert (toys.resolved()[-1].folder / "out.txt").read_text() == "abc"
 
 
 def test_a_failing_stage_sends_its_error_and_traceback(toys):
@@ -138,15 +138,15 @@ def test_a_failing_stage_sends_its_error_and_traceback(toys):
 
 def test_metrics_are_sent_before_the_end_and_kept_in_the_artifact(toys):
     records, _ = toys.start()
-    of_a = [r for r in records if r["artifact"] == toys.works()[0].folder.name]
+    of_a = [r for r in records if r["artifact"] == toys.resolved()[0].folder.name]
     assert [r.get("state") or (r["step"], r["loss"]) for r in of_a] == [
         "started",
         (1, 0.5),
         "finished",
     ]
-    lines = (toys.works()[0].folder / "log.jsonl").read_text().splitlines()
+    lines = (toys.resolved()[0].folder / "log.jsonl").read_text().splitlines()
     (line,) = [json.loads(line) for line in lines]
-    took = artifact.read_manifest(toys.works()[0].folder)["seconds"]
+    took = artifact.read_manifest(toys.resolved()[0].folder)["seconds"]
     assert 0 <= line.pop("seconds") <= took + 0.001  # Both are rounded.
     assert line == {"step": 1, "loss": 0.5}
 
@@ -166,7 +166,7 @@ def flip(file):
 def test_a_corrupt_input_is_named_before_the_stage_runs(toys):
     toys.fail = {"b": RuntimeError("boom")}
     toys.start()
-    folder = toys.works()[0].folder
+    folder = toys.resolved()[0].folder
     flip(folder / "out.txt")
     toys.fail = {}
     records, error = toys.start()
@@ -175,16 +175,16 @@ def test_a_corrupt_input_is_named_before_the_stage_runs(toys):
     assert states(records)[-1] == ("b", "failed")
     assert str(folder) in records[-1]["error"]
     assert "out.txt" in records[-1]["error"]
-    assert [work.is_complete() for work in toys.works()] == [True, False, False]
+    assert [stage.is_complete() for stage in toys.resolved()] == [True, False, False]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(toys):
     toys.fail = {"b": OSError(errno.ENOSPC, "No space left on device", "/disk/model.safetensors")}
     records, _ = toys.start()
-    work = toys.works()[1]
-    assert records[-1]["error"] == f"no space left on device for {work.folder}"
+    stage = toys.resolved()[1]
+    assert records[-1]["error"] == f"no space left on device for {stage.folder}"
     assert not list(toys.storage.rglob("*.part"))
-    assert not work.folder.exists()
+    assert not stage.folder.exists()
 
 
 def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_stages_folder(
@@ -195,9 +195,9 @@ def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_st
 
     monkeypatch.setattr(artifact.os, "fsync", full)
     records, _ = toys.start()
-    work = toys.works()[0]
-    assert records[-1]["error"] == f"no space left on device for {work.folder}"
-    assert not work.folder.exists()
+    stage = toys.resolved()[0]
+    assert records[-1]["error"] == f"no space left on device for {stage.folder}"
+    assert not stage.folder.exists()
     assert not list(toys.storage.rglob("*.part"))
 
 
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_while_an_artifact_is_sealed_is_one_line_naming_the_st
     ],
 )
 def test_errors_are_explained_in_one_line(toys, error, said):
-    line = explain(error, toys.works()[0])
+    line = explain(error, toys.resolved()[0])
     assert said in line
     assert len(line.splitlines()) == 1
 
@@ -222,7 +222,7 @@ def test_errors_are_explained_in_one_line(toys, error, said):
 def test_too_large_a_batch_on_the_cpu_says_what_to_lower(toys):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
-    line = explain(caught.value, toys.works()[0])
+    line = explain(caught.value, toys.resolved()[0])
     assert line.startswith(
         "out of memory: set training.activation_checkpointing, or lower training."
     )
@@ -231,7 +231,7 @@ def test_too_large_a_batch_on_the_cpu_says_what_to_lower(toys):
 
 def test_a_full_disk_as_safetensors_tells_it_is_one_line(toys):
     error = SafetensorError("Error while serializing: I/O error: No space left on device (28)")
-    line = explain(error, toys.works()[0])
+    line = explain(error, toys.resolved()[0])
     assert line.startswith("no space left on device for ")
     assert len(line.splitlines()) == 1
 
@@ -260,10 +260,10 @@ class Trained:
 
     def start(self, fail=None, minutes=1e-9):
         self.fail = fail
-        works = list(resolve([Stage("train/a", self.run, {})], Local(self.storage)).values())
+        resolved = list(resolve([Stage("train/a", self.run, {})], Local(self.storage)).values())
         with pytest.raises(type(fail)) if fail else nullcontext():
-            run_stages(works, Context(checkpoint_minutes=minutes), self.records.extend)
-        return works[0].folder
+            run_stages(resolved, Context(checkpoint_minutes=minutes), self.records.extend)
+        return resolved[0].folder
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_the_end_of_a_stage_is_told_without_its_lock(toys):
         ends = [record for record in records if record.get("state") == "finished"]
         locks.extend([file.name for file in toys.storage.rglob("*.lock")] for _ in ends)
 
-    run_stages(toys.works(), Context(), emit)
+    run_stages(toys.resolved(), Context(), emit)
     assert locks == [[], [], []]
 
 
@@ -318,9 +318,9 @@ def test_a_file_that_changed_since_the_command_started_is_refused(tmp_path, when
         probe.write_text("newer")
 
     stage = Stage("evaluate/1-x", copy, {}, {"probe": External(probe)})
-    (work,) = resolve([stage], Local(tmp_path / "storage")).values()
+    (found,) = resolve([stage], Local(tmp_path / "storage")).values()
     if when == "before":
         probe.write_text("new!")
     with pytest.raises(InputError, match=f"{probe} has changed since the command started"):
-        run_stages([work], Context(), lambda records: None)
-    assert not work.folder.exists()
+        run_stages([found], Context(), lambda records: None)
+    assert not found.folder.exists()

@@ -29,9 +29,9 @@ def both(tiny_config, run_in_process, copy_stages, workers, tmp_path):
         workers.run(sharded.stages_of, config)
         shared = run_in_process(config)  # The report.
         assert shared.keys() == alone.keys()
-        for name, work in shared.items():
-            assert work.is_complete()
-            assert work.fingerprint == alone[name].fingerprint
+        for name, stage in shared.items():
+            assert stage.is_complete()
+            assert stage.fingerprint == alone[name].fingerprint
         assert not list((tmp_path / "shared").rglob("*.checkpoint*"))
         return alone, shared
 
@@ -79,8 +79,8 @@ def test_a_run_with_an_adapter_on_a_shared_model_gives_the_same_numbers(both, me
     check_losses(alone, shared, ("train/1-harbour", "train/2-valley"))
     if merge:
         one, two = (
-            models.load_model(works["train/2-valley"].folder).state_dict()
-            for works in (alone, shared)
+            models.load_model(resolved["train/2-valley"].folder).state_dict()
+            for resolved in (alone, shared)
         )
         for name, weight in one.items():
             torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-3, msg=name)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
     ],
 )
 def test_two_workers_give_what_one_gives(finished, driver, killed, shared):
-    alone = {name: work.folder for name, work in finished.runs["gradient"].resolved.items()}
+    alone = {name: found.folder for name, found in finished.runs["gradient"].resolved.items()}
     settings = ["resources.num_workers=2", f"resources.shard_model={shared}"]
     if killed:
         assert driver.stop_at("train-1-harbour", signal.SIGKILL, *settings) == -signal.SIGKILL

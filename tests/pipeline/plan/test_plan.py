@@ -30,8 +30,8 @@ def stages(tiny_config, tmp_path):
 
 def changed(before, after):
     """Names of the stages of `after` that are not artifacts of `before`."""
-    known = {work.fingerprint for work in before.values()}
-    return {name for name, work in after.items() if work.fingerprint not in known}
+    known = {stage.fingerprint for stage in before.values()}
+    return {name for name, stage in after.items() if stage.fingerprint not in known}
 
 
 def test_sequential_trains_and_evaluates_task_after_task(stages):
@@ -46,8 +46,8 @@ def test_sequential_trains_and_evaluates_task_after_task(stages):
 
 
 def test_agcl_measures_the_base_first_and_every_task_right_after_it(stages):
-    works = stages()
-    assert list(works) == [
+    resolved = stages()
+    assert list(resolved) == [
         *BASE,
         *MEASURED_BASE,
         "train/1-harbour",
@@ -66,25 +66,25 @@ def test_agcl_from_solo_models_trains_one_for_every_task_before_it_is_protected(
         assert names.index(f"solo/{task}") < names.index(f"train/{task}")
 
 
-def inputs(works, name):
-    folders = {work.folder: stage for stage, work in works.items()}
-    return {role: folders[folder] for role, folder in works[name].inputs.items()}
+def inputs(resolved, name):
+    folders = {found.folder: stage for stage, found in resolved.items()}
+    return {role: folders[folder] for role, folder in resolved[name].inputs.items()}
 
 
 def test_each_task_starts_from_the_last_model_and_the_sum_of_moments_so_far(stages):
-    works = stages("tasks.count=3")
-    assert inputs(works, "train/1-harbour") == {
+    resolved = stages("tasks.count=3")
+    assert inputs(resolved, "train/1-harbour") == {
         "model": "pretrain",
         "rows": "prepare/harbour",
         "base_importance": "attribute/0-base",
     }
-    assert inputs(works, "train/3-island") == {
+    assert inputs(resolved, "train/3-island") == {
         "model": "train/2-valley",
         "rows": "prepare/island",
         "base_importance": "attribute/0-base",
         "past": "attribute/2-valley",
     }
-    assert inputs(works, "attribute/2-valley") == {
+    assert inputs(resolved, "attribute/2-valley") == {
         "past": "attribute/1-harbour",
         "model": "train/2-valley",
         "rows": "prepare/valley",
@@ -103,8 +103,8 @@ def test_saving_memory_by_recomputing_does_not_make_anything_again(stages):
 
 
 def test_adapters_of_merged_tasks_are_those_that_were_trained(stages):
-    works = stages("tasks.count=3", "merge.factor=0.5", method="olora")
-    assert inputs(works, "train/3-island") == {
+    resolved = stages("tasks.count=3", "merge.factor=0.5", method="olora")
+    assert inputs(resolved, "train/3-island") == {
         "model": "merge/2-valley",
         "rows": "prepare/island",
         "adapter/harbour": "train/1-harbour",
@@ -113,20 +113,20 @@ def test_adapters_of_merged_tasks_are_those_that_were_trained(stages):
 
 
 def test_solo_importances_come_from_models_that_saw_the_task_alone(stages):
-    works = stages("importance.source=solo")
-    assert inputs(works, "solo/2-valley") == {"model": "pretrain", "rows": "prepare/valley"}
-    assert inputs(works, "attribute/2-valley")["model"] == "solo/2-valley"
-    assert inputs(works, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
+    resolved = stages("importance.source=solo")
+    assert inputs(resolved, "solo/2-valley") == {"model": "pretrain", "rows": "prepare/valley"}
+    assert inputs(resolved, "attribute/2-valley")["model"] == "solo/2-valley"
+    assert inputs(resolved, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
 
 
 def test_every_model_is_scored_on_every_task_and_on_the_base_skill(stages):
-    works = stages()
+    resolved = stages()
     for name, model in [
         ("evaluate/0-base", "pretrain"),
         ("evaluate/1-harbour", "train/1-harbour"),
         ("evaluate/2-valley", "train/2-valley"),
     ]:
-        assert inputs(works, name) == {
+        assert inputs(resolved, name) == {
             "model": model,
             "rows/harbour": "prepare/harbour",
             "rows/valley": "prepare/valley",
@@ -156,11 +156,11 @@ def test_where_the_base_is_protected_methods_share_it_and_train_the_first_task_a
 
 
 def test_the_first_solo_model_is_the_first_model_of_any_sequence(stages):
-    works = stages("importance.source=solo", method="gate")
+    resolved = stages("importance.source=solo", method="gate")
     sequential = stages(method="sequential")
-    measured = works["attribute/1-harbour"].inputs["model"]
-    assert measured == works["train/1-harbour"].folder == sequential["train/1-harbour"].folder
-    assert works["solo/2-valley"].folder != works["train/2-valley"].folder
+    measured = resolved["attribute/1-harbour"].inputs["model"]
+    assert measured == resolved["train/1-harbour"].folder == sequential["train/1-harbour"].folder
+    assert resolved["solo/2-valley"].folder != resolved["train/2-valley"].folder
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_with_importances_of_earlier_runs_the_first_solo_model_is_one_of_its_own
         "importance.source=solo",
         "base.protect=none",
     )
-    works = resolve(plan(config).stages, Local(tmp_path))
-    assert list(works["solo/1-harbour"].inputs) == ["model", "rows"]
-    assert list(works["train/1-harbour"].inputs) == ["model", "rows", "importance/past-0"]
+    resolved = resolve(plan(config).stages, Local(tmp_path))
+    assert list(resolved["solo/1-harbour"].inputs) == ["model", "rows"]
+    assert list(resolved["train/1-harbour"].inputs) == ["model", "rows", "importance/past-0"]
 
 
 TRAINED = {"train/1-harbour", "train/2-valley", "evaluate/1-harbour", "evaluate/2-valley"}
@@ -225,8 +225,8 @@ def test_stages_of_a_kind_have_the_same_keys_whatever_is_set(stages, kind, tmp_p
         "evaluation.validation=0.2",
         "evaluation.rows=validation",
     ]
-    works = [*stages().items(), *stages(*settings).items()]
-    keys = {frozenset(work.config) for name, work in works if name.startswith(kind)}
+    resolved = [*stages().items(), *stages(*settings).items()]
+    keys = {frozenset(stage.config) for name, stage in resolved if name.startswith(kind)}
     assert len(keys) == 1
 
 
@@ -295,11 +295,11 @@ def test_where_and_under_which_name_a_run_runs_changes_nothing(stages, override)
 
 
 def test_the_storage_does_not_change_fingerprints(tiny_config, tmp_path):
-    works = [
+    resolved = [
         resolve(plan(tiny_config(tmp_path / place)).stages, Local(tmp_path / place))
         for place in "ab"
     ]
-    assert changed(*works) == set()
+    assert changed(*resolved) == set()
 
 
 @pytest.fixture
@@ -345,11 +345,11 @@ def done_by(found):
         # The worst case: independent sessions in the opposite order.
         session = ready[-1]
         waiting.remove(session)
-        for work in session.stages:
+        for stage in session.stages:
             to_make = {w.folder for s in found for w in s.stages}
-            missing = [f for f in work.inputs.values() if f in to_make and f not in made]
-            assert not missing, f"{work.name} needs {missing}"
-            made.append(work.folder)
+            missing = [f for f in stage.inputs.values() if f in to_make and f not in made]
+            assert not missing, f"{stage.name} needs {missing}"
+            made.append(stage.folder)
     return made
 
 
@@ -382,17 +382,17 @@ def test_sessions_of_many_methods_and_seeds_never_wait_for_each_other(
 
 
 def test_what_the_base_is_measured_on_has_a_seed_of_its_own(stages):
-    works, other, reseeded = stages(), stages("seed=1"), stages("base.seed=1")
+    resolved, other, reseeded = stages(), stages("seed=1"), stages("base.seed=1")
     for name in ("own_text", "attribute/0-base"):
-        assert works[name].config == other[name].config != reseeded[name].config
+        assert resolved[name].config == other[name].config != reseeded[name].config
 
 
 def test_the_base_is_measured_once_and_protected_from_the_first_task_on(stages):
-    works = stages()
-    assert inputs(works, "attribute/0-base") == {"model": "pretrain", "rows/0": "own_text"}
+    resolved = stages()
+    assert inputs(resolved, "attribute/0-base") == {"model": "pretrain", "rows/0": "own_text"}
     for train in ("train/1-harbour", "train/2-valley"):
-        assert inputs(works, train)["base_importance"] == "attribute/0-base"
-    assert works["attribute/0-base"].config["moments"] == "uniform"
+        assert inputs(resolved, train)["base_importance"] == "attribute/0-base"
+    assert resolved["attribute/0-base"].config["moments"] == "uniform"
 
 
 def test_methods_share_the_bases_importance_and_its_energy_changes_training_only(stages):
@@ -416,10 +416,13 @@ def test_methods_share_the_bases_importance_and_its_energy_changes_training_only
 
 
 def test_directions_of_weights_need_no_importance_and_no_settings_of_one(stages):
-    works = stages(method="project_weights")
-    assert works.keys() == stages(method="sequential").keys()
-    assert inputs(works, "train/2-valley") == {"model": "train/1-harbour", "rows": "prepare/valley"}
-    [item] = works["train/1-harbour"].config["protect"]
+    resolved = stages(method="project_weights")
+    assert resolved.keys() == stages(method="sequential").keys()
+    assert inputs(resolved, "train/2-valley") == {
+        "model": "train/1-harbour",
+        "rows": "prepare/valley",
+    }
+    [item] = resolved["train/1-harbour"].config["protect"]
     assert item == {
         "kind": "project",
         "directions": "weights",
@@ -429,23 +432,23 @@ def test_directions_of_weights_need_no_importance_and_no_settings_of_one(stages)
         "unit_inputs": None,
     }
     unused = ("base.protect=self", "protect.0.weighting=uniform", "importance.source=solo")
-    assert not changed(works, stages(*unused, method="project_weights"))
+    assert not changed(resolved, stages(*unused, method="project_weights"))
     assert "train/1-harbour" in changed(
-        works, stages("protect.0.energy=0.5", method="project_weights")
+        resolved, stages("protect.0.energy=0.5", method="project_weights")
     )
 
 
 def test_a_gate_beside_directions_of_weights_is_measured_and_starts_with_the_second_task(stages):
     items = "[{kind: gate}, {kind: project, directions: weights}]"
-    works = stages(f"protect={items}", "base.protect=none")
+    resolved = stages(f"protect={items}", "base.protect=none")
     kinds = {
-        task: [item["kind"] for item in works[f"train/{task}"].config["protect"]]
+        task: [item["kind"] for item in resolved[f"train/{task}"].config["protect"]]
         for task in ("1-harbour", "2-valley")
     }
     assert kinds == {"1-harbour": ["project"], "2-valley": ["gate", "project"]}
-    assert works["attribute/1-harbour"].config["moments"] is None
-    assert works["attribute/1-harbour"].config["entries"]
-    assert inputs(works, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
+    assert resolved["attribute/1-harbour"].config["moments"] is None
+    assert resolved["attribute/1-harbour"].config["entries"]
+    assert inputs(resolved, "train/2-valley")["importance/harbour"] == "attribute/1-harbour"
 
 
 @pytest.mark.parametrize("method", ["sequential", "replay", "lora"])
@@ -455,21 +458,21 @@ def test_without_a_protection_the_section_base_changes_nothing(stages, method):
 
 
 def test_all_tasks_at_once_can_protect_the_base(stages):
-    works = stages("base.protect=self", "protect=[{kind: project}]", method="joint")
-    assert inputs(works, "train/joint")["base_importance"] == "attribute/0-base"
-    assert "attribute/2-valley" not in works
+    resolved = stages("base.protect=self", "protect=[{kind: project}]", method="joint")
+    assert inputs(resolved, "train/joint")["base_importance"] == "attribute/0-base"
+    assert "attribute/2-valley" not in resolved
 
 
 def test_solo_models_are_trained_without_protection(stages):
     solo = "importance.source=solo"
-    works, unprotected = stages(solo), stages(solo, method="base_unprotected")
-    assert works["solo/1-harbour"].folder == unprotected["train/1-harbour"].folder
-    assert works["solo/1-harbour"].folder != works["train/1-harbour"].folder
+    resolved, unprotected = stages(solo), stages(solo, method="base_unprotected")
+    assert resolved["solo/1-harbour"].folder == unprotected["train/1-harbour"].folder
+    assert resolved["solo/1-harbour"].folder != resolved["train/1-harbour"].folder
 
 
 def test_corda_starts_from_the_base_models_own_text_and_shares_it(stages):
-    works = stages(method="corda")
-    assert list(works) == [
+    resolved = stages(method="corda")
+    assert list(resolved) == [
         *BASE,
         "own_text",
         "corda",
@@ -479,10 +482,10 @@ def test_corda_starts_from_the_base_models_own_text_and_shares_it(stages):
         "evaluate/2-valley",
         "report",
     ]
-    assert not changed(stages(method="agcl"), works) & {"own_text"}
+    assert not changed(stages(method="agcl"), resolved) & {"own_text"}
     other = stages("training.learning_rate=0.1", "adapter.merge=false", method="corda")
-    assert "corda" not in changed(works, other)
-    assert "corda" in changed(works, stages("adapter.rank=4", method="corda"))
+    assert "corda" not in changed(resolved, other)
+    assert "corda" in changed(resolved, stages("adapter.rank=4", method="corda"))
 
 
 @pytest.mark.parametrize(
@@ -503,15 +506,15 @@ def test_the_base_model_writes_text_only_where_the_config_says_that_it_matters(
 
 
 def test_stages_of_one_kind_have_the_same_settings(stages):
-    works = [
-        work
+    resolved = [
+        stage
         for method in ("agcl", "sequential", "kl", "lora_agcl", "osf", "merge_sqrt")
-        for work in stages(method=method).values()
+        for stage in stages(method=method).values()
     ]
-    works += stages("training.optimizer=sgd", "training.learning_rate=0.3").values()
+    resolved += stages("training.optimizer=sgd", "training.learning_rate=0.3").values()
     kinds = {}
-    for work in works:
-        kinds.setdefault(work.fn.__name__, set()).add(frozenset(work.config))
+    for stage in resolved:
+        kinds.setdefault(stage.fn.__name__, set()).add(frozenset(stage.config))
     assert {"train", "evaluate", "prepare", "pretrain", "merge"} <= kinds.keys()
     assert not {name for name, keys in kinds.items() if len(keys) > 1}
 
@@ -573,23 +576,23 @@ def test_a_scorer_that_gives_partial_credit_changes_what_is_attributed(own):
     ],
 )
 def test_only_answers_that_are_right_or_wrong_are_attributed_where_right(own, scorer, only):
-    work = own(f"tasks.scorer={scorer}")["attribute/1-one"]
-    assert work.config["correct_only"] is only
-    work = own(f"tasks.scorer={scorer}", "importance.correct_only=false")["attribute/1-one"]
-    assert work.config["correct_only"] is False
+    stage = own(f"tasks.scorer={scorer}")["attribute/1-one"]
+    assert stage.config["correct_only"] is only
+    stage = own(f"tasks.scorer={scorer}", "importance.correct_only=false")["attribute/1-one"]
+    assert stage.config["correct_only"] is False
 
 
 def test_a_benchmarks_own_scorers_score_and_decide_what_is_attributed(tiny_config, tmp_path):
     trace_files.write(tmp_path / "trace", rows=3)
     planned = plan(tiny_config(tmp_path, f"tasks={{format: trace, path: {tmp_path / 'trace'}}}"))
     assert planned.scorers == trace.SCORERS
-    works = resolve(planned.stages, Local(tmp_path))
-    scorers = dict(works["evaluate/0-base"].config["task_scorers"])
+    resolved = resolve(planned.stages, Local(tmp_path))
+    scorers = dict(resolved["evaluate/0-base"].config["task_scorers"])
     assert scorers == {**trace.SCORERS, "base": "exact_match"}
     all_rows = {
         name.partition("-")[2]
-        for name, work in works.items()
-        if name.startswith("attribute/") and not work.config["correct_only"]
+        for name, stage in resolved.items()
+        if name.startswith("attribute/") and not stage.config["correct_only"]
     }
     assert all_rows == {"base", "MeetingBank", "Py150", "ScienceQA", "20Minuten"}
 
@@ -602,5 +605,5 @@ def test_a_scorer_of_rows_that_are_only_measured_counts_for_nothing(stages, tmp_
 
 
 def test_what_stages_depend_on_has_names_that_mlflow_takes(own):
-    keys = {key for work in own().values() for key, _ in flat(work.config)}
+    keys = {key for stage in own().values() for key, _ in flat(stage.config)}
     assert keys == set(map(allowed_name, keys))

@@ -36,19 +36,19 @@ def chain():
     return [prepare, train1, evaluate1, train2, evaluate2, report]
 
 
-def finish(work):
-    with artifact.writing(work.folder, work.record) as out:
-        (out / "out.txt").write_text(work.name)
+def finish(stage):
+    with artifact.writing(stage.folder, stage.record) as out:
+        (out / "out.txt").write_text(stage.name)
 
 
 def finish_all(stages, storage, *names):
-    works = resolve(stages, Local(storage))
+    resolved = resolve(stages, Local(storage))
     for name in names:
-        finish(works[name])
+        finish(resolved[name])
 
 
 def names_of(found):
-    return [[work.name for work in session.stages] for session in found]
+    return [[stage.name for stage in session.stages] for session in found]
 
 
 def fingerprint(stage, storage="storage"):
@@ -59,9 +59,9 @@ def test_equal_stages_of_one_plan_are_one_artifact(tmp_path):
     base = stage("base")
     solo = stage("solo/1", base, config={"epochs": 1})
     train = stage("train/1", base, config={"epochs": 1})
-    works = resolve([base, solo, train], Local(tmp_path))
-    assert works["solo/1"] is works["train/1"]
-    assert works["solo/1"].folder != works["base"].folder
+    resolved = resolve([base, solo, train], Local(tmp_path))
+    assert resolved["solo/1"] is resolved["train/1"]
+    assert resolved["solo/1"].folder != resolved["base"].folder
 
 
 def test_equal_stages_of_two_plans_are_one_artifact(tmp_path):
@@ -70,9 +70,9 @@ def test_equal_stages_of_two_plans_are_one_artifact(tmp_path):
 
 
 def test_folders_are_readable_and_lie_in_the_storage(tmp_path):
-    work = resolve(chain(), Local(tmp_path))["train/1"]
-    assert work.folder.parent == tmp_path / "stages"
-    assert work.folder.name == f"toy-1-{work.fingerprint[:16]}"
+    stage = resolve(chain(), Local(tmp_path))["train/1"]
+    assert stage.folder.parent == tmp_path / "stages"
+    assert stage.folder.name == f"toy-1-{stage.fingerprint[:16]}"
 
 
 @pytest.mark.parametrize("name", ["a/b c", "tâche:1", "../up", "x|y*z"])
@@ -209,7 +209,7 @@ def test_what_runs_share_is_one_session_before_what_they_do_not(tmp_path):
 
 def test_every_missing_artifact_is_made_in_exactly_one_session(tmp_path):
     found = sessions(two_methods(), Local(tmp_path))
-    folders = [work.folder for session in found for work in session.stages]
+    folders = [stage.folder for session in found for stage in session.stages]
     assert len(folders) == len(set(folders)) == 7
 
 

@@ -197,12 +197,12 @@ def test_trials_whose_workers_compute_do_not_take_their_place(search, on_tune):
     report = scoring()
 
     def body(run, shared):
-        def work():
+        def stage():
             time.sleep(0.2)
 
         # As Ray Train does: outside of the trial's placement group, with an actor on the head.
         needs = {"num_cpus": 2, "resources": {"node:__internal_head__": 0.001}}
-        ray.get(ray.remote(scheduling_strategy=here(), **needs)(work).remote())
+        ray.get(ray.remote(scheduling_strategy=here(), **needs)(stage).remote())
         report(run)
 
     of = search(3, "resources.num_workers=2", "search.round=3")

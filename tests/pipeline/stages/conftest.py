@@ -54,8 +54,8 @@ def trained(tmp_path):
         )
         check_inputs(config)
         opened = open_run(config)
-        works = list(opened.resolved.values())
-        run_stages(works, Context(ray_data=False), lambda records: None)
+        resolved = list(opened.resolved.values())
+        run_stages(resolved, Context(ray_data=False), lambda records: None)
         opened.folder.mkdir()
         write_model_folder(opened, recorded("gate-seed0"), None)
         return opened.resolved

@@ -22,18 +22,18 @@ def barely_trained(tiny_config, tmp_path):
 def test_a_model_without_a_right_answer_is_attributed_on_all_rows_with_a_warning(barely_trained):
     config, records = barely_trained("1e-6"), []
     config.storage.root.mkdir()
-    works = open_run(config).resolved
-    run_stages(list(works.values()), Context(ray_data=False), records.extend)
+    resolved = open_run(config).resolved
+    run_stages(list(resolved.values()), Context(ray_data=False), records.extend)
     said = [record["warning"] for record in records if "warning" in record]
     assert said == [
         "the model answers none of the 12 rows correctly, so the importance is measured on all of "
         "them"
     ]
-    folder = works["attribute/1-harbour"].folder
+    folder = resolved["attribute/1-harbour"].folder
     header = Importance.load(folder / "importance.safetensors").header
     assert header["rows_attributed"] == 12
     assert not header["correct_only"]
-    assert works["report"].is_complete()
+    assert resolved["report"].is_complete()
 
 
 def test_a_model_that_training_made_worse_is_refused(barely_trained, run_in_process):

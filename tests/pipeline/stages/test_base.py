@@ -28,23 +28,23 @@ def outputs(folder, ids):
         return models.load_model(folder)(torch.tensor([ids])).logits
 
 
-def on_own_texts(works, model):
+def on_own_texts(resolved, model):
     """The largest change of a model's logits on the base model's own texts."""
-    rows = EncodedRows(works["own_text"].folder / "train.arrow")
+    rows = EncodedRows(resolved["own_text"].folder / "train.arrow")
     assert len(rows) == 2
     changes = []
     for i in range(len(rows)):
         ids = rows[i].input_ids[:-1]  # Its last token predicts nothing and is not measured.
-        before = outputs(works["pretrain"].folder, ids)
-        changes.append(float((outputs(works[model].folder, ids) - before).abs().max()))
+        before = outputs(resolved["pretrain"].folder, ids)
+        changes.append(float((outputs(resolved[model].folder, ids) - before).abs().max()))
     return max(changes)
 
 
 def test_with_energy_1_the_model_answers_its_own_texts_as_before_while_it_learns(run):
-    works = run(*FEW, "base.protect=self", "tasks.count=1")
+    resolved = run(*FEW, "base.protect=self", "tasks.count=1")
     unprotected = run(*FEW, "base.protect=none", "tasks.count=1")
-    assert on_own_texts(works, "train/1-harbour") < 0.01
-    assert on_own_texts({**unprotected, "own_text": works["own_text"]}, "train/1-harbour") > 1
+    assert on_own_texts(resolved, "train/1-harbour") < 0.01
+    assert on_own_texts({**unprotected, "own_text": resolved["own_text"]}, "train/1-harbour") > 1
 
 
 def test_later_tasks_leave_the_base_alone_too(run):
@@ -53,17 +53,17 @@ def test_later_tasks_leave_the_base_alone_too(run):
 
 @pytest.mark.parametrize("method", ["lora_agcl", pytest.param("inflora", marks=pytest.mark.slow)])
 def test_an_adapter_passes_nothing_of_the_base_models_inputs(run, method):
-    works = run(*FEW, "base.protect=self", "protect.0.energy=0.5", method=method)
+    resolved = run(*FEW, "base.protect=self", "protect.0.energy=0.5", method=method)
     for stage in ("train/1-harbour", "train/2-valley"):
-        assert on_own_texts(works, stage) < 0.01
-    assert (works["train/1-harbour"].folder / "adapter" / adapter.WEIGHTS).is_file()
+        assert on_own_texts(resolved, stage) < 0.01
+    assert (resolved["train/1-harbour"].folder / "adapter" / adapter.WEIGHTS).is_file()
 
 
 def test_the_bases_tokens_are_weighted_by_relevance_if_asked(run):
     few, found = ("base.samples=2", "base.tokens=5", "tasks.count=1", "training.epochs=1"), {}
     for weighting in ("uniform", "relevance"):
-        works = run(*few, "base.protect=self", f"base.weighting={weighting}")
-        importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+        resolved = run(*few, "base.protect=self", f"base.weighting={weighting}")
+        importance = Importance.load(resolved["attribute/0-base"].folder / IMPORTANCE_FILE)
         assert importance.header["moments"] == weighting
         found[weighting] = importance.moments["model.layers.0.self_attn.q_proj.weight"]
     uniform, relevance = found["uniform"], found["relevance"]
@@ -72,15 +72,15 @@ def test_the_bases_tokens_are_weighted_by_relevance_if_asked(run):
 
 
 def test_own_texts_can_be_read_and_are_what_was_measured(run):
-    works = run(*FEW, "base.protect=self", "tasks.count=1")
-    lines = (works["own_text"].folder / TEXTS).read_text(encoding="utf-8").splitlines()
+    resolved = run(*FEW, "base.protect=self", "tasks.count=1")
+    lines = (resolved["own_text"].folder / TEXTS).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line) for line in lines]
-    rows = EncodedRows(works["own_text"].folder / "train.arrow")
-    tokenizer = models.load_tokenizer(works["pretrain"].folder)
+    rows = EncodedRows(resolved["own_text"].folder / "train.arrow")
+    tokenizer = models.load_tokenizer(resolved["pretrain"].folder)
     assert [t["prompt"] + t["text"] for t in texts] == [
         tokenizer.decode(rows[i].input_ids) for i in range(2)
     ]
-    importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+    importance = Importance.load(resolved["attribute/0-base"].folder / IMPORTANCE_FILE)
     assert importance.header["rows"] == 2
     moment = importance.moments["model.layers.0.self_attn.q_proj.weight"]
     # Unit inputs, equal weights: the trace is the number of tokens that predict one.
@@ -93,9 +93,9 @@ def test_a_gate_and_a_penalty_protect_the_base_in_the_first_task(run):
     for method, strong in (("gate", "protect.0.strength=1"), ("ewc", "protect.0.strength=1e7")):
         moved = {}
         for protect in ("self", "none"):
-            works = run(*few, strong, f"base.protect={protect}", method=method)
-            before = models.load_model(works["pretrain"].folder).state_dict()
-            after = models.load_model(works["train/1-harbour"].folder).state_dict()
+            resolved = run(*few, strong, f"base.protect={protect}", method=method)
+            before = models.load_model(resolved["pretrain"].folder).state_dict()
+            after = models.load_model(resolved["train/1-harbour"].folder).state_dict()
             moved[protect] = {name: (after[name] - before[name]).abs() for name in before}
         entries = importance_of(run, few, strong, method).entries
         for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.down_proj.weight"):
@@ -107,13 +107,13 @@ def test_a_gate_and_a_penalty_protect_the_base_in_the_first_task(run):
 
 
 def importance_of(run, few, strong, method):
-    works = run(*few, strong, "base.protect=self", method=method)
-    return Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+    resolved = run(*few, strong, "base.protect=self", method=method)
+    return Importance.load(resolved["attribute/0-base"].folder / IMPORTANCE_FILE)
 
 
 def test_the_builtin_models_rows_are_its_generic_facts(run):
-    works = run("base.protect=rows", "tasks.count=1", "base.samples=1000", "training.epochs=1")
-    importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+    resolved = run("base.protect=rows", "tasks.count=1", "base.samples=1000", "training.epochs=1")
+    importance = Importance.load(resolved["attribute/0-base"].folder / IMPORTANCE_FILE)
     assert importance.header["rows"] == importance.header["rows_attributed"] == 64
 
 
@@ -123,21 +123,21 @@ def test_rows_of_any_format_protect_the_base(run, tmp_path):
     rows = (
         f"base.rows={{format: jsonl, sequence: [{{name: harbour, train: {tmp_path}/known.jsonl}}]}}"
     )
-    works = run(
+    resolved = run(
         *("base.protect=rows", rows, "base.samples=9", "tasks.count=1", "training.epochs=1")
     )
-    assert works["prepare/base/harbour"].folder != works["prepare/harbour"].folder
-    importance = Importance.load(works["attribute/0-base"].folder / IMPORTANCE_FILE)
+    assert resolved["prepare/base/harbour"].folder != resolved["prepare/harbour"].folder
+    importance = Importance.load(resolved["attribute/0-base"].folder / IMPORTANCE_FILE)
     assert importance.header["rows"] == 3
 
 
 def test_energy_zero_of_the_base_protects_the_tasks_alone_bit_for_bit(run):
-    works = run("base.energy=0", "training.epochs=2")
+    resolved = run("base.energy=0", "training.epochs=2")
     unprotected = run("training.epochs=2", method="base_unprotected")
     for stage in ("train/1-harbour", "train/2-valley"):
-        assert works[stage].folder != unprotected[stage].folder
+        assert resolved[stage].folder != unprotected[stage].folder
         found, expected = (
-            models.load_model(each[stage].folder).state_dict() for each in (works, unprotected)
+            models.load_model(each[stage].folder).state_dict() for each in (resolved, unprotected)
         )
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -157,7 +157,7 @@ def test_a_text_is_cut_at_words_over_all_files(tmp_path, run):
     for piece in pieces:
         assert piece.startswith(("alpha", "beta"))
         assert len(piece.encode()) > 60
-    works = run(
+    resolved = run(
         "base.protect=text",
         f"base.text={tmp_path}",
         "base.samples=6",
@@ -165,7 +165,7 @@ def test_a_text_is_cut_at_words_over_all_files(tmp_path, run):
         "base.tokens=9",
         "training.epochs=1",
     )
-    rows = EncodedRows(works["base_text"].folder / "train.arrow")
+    rows = EncodedRows(resolved["base_text"].folder / "train.arrow")
     assert [len(rows[i].input_ids) for i in range(len(rows))] == [10] * 6
 
 
@@ -201,8 +201,8 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_a_later_task_reads_one_file_with_the_moments_of_all_earlier_ones(run):
     """The running sum: of three tasks it holds what the three artifacts hold together."""
     few = ("training.epochs=1", "training.learning_rate=1e-4", "importance.correct_only=false")
-    works = run("base.protect=none", "tasks.count=3", "importance.keep=1", *few)
-    folders = [w.folder for name, w in works.items() if name.startswith("attribute/")][:3]
+    resolved = run("base.protect=none", "tasks.count=3", "importance.keep=1", *few)
+    folders = [w.folder for name, w in resolved.items() if name.startswith("attribute/")][:3]
     assert not (folders[0] / PAST_FILE).exists()
     parts = [Importance.load(folder / IMPORTANCE_FILE) for folder in folders]
     total = Importance.load(folders[2] / PAST_FILE)

@@ -52,9 +52,9 @@ def test_a_missing_package_is_named(tiny_config, base, tmp_path, monkeypatch):
 def test_a_run_learns_protects_and_leaves_an_adapter(run, base, method, protect):
     settings = ["training.learning_rate=5e-3", "evaluation.batch_size=8"]
     settings.append(f"base.protect={protect}")
-    works = run(f"model.path={base}", *NF4, *settings, method=method)
-    found = json.loads((works["report"].folder / "metrics.json").read_text())
-    folder = works["train/2-valley"].folder
+    resolved = run(f"model.path={base}", *NF4, *settings, method=method)
+    found = json.loads((resolved["report"].folder / "metrics.json").read_text())
+    folder = resolved["train/2-valley"].folder
     assert found["learning_accuracy"] > 0.4
     assert not list(folder.glob("*.safetensors"))
     factors = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -64,7 +64,7 @@ def test_a_run_learns_protects_and_leaves_an_adapter(run, base, method, protect)
     if method == "lora_agcl":
         assert json.loads((folder / "checks.json").read_text())
     if protect == "self":
-        importance = Importance.load(works["attribute/0-base"].folder / "importance.safetensors")
+        importance = Importance.load(resolved["attribute/0-base"].folder / "importance.safetensors")
         widths = {moment.directions.shape[0] for moment in importance.moments.values()}
         assert widths == {128, 352}
 

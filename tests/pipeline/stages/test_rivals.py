@@ -17,16 +17,16 @@ from pipeline.stages.files import LOG_FILE
 FIRST, SECOND = "train/1-harbour", "train/2-valley"
 
 
-def weights(work):
-    return dict(models.load_model(work.folder).named_parameters())
+def weights(stage):
+    return dict(models.load_model(stage.folder).named_parameters())
 
 
 def distance(one, other):
     return sum(float((one[name] - other[name]).detach().square().sum()) for name in one) ** 0.5
 
 
-def losses(work):
-    lines = (work.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+def losses(stage):
+    lines = (stage.folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
@@ -46,7 +46,7 @@ def test_without_strength_an_anchor_is_plain_fine_tuning(run, method):
 def test_an_anchor_keeps_the_model_closer_to_the_base_the_stronger_it_is(run, method):
     base = weights(run(method="sequential")["pretrain"])
     found = [run(f"loss.strength={s}", method=method) for s in (0, 1, 30)]
-    moved = [distance(weights(works[SECOND]), base) for works in found]
+    moved = [distance(weights(resolved[SECOND]), base) for resolved in found]
     assert moved[0] > moved[1] > moved[2]
 
 
@@ -54,9 +54,9 @@ def test_lwf_is_anchored_to_the_last_tasks_model_and_kl_to_the_base(run):
     of_base, of_last = (run("loss.strength=30", method=method) for method in ("kl", "lwf"))
     assert of_base[FIRST].fingerprint == of_last[FIRST].fingerprint
     start, base = weights(of_base[FIRST]), weights(of_base["pretrain"])
-    for works in (of_base, of_last):
-        works["moved"] = distance(weights(works[SECOND]), start)
-        works["from base"] = distance(weights(works[SECOND]), base)
+    for resolved in (of_base, of_last):
+        resolved["moved"] = distance(weights(resolved[SECOND]), start)
+        resolved["from base"] = distance(weights(resolved[SECOND]), base)
     assert of_last["moved"] != of_base["moved"]
     assert of_last["from base"] > of_base["from base"]
     # The first step's model is the reference of lwf.
@@ -102,39 +102,42 @@ def test_a_reference_is_held_in_bfloat16_on_a_gpu_alone(device, dtype, monkeypat
 
 
 def test_a_merged_model_lies_between_and_the_next_task_starts_there(run):
-    works = run("merge.factor=0.25", method="merge")
+    resolved = run("merge.factor=0.25", method="merge")
     base, trained, merged = map(
-        weights, (works["pretrain"], works[FIRST], works["merge/1-harbour"])
+        weights, (resolved["pretrain"], resolved[FIRST], resolved["merge/1-harbour"])
     )
     for name, weight in merged.items():
         expected = 0.75 * base[name] + 0.25 * trained[name]
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
-    assert works[SECOND].inputs["model"] == works["merge/1-harbour"].folder
-    last = works["merge/2-valley"]
-    assert last.inputs == {"model": works[SECOND].folder, "onto": works["merge/1-harbour"].folder}
-    assert works["evaluate/2-valley"].inputs["model"] == last.folder
+    assert resolved[SECOND].inputs["model"] == resolved["merge/1-harbour"].folder
+    last = resolved["merge/2-valley"]
+    assert last.inputs == {
+        "model": resolved[SECOND].folder,
+        "onto": resolved["merge/1-harbour"].folder,
+    }
+    assert resolved["evaluate/2-valley"].inputs["model"] == last.folder
 
 
 def test_of_task_t_a_share_of_one_over_the_root_of_t_is_kept(run):
-    works = run(method="merge_sqrt")
+    resolved = run(method="merge_sqrt")
     before, trained, merged = map(
-        weights, (works["merge/1-harbour"], works[SECOND], works["merge/2-valley"])
+        weights, (resolved["merge/1-harbour"], resolved[SECOND], resolved["merge/2-valley"])
     )
     whole, kept = distance(trained, before), distance(merged, before)
     assert kept == pytest.approx(whole / 2**0.5, rel=1e-4)
-    assert distance(weights(works[FIRST]), before) == 0
+    assert distance(weights(resolved[FIRST]), before) == 0
 
 
 def test_wise_trains_as_plain_fine_tuning_does_and_scores_what_lies_between(run):
-    plain, works = run(method="sequential"), run(method="wise")
+    plain, resolved = run(method="sequential"), run(method="wise")
     for stage in (FIRST, SECOND):
-        assert works[stage].fingerprint == plain[stage].fingerprint
+        assert resolved[stage].fingerprint == plain[stage].fingerprint
     base, trained, merged = map(
-        weights, (works["pretrain"], works[SECOND], works["merge/2-valley"])
+        weights, (resolved["pretrain"], resolved[SECOND], resolved["merge/2-valley"])
     )
     whole, kept = distance(trained, base), distance(merged, base)
     assert kept == pytest.approx(whole / 2, rel=1e-4)
-    assert works["evaluate/1-harbour"].inputs["model"] == works["merge/1-harbour"].folder
+    assert resolved["evaluate/1-harbour"].inputs["model"] == resolved["merge/1-harbour"].folder
 
 
 @pytest.mark.parametrize(
@@ -166,9 +169,9 @@ def test_what_cannot_be_combined_is_refused_by_name(tiny_config, tmp_path, overr
 
 @pytest.mark.slow
 def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
-    works = run("training.optimizer=adamw_8bit", "training.epochs=6")
-    assert works["pretrain"].fingerprint == run(ONE_EPOCH)["pretrain"].fingerprint
-    assert losses(works[FIRST])[-1] < 0.5 * losses(works[FIRST])[0]
+    resolved = run("training.optimizer=adamw_8bit", "training.epochs=6")
+    assert resolved["pretrain"].fingerprint == run(ONE_EPOCH)["pretrain"].fingerprint
+    assert losses(resolved[FIRST])[-1] < 0.5 * losses(resolved[FIRST])[0]
 
 
 def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):
@@ -179,6 +182,6 @@ def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):
         where: run(*options, f"protect.0.on={where}", method="gate")
         for where in ("update", "gradient")
     }
-    first, second = (weights(works[SECOND]) for works in on.values())
+    first, second = (weights(resolved[SECOND]) for resolved in on.values())
     # Up to the weight decay of gradients: the gate stays the same throughout the task.
     assert distance(first, second) < 0.01 * distance(first, weights(plain[SECOND]))

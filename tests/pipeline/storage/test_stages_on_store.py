@@ -26,7 +26,7 @@ class Toys:
         (out_dir / "out.txt").write_text(text + config["name"])
         self.after(config["name"])
 
-    def works(self):
+    def resolved(self):
         stages, last = [], {}
         for name in "abc":
             stages.append(Stage(name, self.run, {"name": name}, last))
@@ -36,7 +36,7 @@ class Toys:
     def start(self):
         self.calls, records = [], []
         try:
-            run_stages(self.works(), Context(), records.extend)
+            run_stages(self.resolved(), Context(), records.extend)
         except Exception as error:
             return records, error
         return records, None
@@ -54,7 +54,7 @@ def test_stages_that_another_machine_finished_are_neither_run_nor_downloaded(toy
     assert toys.start() == ([], None)
     assert toys.calls == []
     assert not list(Bucket(toys.uri).root.rglob("out.txt"))
-    assert [work.read("out.txt") for work in toys.works()] == [b"a", b"ab", b"abc"]
+    assert [stage.read("out.txt") for stage in toys.resolved()] == [b"a", b"ab", b"abc"]
 
 
 def test_a_folder_of_results_is_forgotten_with_all_that_is_in_it(bucket, elsewhere):
@@ -74,12 +74,12 @@ def test_a_folder_of_results_is_forgotten_with_all_that_is_in_it(bucket, elsewhe
 
 def test_a_stage_downloads_what_it_reads_and_no_more(toys, bucket, elsewhere):
     assert toys.start()[1] is None
-    last = toys.works()[-1].folder
+    last = toys.resolved()[-1].folder
     bucket.delete(f"stages/{last.name}/manifest.json")
     elsewhere()
     assert toys.start()[1] is None
     assert toys.calls == ["c"]
-    assert [work.folder.exists() for work in toys.works()] == [False, True, True]
+    assert [stage.folder.exists() for stage in toys.resolved()] == [False, True, True]
 
 
 def test_an_upload_that_fails_fails_the_stage_and_is_made_good_without_computing_it_again(
@@ -97,14 +97,14 @@ def test_an_upload_that_fails_fails_the_stage_and_is_made_good_without_computing
     (failed,) = [record for record in records if record.get("state") == "failed"]
     assert failed["error"].startswith(f"storage: {bucket.uri}: ")
     assert "NO_SUCH_BUCKET" in failed["error"]
-    assert [work.folder.exists() for work in toys.works()] == [True, True, False]
+    assert [stage.folder.exists() for stage in toys.resolved()] == [True, True, False]
     server.client.create_bucket(Bucket=bucket.name)
     buckets._manifest.cache_clear()
     toys.after = lambda name: None
     records, error = toys.start()
     assert error is None
     assert toys.calls == ["c"]
-    assert [work.is_complete() for work in toys.works()] == [True] * 3
+    assert [stage.is_complete() for stage in toys.resolved()] == [True] * 3
 
 
 def test_a_checkpoint_outlives_its_machine_until_it_is_not_needed(bucket, elsewhere):

@@ -113,8 +113,8 @@ def test_dates_in_the_future_do_not_matter(finished, tiny_config, copy_stages, t
         os.utime(file, (year, year))
     run = open_run(tiny_config(storage, method="sequential"))
     assert sessions({"run": run.plan.stages}, Local(storage)) == []
-    for work in run.resolved.values():
-        artifact.verify(work.folder)
+    for stage in run.resolved.values():
+        artifact.verify(stage.folder)
 
 
 def test_a_clock_that_is_set_back_gives_no_negative_times(tmp_path, monkeypatch):

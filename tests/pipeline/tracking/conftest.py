@@ -38,8 +38,8 @@ def original(tiny_config, run_in_process, tmp_path_factory):
     root = tmp_path_factory.mktemp("original")
     gate = ["protect.0.kind=gate", "protect.0.on=gradient", "base.protect=none"]
     gate.append("training.epochs=4")
-    works = run_in_process(tiny_config(root / "storage", *gate))
-    return SimpleNamespace(works=works, settings=gate)
+    resolved = run_in_process(tiny_config(root / "storage", *gate))
+    return SimpleNamespace(resolved=resolved, settings=gate)
 
 
 class Replay:
@@ -68,18 +68,18 @@ class Replay:
 
     def metrics(self, stage):
         """The records of a stage's log."""
-        work = self.original.works[stage]
-        lines = (work.folder / "log.jsonl").read_text().splitlines()
-        return [{"artifact": work.folder.name, **json.loads(line)} for line in lines]
+        found = self.original.resolved[stage]
+        lines = (found.folder / "log.jsonl").read_text().splitlines()
+        return [{"artifact": found.folder.name, **json.loads(line)} for line in lines]
 
     def state(self, stage, state, **more):
         return {"artifact": self.run.resolved[stage].folder.name, "state": state, **more}
 
     def complete(self, *kinds):
         """Finish the stages whose names start with these, unobserved."""
-        for stage, work in self.run.resolved.items():
-            if stage.startswith(kinds) and not work.folder.exists():
-                shutil.copytree(self.original.works[stage].folder, work.folder)
+        for stage, found in self.run.resolved.items():
+            if stage.startswith(kinds) and not found.folder.exists():
+                shutil.copytree(self.original.resolved[stage].folder, found.folder)
 
     def play(self, mirror, *kinds):
         """Run the stages whose names start with these, observed."""

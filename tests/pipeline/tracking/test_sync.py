@@ -86,8 +86,8 @@ def test_what_the_base_model_still_knows_is_logged_by_task_index(replay, monkeyp
         assert points("base/kl") == [(0, 0.0), (1, 0.8), (2, 1.0)]
         assert points("base/probes/piqa") == [(0, 0.3), (1, 0.4), (2, 0.5)]
         facts = [
-            next(iter(json.loads(read(work, "scores.json"))["base"].values()))
-            for stage, work in replay.run.resolved.items()
+            next(iter(json.loads(read(found, "scores.json"))["base"].values()))
+            for stage, found in replay.run.resolved.items()
             if stage.startswith("evaluate/")
         ]
         assert points("base/facts") == list(enumerate(facts))
@@ -345,7 +345,7 @@ def test_a_stage_that_another_command_finishes_is_recorded_within_a_minute(
 
 
 def test_storage_that_cannot_be_read_does_not_end_the_run(replay, monkeypatch):
-    def unreadable(work):
+    def unreadable(stage):
         raise OSError("storage: s3://someone:hunter2@there: reset")
 
     with replay.mirror() as mirror:

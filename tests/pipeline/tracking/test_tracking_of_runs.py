@@ -67,11 +67,11 @@ def test_the_comparison_has_the_table_the_headline_and_the_shared_settings(finis
 
 def test_every_stage_is_one_child_of_its_run(finished, runs, parents):
     for label, parent in parents.items():
-        works = finished.runs[label].resolved.values()
+        resolved = finished.runs[label].resolved.values()
         # On a busy machine MLflow may fail to answer; a child made again replaces a deleted one.
         active = [r for r in children(runs, parent) if r.info.lifecycle_stage == "active"]
         found = [r.data.tags["fingerprint"] for r in active]
-        assert sorted(found) == sorted({work.fingerprint for work in works})
+        assert sorted(found) == sorted({stage.fingerprint for stage in resolved})
 
 
 def test_every_run_is_finished_with_times(runs):
