@@ -276,3 +276,17 @@ def test_known_directions_of_weights_that_were_not_measured_stay():
     known = {"other": torch.eye(3)[:, :1], "w": torch.eye(4)[:, :1]}
     found = bases([task], energy=0.2, known=known)
     assert torch.equal(found["other"], known["other"])
+
+
+def test_weights_that_read_one_input_keep_their_own_known_directions():
+    vectors = orthonormal(5, 5)
+    shared = {"a": "a", "b": "a", "c": "a", "d": "a"}
+    of_input = whole(moment(vectors[:, :3], torch.tensor([5.0, 4.0, 1.0]).double()).float())
+    one, other = vectors[:, 3:4].float(), vectors[:, 4:].float()
+    known = {"a": one, "b": other, "c": other}
+    found = bases([Importance({}, {"a": of_input}, {}, shared)], energy=0.9, known=known)
+    for name, expected in known.items():
+        kept = found[name] @ (found[name].T @ expected)
+        torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0, msg=name)
+    assert found["b"] is found["c"]
+    assert found["d"].shape == (5, 2)
