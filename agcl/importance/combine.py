@@ -65,20 +65,24 @@ def overlap(importances: Sequence[Importance], share: float = 0.01) -> list[list
     """For each pair of tasks, the fraction of their top entries that both have in common.
 
     Top entries are the largest `share` of each weight tensor. 1 on the diagonal; about `share` for
-    unrelated tasks.
+    unrelated tasks. Ignores tensors that are zero in a task, which have no top entries.
     """
     num_tasks = len(importances)
     common = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
     total = 0
     for name, first in importances[0].entries.items():
         count = max(1, round(share * first.numel()))
-        total += count
         is_top = torch.zeros(num_tasks, first.numel(), dtype=torch.bool)
         for row, importance in zip(is_top, importances, strict=True):
-            row[importance.entries[name].flatten().float().topk(count).indices] = True
-        for task in range(num_tasks):
-            common[task] += (is_top[task] & is_top).sum(1)
-    return (common / total).tolist()
+            entries = importance.entries[name].flatten().float()
+            if not entries.any():
+                break
+            row[entries.topk(count).indices] = True
+        else:
+            total += count
+            for task in range(num_tasks):
+                common[task] += (is_top[task] & is_top).sum(1)
+    return (common / total if total else torch.eye(num_tasks)).tolist()
 
 
 def by_layer_and_module(importance: Importance) -> dict[str, list[float]]:

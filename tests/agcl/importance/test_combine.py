@@ -79,6 +79,17 @@ def test_positive_relevance_is_summed_per_layer_and_module_kind():
     }
 
 
+def test_a_tensor_without_relevance_has_no_overlap():
+    """Rules `cp` give queries and keys none."""
+    one, other = (
+        Importance({"a": torch.tensor(values), "cut_off": torch.zeros(4)})
+        for values in ([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0])
+    )
+    assert overlap([one, other]) == [[1, 0], [0, 1]]
+    zero = Importance({"a": torch.zeros(4), "cut_off": torch.zeros(4)})
+    assert overlap([one, zero]) == [[1, 0], [0, 1]]
+
+
 def test_a_sum_says_what_all_its_parts_were_measured_with():
     def task(estimator, unit_inputs):
         header = {"estimator": estimator, "unit_inputs": unit_inputs, "rows": 3}
