@@ -290,3 +290,27 @@ def test_weights_that_read_one_input_keep_their_own_known_directions():
         torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0, msg=name)
     assert found["b"] is found["c"]
     assert found["d"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_basis_that_is_not_orthonormal_is_refused(dtype):
+    """It would reverse a step along a direction that it has twice."""
+    weights = {n: nn.Parameter(torch.zeros(3, 64, dtype=dtype)) for n in ("a", "b")}
+    basis = orthonormal(64, 40).float()
+
+    def optimizer(second):
+        return GatedAdamW(
+            list(weights.items()), basis={"a": basis, "b": second}, rounding="stochastic"
+        )
+
+    for second in (basis, torch.eye(64), random_bases({"b": torch.empty(64, 64)}, seed=1)["b"]):
+        optimizer(second)
+        optimizer(second.bfloat16())
+    for second in (
+        torch.cat([basis, basis[:, :1]], 1),
+        torch.cat([basis[:, :1], -basis[:, :1]], 1),
+        basis * 2,
+        basis * torch.nan,
+    ):
+        with pytest.raises(ValueError, match=r"the basis of b is not orthonormal.*torch.linalg.qr"):
+            optimizer(second)
