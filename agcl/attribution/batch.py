@@ -30,7 +30,14 @@ def attribute_batch(
     correct_only: bool,
     precision: Precision,
 ) -> Tensor:
-    """Run a batch forward and, with a `target`, backward. Returns (rows seen, rows attributed)."""
+    """Run a batch forward and, with a `target`, backward. Returns (rows seen, rows attributed).
+
+    Raises `ValueError` for a packed batch, whose lines would count as single rows.
+    """
+    if batch.position_ids is not None:
+        raise ValueError(
+            "a packed batch cannot be attributed: its lines hold several rows; use collate"
+        )
     keep = torch.ones_like(batch.lengths, dtype=torch.bool)
     selection = _select(batch, keep, weighting)
     # Without a backward pass, forward hooks add inputs immediately, unless `correct_only` needs the

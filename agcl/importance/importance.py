@@ -146,13 +146,20 @@ def _refuse_old(file: Path, keys: Iterable[str]) -> None:
 
 
 def check_file(
-    file: Path, linears: Mapping[str, nn.Module], *, entries: bool = True, moments: bool = False
+    file: Path,
+    linears: Mapping[str, nn.Module],
+    *,
+    entries: bool = True,
+    moments: bool = False,
+    measured_with: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a file is intact, fits a model with these linear layers, and holds the parts
-    (`entries`, `moments`) that are requested.
+    """Check that a file is intact, fits a model with these linear layers, holds the parts
+    (`entries`, `moments`) that are requested, and has no other settings in its header than those
+    of `measured_with`.
 
     Reads one tensor at a time; each file's checksum is verified once per process. Raises
-    `InputError` naming the file and the first weight that is missing or differs in shape.
+    `InputError` naming the file and the first weight that is missing or differs in shape, or the
+    first setting that differs.
     """
     stored, header = tensor_file.open_file(file, _KIND)
     status = file.stat()
@@ -160,6 +167,11 @@ def check_file(
     with stored:
         shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
     _refuse_old(file, shapes)
+    for key, value in (measured_with or {}).items():
+        if header.get(key, value) != value:
+            raise InputError(
+                f"{file}: measured with {key}={header[key]!r}, the config has {value!r}"
+            )
     inputs = header.get(_INPUTS) or {name: name for name in header.get(_TRACES, {})}
     for name, key in inputs.items():
         shapes[_MOMENTS + name] = shapes[_DIRECTIONS + key][:1]

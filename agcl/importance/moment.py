@@ -107,8 +107,8 @@ def leading(moment: Moment, energy: float, known: Tensor | None = None) -> Tenso
     """The fewest leading directions that hold `energy` of the trace, or all that are kept: (in, k).
 
     With `known` directions (in, k), these come first, followed by the fewest leading directions of
-    the moment with `known` projected out on both sides that, together with `known`, hold `energy`
-    (GPM, Saha 2021, eqs. 8 and 9).
+    the moment with `known` projected out on both sides that, together with what `known` already
+    holds of what is stored of the moment, hold `energy` (GPM, Saha 2021, eqs. 8 and 9).
     """
     if known is None or not known.shape[1]:
         rank = _fewest(moment.energies, energy * moment.trace)

@@ -153,8 +153,9 @@ def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that are attributed and protected, keyed by their weight's name.
 
     Each is `nn.Linear` or GPT-2's `Conv1D`, whose weight is stored (in, out); for a layer with
-    PEFT's LoRA, its factors A and B. Keys are those of `model.named_parameters()`, such as
-    `model.layers.0.mlp.up_proj.weight` or `model.layers.0.mlp.up_proj.lora_A.default.weight`.
+    PEFT's LoRA, the factors A and B of the active adapters, since the others are never called.
+    Keys are those of `model.named_parameters()`, such as `model.layers.0.mlp.up_proj.weight` or
+    `model.layers.0.mlp.up_proj.lora_A.default.weight`.
     """
     family = family_named(architecture_of(model))
     linears: dict[str, nn.Module] = {}
@@ -163,7 +164,8 @@ def attributed_linears(model: nn.Module) -> dict[str, nn.Module]:
             linears[f"{name}.weight"] = module
         for factors in ("lora_A", "lora_B"):
             by_adapter = getattr(module, factors, {})
-            linears |= {f"{name}.{factors}.{a}.weight": by_adapter[a] for a in by_adapter}
+            active = [a for a in by_adapter if a in cast(list[str], module.active_adapters)]
+            linears |= {f"{name}.{factors}.{a}.weight": by_adapter[a] for a in active}
     return linears
 
 

@@ -2,18 +2,20 @@
 
 CorDA in its knowledge-preserved mode (Yang et al. 2024, arXiv 2406.05223; `init_lora_weights:
 corda` in PEFT). With C, the mean over general texts of Σ x xᵀ of a layer's input, the singular
-value decomposition W C = U S Vᵀ orders a weight's directions by how much the texts use them. The
-factors are made from the last `rank` of them,
+value decomposition W C = U S Vᵀ orders a weight's directions by how much the texts use them. As in
+PEFT, each text's inputs x are first divided by their largest entry, and 1 % of the mean diagonal of
+C is added to its diagonal (doubled until C can be inverted). The factors are made from the last
+`rank` directions,
 
     scale · B A = U_r S_r V_rᵀ C⁻¹,
 
 and subtracted from the weight, so that the model is at first what it was: what is trained is the
 part of W that general data need least, and the rest of W is frozen.
 
-PEFT computes C and the decomposition (it damps C until it can invert it). Adapter folders hold
-[A; A₀] and [B, -B₀], with A₀ and B₀ the factors at the start: an ordinary LoRA adapter of twice the
-rank for the weights as they were, which is PEFT's own conversion of CorDA to LoRA. Hence everybody
-can load it, and training continues from it.
+PEFT computes C and the decomposition. Adapter folders hold [A; A₀] and [B, -B₀], with A₀ and B₀
+the factors at the start: an ordinary LoRA adapter of twice the rank for the weights as they were,
+which is PEFT's own conversion of CorDA to LoRA. Hence everybody can load it, and training continues
+from it.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,8 +52,8 @@ def decompose(
 ) -> Factors:
     """The factors A₀ and B₀ that CorDA starts from, for the attributed layers, on the CPU.
 
-    `texts` are token ids; each counts as much as any other, as in PEFT. `log` gets the number of
-    texts done. The model is left as it was. Raises `InputError` as `check` and `check_rank` do.
+    `texts` are token ids; PEFT takes the mean of C over them. `log` gets the number of texts done.
+    The model is left as it was. Raises `InputError` as `check` and `check_rank` do.
     """
     check(model)
     check_rank(model, rank)

@@ -27,8 +27,9 @@ class GatedAdamW(torch.optim.AdamW):
     `basis` then removes input directions from the step, ΔW (I - U Uᵀ).
 
     Where the gate is 1 the step is bit-identical to `torch.optim.AdamW(fused=True)`; where it is 0
-    the weight does not change. Gates are stored in one byte, in steps of 1/255. Gates and states
-    of sharded parameters are sharded alike; bases are replicated.
+    the weight does not change (without a basis, whose projection mixes a row's entries). Gates are
+    stored in one byte, in steps of 1/255. Gates and states of sharded parameters are sharded alike;
+    bases are replicated.
 
     With `rounding="stochastic"`, bfloat16 weights are stepped, gated and projected in float32, one
     chunk at a time, and rounded stochastically once per step. Their Adam states are float32: in

@@ -33,8 +33,9 @@ def bases(
     are directions that are protected anyway, such as the base model's. They come first in the
     result, their share of the trace counts toward `energy`, and only the rest of the moment is
     decomposed, as GPM adds a task's directions (Saha 2021, eqs. 8 and 9). Weights that read the
-    same input share one tensor. Computed on `device`. Raises `ValueError` for an energy outside
-    [0, 1], without importances, and for an importance without moments.
+    same input share one tensor if they also share their `known` tensor, or have none. Computed on
+    `device`. Raises `ValueError` for an energy outside [0, 1], without importances, and for an
+    importance without moments.
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"energy is a fraction in [0, 1], not {energy}")
@@ -42,12 +43,12 @@ def bases(
         raise ValueError("no importance of a past task to protect")
     if not all(i.moments for i in past):
         raise ValueError("an importance has no input moments; projection needs them")
-    known = known or {}
-    by_input: dict[str, Tensor] = {}
+    known = dict(known or {})  # Holds the tensors, so that their ids stay unique.
+    by_input: dict[tuple[str, int], Tensor] = {}
     names = past[0].inputs or past[0].moments
     found = {name: tensor.cpu() for name, tensor in known.items() if name not in names}
     for name in names:
-        key = past[0].input_of(name)
+        key = past[0].input_of(name), id(known.get(name))
         if key not in by_input:
             moment = summed([i.moments[i.input_of(name)].to(device) for i in past], keep=1)
             by_input[key] = leading(moment, energy, known.get(name)).cpu()

@@ -42,6 +42,10 @@ class GatedSGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. Parameters without a gradient do not change."""
+        loss = None
+        if closure is not None:  # First: it computes the gradients that are protected below.
+            with torch.enable_grad():
+                loss = closure()
         protection = self.protection
         protection.follow_parameters()
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -50,14 +54,14 @@ class GatedSGD(torch.optim.SGD):
             values = [piece.of(piece.parameter) for piece in chunk]
             shares = protection.shares(chunk, values) if self.on == "gradient" else []
             held.append((chunk, values, copies(values, like=values), shares))
-        if self.decay:
+        if self.decay and moving:
             torch._foreach_mul_(moving, 1 - self.param_groups[0]["lr"] * self.decay)
         for chunk, values, before, shares in held:
             if shares:
                 undo(values, before, shares)
                 for piece, share in zip(chunk, shares, strict=True):
                     piece.of(cast(Tensor, piece.parameter.grad)).mul_(1 - share)
-        loss = cast(float | None, super().step(closure))
+        super().step()
         for chunk, values, before, shares in held:
             if shares:
                 protection.project(chunk, values, before)

@@ -14,6 +14,8 @@ from agcl.modulation.rounding import block_rows
 from agcl.parallel.sharding import first_row, local, placed_like, replicated_like
 
 _LEVELS = 255
+_MAX_ERROR = 0.05
+"""Accepted `_orthonormality_error` of a basis. Rounding to bfloat16 stays below 0.02."""
 CHUNK_ENTRIES = 2**24
 """Approximate number of weights per chunk on a GPU; a float32 copy takes 64 MB."""
 
@@ -51,7 +53,8 @@ class StepProtection:
 
         `transposed` names weights stored (in, out); their gates are (in, out) too. `rounded` says
         that bfloat16 weights are stepped in float32 and rounded stochastically. Raises `ValueError`
-        for an unknown name, a wrong shape, and any other parameter in half precision.
+        for an unknown name, a wrong shape, any other parameter in half precision, and a basis
+        whose columns are not orthonormal.
         """
         self.held: dict[Tensor, Tensor] = {}
         """Share of a gated weight's step that is undone: 1 - gate, in steps of 1/255."""
@@ -64,6 +67,7 @@ class StepProtection:
             levels = (1 - tensor.to(parameter.device)).mul_(_LEVELS).round_()
             self.held[parameter] = placed_like(levels.to(torch.uint8), parameter)
         placed: dict[Any, Tensor] = {}  # Weights that read the same input share its directions.
+        errors: dict[str, Tensor] = {}
         for name, tensor in (basis or {}).items():
             parameter = _protectable(by_name, name, rounded)
             if parameter is None or tensor.shape[0] != parameter.shape[name not in transposed]:
@@ -72,9 +76,11 @@ class StepProtection:
                 key = (id(tensor), parameter.device, parameter.dtype)
                 if key not in placed:
                     placed[key] = replicated_like(tensor.to(parameter.dtype), parameter)
+                    errors[name] = _orthonormality_error(local(placed[key]))
                 self.basis[parameter] = placed[key]
                 if name in transposed:
                     self.transposed.add(parameter)
+        _check_orthonormal(errors)
 
     def covers(self, parameter: Tensor) -> bool:
         """Whether a parameter has a gate or a basis."""
@@ -185,6 +191,28 @@ def _protectable(
             "dtype=torch.float32, or cast an adapter to it (bf16=True of a Trainer is fine)"
         )
     return parameter
+
+
+def _orthonormality_error(basis: Tensor) -> Tensor:
+    """The largest entry of Uᵀ U z - z for random signs z: 0 if U is orthonormal, about 1 or more
+    if a direction occurs twice. Unlike Uᵀ U it costs no more than reading U twice."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (basis.shape[1],), generator=generator).mul_(2).sub_(1)
+    basis = basis.float()
+    z = signs.to(basis)
+    return (basis.T @ (basis @ z) - z).abs().max()
+
+
+def _check_orthonormal(errors: Mapping[str, Tensor]) -> None:
+    if not errors:
+        return
+    device = next(iter(errors.values())).device
+    found = torch.stack([error.to(device) for error in errors.values()]).tolist()  # One sync.
+    for name, error in zip(errors, found, strict=True):
+        if not error <= _MAX_ERROR:  # NaN compares false.
+            raise ValueError(
+                f"the basis of {name} is not orthonormal; join bases with torch.linalg.qr"
+            )
 
 
 def _chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:

@@ -4,7 +4,7 @@ import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from agcl.errors import InputError
@@ -21,6 +21,7 @@ from transformers.utils import logging
 from pipeline.config import hub
 from pipeline.config.check_data import at_key, check_data
 from pipeline.config.config import Config
+from pipeline.config.method import Project
 from pipeline.config.weights import loaded_dtype, rounds_8bit_to_nearest
 
 
@@ -53,7 +54,22 @@ def check_inputs(config: Config, *, weights: bool = True, devices: bool = True) 
                 linears,
                 entries=bool(kinds - {"project"}),
                 moments="project" in kinds,
+                measured_with=measured_with(config),
             )
+
+
+def measured_with(config: Config) -> dict[str, Any]:
+    """Settings that decide the units of importances, by their keys in an importance's header.
+
+    Importances of one run are summed or compared, so that files of other runs must have the same.
+    """
+    settings: dict[str, Any] = {}
+    for item in config.measured:
+        if isinstance(item, Project):
+            settings["unit_inputs"] = item.unit_inputs
+        else:
+            settings["estimator"] = config.importance.estimator
+    return settings
 
 
 def _check_storage(storage: Path) -> None:

@@ -27,6 +27,8 @@ SEARCHABLE = ("training", *METHOD_SECTIONS)
 comparable."""
 RATE_FACTOR = 4.0
 """By default the learning rate varies from a quarter of the config's to four times it."""
+AVERAGING_TOP_K = ("lrp", "grad_x_param")
+"""Estimators that `importance.top_k` acts on."""
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -52,14 +54,17 @@ def space_of(config: Config) -> dict[str, Dimension]:
 
 
 def default_space(config: Config) -> dict[str, Dimension]:
-    """The learning rate, and how strongly each protection scales by the importances."""
+    """The learning rate, and how strongly each protection scales by the importances.
+
+    Every range includes the config's own value, so that a search can start from the config.
+    """
     rate = config.training.learning_rate
     space: dict[str, Dimension] = {
-        "training.learning_rate": _loguniform(rate / RATE_FACTOR, rate * RATE_FACTOR)
+        "training.learning_rate": _loguniform(rate / RATE_FACTOR, rate * RATE_FACTOR, rate)
     }
-    projects = any(isinstance(item, Project) for item in config.protect)
+    projects = any(isinstance(item, Project) for item in config.measured)
     if config.search.objective == "base_and_average" and config.base.protect != "none" and projects:
-        space["base.energy"] = Float(type="uniform", low=0.5, high=0.95)
+        space["base.energy"] = _energies(config.base.energy, config)
     for index, item in enumerate(config.protect):
         if not protects(config, index):
             continue
@@ -67,16 +72,17 @@ def default_space(config: Config) -> dict[str, Dimension]:
         match item:
             case Gate():
                 space |= {
-                    f"{at}.log_scale": _loguniform(1e1, 1e7),
-                    f"{at}.strength": Float(type="uniform", low=0.25, high=1.0),
-                    f"{at}.exponent": _loguniform(0.25, 4.0),
-                    "importance.top_k": Choice(type="choice", values=(1, 4, 16, None)),
+                    f"{at}.log_scale": _loguniform(1e1, 1e7, item.log_scale),
+                    f"{at}.strength": _uniform(0.25, 1.0, item.strength),
+                    f"{at}.exponent": _loguniform(0.25, 4.0, item.exponent),
                 }
+                if config.importance.estimator in AVERAGING_TOP_K:
+                    values = sorted({1, 4, 16, config.importance.top_k or 1})
+                    space["importance.top_k"] = Choice(type="choice", values=(*values, None))
             case Project():
-                high = min(0.95, config.importance.keep)  # More is not stored of a moment.
-                space[f"{at}.energy"] = Float(type="uniform", low=min(0.5, high), high=high)
+                space[f"{at}.energy"] = _energies(item.energy, config)
             case Penalty():
-                space[f"{at}.strength"] = _loguniform(1e1, 1e7)
+                space[f"{at}.strength"] = _log_scale(1e1, 1e7, item.strength)
     return space
 
 
@@ -92,8 +98,18 @@ def protects(config: Config, index: int) -> bool:
     return not isinstance(item, Project) and config.base.protect != "none"
 
 
-def _loguniform(low: float, high: float) -> Float:
-    return Float(type="loguniform", low=low, high=high)
+def _loguniform(low: float, high: float, own: float) -> Float:
+    """A range that includes the config's own value, but for 0, which no logarithm reaches."""
+    return Float(type="loguniform", low=min(low, own or low), high=max(high, own))
+
+
+def _uniform(low: float, high: float, own: float) -> Float:
+    return Float(type="uniform", low=min(low, own), high=max(high, own))
+
+
+def _energies(own: float, config: Config) -> Float:
+    high = max(own, min(0.95, config.importance.keep))  # More is not stored of a moment.
+    return Float(type="uniform", low=min(0.5, own, high), high=high)
 
 
 def distributions(space: Mapping[str, Dimension]) -> dict[str, BaseDistribution]:

@@ -11,7 +11,7 @@ from reference.moments import matrices
 from agcl.attribution import attribute
 from agcl.attribution.attribute import NoCorrectAnswer
 from agcl.model import adapter
-from agcl.tasks.batches import collate, in_order
+from agcl.tasks.batches import collate, in_order, pack
 
 ROWS = 9
 WRONG = (1, 5)
@@ -229,3 +229,8 @@ def test_a_layer_that_outputs_zeros_has_zero_importance_not_nan(llama, top_k):
     found = attribute(llama, batches(rows, 3), top_k=top_k, moments="relevance")
     found.check_finite()
     assert not found.entries["model.layers.1.self_attn.o_proj.weight"].any()
+
+
+def test_a_packed_batch_is_refused(llama, rows):
+    with pytest.raises(ValueError, match=r"a packed batch cannot be attributed.*use collate"):
+        attribute(llama, [pack(rows)])

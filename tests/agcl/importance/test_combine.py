@@ -4,8 +4,9 @@ from math import log
 
 import pytest
 import torch
+from reference.moments import whole
 
-from agcl.importance import Importance, by_layer_and_module, overlap, scaled
+from agcl.importance import Importance, by_layer_and_module, overlap, running_sum, scaled
 
 
 def test_scaling_is_logarithmic_with_negative_relevance_as_zero():
@@ -76,3 +77,27 @@ def test_positive_relevance_is_summed_per_layer_and_module_kind():
         "self_attn.q_proj": [1.5, 2.5, 3.5, 11.5],
         "mlp.up_proj": [1.5, 2.5, 3.5, 11.5],
     }
+
+
+def test_a_tensor_without_relevance_has_no_overlap():
+    """Rules `cp` give queries and keys none."""
+    one, other = (
+        Importance({"a": torch.tensor(values), "cut_off": torch.zeros(4)})
+        for values in ([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0])
+    )
+    assert overlap([one, other]) == [[1, 0], [0, 1]]
+    zero = Importance({"a": torch.zeros(4), "cut_off": torch.zeros(4)})
+    assert overlap([one, zero]) == [[1, 0], [0, 1]]
+
+
+def test_a_sum_says_what_all_its_parts_were_measured_with():
+    def task(estimator, unit_inputs):
+        header = {"estimator": estimator, "unit_inputs": unit_inputs, "rows": 3}
+        return Importance({}, {"a": whole(torch.eye(2))}, header)
+
+    sums = running_sum([task("lrp", False), task("lrp", True)], keep=1)
+    assert sums.header == {"estimator": "lrp", "tasks": 2, "kept": 1.0}
+    both = running_sum([sums, task("lrp", True)], keep=1)
+    assert both.header == {"estimator": "lrp", "tasks": 3, "kept": 1.0}
+    equal = running_sum([task("lrp", False), task("lrp", False)], keep=1)
+    assert equal.header == {"estimator": "lrp", "unit_inputs": False, "tasks": 2, "kept": 1.0}

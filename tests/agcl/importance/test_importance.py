@@ -199,3 +199,16 @@ def test_a_file_without_the_requested_parts_or_with_foreign_moments_is_refused(t
     Importance({n: torch.ones_like(m.weight) for n, m in linears.items()}).save(file)
     with pytest.raises(InputError, match=f"{file}: no input moments"):
         check_file(file, linears, entries=False, moments=True)
+
+
+def test_a_file_that_was_measured_otherwise_is_refused(tmp_path):
+    file = tmp_path / "importance.safetensors"
+    linears = {"a.weight": torch.nn.Linear(2, 3)}
+    moments = {"a.weight": whole(torch.eye(2))}
+    Importance({}, moments, {"unit_inputs": False}).save(file)
+    options = {"entries": False, "moments": True}
+    check_file(file, linears, **options, measured_with={"unit_inputs": False})
+    check_file(file, linears, **options, measured_with={"estimator": "lrp"})  # The file is silent.
+    said = f"{file}: measured with unit_inputs=False, the config has True$"
+    with pytest.raises(InputError, match=said):
+        check_file(file, linears, **options, measured_with={"unit_inputs": True})

@@ -10,7 +10,7 @@ from agcl.errors import InputError
 from agcl.lrp import attributed_linears, relevance_backward
 from agcl.model import adapter
 from agcl.modulation import GatedAdamW, bases, lora
-from agcl.tasks.batches import IGNORED, Batch
+from agcl.tasks.batches import IGNORED, Batch, collate
 from agcl.train import train_task
 
 IDS = torch.arange(2, 10).unsqueeze(0)
@@ -280,3 +280,17 @@ def test_factors_in_float32_train_on_a_frozen_bfloat16_base_and_are_rounded_once
             a, b = (trained[f"{layer}lora_{factor}.default.weight"] for factor in "AB")
             expected = (expected.float() + 2.0 * (b @ a)).bfloat16()
         assert torch.equal(weight, expected), name
+
+
+def test_an_adapter_that_is_not_active_is_not_attributed():
+    peft_model = attached()
+    model = peft_model.get_base_model()
+    names = list(attributed_linears(model))
+    peft_model.add_adapter("other", peft_model.peft_config["default"])
+    assert list(attributed_linears(model)) == names
+    found = attribute(
+        model, [collate(tiny.random_rows(2))], moments="uniform", entries=False, correct_only=False
+    )
+    assert set(found.inputs) == set(names)
+    peft_model.set_adapter("other")
+    assert not set(attributed_linears(model)) & set(names)

@@ -171,3 +171,13 @@ def test_a_missing_protection_is_reported_as_none(gate, basis):
     assert only_gate["directions_taken"] is None
     both = check(*steps(gate, basis), gate=gate, on="update", basis=basis, steps=200)
     assert all(value is not None for value in both.values())
+
+
+def test_protected_weights_with_steps_that_agree_may_move_further():
+    """Steps that agree add up to sqrt(steps) times those that do not."""
+    gate = {"w": torch.cat([torch.full((50,), 0.9), torch.full((50,), 0.6)])}
+    before = {"w": torch.zeros(100)}
+    after = {"w": torch.cat([torch.full((50,), 0.1), torch.full((50,), 0.6)])}
+    check(before, after, gate=gate, on="update", basis=None, steps=100)
+    with pytest.raises(ProtectionFailed, match="gate does not hold"):
+        check(before, after, gate=gate, on="update", basis=None, steps=25)

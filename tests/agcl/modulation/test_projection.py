@@ -276,3 +276,41 @@ def test_known_directions_of_weights_that_were_not_measured_stay():
     known = {"other": torch.eye(3)[:, :1], "w": torch.eye(4)[:, :1]}
     found = bases([task], energy=0.2, known=known)
     assert torch.equal(found["other"], known["other"])
+
+
+def test_weights_that_read_one_input_keep_their_own_known_directions():
+    vectors = orthonormal(5, 5)
+    shared = {"a": "a", "b": "a", "c": "a", "d": "a"}
+    of_input = whole(moment(vectors[:, :3], torch.tensor([5.0, 4.0, 1.0]).double()).float())
+    one, other = vectors[:, 3:4].float(), vectors[:, 4:].float()
+    known = {"a": one, "b": other, "c": other}
+    found = bases([Importance({}, {"a": of_input}, {}, shared)], energy=0.9, known=known)
+    for name, expected in known.items():
+        kept = found[name] @ (found[name].T @ expected)
+        torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0, msg=name)
+    assert found["b"] is found["c"]
+    assert found["d"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_basis_that_is_not_orthonormal_is_refused(dtype):
+    """It would reverse a step along a direction that it has twice."""
+    weights = {n: nn.Parameter(torch.zeros(3, 64, dtype=dtype)) for n in ("a", "b")}
+    basis = orthonormal(64, 40).float()
+
+    def optimizer(second):
+        return GatedAdamW(
+            list(weights.items()), basis={"a": basis, "b": second}, rounding="stochastic"
+        )
+
+    for second in (basis, torch.eye(64), random_bases({"b": torch.empty(64, 64)}, seed=1)["b"]):
+        optimizer(second)
+        optimizer(second.bfloat16())
+    for second in (
+        torch.cat([basis, basis[:, :1]], 1),
+        torch.cat([basis[:, :1], -basis[:, :1]], 1),
+        basis * 2,
+        basis * torch.nan,
+    ):
+        with pytest.raises(ValueError, match=r"the basis of b is not orthonormal.*torch.linalg.qr"):
+            optimizer(second)

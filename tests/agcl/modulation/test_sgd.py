@@ -66,3 +66,28 @@ def test_no_step_moves_a_projected_direction(on):
     moved = (ours.weight - start.weight).detach()
     assert float((moved @ basis).abs().max()) < 1e-5
     assert float(moved.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("on", ["update", "gradient"])
+def test_the_step_of_a_closure_is_protected_too(on):
+    layer = nn.Linear(4, 3)
+    start = layer.weight.detach().clone()
+    optimizer = GatedSGD(
+        [("weight", layer.weight)], lr=0.1, gate={"weight": torch.zeros(SHAPE)}, on=on
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 4)).sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == pytest.approx(float(start.sum() + layer.bias.sum()))
+    assert torch.equal(layer.weight, start)
+
+
+def test_without_any_gradient_nothing_decays():
+    layer = nn.Linear(4, 3)
+    start = layer.weight.detach().clone()
+    GatedSGD(list(layer.named_parameters()), lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(layer.weight, start)

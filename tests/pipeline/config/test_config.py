@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from agcl.errors import InputError
 from pipeline.config import loading, yaml12
+from pipeline.config.check import measured_with
 from pipeline.config.method import Base, Gate, Project
 from pipeline.config.presets import METHODS
 from pipeline.config.tasks import FactsTasks
@@ -384,3 +385,17 @@ def test_another_format_of_files_keeps_the_sequence_and_a_benchmark_does_not(tmp
     for value in ("[alpaca]", "{a: 1}"):
         with pytest.raises(InputError, match=r"tasks\.format: must be one of"):
             loading.load(file, [f"tasks.format={value}"])
+
+
+def test_past_files_must_be_measured_like_what_uses_them(tiny_config, tmp_path):
+    def settings(method, *overrides):
+        return measured_with(tiny_config(tmp_path, *overrides, method=method))
+
+    assert settings("agcl") == {"unit_inputs": True}
+    assert settings("project_raw") == {"unit_inputs": False}
+    assert settings("ewc") == {"estimator": "fisher"}
+    assert settings("gate", "protect=[{kind: gate}, {kind: project, unit_inputs: false}]") == {
+        "estimator": "lrp",
+        "unit_inputs": False,
+    }
+    assert settings("sequential") == settings("project_weights") == {}

@@ -4,6 +4,7 @@ import pytest
 
 from agcl.errors import InputError
 from pipeline.config import loading
+from pipeline.config.presets import METHODS
 from pipeline.search.engine import Search
 from pipeline.search.search import example_runs, in_several
 from pipeline.search.space import (
@@ -183,3 +184,45 @@ def test_a_config_changed_by_settings_is_checked_like_a_file(config):
     assert (changed.protect[0].energy, changed.training.epochs) == (0.7, 3)
     with pytest.raises(InputError, match=r"protect.0.energy: input should be less"):
         loading.changed(config(), {"protect.0.energy": 7})
+
+
+def test_the_default_space_holds_every_method_as_it_is(config):
+    for method in METHODS.keys() - {"joint", "solo"}:
+        for settings in ((), ("search.objective=base_and_average",)):
+            own = config(*settings, method=method)
+            assert own_point(own, space_of(own)) is not None, method
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("agcl", {"protect.0.energy": 0.3}),
+        ("agcl", {"protect.0.energy": 0.2, "base.energy": 0.1, "importance.keep": 0.2}),
+        ("agcl", {"protect.0.energy": 1, "importance.keep": 1}),
+        ("agcl", {"search.objective": "base_and_average", "base.energy": 0.4}),
+        ("agcl", {"search.objective": "base_and_average", "importance.keep": 0.9}),
+        ("gate", {"protect.0.strength": 5, "protect.0.exponent": 9, "importance.top_k": 3}),
+        ("gate", {"protect.0.strength": 0, "importance.top_k": "null"}),
+        ("ewc", {"protect.0.strength": 1e9}),
+    ],
+)
+def test_the_default_space_holds_a_configs_own_values(config, method, settings):
+    own = config(*(f"{key}={value}" for key, value in settings.items()), method=method)
+    space = space_of(own)
+    point = own_point(own, space)
+    assert point is not None
+    assert all(d.type == "choice" or d.low < d.high for d in space.values())
+    if "search.objective" in settings:
+        assert space["base.energy"].high <= own.importance.keep
+
+
+def test_what_has_no_effect_is_not_searched(config):
+    for method in ("das", "gate_fisher", "gate_magnitude", "gate_random"):
+        assert "importance.top_k" not in default_space(config(method=method))
+    assert "importance.top_k" in default_space(config(method="gate_grad_x_param"))
+    weights = config(
+        "search.objective=base_and_average",
+        "base.protect=self",
+        "protect=[{kind: project, directions: weights}]",
+    )
+    assert "base.energy" not in default_space(weights)
