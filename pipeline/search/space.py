@@ -82,7 +82,7 @@ def default_space(config: Config) -> dict[str, Dimension]:
             case Project():
                 space[f"{at}.energy"] = _energies(item.energy, config)
             case Penalty():
-                space[f"{at}.strength"] = _log_scale(1e1, 1e7, item.strength)
+                space[f"{at}.strength"] = _loguniform(1e1, 1e7, item.strength)
     return space
 
 
