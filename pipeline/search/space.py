@@ -109,7 +109,8 @@ def _uniform(low: float, high: float, own: float) -> Float:
 
 def _energies(own: float, config: Config) -> Float:
     high = max(own, min(0.95, config.importance.keep))  # More is not stored of a moment.
-    return Float(type="uniform", low=min(0.5, own, high), high=high)
+    low = min(0.5, own)
+    return Float(type="uniform", low=low if low < high else high / 2, high=high)
 
 
 def distributions(space: Mapping[str, Dimension]) -> dict[str, BaseDistribution]:

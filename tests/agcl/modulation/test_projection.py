@@ -281,7 +281,7 @@ def test_known_directions_of_weights_that_were_not_measured_stay():
 def test_weights_that_read_one_input_keep_their_own_known_directions():
     vectors = orthonormal(5, 5)
     shared = {"a": "a", "b": "a", "c": "a", "d": "a"}
-    of_input = whole(moment(vectors[:, :3], torch.tensor([5.0, 4.0, 1.0]).double()).float())
+    of_input = whole(moment(vectors[:, :3], torch.tensor([5.0, 4.0, 0.5]).double()).float())
     one, other = vectors[:, 3:4].float(), vectors[:, 4:].float()
     known = {"a": one, "b": other, "c": other}
     found = bases([Importance({}, {"a": of_input}, {}, shared)], energy=0.9, known=known)
