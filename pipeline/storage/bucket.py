@@ -194,7 +194,7 @@ class Bucket(Storage):
 
         stored = self._modified(file) if file.exists() else 0
         if stored and not (mark.exists() and mark.read_text() == str(stored)):
-            file.unlink()
+            file.unlink(missing_ok=True)  # By another rank on this machine.
         return Checkpoint(
             file, fingerprint, seconds, download=download, upload=upload, delete=self.forget
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from reference.stored import FILES, FINGERPRINT, contents, folder_of, make, move_to
@@ -232,3 +233,25 @@ def test_any_file_system_of_pyarrow_will_do(tmp_path, monkeypatch, elsewhere):
     folder = folder_of(uri)
     Bucket(uri).fetch(folder)
     assert contents(folder) == FILES
+
+
+def test_the_ranks_of_a_machine_drop_a_replaced_checkpoint_together(tmp_path, monkeypatch):
+    """All look before the first one deletes it."""
+    move_to(tmp_path / "one", monkeypatch)
+    bucket = Bucket((tmp_path / "share").as_uri())
+    folder = folder_of(bucket.uri)
+    file = artifact.checkpoint_of(folder)
+    file.parent.mkdir(parents=True)
+    file.write_text("older")
+    object_store.write(bucket.uri, f"stages/{file.name}", b"newer, of another machine")
+    modified, ranks = Bucket._modified, Barrier(2)
+
+    def looked(*of):
+        found = modified(*of)
+        ranks.wait(timeout=10)
+        return found
+
+    monkeypatch.setattr(Bucket, "_modified", looked)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: bucket.checkpoint(folder, FINGERPRINT, 600), range(2)))
+    assert not file.exists()
