@@ -22,7 +22,7 @@ from pipeline.run import REPORT_FILE
 from pipeline.search.engine import Observe
 from pipeline.search.search import BEST_CONFIG, execute_search, keeps_base, open_search, why_none
 from pipeline.search.space import own_point
-from pipeline.search.trial import Trial, best, undecided
+from pipeline.search.trial import Trial, best, unbounded, undecided
 from pipeline.tracking.sync import warn
 
 _COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
@@ -55,6 +55,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         raise Failed(why_none(found.trials))
     settings = " ".join(f"{key}={_value(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
+    if keeps_base(search) and (warning := unbounded(found.trials)):
+        warn(console, warning)
     if warning := undecided(found.trials):
         warn(console, warning)
     console.print("scored once, on test rows that no choice depended on:")

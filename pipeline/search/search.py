@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.config.revision import pinned
+from pipeline.config.search import Dimension
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
@@ -73,16 +74,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     space = space_of(config)
     search = Search(config, folder, num_trials, space)
     if keeps_base(search):
-        if not (config.model.is_builtin or config.evaluation.text):
-            raise InputError(
-                "search.objective: base_and_average needs evaluation.text, a text to measure what "
-                "the base model still knows"
-            )
-        if own_point(config, space) is None:
-            raise InputError(
-                "search.objective: base_and_average compares with the config's own settings, and "
-                "search.space does not contain them"
-            )
+        _check_keeps_base(config, space)
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
     if num_tasks < 2 and config.search.objective == "retained_and_learned":
         raise InputError("search.objective: one task alone has nothing to retain")
@@ -92,6 +84,25 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     if resume and not file.is_file():
         raise InputError(f"--resume: {search.folder} holds no search to resume")
     return search
+
+
+def _check_keeps_base(config: Config, space: Mapping[str, Dimension]) -> None:
+    """Refuse what would leave the best trial without the score that it must reach."""
+    if not (config.model.is_builtin or config.evaluation.text):
+        raise InputError(
+            "search.objective: base_and_average needs evaluation.text, a text to measure what "
+            "the base model still knows"
+        )
+    if own_point(config, space) is None:
+        raise InputError(
+            "search.objective: base_and_average compares with the config's own settings, and "
+            "search.space does not contain them"
+        )
+    if config.search.stopping != "none":  # By the average alone, after a task.
+        raise InputError(
+            f"search.stopping: {config.search.stopping} could stop the config's own settings, with "
+            "which base_and_average compares; choose none"
+        )
 
 
 def keeps_base(search: Search) -> bool:
