@@ -40,8 +40,8 @@ def check_folder(
     """Refuse the folder of `file`, a stored config, if it belongs to another run or search.
 
     Its results would be lost, or not be comparable with new ones. The folder of a run without
-    results is taken over. Settings in `tuned` may differ: trials choose their values. Raises
-    `InputError`, which names the keys and both values.
+    results is taken over. Settings in `tuned`, keys or whole sections, may differ: trials choose
+    their values. Raises `InputError`, which names the keys and both values.
     """
     results = file.parent / METRICS
     config.storage.refresh(file)
@@ -53,7 +53,7 @@ def check_folder(
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     before, now = (dict(loading.leaves(each, exclude=FREE[kind])) for each in (stored, config))
-    keys = [key for key in before | now if key not in tuned]
+    keys = [key for key in before | now if not {key, key.partition(".")[0]} & {*tuned}]
     differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing:
         values = ["null" if of.get(k) is None else of[k] for k in differing for of in (before, now)]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.method import METHOD_SECTIONS
 from pipeline.config.revision import pinned
 from pipeline.config.search import Dimension
 from pipeline.errors import StageFailed
@@ -153,9 +154,7 @@ def execute_trials(
     search by now.
     """
     config = search.config
-    # Again: we may have waited for another search, which then owns the folder.
-    check_folder(config, search.folder / SEARCH_FILE, "search")
-    artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
+    claim_folder(search)  # Again: we may have waited for another search, which then owns it.
     config.storage.save_results(search.folder)  # The search is known even if it is killed.
     runs = example_runs(search)
     shared = in_several(runs)
@@ -188,6 +187,18 @@ def execute_trials(
     mirror.sync(now=True)
     pq.write_table(trials.table(found), search.folder / TRIALS_FILE)
     return found
+
+
+def claim_folder(search: Search) -> None:
+    """Write the search's config into its folder. Raises `InputError` if another one's is there.
+
+    Trials that are known beforehand are those of several methods. The config is that of the first,
+    whichever that is, so only what all methods share is compared.
+    """
+    free = ("method", *METHOD_SECTIONS) if search.known else ()
+    file = search.folder / SEARCH_FILE
+    check_folder(search.config, file, "search", tuned=free)
+    artifact.write_text(file, loading.dump(search.config))
 
 
 def example_runs(search: Search) -> dict[str, Run]:
