@@ -59,6 +59,9 @@ class Bucket(Storage):
 
     @override
     def check(self) -> None:
+        given = os.environ.get(CACHE, "/")
+        if not Path(given).expanduser().is_absolute():  # Workers have other working folders.
+            raise InputError(f"{CACHE}: must be an absolute path, not {given}")
         super().check()
         object_store.check(self.uri)
 
@@ -208,6 +211,9 @@ class Bucket(Storage):
     def results(self, folder: Path) -> Iterator[None]:
         names = object_store.sizes(self.uri, self._name(folder))
         object_store.for_each(names, lambda name: self._pull(_inside(folder, name)))
+        if not names:  # New, or deleted by the user: what the cache has must not come back.
+            for file in [*_results(folder)]:
+                file.unlink(missing_ok=True)
         try:
             yield
         except BaseException:
