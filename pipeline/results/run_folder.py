@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 
 from pipeline.config import loading
 from pipeline.config.config import Config
@@ -155,7 +156,7 @@ def runs_in(folder: Path) -> list[Path]:
     """
     if (folder / METRICS).is_file():
         return [folder]
-    if (folder / RESULT_FILE).is_file():
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # Or a run without metrics.
         names = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["runs"]
         return [folder / name for name in names]
     found = [f.parent for f in sorted(folder.glob(f"*/{METRICS}")) if not f.parent.is_symlink()]
@@ -166,9 +167,22 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def read_trials(folder: Path) -> list[dict[str, Any]]:
-    """The trials of a search by column, empty for other folders."""
+    """The trials of a search by column, empty for other folders. Raises `InputError` for damage."""
     file = folder / TRIALS_FILE
-    return pq.read_table(file).to_pylist() if file.is_file() else []
+    try:
+        return pq.read_table(file).to_pylist() if file.is_file() else []
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file}: damaged ({one_line(error)}); run the same command again to write it"
+        ) from None
+
+
+def write_trials(folder: Path, trials: pa.Table) -> None:
+    """Write the trials of a search, one per row, atomically."""
+    file = folder / TRIALS_FILE
+    aside = file.with_name(file.name + ".part")
+    pq.write_table(trials, aside)
+    aside.replace(file)
 
 
 def _weights(run: Run) -> int | None:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
@@ -32,6 +31,7 @@ from pipeline.results.run_folder import (
     open_folder,
     read_trials,
     write_runs,
+    write_trials,
 )
 from pipeline.run import REPORT_FILE, execute, mirrored, open_run
 from pipeline.search import trial as trials
@@ -185,7 +185,7 @@ def execute_trials(
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
-    pq.write_table(trials.table(found), search.folder / TRIALS_FILE)
+    write_trials(search.folder, trials.table(found))
     return found
 
 
