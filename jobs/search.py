@@ -15,7 +15,7 @@ from pipeline.execution.progress import warn
 from pipeline.results.files import BEST_CONFIG, REPORT_FILE, TRIALS_FILE
 from pipeline.search.search import execute_search, keeps_base, open_search
 from pipeline.search.space import own_point
-from pipeline.search.trial import undecided, why_none
+from pipeline.search.trial import unbounded, undecided, why_none
 
 
 def main(arguments: argparse.Namespace, command: str) -> None:
@@ -39,6 +39,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         raise Failed(why_none(found.trials))
     settings = " ".join(f"{key}={value_text(v)}" for key, v in found.best.settings.items())
     console.print(f"best is trial {found.best.number}: {settings}", soft_wrap=True, markup=False)
+    if keeps_base(search) and (warning := unbounded(found.trials)):
+        warn(console, warning)
     if warning := undecided(found.trials):
         warn(console, warning)
     console.print("scored once, on test rows that no choice depended on:")

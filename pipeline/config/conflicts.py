@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.method import Freeze, Loss, Project, Replay
 from pipeline.config.presets import BOUNDS
+from pipeline.config.resources import is_server
 from pipeline.storage.storage import DATABASE, STAGES
 
 if TYPE_CHECKING:
@@ -38,13 +39,23 @@ def _of_the_run(config: "Config") -> Iterator[str]:
     if config.training.packing and config.model.attention == "flash_attention_2":
         # transformers' mask for it knows rows in a batch of one line only.
         yield "training.packing: cannot be combined with model.attention=flash_attention_2"
-    if config.tracking.enabled and not (config.tracking.uri or config.storage.tracking_uri):
+    if config.tracking.enabled and not config.storage.tracking_uri:
+        yield from _of_tracking_beside_a_bucket(config.tracking.uri)
+    if config.model.is_builtin and config.importance.past:
+        yield "importance.past: needs a model folder, not the builtin model"
+
+
+def _of_tracking_beside_a_bucket(uri: str | None) -> Iterator[str]:
+    if uri is None:
         yield (
             "tracking.uri: required if storage is an object store, which cannot hold MLflow's "
             "sqlite file; or set tracking.enabled=false"
         )
-    if config.model.is_builtin and config.importance.past:
-        yield "importance.past: needs a model folder, not the builtin model"
+    elif not is_server(uri):
+        yield (
+            "tracking.uri: must be a server (http://...) if storage is an object store; MLflow "
+            "would keep its files, registered models too, in this machine's cache"
+        )
 
 
 def _of_the_method(config: "Config") -> Iterator[str]:

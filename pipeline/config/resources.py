@@ -53,6 +53,11 @@ class Resources(Section):
         return self
 
 
+def is_server(uri: str) -> bool:
+    """Whether an MLflow URI is a server's. A database's says nothing of where files go."""
+    return uri.lower().startswith(("http:", "https:", "databricks"))
+
+
 class Tracking(Section):
     """Recording in MLflow."""
 
@@ -60,8 +65,8 @@ class Tracking(Section):
         default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI"), min_length=1
     )
     """MLflow tracking URI; defaults to the environment variable `MLFLOW_TRACKING_URI`. Null is a
-    sqlite file in the storage folder. Credentials in it are used but never written; prefer
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    sqlite file in the storage folder; with an object store it must be a server's. Credentials in it
+    are used but never written; prefer MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     enabled: bool = True
     experiment: str = Field("agcl", min_length=1, max_length=250)
     """MLflow experiment of all runs, created if there is none."""

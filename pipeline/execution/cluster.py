@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 from agcl.errors import InputError
+from ray._private import utils
 
 import pipeline
 from pipeline.config.resources import Resources
@@ -71,7 +72,7 @@ def cluster(resources: Resources) -> Iterator[int]:
         else:
             if _START_TIMEOUT in environment["env_vars"]:
                 environment["env_vars"][_START_TIMEOUT] = "120"  # No node is replaced.
-            cpus = max(os.cpu_count() or 1, resources.num_workers * resources.cpus_per_worker)
+            cpus = max(_usable_cpus(), resources.num_workers * resources.cpus_per_worker)
             # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
             ray.init(
@@ -97,6 +98,17 @@ def cluster(resources: Resources) -> Iterator[int]:
         yield side_by_side(resources, nodes())
     finally:
         ray.shutdown()
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may use: fewer than the machine's in a container or with an affinity.
+
+    More workers than that would share them, and memory for them may not be there.
+    """
+    cpus = int(utils.get_num_cpus(override_docker_cpu_warning=True))
+    if hasattr(os, "sched_getaffinity"):  # Of Linux only.
+        cpus = min(cpus, len(os.sched_getaffinity(0)))
+    return max(1, cpus)
 
 
 def _remedy(error: Exception) -> str:

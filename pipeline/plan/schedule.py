@@ -5,8 +5,9 @@ memory. Every stage still writes its own artifact, so an interrupted session res
 unfinished stage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.plan.stage import ResolvedStage, Stage, resolve
@@ -35,11 +36,21 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Storage) -> list[Ses
     """
     found: dict[Path, tuple[Stage, ResolvedStage]] = {}
     owners: dict[Path, set[str]] = {}
+    looked: dict[Path, bool] = {}
+
+    def is_complete(resolved: Mapping[str, ResolvedStage], name: str) -> bool:
+        # Once for all runs: a stage that another command finishes meanwhile would be missing for
+        # some of them only, and their sessions would wait for each other.
+        folder = resolved[name].folder
+        if folder not in looked:
+            looked[folder] = resolved[name].is_complete()
+        return looked[folder]
+
     for run, stages in plans.items():
         resolved = resolve(stages, storage)
         inner = {source.name for stage in stages for source in _sources(stage)}
         final = [stage for stage in stages if stage.name not in inner]
-        for stage in needed_for(final, stages, resolved):
+        for stage in needed_for(final, stages, partial(is_complete, resolved)):
             folder = resolved[stage.name].folder
             found.setdefault(folder, (stage, resolved[stage.name]))
             owners.setdefault(folder, set()).add(run)
@@ -70,16 +81,16 @@ def sessions(plans: Mapping[str, Sequence[Stage]], storage: Storage) -> list[Ses
 def needed_for(
     goals: Sequence[Stage],
     stages: Sequence[Stage],
-    resolved: Mapping[str, ResolvedStage] | None = None,
+    is_complete: Callable[[str], bool] = lambda name: False,
 ) -> tuple[Stage, ...]:
     """The goals and the stages they depend on, in the order of `stages`.
 
-    With `resolved`, skip complete stages and stages that only complete stages need.
+    Skips complete stages, by name, and stages that only complete stages need.
     """
     names = {goal.name for goal in goals}
     needed = []
     for stage in reversed(stages):  # A stage's inputs come before it.
-        if stage.name in names and not (resolved and resolved[stage.name].is_complete()):
+        if stage.name in names and not is_complete(stage.name):
             needed.append(stage)
             names |= {source.name for source in _sources(stage)}
     return tuple(reversed(needed))

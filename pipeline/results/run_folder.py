@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from agcl.errors import InputError
+from agcl.errors import InputError, one_line
 from rich.console import Console
 
 from pipeline.config import loading
@@ -38,8 +39,8 @@ def check_folder(
     """Refuse the folder of `file`, a stored config, if it belongs to another run or search.
 
     Its results would be lost, or not be comparable with new ones. The folder of a run without
-    results is taken over. Settings in `tuned` may differ: trials choose their values. Raises
-    `InputError`, which names the keys and both values.
+    results is taken over. Settings in `tuned`, keys or whole sections, may differ: trials choose
+    their values. Raises `InputError`, which names the keys and both values.
     """
     results = file.parent / METRICS
     config.storage.refresh(file)
@@ -51,7 +52,7 @@ def check_folder(
     except InputError as error:
         raise InputError(f"{file}: {error}; delete it to write it again") from None
     before, now = (dict(loading.leaves(each, exclude=FREE[kind])) for each in (stored, config))
-    keys = [key for key in before | now if key not in tuned]
+    keys = [key for key in before | now if not {key, key.partition(".")[0]} & {*tuned}]
     differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing:
         values = ["null" if of.get(k) is None else of[k] for k in differing for of in (before, now)]
@@ -153,7 +154,7 @@ def runs_in(folder: Path) -> list[Path]:
     """
     if (folder / METRICS).is_file():
         return [folder]
-    if (folder / RESULT_FILE).is_file():
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # Or a run without metrics.
         names = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["runs"]
         return [folder / name for name in names]
     found = [f.parent for f in sorted(folder.glob(f"*/{METRICS}")) if not f.parent.is_symlink()]
@@ -164,9 +165,22 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def read_trials(folder: Path) -> list[dict[str, Any]]:
-    """The trials of a search by column, empty for other folders."""
+    """The trials of a search by column, empty for other folders. Raises `InputError` for damage."""
     file = folder / TRIALS_FILE
-    return pq.read_table(file).to_pylist() if file.is_file() else []
+    try:
+        return pq.read_table(file).to_pylist() if file.is_file() else []
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file}: damaged ({one_line(error)}); run the same command again to write it"
+        ) from None
+
+
+def write_trials(folder: Path, trials: pa.Table) -> None:
+    """Write the trials of a search, one per row, atomically."""
+    file = folder / TRIALS_FILE
+    aside = file.with_name(file.name + ".part")
+    pq.write_table(trials, aside)
+    aside.replace(file)
 
 
 def _weights(run: Run) -> int | None:

@@ -7,23 +7,30 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from agcl.errors import InputError
 from rich.console import Console
 
 from pipeline.config import loading
 from pipeline.config.config import Config
+from pipeline.config.method import METHOD_SECTIONS
 from pipeline.config.presets import BOUNDS
 from pipeline.config.revision import pinned
+from pipeline.config.search import Dimension
 from pipeline.errors import StageFailed
 from pipeline.execution.cluster import cluster
 from pipeline.execution.scheduler import run_with_progress
 from pipeline.plan.plan import Run
 from pipeline.plan.schedule import sessions
-from pipeline.results.files import BEST, REPORT_FILE, SEARCH_FILE, TRIALS_FILE
+from pipeline.results.files import BEST, REPORT_FILE, SEARCH_FILE
 from pipeline.results.report import write_report
 from pipeline.results.results import RunResult
-from pipeline.results.run_folder import check_folder, open_folder, read_trials, write_runs
+from pipeline.results.run_folder import (
+    check_folder,
+    open_folder,
+    read_trials,
+    write_runs,
+    write_trials,
+)
 from pipeline.run import open_run
 from pipeline.search import trial as trials
 from pipeline.search.best import BEST_SUFFIX, finish_search, score_best
@@ -64,16 +71,7 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     space = space_of(config)
     search = Search(config, folder, num_trials, space)
     if keeps_base(search):
-        if not (config.model.is_builtin or config.evaluation.text):
-            raise InputError(
-                "search.objective: base_and_average needs evaluation.text, a text to measure what "
-                "the base model still knows"
-            )
-        if own_point(config, space) is None:
-            raise InputError(
-                "search.objective: base_and_average compares with the config's own settings, and "
-                "search.space does not contain them"
-            )
+        _check_keeps_base(config, space)
     num_tasks = len(open_run(config, search.folder / "trials").plan.tasks)
     if num_tasks < 2 and config.search.objective == "retained_and_learned":
         raise InputError("search.objective: one task alone has nothing to retain")
@@ -83,6 +81,25 @@ def open_search(config: Config, num_trials: int, *, resume: bool) -> Search:
     if resume and not file.is_file():
         raise InputError(f"--resume: {search.folder} holds no search to resume")
     return search
+
+
+def _check_keeps_base(config: Config, space: Mapping[str, Dimension]) -> None:
+    """Refuse what would leave the best trial without the score that it must reach."""
+    if not (config.model.is_builtin or config.evaluation.text):
+        raise InputError(
+            "search.objective: base_and_average needs evaluation.text, a text to measure what "
+            "the base model still knows"
+        )
+    if own_point(config, space) is None:
+        raise InputError(
+            "search.objective: base_and_average compares with the config's own settings, and "
+            "search.space does not contain them"
+        )
+    if config.search.stopping != "none":  # By the average alone, after a task.
+        raise InputError(
+            f"search.stopping: {config.search.stopping} could stop the config's own settings, with "
+            "which base_and_average compares; choose none"
+        )
 
 
 def keeps_base(search: Search) -> bool:
@@ -133,9 +150,7 @@ def execute_trials(
     search by now.
     """
     config = search.config
-    # Again: we may have waited for another search, which then owns the folder.
-    check_folder(config, search.folder / SEARCH_FILE, "search")
-    artifact.write_text(search.folder / SEARCH_FILE, loading.dump(config))
+    claim_folder(search)  # Again: we may have waited for another search, which then owns it.
     config.storage.save_results(search.folder)  # The search is known even if it is killed.
     runs = example_runs(search)
     shared = in_several(runs)
@@ -166,8 +181,20 @@ def execute_trials(
 
             found = run_trials(search, shared, side_by_side, on_change)
     mirror.sync(now=True)
-    pq.write_table(trials.table(found), search.folder / TRIALS_FILE)
+    write_trials(search.folder, trials.table(found))
     return found
+
+
+def claim_folder(search: Search) -> None:
+    """Write the search's config into its folder. Raises `InputError` if another one's is there.
+
+    Trials that are known beforehand are those of several methods. The config is that of the first,
+    whichever that is, so only what all methods share is compared.
+    """
+    free = ("method", *METHOD_SECTIONS) if search.known else ()
+    file = search.folder / SEARCH_FILE
+    check_folder(search.config, file, "search", tuned=free)
+    artifact.write_text(file, loading.dump(search.config))
 
 
 def example_runs(search: Search) -> dict[str, Run]:

@@ -188,6 +188,16 @@ def best(trials: Sequence[Trial], *, keep_base: bool = False) -> Trial | None:
     return max(finished)[-1] if finished else None
 
 
+def unbounded(trials: Sequence[Trial]) -> str | None:
+    """What to say if nothing bounds how little of the base the best trial keeps; else None."""
+    if any(trial.number == 0 and trial.state == "finished" for trial in trials):
+        return None
+    return (
+        "trial 0 did not finish, so nobody knows what the config's own settings keep of the base "
+        "model: the best trial has the highest average, however little it keeps"
+    )
+
+
 def undecided(trials: Sequence[Trial]) -> str | None:
     """What to say if several trials finished and all have the same average; else None."""
     averages = [t.last.average for t in trials if t.state == "finished" and t.last]

@@ -5,6 +5,7 @@ The manifest records what the folder was made from and the hash of every file.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,16 @@ def file_hash(file: Path) -> str:
 def content_hash(path: Path, patterns: Sequence[str] = ("*",)) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files that match a pattern.
 
-    Cached per process, because a search asks for its base model's hash in every trial: a file is
-    read again only if its size or ctime changed (mtime can be set back).
+    Hidden files do not count, such as an editor's; folders behind links do. Cached per process,
+    because a search asks for its base model's hash in every trial: a file is read again only if its
+    size or ctime changed (mtime can be set back).
     """
     if path.is_file():
         return _hash_of(path)
-    files = sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()})
-    return fingerprint({f.relative_to(path).as_posix(): _hash_of(f) for f in files})
+    # Like what reads the data, and unlike `Path.glob`: follows links, leaves out hidden files.
+    of = (glob.glob(each, root_dir=path, recursive=True) for each in patterns)  # noqa: PTH207
+    names = set(chain(*of))
+    return fingerprint({name: _hash_of(path / name) for name in names if (path / name).is_file()})
 
 
 def _hash_of(file: Path) -> str:

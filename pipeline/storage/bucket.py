@@ -59,6 +59,9 @@ class Bucket(Storage):
 
     @override
     def check(self) -> None:
+        given = os.environ.get(CACHE, "/")
+        if not Path(given).expanduser().is_absolute():  # Workers have other working folders.
+            raise InputError(f"{CACHE}: must be an absolute path, not {given}")
         super().check()
         object_store.check(self.uri)
 
@@ -194,7 +197,7 @@ class Bucket(Storage):
 
         stored = self._modified(file) if file.exists() else 0
         if stored and not (mark.exists() and mark.read_text() == str(stored)):
-            file.unlink()
+            file.unlink(missing_ok=True)  # By another rank on this machine.
         return Checkpoint(
             file, fingerprint, seconds, download=download, upload=upload, delete=self._delete
         )
@@ -208,6 +211,9 @@ class Bucket(Storage):
     def results(self, folder: Path) -> Iterator[None]:
         names = object_store.sizes(self.uri, self._name(folder))
         object_store.for_each(names, lambda name: self._pull(_inside(folder, name)))
+        if not names:  # New, or deleted by the user: what the cache has must not come back.
+            for file in [*_results(folder)]:
+                file.unlink(missing_ok=True)
         try:
             yield
         except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 
 from agcl.errors import InputError, one_line
 
+from pipeline.config.resources import is_server
 from pipeline.secrets import masked
 from pipeline.storage.artifact import claimed
 from pipeline.storage.storage import DATABASE
@@ -79,8 +80,7 @@ def experiment_id(client: Any, uri: str, storage: Path, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         # Artifacts of a local database belong beside it; a server decides for itself.
-        on_server = uri.startswith(("http:", "https:", "databricks"))
-        location = None if on_server else (storage / "mlartifacts").as_uri()
+        location = None if is_server(uri) else (storage / "mlartifacts").as_uri()
         try:
             tags = {KIND_TAG: KIND}
             return str(client.create_experiment(name, artifact_location=location, tags=tags))

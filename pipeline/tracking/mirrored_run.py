@@ -103,6 +103,8 @@ class MirroredRun:
     def _open(self, tracker: Tracker, parent_id: str | None) -> None:
         config, folder = self.run.config, self.run.folder
         tags = {"kind": self.kind, "method": method_name(config), "seed": str(config.seed)}
+        # Of edited data, whose params are the same: MLflow and the registry would keep the old.
+        tags["fingerprint"] = list(self.run.resolved.values())[-1].fingerprint
         self.tracker = tracker
         fixed = config.model_dump(mode="json", exclude=FREE["run"])
         run_id = self.tracker.open(folder, self.name, tags, parent_id, fixed)

@@ -32,15 +32,18 @@ class Scored(NamedTuple):
 def register(
     tracker: Tracker, run_id: str, name: str, folder: Path, base: Path, tasks: Sequence[Scored]
 ) -> str:
-    """Register the model in a folder as the next version of `name`, once per run; `NAME/VERSION`.
+    """Register the model in a folder as the next version of `name`, once per run and name.
+
+    Returns `NAME/VERSION`.
 
     Every model of `tasks` becomes a LoggedModel with its scores. The last one is that in the
     folder, whose files are copied, with MLflow's transformers flavor; the others name the place of
     their artifact. `base` is the folder with the base model's config. Raises `TrackingFailed`.
     """
     client = tracker.client
-    if known_version := client.get_run(run_id).data.tags.get("registered_version"):
-        return str(known_version)
+    known_version = str(client.get_run(run_id).data.tags.get("registered_version", ""))
+    if known_version.rpartition("/")[0] == name:  # The setting may have changed since.
+        return known_version
     mine = f"source_run_id = '{run_id}'"
     found = client.search_logged_models([tracker.experiment], mine, max_results=_MOST_MODELS)
     known = {model.name: model for model in found}  # Of an attempt that was interrupted.

@@ -30,6 +30,8 @@ from pipeline.tracking.client import (
 
 _KEY = "agcl_key"
 _NOTE = "mlflow.note.content"
+_FINGERPRINT = "fingerprint"
+"""Tag: of a stage's run the stage's, of a run that of its last stage, which depends on all data."""
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _MOST_CHILDREN = 50_000  # The server's limit for one page.
 _NO_METRICS = ("step", "seconds_left")
@@ -106,11 +108,13 @@ class Tracker:
         """The id of the run that `mlflow.json` in a folder names, reopened, or of a new run.
 
         A run whose params differ from `params` is another one: its settings could not be changed.
+        So is one whose tag `fingerprint` differs: other data under the same name. A run of an
+        earlier version without that tag gets it.
         The file holds a key before the run exists. If the process is killed in between, the next
         one finds the run by its key instead of creating a second one.
         """
         file, uri = folder / MLFLOW_RUN, masked(self.uri)
-        run_id = self._known(file, uri, parent_id, params)
+        run_id = self._known(file, uri, tags, parent_id, params)
         if run_id is None:
             key = uuid.uuid4().hex
             write_json(file, {"key": key, "uri": uri})
@@ -119,7 +123,12 @@ class Tracker:
         return run_id
 
     def _known(
-        self, file: Path, uri: str, parent_id: str | None, params: Mapping[str, Any]
+        self,
+        file: Path,
+        uri: str,
+        tags: Mapping[str, str],
+        parent_id: str | None,
+        params: Mapping[str, Any],
     ) -> str | None:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -137,10 +146,12 @@ class Tracker:
             info, now = run.info, dict(_texts(params))
             if info.experiment_id != self.experiment:
                 return None
-            if params and not self._is_of(run, now):
+            if not self._is_of(run, now, tags):
                 self._close(run_id)
                 return None
             self.client.update_run(run_id, status="RUNNING")
+            if _FINGERPRINT in tags:
+                self.client.set_tag(run_id, _FINGERPRINT, tags[_FINGERPRINT])
         except TrackingFailed as error:
             if error.no_answer:
                 raise
@@ -149,8 +160,13 @@ class Tracker:
             self._finished[run_id] = (info.end_time / 1000, parent_id)
         return run_id
 
-    def _is_of(self, run: Any, params: Mapping[str, str]) -> bool:
-        """Whether a run has these params, or none yet; it may have more of other sections."""
+    def _is_of(self, run: Any, params: Mapping[str, str], tags: Mapping[str, str]) -> bool:
+        """Whether a run has this fingerprint and these params, or none yet.
+
+        It may have more params of other sections.
+        """
+        if run.data.tags.get(_FINGERPRINT, tags.get(_FINGERPRINT)) != tags.get(_FINGERPRINT):
+            return False
         sections = {key.partition(".")[0] for key in params}
         logged = run.data.params.items()
         return all(params.get(k) == v for k, v in logged if k.partition(".")[0] in sections)
@@ -169,7 +185,7 @@ class Tracker:
             max_results=_MOST_CHILDREN,
         )
         return [
-            Child(r.info.run_id, r.data.tags.get("fingerprint", ""), r.info.status == "FINISHED")
+            Child(r.info.run_id, r.data.tags.get(_FINGERPRINT, ""), r.info.status == "FINISHED")
             for r in found
         ]
 

@@ -1,6 +1,7 @@
 """What fits on a cluster, and that cluster.yaml and jobs/rayjob.yaml fit this repository."""
 
 import json
+import os
 import subprocess
 import tomllib
 from pathlib import Path
@@ -92,6 +93,29 @@ def test_ray_that_does_not_start_is_one_error_with_its_reason(monkeypatch):
         cluster.cluster(Resources()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("quota", "allowed", "workers", "cpus"),
+    [(64, 2, 1, 2), (3, 8, 1, 3), (64, 2, 4, 4), (0, 2, 1, 1)],
+)
+def test_a_cluster_here_has_the_cpus_that_this_process_may_use(
+    monkeypatch, quota, allowed, workers, cpus
+):
+    """Of a container or an affinity; more only if the config asks for more."""
+    given = []
+
+    def fail(**options):
+        given.append(options["num_cpus"])
+        raise Exception("far enough")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **options: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)))
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(RayFailed), cluster.cluster(Resources(num_workers=workers)):
+        pass
+    assert given == [cpus]
 
 
 @pytest.mark.parametrize("says", ["8", "{}", "[]", '{"count": "x", "CPU": 1}', "eight"])

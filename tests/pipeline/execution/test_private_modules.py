@@ -75,3 +75,11 @@ def test_ray_counts_the_files_of_a_job_by_the_functions_that_agcl_calls():
     constants = "ray._private.ray_constants"
     check_takes(f"{constants}.get_runtime_env_default_excludes", user=user)
     found(f"{constants}.RAY_RUNTIME_ENV_IGNORE_GITIGNORE")
+
+
+def test_ray_counts_the_cpus_of_a_container_by_the_function_that_agcl_calls():
+    path = "ray._private.utils.get_num_cpus"
+    given = inspect.signature(found(path)).parameters
+    user = "pipeline/execution/cluster.py"
+    assert "override_docker_cpu_warning" in given, f"{path} takes {list(given)}; {user}"
+    assert found(path)(override_docker_cpu_warning=True) >= 0

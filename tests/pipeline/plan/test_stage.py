@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.plan.schedule import sessions
-from pipeline.plan.stage import External, Stage, resolve
+from pipeline.plan.stage import External, ResolvedStage, Stage, resolve
 from pipeline.storage import Local, artifact
 from pipeline.storage.artifact import folder_name
 
@@ -211,6 +211,34 @@ def test_every_missing_artifact_is_made_in_exactly_one_session(tmp_path):
     found = sessions(two_methods(), Local(tmp_path))
     folders = [stage.folder for session in found for stage in session.stages]
     assert len(folders) == len(set(folders)) == 7
+
+
+def test_a_stage_that_another_command_finishes_meanwhile_is_missing_for_all_runs(
+    tmp_path, monkeypatch
+):
+    """Else runs would share only some of a chain, and sessions would wait for each other."""
+    runs, finished = {}, []
+    for label in ("one", "two"):
+        train1 = stage("train/1", session="sequence")
+        evaluate1 = stage("evaluate/1", train1, session="sequence")
+        train2 = stage("train/2", train1, config={"m": label}, session="sequence")
+        report = stage("report", train2, evaluate1, config={"m": label}, session="sequence")
+        runs[label] = [train1, evaluate1, train2, report]
+    shared = resolve(runs["one"], Local(tmp_path))["train/1"]
+    is_complete = ResolvedStage.is_complete
+
+    def then_finished(work):
+        found = is_complete(work)
+        if work.folder == shared.folder and not finished:
+            finished.append(work)
+            finish(work)
+        return found
+
+    monkeypatch.setattr(ResolvedStage, "is_complete", then_finished)
+    found = {session.name: session for session in sessions(runs, Local(tmp_path))}
+    assert names_of(found.values())[0] == ["train/1", "evaluate/1"]
+    for session in found.values():
+        assert not any(session.name in found[name].after for name in session.after)
 
 
 def test_a_second_run_needs_only_its_own_part(tmp_path):

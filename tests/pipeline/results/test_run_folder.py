@@ -1,10 +1,14 @@
 """A run folder keeps one config: who may run into it again."""
 
+from pathlib import Path
+
+import pyarrow as pa
 import pytest
 import yaml
 
 from agcl.errors import InputError
 from pipeline.config import loading
+from pipeline.results.run_folder import read_trials, runs_in, write_trials
 from pipeline.run import open_run
 
 
@@ -49,3 +53,35 @@ def test_a_damaged_config_is_named(tiny_config, folder):
     (folder / "config.yaml").write_text("a: [")
     with pytest.raises(InputError, match=r"tiny/config.yaml: .*delete it to write it again"):
         open_run(tiny_config(folder.parent))
+
+
+@pytest.mark.parametrize("content", ['{"stages": []}', "[]", "{"])
+def test_a_folder_that_lost_its_metrics_has_no_finished_run(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(InputError, match=r"no finished run \(no metrics\.json\)"):
+        runs_in(tmp_path)
+
+
+def test_trials_that_were_cut_off_are_named(tmp_path):
+    assert read_trials(tmp_path) == []
+    table = pa.table({"trial": [0, 1]})
+    write_trials(tmp_path, table)
+    assert read_trials(tmp_path) == [{"trial": 0}, {"trial": 1}]
+    assert [file.name for file in tmp_path.iterdir()] == ["trials.parquet"]
+    file = tmp_path / "trials.parquet"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"trials\.parquet: .*; run the same command again"):
+        read_trials(tmp_path)
+
+
+def test_trials_replace_older_ones_whole(tmp_path, monkeypatch):
+    write_trials(tmp_path, pa.table({"trial": [0]}))
+
+    def cut_off(table, place):
+        Path(place).write_bytes(b"PAR1")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_trials(tmp_path, pa.table({"trial": [0, 1]}))
+    assert read_trials(tmp_path) == [{"trial": 0}]

@@ -348,6 +348,11 @@ def test_the_same_winner_on_other_machines_keeps_its_folder(search):
             False,
             "search.objective: base_and_average compares with the config's own settings",
         ),
+        (
+            ("search.objective=base_and_average", "search.stopping=asha"),
+            False,
+            "search.stopping: asha could stop the config's own settings",
+        ),
         (("tasks.count=0",), False, "tasks.count"),
         (("name=" + "x" * 96,), False, "name: "),  # With "-best", at the end, it is too long.
     ],

@@ -9,6 +9,7 @@ from pipeline.search.trial import (
     best,
     progress_after,
     table,
+    unbounded,
     undecided,
 )
 
@@ -69,6 +70,8 @@ def test_the_best_may_have_to_keep_as_much_of_the_base_as_the_configs_own_settin
     assert best(trials[:2], keep_base=True).number == 0
     unknown = [tried(0, 0.5, -3.2, "failed"), *trials[1:]]
     assert best(unknown, keep_base=True).number == 1
+    assert unbounded(trials) is None
+    assert "trial 0 did not finish" in unbounded(unknown)
     nothing = [tried(0, 0.5, 0.0), tried(1, 0.6, 0.0)]
     assert best(nothing, keep_base=True).number == 1
 

@@ -9,10 +9,11 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
+from agcl.errors import InputError
 from pipeline.config.presets import METHODS
 from pipeline.errors import Failed
 from pipeline.search import tuning
-from pipeline.search.search import example_runs, in_several
+from pipeline.search.search import claim_folder, example_runs, in_several
 from pipeline.search.trial import Progress, Trial
 from pipeline.search.tuning import arguments, candidates, choose, execute_tuning, open_tuning
 from pipeline.tracking.sync import Mirror
@@ -160,6 +161,21 @@ def test_a_rate_at_the_end_of_those_tried_is_named():
         edges.append(choose(trials(scores), rates).edge)
     assert edges == [None, "largest", "smallest"]
     assert choose(trials([0.1, 0.2]), rates).edge is None
+
+
+def test_the_same_comparison_may_name_its_methods_in_another_order(load, tmp_path):
+    """The stored config of the trials is that of the first method's."""
+
+    def claim(*methods, settings=()):
+        folder = tmp_path / "storage" / "tuning"
+        folder.mkdir(parents=True, exist_ok=True)
+        claim_folder(open_tuning(lambda more, m: load([*settings, *more], m), methods, 1, folder))
+
+    claim("sequential", "agcl")
+    claim("agcl", "sequential")
+    claim("lora_agcl")
+    with pytest.raises(InputError, match=r"holds a search with training\.epochs=12, not 3;"):
+        claim("sequential", settings=["training.epochs=3"])
 
 
 @pytest.fixture

@@ -224,6 +224,23 @@ def test_a_content_hash_sees_names_and_bytes_of_matching_files_and_not_the_place
         assert artifact.content_hash(folder(f"x{number}", files), patterns) != hashed
 
 
+def test_a_content_hash_sees_folders_behind_links_and_no_hidden_files(tmp_path):
+    """An editor's swap file is not data; a folder on another disk is."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "a.txt").write_text("a")
+    (other / "b.txt").write_text("b")
+    (folder / "link").symlink_to(other, target_is_directory=True)
+    hashed = artifact.content_hash(folder, ("**/*",))
+    (folder / ".a.txt.swp").write_text("a")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("main")
+    assert artifact.content_hash(folder, ("**/*",)) == hashed
+    (other / "b.txt").write_text("another")
+    assert artifact.content_hash(folder, ("**/*",)) != hashed
+
+
 def test_a_file_written_aside_replaces_the_old_one_whole(tmp_path):
     file = tmp_path / "x.json"
     file.write_text("old" * 100)

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from reference.stored import FILES, FINGERPRINT, contents, folder_of, make, move_to
 
+from agcl.errors import InputError
 from pipeline.storage import Bucket, artifact, object_store
 from pipeline.storage.artifact import CorruptArtifact
 
@@ -232,3 +235,57 @@ def test_any_file_system_of_pyarrow_will_do(tmp_path, monkeypatch, elsewhere):
     folder = folder_of(uri)
     Bucket(uri).fetch(folder)
     assert contents(folder) == FILES
+
+
+def test_the_ranks_of_a_machine_drop_a_replaced_checkpoint_together(tmp_path, monkeypatch):
+    """All look before the first one deletes it."""
+    move_to(tmp_path / "one", monkeypatch)
+    bucket = Bucket((tmp_path / "share").as_uri())
+    folder = folder_of(bucket.uri)
+    file = artifact.checkpoint_of(folder)
+    file.parent.mkdir(parents=True)
+    file.write_text("older")
+    object_store.write(bucket.uri, f"stages/{file.name}", b"newer, of another machine")
+    modified, ranks = Bucket._modified, Barrier(2)
+
+    def looked(*of):
+        found = modified(*of)
+        ranks.wait(timeout=10)
+        return found
+
+    monkeypatch.setattr(Bucket, "_modified", looked)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: bucket.checkpoint(folder, FINGERPRINT, 600), range(2)))
+    assert not file.exists()
+
+
+def test_a_run_that_was_deleted_in_the_bucket_does_not_come_back_from_the_cache(
+    tmp_path, monkeypatch
+):
+    move_to(tmp_path / "one", monkeypatch)
+    bucket = Bucket((tmp_path / "share").as_uri())
+    folder = bucket.root / "run"
+    with bucket.results(folder):
+        (folder / "logs").mkdir(parents=True)
+        for name in ("metrics.json", "report.html", "logs/train.log"):
+            (folder / name).write_text("old")
+    (folder / ".tasks").mkdir()
+    (folder / ".tasks" / "scratch").write_text("of another command")
+    shutil.rmtree(tmp_path / "share" / "run")
+    with bucket.results(folder):
+        (folder / "config.yaml").write_text("seed: 1")
+    assert sorted(file.name for file in (tmp_path / "share" / "run").iterdir()) == ["config.yaml"]
+    assert (folder / ".tasks" / "scratch").exists()
+
+
+def test_a_relative_cache_is_refused(tmp_path, monkeypatch):
+    """Workers have other working folders."""
+    move_to(tmp_path, monkeypatch)
+    bucket = Bucket((tmp_path / "share").as_uri())
+    bucket.check()
+    for relative in ("cache", "./cache"):
+        monkeypatch.setenv("AGCL_CACHE", relative)
+        with pytest.raises(InputError, match=r"^AGCL_CACHE: must be an absolute path, not"):
+            bucket.check()
+    monkeypatch.setenv("AGCL_CACHE", "~/cache")
+    bucket.check()

@@ -141,4 +141,11 @@ def test_mlflow_needs_an_address_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(InputError, match=r"^tracking\.uri: required if storage is an object store"):
         config(tmp_path, "storage=s3://bucket", "tracking.enabled=true")
-    config(tmp_path, "storage=s3://bucket", "tracking={uri: 'http://127.0.0.1:5000'}")
+    for server in ("http://127.0.0.1:5000", "databricks"):
+        config(tmp_path, "storage=s3://bucket", f"tracking={{uri: '{server}'}}")
+    for database in ("sqlite:////shared/mlflow.db", "postgresql://host/mlflow", "file:///mlruns"):
+        of_database = f"tracking={{uri: '{database}'}}"
+        with pytest.raises(InputError, match=r"^tracking\.uri: must be a server \(http"):
+            config(tmp_path, "storage=s3://bucket", of_database)
+        config(tmp_path, "storage=s3://bucket", of_database, "tracking.enabled=false")
+        config(tmp_path, of_database)

@@ -51,6 +51,25 @@ def test_two_runs_make_one_database_where_a_third_was_killed_while_making_it(rac
     assert raced.files == [raced.file]
 
 
+def test_a_run_of_other_data_is_not_reopened(raced, tmp_path):
+    """Its params are the same: they name files, not what is in them."""
+    shutil.copy(raced.file, tmp_path)
+    tracker, params = tracking.Tracker(tmp_path, None), {"tasks": {"train": "/data/products.jsonl"}}
+
+    def opened(**tags):
+        run = tracker.open(tmp_path, "tiny", {"kind": "sequence", **tags}, None, params)
+        tracker.params(run, params)
+        return run
+
+    untagged = opened()
+    assert opened(fingerprint="f00d") == untagged  # Of an earlier version of agcl.
+    assert opened(fingerprint="f00d") == untagged
+    other = opened(fingerprint="beef")
+    assert other != untagged
+    assert opened(fingerprint="beef") == other
+    assert tracker.client.get_run(untagged).info.status == "KILLED"  # It never ended by itself.
+
+
 def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_path):
     def locked(*args, **options):
         raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
@@ -147,6 +166,13 @@ def test_every_task_has_a_model_with_its_scores_and_the_last_one_is_registered(t
     assert sorted(each.step for each in outputs) == [1, 2]
     last = {model.artifact_location for model in found if model.name == "2-two"}
     assert {version.source for version in versions} == last
+
+
+def test_a_run_is_registered_once_under_each_name(tracker, base, full):
+    run = tracker.start("one", {}, None)
+    names = ("sums", "sums", "other")
+    versions = [register(tracker, run, name, full, base, TASKS) for name in names]
+    assert versions == ["sums/1", "sums/1", "other/1"]
 
 
 def test_a_folder_that_mlflow_cannot_describe_fails_in_one_line_and_a_later_try_goes_on(

@@ -302,6 +302,20 @@ def test_other_settings_in_the_folder_of_a_killed_run_are_another_run(replay, sh
     assert client.get_run(runs[2]).data.params["training.learning_rate"] == "1e-05"
 
 
+def test_other_data_in_the_folder_of_a_run_are_another_run(replay, shown):
+    """The config is the same; what its files hold is not."""
+    runs = []
+    for edited in (False, False, True):
+        if edited:
+            last = replay.run.resolved["report"]
+            record = {**last.record, "fingerprint": "f00d"}
+            replay.run.resolved["report"] = replace(last, record=record)
+        with replay.mirror() as mirror:
+            mirror.add("tiny", replay.run)
+        runs.append(json.loads((replay.run.folder / "mlflow.json").read_text())["run_id"])
+    assert runs[0] == runs[1] != runs[2]
+
+
 def test_the_experiment_is_a_setting(replay):
     replay.use(None, "tracking.experiment=/Users/me/sequence")
     with replay.mirror() as mirror:
