@@ -103,7 +103,7 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
             (
                 *held,
                 Part("activations", activations),
-                # Kept for the backward pass alone: autocast's cache takes no frozen weight.
+                # Kept for the backward pass; without one, a layer's copy ends with the layer.
                 Part("bfloat16 copies", HALF * cast_weights(setting) * bool(autocast and backward)),
                 Part("logits", logits_size(shape, answers, 2 + (half or autocast))),
                 Part("a weight in float32", widened),
@@ -127,23 +127,26 @@ def evaluate_peak(setting: Setting) -> Parts:
     shape, config, row = setting.shape, setting.config, setting.row
     half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
-    cast = HALF * cast_weights(setting) * half
-    model = [*model_parts(setting, gathered=False), Part("bfloat16 copies", cast)]
+    model = model_parts(setting, gathered=False)
+    # While answers are decoded, autocast caches all copies; otherwise one weight has one at a time.
+    of_weight = max(shape.vocabulary * shape.width, *(out * width for out, width in shape.linears))
+    once = Part("a bfloat16 copy", HALF * of_weight * half)
+    cached = Part("bfloat16 copies", HALF * cast_weights(setting) * half * setting.decodes)
     compared = max(PASS_TOKENS, row.tokens)
     shares_base = config.adapter is not None and not config.adapter.merge
     base = [] if shares_base else model_parts(setting, gathered=False)[:1]
     comparing = logits_size(shape, 2 * PASS_ANSWERS + 4 * LOGITS_TOKENS, 1)
     second = [Part("the base model", part.size) for part in base]
-    second += [Part("its bfloat16 copies", cast)] * bool(base)
     scored = Part("activations", shape.passing(rows * row.tokens, half=half))
     cache = Part("keys and values", setting.decodes * _cache(setting, autocast=half))
     return largest(
         setting,
         [
-            (*model, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
-            (*model, scored, cache),
+            (*model, once, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
+            (*model, cached, scored, cache),
             (
                 *model,
+                once,
                 *second,
                 Part("activations", shape.passing(compared, half=half)),
                 Part("logits", comparing),

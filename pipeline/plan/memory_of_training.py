@@ -176,12 +176,12 @@ def _pass(setting: Setting) -> tuple[int, int]:
 
 
 def _cast(setting: Setting, checkpointing: bool) -> int:
-    """Weights that autocast copies: those of every linear layer, on each worker.
+    """Weights whose copies by autocast are kept for the backward pass, on each worker.
 
-    They are kept for the backward pass, and those of trained weights while autocast lasts.
+    With checkpointing those of the head, and of the layer that is recomputed.
     """
     shape = setting.shape
-    if _has_factors(setting) and checkpointing and not setting.config.model.quantization:
+    if checkpointing and not setting.config.model.quantization:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return cast_weights(setting)
 

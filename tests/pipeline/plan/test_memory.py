@@ -37,6 +37,19 @@ def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
     parts = sizes(setting, "train")
     assert parts["weights"] + parts["gradients"] + parts["Adam"] == 16 * large.weights
     assert parts["bfloat16 copies"] == 2 * (large.linear_weights + 128256 * 2048)
+    parts = sizes(with_section(setting, "training", activation_checkpointing=True), "train")
+    assert parts["bfloat16 copies"] == 2 * (large.linear_weights // 16 + 128256 * 2048)
+
+
+def test_autocast_keeps_all_copies_only_while_it_decodes(large):
+    setting = with_section(setting_of(large, "sequential"), "evaluation", precision="bfloat16")
+    setting = with_section(setting, "evaluation", batch_size=1)
+    setting = replace(setting, row=Row(8, 2))
+    assert sizes(setting, "evaluate")["a bfloat16 copy"] == 2 * 128256 * 2048
+    assert "bfloat16 copies" not in sizes(setting, "evaluate")
+    setting = replace(setting, decodes=True, row=Row(40_000, 2))
+    copies = sizes(setting, "evaluate")["bfloat16 copies"]
+    assert copies == 2 * (large.linear_weights + 128256 * 2048)
 
 
 def test_a_moment_takes_four_bytes_per_pair_of_inputs_and_a_quarter_of_its_directions_is_kept(
