@@ -26,6 +26,7 @@ from pipeline.plan.setting import (
     largest,
     logits_size,
     model_parts,
+    repeated,
     summed_columns,
 )
 
@@ -77,9 +78,8 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
     layer = shape.passing(tokens, half=half or autocast)
     if backward:
         layer = shape.kept_by_attribution(tokens, row.tokens, **bits) + hooks
-        if setting.on_gpu and not (half or autocast or shape.eager_heads):
-            # Repeated keys and values: torch's kernels take grouped heads in half precision only.
-            layer += FLOAT * tokens * 2 * (shape.query - shape.key)
+        if not (half or autocast):
+            layer += repeated(setting, tokens)
     activations = layer * (shape.layers + 1) if backward else layer
     if (
         not (backward or of_base) and importance.correct_only

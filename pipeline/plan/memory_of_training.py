@@ -31,6 +31,7 @@ from pipeline.plan.setting import (
     largest,
     logits_size,
     model_parts,
+    repeated,
 )
 
 _LOGITS = {False: 3, True: 6}
@@ -71,6 +72,8 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
     if size == HALF:
         kept = shape.kept_in_bfloat16(tokens, setting.row.tokens, frozen=frozen)
+    if size == FLOAT and not half:
+        kept += repeated(setting, tokens)
     if config.adapter:
         bits = {"autocast": config.training.precision == "bfloat16", "in_half": size == HALF}
         kept += shape.kept_for_adapter(tokens, config.adapter.rank, **bits)

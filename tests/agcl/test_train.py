@@ -249,10 +249,10 @@ def test_under_autocast_no_copy_of_a_weight_outlives_its_use(checkpointing):
     """A cache of copies would hold those of the whole model until the forward pass ends."""
     model, rows, cached = tiny.llama(), tiny.random_rows(4), []
 
-    def look(module, args, output):
+    def look(module, args):
         cached.append(torch.is_autocast_cache_enabled())
 
-    with model.model.layers[0].mlp.register_forward_hook(look):
+    with model.model.layers[0].mlp.register_forward_pre_hook(look):
         with activation_checkpointing(model, checkpointing):
             train(model, rows, epochs=1, precision="bfloat16")
         in_training = len(cached)
