@@ -288,6 +288,9 @@ def test_a_model_too_large_for_one_gpu_is_shared_by_as_few_workers_as_it_takes()
     setting = setting_of(shape_named("Llama-3.1-8B"), "sequential")
     said = remedy(setting, "evaluate", 40 * GB)
     assert said.startswith("resources.shard_model=true resources.num_workers=4")
+    for workers in (3, 4):  # Those that the config has come first.
+        several = with_section(setting, "resources", num_workers=workers)
+        assert remedy(several, "evaluate", 40 * GB) == "resources.shard_model=true"
     assert not fits(setting, "train", 80 * GB)
     # Workers share the weights, but each passes forward what fits `training.max_tokens`.
     shared = setting_of(setting.shape, "sequential", 8)
