@@ -280,3 +280,10 @@ def test_factors_in_float32_train_on_a_frozen_bfloat16_base_and_are_rounded_once
             a, b = (trained[f"{layer}lora_{factor}.default.weight"] for factor in "AB")
             expected = (expected.float() + 2.0 * (b @ a)).bfloat16()
         assert torch.equal(weight, expected), name
+
+
+def test_an_adapter_is_read_on_the_cpu_where_there_is_a_gpu(tmp_path, monkeypatch):
+    """PEFT's default is the first GPU, for every rank."""
+    adapter.save(attached(), tmp_path, "base")
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    adapter.load(tiny.llama(), tmp_path)
