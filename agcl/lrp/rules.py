@@ -69,7 +69,7 @@ def attention_inputs(
     return scale_gradient(query, 0.25), scale_gradient(key, 0.25), scale_gradient(value, 0.5)
 
 
-def _lacks_kernel(query: Tensor, key: Tensor) -> bool:
+def lacks_kernel(query: Tensor, key: Tensor) -> bool:
     """Whether torch would hold all attention weights: in float32 on a GPU with grouped heads.
 
     Its efficient kernels take grouped heads in half precision only. Given a mask, transformers
@@ -93,7 +93,7 @@ def attention(base: Callable[..., Any], rules: RuleSet) -> Callable[..., Any]:
         if (
             attention_mask is None
             and getattr(module, "is_causal", True)
-            and _lacks_kernel(query, key)
+            and lacks_kernel(query, key)
         ):
             tokens = query.shape[2]
             attention_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)

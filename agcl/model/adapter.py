@@ -63,7 +63,8 @@ def lora_config(model: PreTrainedModel, *, rank: int, alpha: float) -> LoraConfi
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Add a saved adapter to its model, trainable."""
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    # By default PEFT reads the file onto the first GPU, on every rank. It moves it to the weights.
+    return PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device="cpu")
 
 
 def save(

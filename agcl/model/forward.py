@@ -21,9 +21,14 @@ _RECOMPILE_LIMIT = 64
 default limit of 8 it silently falls back to eager."""
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Context for a forward pass in the given precision; weights keep their dtype."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+def autocast(device: torch.device, precision: Precision, *, cache: bool = False) -> torch.autocast:
+    """Context for a forward pass in the given precision; weights keep their dtype.
+
+    `cache` keeps the bfloat16 copies of trainable weights until the context ends: for many passes.
+    """
+    # A single pass casts each weight once anyway, and the cache would hold all copies at a time.
+    on = precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=cache)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from agcl.errors import InputError, one_line
+from agcl.model.attention import repeat_where_needed
 from agcl.parallel import distributed, sharding
 
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -51,6 +52,7 @@ def load_model(
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    repeat_where_needed(model)
     return model
 
 

@@ -82,8 +82,10 @@ def first_row(tensor: Tensor) -> int:
     """The index in the whole tensor of the first row that this rank holds; 0 if not sharded."""
     if not isinstance(tensor, DTensor):
         return 0
-    own = local(placed_like(torch.arange(len(tensor)), tensor))
-    return int(own[0]) if len(own) else len(tensor)
+    # As torch splits rows: equal parts, rounded up. Asking a tensor would wait for the device.
+    mesh = tensor.device_mesh
+    rows = -(-len(tensor) // mesh.size())
+    return min(rows * mesh.get_local_rank(), len(tensor))
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def _continue(
     ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
     padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
-    with autocast(model.device, precision):
+    with autocast(model.device, precision, cache=True):  # A pass per token.
         out = model.generate(
             input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),

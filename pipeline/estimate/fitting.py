@@ -52,10 +52,12 @@ def _changes(setting: Setting, kind: str) -> Iterator[Change]:
         yield from _joined(_method_of(lora.config), lora, kind)
     small = config.model.quantization or config.training.optimizer == "adamw_8bit"
     shards = not (config.subspace or config.starts_from_corda or small)
-    for workers in _WORKERS if shards else ():
-        if workers > config.resources.num_workers:
+    now = config.resources.num_workers
+    for workers in sorted({*_WORKERS, now} - {1}) if shards else ():
+        if workers >= now + config.resources.shard_model:
             sharded = _with(setting, "resources", num_workers=workers, shard_model=True)
-            said = f"resources.shard_model=true resources.num_workers={workers}"
+            said = "resources.shard_model=true"
+            said += f" resources.num_workers={workers}" * (workers > now)
             yield from _joined(said, sharded, kind)
 
 

@@ -25,6 +25,7 @@ from pipeline.estimate.setting import (
     largest,
     logits_size,
     model_parts,
+    repeated,
     summed_columns,
 )
 from pipeline.estimate.training import train_peak
@@ -78,9 +79,8 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
     layer = shape.passing(tokens, half=half or autocast)
     if backward:
         layer = shape.kept_by_attribution(tokens, row.tokens, **bits) + hooks
-        if setting.on_gpu and not (half or autocast or shape.eager_heads):
-            # Repeated keys and values: torch's kernels take grouped heads in half precision only.
-            layer += FLOAT * tokens * 2 * (shape.query - shape.key)
+        if not (half or autocast):
+            layer += repeated(setting, tokens)
     activations = layer * (shape.layers + 1) if backward else layer
     if (
         not (backward or of_base) and importance.correct_only
@@ -104,7 +104,7 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
             (
                 *held,
                 Part("activations", activations),
-                # Kept for the backward pass alone: autocast's cache takes no frozen weight.
+                # Kept for the backward pass; without one, a layer's copy ends with the layer.
                 Part("bfloat16 copies", HALF * cast_weights(setting) * bool(autocast and backward)),
                 Part("logits", logits_size(shape, answers, 2 + (half or autocast))),
                 Part("a weight in float32", widened),
@@ -128,23 +128,26 @@ def evaluate_peak(setting: Setting) -> Parts:
     shape, config, row = setting.shape, setting.config, setting.row
     half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
-    cast = HALF * cast_weights(setting) * half
-    model = [*model_parts(setting, gathered=False), Part("bfloat16 copies", cast)]
+    model = model_parts(setting, gathered=False)
+    # While answers are decoded, autocast caches all copies; otherwise one weight has one at a time.
+    of_weight = max(shape.vocabulary * shape.width, *(out * width for out, width in shape.linears))
+    once = Part("a bfloat16 copy", HALF * of_weight * half)
+    cached = Part("bfloat16 copies", HALF * cast_weights(setting) * half * setting.decodes)
     compared = max(PASS_TOKENS, row.tokens)
     shares_base = config.adapter is not None and not config.adapter.merge
     base = [] if shares_base else model_parts(setting, gathered=False)[:1]
     comparing = logits_size(shape, 2 * PASS_ANSWERS + 4 * LOGITS_TOKENS, 1)
     second = [Part("the base model", part.size) for part in base]
-    second += [Part("its bfloat16 copies", cast)] * bool(base)
     scored = Part("activations", shape.passing(rows * row.tokens, half=half))
     cache = Part("keys and values", setting.decodes * _cache(setting, autocast=half))
     return largest(
         setting,
         [
-            (*model, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
-            (*model, scored, cache),
+            (*model, once, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
+            (*model, cached, scored, cache),
             (
                 *model,
+                once,
                 *second,
                 Part("activations", shape.passing(compared, half=half)),
                 Part("logits", comparing),

@@ -170,6 +170,16 @@ def model_parts(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part
     return parts
 
 
+def repeated(setting: Setting, tokens: int) -> int:
+    """Bytes of a layer's keys and values, repeated in float32 on a GPU for grouped heads.
+
+    Torch's kernels that hold no attention weights take grouped heads in half precision only.
+    """
+    shape = setting.shape
+    needed = setting.on_gpu and not shape.eager_heads
+    return FLOAT * tokens * 2 * (shape.query - shape.key) * needed
+
+
 def cast_weights(setting: Setting) -> int:
     """Weights that autocast copies: of linear layers, but those in four bits, and of the head."""
     shape = setting.shape

@@ -31,6 +31,7 @@ from pipeline.estimate.setting import (
     largest,
     logits_size,
     model_parts,
+    repeated,
 )
 
 _LOGITS = {False: 3, True: 6}
@@ -71,6 +72,8 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     kept = shape.kept_by_training(tokens, setting.row.tokens, half=half, frozen=frozen)
     if size == HALF:
         kept = shape.kept_in_bfloat16(tokens, setting.row.tokens, frozen=frozen)
+    if size == FLOAT and not half:
+        kept += repeated(setting, tokens)
     if config.adapter:
         bits = {"autocast": config.training.precision == "bfloat16", "in_half": size == HALF}
         kept += shape.kept_for_adapter(tokens, config.adapter.rank, **bits)
@@ -172,12 +175,12 @@ def _pass(setting: Setting) -> tuple[int, int]:
 
 
 def _cast(setting: Setting, checkpointing: bool) -> int:
-    """Weights that autocast copies: those of every linear layer, on each worker.
+    """Weights whose copies by autocast are kept for the backward pass, on each worker.
 
-    They are kept for the backward pass, and those of trained weights while autocast lasts.
+    With checkpointing those of the head, and of the layer that is recomputed.
     """
     shape = setting.shape
-    if setting.config.trains_factors and checkpointing and not setting.config.model.quantization:
+    if checkpointing and not setting.config.model.quantization:
         return shape.linear_weights // shape.layers + shape.vocabulary * shape.width
     return cast_weights(setting)
 

@@ -73,7 +73,7 @@ def check_answers(
             eos_token_id=ends or sorted({answer[-1], tokenizer.eos_token_id}),
             pad_token_id=tokenizer.eos_token_id,
         )
-        with autocast(device, config["precision"]), torch.no_grad():
+        with autocast(device, config["precision"], cache=True), torch.no_grad():
             given = model.generate(torch.tensor([prompt], device=device))[0, prompt_tokens:]
         if (given.tolist() == answer) is not right:
             wrong.append((tokenizer.decode(prompt), tokenizer.decode(given)))

@@ -10,7 +10,10 @@ from torch.nn.functional import cross_entropy
 
 import agcl.train as train_module
 from agcl import throughput
+from agcl.model.forward import activation_checkpointing
 from agcl.modulation import GatedAdamW
+from agcl.scoring.evaluate import predict, text_loss
+from agcl.scoring.generate import generate
 from agcl.tasks import Encoded
 from agcl.tasks.batches import micro_batches
 from agcl.train import NonFiniteLoss, train_task
@@ -239,3 +242,23 @@ def test_bfloat16_keeps_float32_weights_and_trains(llama):
     logged = losses(train(llama, rows, epochs=20, batch_size=6, precision="bfloat16"))
     assert logged[-1] < 0.5 * logged[0]
     assert all(p.dtype == torch.float32 for p in llama.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_no_copy_of_a_weight_outlives_its_use(checkpointing):
+    """A cache of copies would hold those of the whole model until the forward pass ends."""
+    model, rows, cached = tiny.llama(), tiny.random_rows(4), []
+
+    def look(module, args):
+        cached.append(torch.is_autocast_cache_enabled())
+
+    with model.model.layers[0].mlp.register_forward_pre_hook(look):
+        with activation_checkpointing(model, checkpointing):
+            train(model, rows, epochs=1, precision="bfloat16")
+        in_training = len(cached)
+        predict(model, rows, batch_size=4, precision="bfloat16")
+        text_loss(model, rows[0].input_ids, precision="bfloat16")
+        assert len(cached) > in_training >= 1 + checkpointing
+        assert not any(cached)
+        generate(model, [[3, 4]], end=0, max_new_tokens=2, batch_size=1, precision="bfloat16")
+        assert cached[-1], "decoding would copy every weight again for every token"

@@ -14,7 +14,8 @@ import torch
 from reference import families, tiny
 from reference.moments import matrices
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from agcl.attribution import attribute
 from agcl.files import checkpoint as checkpoints
@@ -378,3 +379,15 @@ def stages_of(config: Any) -> None:
     resolved = [run.resolved[stage.name] for stage in run.plan.stages if stage.train]
     with as_often_as_asked():
         run_stages(resolved, context, lambda records: None)
+
+
+def first_rows(heights: Sequence[int]) -> list[tuple[int, int]]:
+    """For tensors of these many rows, the row that this rank's part begins with, and its height."""
+    mesh, found = init_device_mesh("cpu", (distributed.world_size(),)), []
+    for height in heights:
+        whole = torch.arange(height)
+        sharded = distribute_tensor(whole, mesh, [Shard(0)])
+        first, own = sharding.first_row(sharded), sharding.local(sharded)
+        assert torch.equal(own, whole[first : first + len(own)])
+        found.append((first, len(own)))
+    return found

@@ -62,7 +62,7 @@ def test_a_mask_in_place_of_grouped_heads_changes_nothing(rules, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     for lacks in (False, True):
-        monkeypatch.setattr("agcl.lrp.rules._lacks_kernel", lambda query, key, lacks=lacks: lacks)
+        monkeypatch.setattr("agcl.lrp.rules.lacks_kernel", lambda query, key, lacks=lacks: lacks)
         with relevance_backward(model, rules):
             inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
             logits = model(inputs_embeds=inputs, use_cache=False).logits

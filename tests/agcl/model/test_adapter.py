@@ -294,3 +294,10 @@ def test_an_adapter_that_is_not_active_is_not_attributed():
     assert set(found.inputs) == set(names)
     peft_model.set_adapter("other")
     assert not set(attributed_linears(model)) & set(names)
+
+
+def test_an_adapter_is_read_on_the_cpu_where_there_is_a_gpu(tmp_path, monkeypatch):
+    """PEFT's default is the first GPU, for every rank."""
+    adapter.save(attached(), tmp_path, "base")
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    adapter.load(tiny.llama(), tmp_path)

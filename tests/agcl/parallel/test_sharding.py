@@ -186,3 +186,8 @@ def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_p
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
         assert [share[name][0] for share in shares] == [(len(weight) + 1) // 2, len(weight) // 2]
+
+
+def test_a_part_begins_with_the_row_that_torch_gave_it(workers):
+    found = workers.run(sharded.first_rows, [1, 5, 8])
+    assert found == [[(0, 1), (0, 3), (0, 4)], [(1, 0), (3, 2), (4, 4)]]

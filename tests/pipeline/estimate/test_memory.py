@@ -37,6 +37,20 @@ def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
     parts = sizes(setting, "train")
     assert parts["weights"] + parts["gradients"] + parts["Adam"] == 16 * large.weights
     assert parts["bfloat16 copies"] == 2 * (large.linear_weights + 128256 * 2048)
+    parts = sizes(with_section(setting, "training", activation_checkpointing=True), "train")
+    assert parts["bfloat16 copies"] == 2 * (large.linear_weights // 16 + 128256 * 2048)
+
+
+def test_autocast_keeps_all_copies_only_while_it_decodes(large):
+    setting = with_section(setting_of(large, "sequential"), "evaluation", precision="bfloat16")
+    setting = with_section(setting, "evaluation", batch_size=1)
+    setting = replace(setting, row=Row(8, 2))
+    assert sizes(setting, "evaluate")["a bfloat16 copy"] == 2 * 128256 * 2048
+    assert "bfloat16 copies" not in sizes(setting, "evaluate")
+    setting = with_section(setting, "evaluation", batch_size=64)
+    setting = replace(setting, decodes=True, row=Row(2000, 2))
+    copies = sizes(setting, "evaluate")["bfloat16 copies"]
+    assert copies == 2 * (large.linear_weights + 128256 * 2048)
 
 
 def test_a_moment_takes_four_bytes_per_pair_of_inputs_and_a_quarter_of_its_directions_is_kept(
@@ -112,6 +126,18 @@ def test_relevance_in_float32_holds_repeated_keys_and_values_on_a_gpu(large):
     more = activations("float32", 1) - activations("float32", 0)
     assert more == 4 * 8 * 512 * 2 * (2048 - 512) * 17
     assert activations("bfloat16", 1) == activations("bfloat16", 0)
+
+
+def test_training_in_float32_holds_them_too(large):
+    def kept(on_gpu, **changes):
+        setting = with_section(setting_of(large, "sequential"), "training", **changes)
+        setting = with_section(setting, "resources", gpus_per_worker=on_gpu)
+        return sizes(replace(setting, row=Row(512, 8)), "train")["activations"]
+
+    rows = {"max_tokens": 4096, "batch_size": 8, "micro_batch_size": 8}
+    more = kept(1, precision="float32", **rows) - kept(0, precision="float32", **rows)
+    assert more == 4 * 8 * 512 * 2 * (2048 - 512) * 17
+    assert kept(1, precision="bfloat16", **rows) == kept(0, precision="bfloat16", **rows)
 
 
 def test_a_decomposed_weight_has_gradients_adam_and_its_old_factors(large):
@@ -260,8 +286,11 @@ def test_a_forward_pass_is_as_large_on_several_workers(large):
 
 def test_a_model_too_large_for_one_gpu_is_shared_by_as_few_workers_as_it_takes():
     setting = setting_of(shape_named("Llama-3.1-8B"), "sequential")
-    said = remedy(setting, "evaluate", 60 * GB)
+    said = remedy(setting, "evaluate", 40 * GB)
     assert said.startswith("resources.shard_model=true resources.num_workers=4")
+    for workers in (3, 4):  # Those that the config has come first.
+        several = with_section(setting, "resources", num_workers=workers)
+        assert remedy(several, "evaluate", 40 * GB) == "resources.shard_model=true"
     assert not fits(setting, "train", 80 * GB)
     # Workers share the weights, but each passes forward what fits `training.max_tokens`.
     shared = setting_of(setting.shape, "sequential", 8)

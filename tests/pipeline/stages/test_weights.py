@@ -225,7 +225,8 @@ def test_eager_attention_gives_the_same_logits(tmp_path):
     folder = base_folder(tmp_path, LLAMA)
     ids = torch.arange(2, 12)[None]
     one, other = (models.load_model(folder, attention=name) for name in ("sdpa", "eager"))
-    assert (one.config._attn_implementation, other.config._attn_implementation) == ("sdpa", "eager")
+    assert one.config._attn_implementation.endswith("sdpa")
+    assert other.config._attn_implementation == "eager"
     with torch.no_grad():
         assert torch.allclose(one(ids).logits, other(ids).logits, atol=1e-5)
 
