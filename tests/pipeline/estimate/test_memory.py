@@ -44,11 +44,11 @@ def test_a_weight_that_is_trained_takes_sixteen_bytes(large):
 def test_autocast_keeps_all_copies_only_while_it_decodes(large):
     setting = with_section(setting_of(large, "sequential"), "evaluation", precision="bfloat16")
     setting = with_section(setting, "evaluation", batch_size=1)
-    setting = replace(setting, row=Row(8, 2))
+    setting = replace(setting, row=RowLength(8, 2))
     assert sizes(setting, "evaluate")["a bfloat16 copy"] == 2 * 128256 * 2048
     assert "bfloat16 copies" not in sizes(setting, "evaluate")
     setting = with_section(setting, "evaluation", batch_size=64)
-    setting = replace(setting, decodes=True, row=Row(2000, 2))
+    setting = replace(setting, decodes=True, row=RowLength(2000, 2))
     copies = sizes(setting, "evaluate")["bfloat16 copies"]
     assert copies == 2 * (large.linear_weights + 128256 * 2048)
 
@@ -132,7 +132,7 @@ def test_training_in_float32_holds_them_too(large):
     def kept(on_gpu, **changes):
         setting = with_section(setting_of(large, "sequential"), "training", **changes)
         setting = with_section(setting, "resources", gpus_per_worker=on_gpu)
-        return sizes(replace(setting, row=Row(512, 8)), "train")["activations"]
+        return sizes(replace(setting, row=RowLength(512, 8)), "train")["activations"]
 
     rows = {"max_tokens": 4096, "batch_size": 8, "micro_batch_size": 8}
     more = kept(1, precision="float32", **rows) - kept(0, precision="float32", **rows)
