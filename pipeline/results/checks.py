@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from pipeline.config import yaml12
 from pipeline.results.results import MethodRuns, RunResult, runs_by_method
 
 _MOST_TAKEN = 0.5
@@ -78,7 +78,7 @@ def crowded(runs: Sequence[RunResult]) -> list[str]:
 
 def _energies(run: RunResult) -> list[str]:
     """The config keys that set how many directions are protected."""
-    config = yaml.safe_load(run.config_yaml) or {}
+    config = yaml12.parse(run.config_yaml) or {}
     items = enumerate(config.get("protect", [{"kind": "project"}]))
     keys = [f"protect.{i}.energy" for i, item in items if item["kind"] == "project"]
     protects_base = config.get("base", {}).get("protect", "none") not in (None, "none")

@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
 from agcl.errors import InputError
 
+from pipeline.config import yaml12
 from pipeline.results.checks import crowded, worst_checks
 from pipeline.results.comparison import (
     BASELINE,
@@ -124,7 +124,7 @@ def metric_lines(runs: Sequence[RunResult]) -> dict[str, list[Line]]:
 
 def _facts(runs: Sequence[RunResult]) -> dict[str, str]:
     """What was trained on what, when, and for how long: titles and values."""
-    configs = [yaml.safe_load(run.config_yaml) or {} for run in runs]
+    configs = [yaml12.parse(run.config_yaml) or {} for run in runs]
     seconds = {stage.fingerprint: stage.seconds for run in runs for stage in run.stages}
     dates = [run.finished for run in runs if run.finished]
     tasks = runs[0].metrics["tasks"]

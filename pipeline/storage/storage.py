@@ -11,6 +11,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from agcl.errors import InputError
@@ -60,14 +61,14 @@ class Storage(ABC):
 
     def check_writable(self) -> None:
         """Raise `InputError` if the storage cannot be made or written to. Leaves nothing behind."""
-        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for path in missing:
-                path.rmdir()
-        except OSError as error:
-            raise InputError(f"storage: cannot make {self.root} ({error.strerror})") from None
         existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if existing != self.root:
+            try:
+                # Not the folder itself: another first command may be making it at the same time.
+                with TemporaryDirectory(prefix=".agcl-", dir=existing) as scratch:
+                    (Path(scratch) / self.root.relative_to(existing)).mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"storage: cannot make {self.root} ({error.strerror})") from None
         for folder in (existing, existing / STAGES):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"storage: {folder} cannot be written to")

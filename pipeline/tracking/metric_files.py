@@ -7,7 +7,6 @@ task index in the folder itself.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +55,8 @@ class MetricFiles:
         """Write the files from the finished stages' artifacts."""
         self.close()
         (self.run.folder / JSONL).unlink(missing_ok=True)
-        shutil.rmtree(self.run.folder / TENSORBOARD, ignore_errors=True)
+        # In a bucket too: files of an earlier command, which have other names, would double curves.
+        self.run.config.storage.delete_folder(self.run.folder / TENSORBOARD)
         self.run.folder.mkdir(parents=True, exist_ok=True)
         finished = {folder.name for folder in complete(self.run.resolved.values())}
         for artifact, stage in self.stages.items():

@@ -29,7 +29,7 @@ from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.examples import _cut
 from pipeline.results.figures import draw
-from pipeline.results.report import description, numbers, rewrite_report, write_report
+from pipeline.results.report import _facts, description, numbers, rewrite_report, write_report
 from pipeline.results.results import (
     METRIC_TITLES,
     RunResult,
@@ -575,6 +575,14 @@ def test_taken_directions_are_drawn_by_layer_and_too_many_warned_of(page, render
     assert {"mlp.up_proj, layer 0: 0.20", "mlp.up_proj, layer 1: 0.60"} <= set(titles)
     with_base = replace(of_agcl[0], config_yaml="base: {protect: self}\nprotect: [{kind: project}]")
     assert crowded([with_base])[0].endswith("lower protect.0.energy or base.energy")
+
+
+def test_a_config_is_read_as_it_was_written():
+    """As YAML 1.2. In YAML 1.1 the name is a date, of no month 31, and the rate a text."""
+    text = "name: 2024-31-12\ntraining: {learning_rate: 1e-3}\nprotect: [{kind: project}]"
+    of_run = run(config_yaml=text, checks={"train/2-b": taken(0.9)}, **FEW)
+    assert _facts([of_run])["Learning rate"] == "0.001"
+    assert crowded([of_run])[0].endswith("lower protect.0.energy")
 
 
 def test_half_the_directions_on_average_over_seeds_is_no_warning():

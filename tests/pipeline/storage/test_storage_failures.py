@@ -160,3 +160,15 @@ def test_a_folder_taken_by_another_config_meanwhile_is_not_overwritten(complete,
     with pytest.raises(ValueError, match=r"holds a run with .*seed=0, not 1"):
         execute_quietly(late)
     assert (complete.folder / "config.yaml").read_text() == before
+
+
+def test_whether_a_storage_can_be_made_is_found_without_making_it(tmp_path, monkeypatch):
+    """Another first command may be making it, and would lose it again."""
+    made, mkdir = [], os.mkdir
+    monkeypatch.setattr(
+        os, "mkdir", lambda path, *rest: made.append(str(path)) or mkdir(path, *rest)
+    )
+    Local(tmp_path / "new" / "storage").check_writable()
+    assert made
+    assert not {str(tmp_path / "new"), str(tmp_path / "new" / "storage")} & {*made}
+    assert list(tmp_path.iterdir()) == []

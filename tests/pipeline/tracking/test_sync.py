@@ -12,10 +12,12 @@ import time
 import urllib.request
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 from reference.record import check_whole
+from reference.stored import move_to
 from tensorboardX.proto.event_pb2 import Event
 
 from agcl.errors import InputError
@@ -23,9 +25,10 @@ from pipeline.config import loading
 from pipeline.plan.stage import ResolvedStage
 from pipeline.results.run_folder import open_folder
 from pipeline.run import open_run
+from pipeline.storage import Bucket
 from pipeline.tracking import sync
 from pipeline.tracking.client import Client, TrackingFailed
-from pipeline.tracking.metric_files import _metrics
+from pipeline.tracking.metric_files import MetricFiles, _metrics
 from pipeline.tracking.mirrored_run import MirroredRun
 from pipeline.tracking.tracker import Tracker
 
@@ -551,6 +554,22 @@ def test_metrics_are_plain_files_too_and_complete_whatever_was_seen(replay):
     assert found[".", name] == [(i, pytest.approx(score)) for i, score in enumerate(of_first)]
     losses = [(i, pytest.approx(loss)) for i, loss in enumerate(expected, start=1)]
     assert found[train, "loss"] == losses
+
+
+def test_event_files_of_an_earlier_command_are_removed_in_a_bucket_too(tmp_path, monkeypatch):
+    """They have other names, so a new upload does not replace them."""
+    move_to(tmp_path / "cache", monkeypatch)
+    storage = Bucket((tmp_path / "share").as_uri())
+    run = SimpleNamespace(config=SimpleNamespace(storage=storage), folder=storage.root, resolved={})
+    run.folder /= "run"
+    old = tmp_path / "share" / "run" / "tensorboard" / "events.out.tfevents.1"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    with storage.results(run.folder):
+        files = MetricFiles(run, ["tensorboard"])
+        files._writer("train/1").add_scalar("loss", 1.0, 1)
+        files.close()
+    assert [file != old for file in (tmp_path / "share").rglob("events.*")] == [True]
 
 
 def test_the_time_left_is_no_metric():
