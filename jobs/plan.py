@@ -68,7 +68,10 @@ def _rehearse(run: Run, console: Console) -> None:
         console.print(f"no rehearsal on a few rows: {escape(why_not)}")
         return
     console.print("[dim]rehearsing on a few rows of each task ...[/]")
-    for line in _lines(estimate(run, "cuda" if resources.gpus_per_worker else "cpu"), resources):
+    needs = estimate(run, "cuda" if resources.gpus_per_worker else "cpu")
+    for line in needs.warnings:
+        warn(console, line)
+    for line in _lines(needs, resources):
         console.print(line)
 
 

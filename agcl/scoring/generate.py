@@ -1,9 +1,11 @@
 """Batched decoding: greedy, for scorers that need text; sampled, for text that a model makes up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -86,6 +88,24 @@ def _positions(model: PreTrainedModel) -> int:
     return 2**31 if found is None else int(found)
 
 
+@contextmanager
+def _within_positions(model: PreTrainedModel) -> Iterator[None]:
+    """Look up the last row of a table of learned positions for those beyond it, if sharded.
+
+    A rank that has finished keeps running passes while others decode, at later positions each
+    time; what these return is not used.
+    """
+
+    def clamp(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0].clamp(max=_positions(model) - 1),)
+
+    tables = [each for name, each in model.named_modules() if name.endswith("wpe")]
+    with ExitStack() as hooks:
+        for table in tables if sharding.is_sharded(model) else ():
+            hooks.enter_context(table.register_forward_pre_hook(clamp))
+        yield
+
+
 def _continue(
     model: PreTrainedModel, prompts: list[Sequence[int]], most: int, pad: int, precision: Precision
 ) -> torch.Tensor:
@@ -93,7 +113,10 @@ def _continue(
     ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
     padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([*map(torch.ones_like, ids)], batch_first=True, padding_side="left")
-    with autocast(model.device, precision, cache=True):  # A pass per token.
+    with (
+        _within_positions(model),
+        autocast(model.device, precision, cache=True),  # A pass per token.
+    ):
         out = model.generate(
             input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),

@@ -38,6 +38,7 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.files import LOG_FILE, named
 from pipeline.stages.metrics import report
 from pipeline.stages.prepare import prepare
+from pipeline.stages.train import idle_workers, passes_per_batch, rows_of, train
 
 _BATCHES = 3
 """Batches of each task in the rehearsal. The first one warms up and is not timed."""
@@ -65,6 +66,7 @@ class Needs:
     disk_bytes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     """By kind of stage, as its name begins; `start` is the startup of Ray plus the report."""
+    warnings: list[str] = field(default_factory=list)
 
 
 def estimate(run: Run, device: str = "cpu") -> Needs:
@@ -205,7 +207,15 @@ def _add(needs: Needs, stage: Stage, ratio: float, example: ResolvedStage, run: 
     kind = stage.name.partition("/")[0]
     # Workers that share layers all pass every row; CorDA's decomposition is one worker's.
     by_layers = run.shard_model or stage.config.get("split") == "layers"
-    shared = 1 if kind == "corda" or (kind == "attribute" and by_layers) else run.num_workers
+    shared: float = run.num_workers
+    if kind == "corda" or (kind == "attribute" and by_layers):
+        shared = 1
+    elif stage.fn is train and run.num_workers > 1:
+        passes = passes_per_batch(example.config, rows_of(example.config, example.inputs))
+        shared = passes / math.ceil(passes / run.num_workers)
+        idle = idle_workers(stage.config, passes, run.num_workers)
+        if idle and idle not in needs.warnings:
+            needs.warnings.append(idle)
     seconds = max(0.0, manifest["seconds"] - for_rows) + for_rows * ratio / shared
     seconds *= 1.0 if run.gpus_per_worker else _RAY_SLOWDOWN
     needs.seconds[kind] = needs.seconds.get(kind, 0.0) + seconds

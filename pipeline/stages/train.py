@@ -49,7 +49,7 @@ def train(
     with. With `adapter` in the config, train LoRA factors instead of the weights. With `subspace`,
     freeze that leading share of each weight's singular directions and train factors of the rest.
     """
-    rows = _rows(config, inputs)
+    rows = rows_of(config, inputs)
     _warn_of_idle_workers(config, rows, context)
     if config["adapter"]:
         train_adapter(config, inputs, out_dir, context, rows)
@@ -88,22 +88,36 @@ def _warn_of_idle_workers(config: Mapping[str, Any], rows: Rows, context: Contex
     workers = distributed.world_size()
     if workers == 1 or not context.is_rank_zero:
         return
-    first = next(shuffled(len(rows), config["batch_size"], seed=config["seed"], epoch=0))
-    passes = micro_batches(
-        [len(rows[i].input_ids) for i in first],
-        max_rows=config["micro_batch_size"],
-        max_tokens=config["max_tokens"],
-        packing=config["packing"],
+    if line := idle_workers(config, passes_per_batch(config, rows), workers):
+        context.warn(line)
+
+
+def idle_workers(config: Mapping[str, Any], passes: int, workers: int) -> str | None:
+    """What to change if a batch of a train stage has fewer passes than there are workers."""
+    if passes >= workers:
+        return None
+    return (
+        f"a batch has only {passes} micro-batches for {workers} workers, so some workers "
+        "are idle; to give each one a part, set training.micro_batch_size="
+        f"{math.ceil(config['batch_size'] / workers)}"
     )
-    if len(passes) < workers:
-        context.warn(
-            f"a batch has only {len(passes)} micro-batches for {workers} workers, so some workers "
-            "are idle; to give each one a part, set training.micro_batch_size="
-            f"{math.ceil(config['batch_size'] / workers)}"
+
+
+def passes_per_batch(config: Mapping[str, Any], rows: Rows) -> int:
+    """Micro-batches of the first batch."""
+    first = next(shuffled(len(rows), config["batch_size"], seed=config["seed"], epoch=0))
+    lengths = [len(rows[i].input_ids) for i in first]
+    return len(
+        micro_batches(
+            lengths,
+            max_rows=config["micro_batch_size"],
+            max_tokens=config["max_tokens"],
+            packing=config["packing"],
         )
+    )
 
 
-def _rows(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
+def rows_of(config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Rows:
     """The task's rows, plus the share `replay` of each earlier task's rows, at least one each."""
     own = EncodedRows(inputs["rows"] / rows_file(TRAIN))
     parts: list[Any] = [own]

@@ -391,3 +391,10 @@ def first_rows(heights: Sequence[int]) -> list[tuple[int, int]]:
         assert torch.equal(own, whole[first : first + len(own)])
         found.append((first, len(own)))
     return found
+
+
+def continued(prompts: Sequence[Sequence[int]], most: int, positions: int) -> list[list[int]]:
+    """Continuations by a GPT-2 with few positions."""
+    sizes = {"max_position_embeddings": positions, "n_positions": positions}
+    model = model_of("GPT2LMHeadModel", **sizes)
+    return generate(model, prompts, end=[], max_new_tokens=most, batch_size=1)

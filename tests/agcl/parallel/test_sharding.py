@@ -191,3 +191,10 @@ def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_p
 def test_a_part_begins_with_the_row_that_torch_gave_it(workers):
     found = workers.run(sharded.first_rows, [1, 5, 8])
     assert found == [[(0, 1), (0, 3), (0, 4)], [(1, 0), (3, 2), (4, 4)]]
+
+
+def test_a_rank_that_waits_for_another_one_reads_no_position_beyond_the_last(workers):
+    """The prompt of ten tokens has room for two more, while the other one gets eight."""
+    given = [list(range(2, 12)), [2, 3]], 8, 12
+    expected = sharded.continued(*given)
+    assert workers.run(sharded.continued, *given) == [expected, expected]

@@ -86,6 +86,30 @@ def test_a_rehearsal_for_several_workers_needs_one_gpu(tiny_config, tmp_path, mo
     assert estimate(run, "cuda").worker_bytes == 1
 
 
+@pytest.mark.parametrize(("passes", "workers", "shared"), [(1, 4, 1), (4, 4, 4), (6, 4, 3)])
+def test_a_batch_is_shared_by_as_many_workers_as_it_has_passes(
+    measured, monkeypatch, passes, workers, shared
+):
+    run = measured[0]
+    example = run.resolved["train/2-valley"]
+    stage = next(each for each in run.plan.stages if each.name == example.name)
+    resources = run.config.resources.model_copy(update={"num_workers": workers})
+    monkeypatch.setattr(rehearsal, "passes_per_batch", lambda config, rows: passes)
+
+    def needs(ratio, resources):
+        found = rehearsal.Needs(0)
+        rehearsal._add(found, stage, ratio, example, resources)
+        return found
+
+    def of_rows(resources):
+        return needs(2.0, resources).seconds["train"] - needs(1.0, resources).seconds["train"]
+
+    assert of_rows(run.config.resources) / of_rows(resources) == pytest.approx(shared)
+    warned = needs(1.0, resources).warnings
+    assert len(warned) == (passes < workers)
+    assert all("set training.micro_batch_size=2" in line for line in warned)
+
+
 def test_tasks_with_other_scorers_are_rehearsed_as_one(tiny_config, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "answer": " Ada"}\n' * 4)
     tasks = [f"{{name: {name}, train: {tmp_path / 'rows.jsonl'}}}" for name in "abc"]
