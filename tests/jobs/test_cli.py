@@ -226,7 +226,7 @@ def test_a_share_of_scored_rows_that_leaves_none_is_refused_before_any_work(refu
 
 
 def test_freezing_all_that_is_trained_is_refused(refused):
-    said = "agcl: freeze.layers: all layers, and the other weights are not trained either"
+    said = "agcl: freeze.layers: all layers are frozen, and the other weights are too"
     for settings in (["method=agcl"], ["method=lora"], ["method=freeze", "freeze.ungated=true"]):
         assert refused("", *settings, "freeze.layers=[0,1,2,3]").startswith(said), settings
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pipeline.stages.kept import _text_ids
+from pipeline.stages.base_knowledge import _text_ids
 from reference import chat
 
 from agcl.errors import InputError
