@@ -193,7 +193,7 @@ def unbounded(trials: Sequence[Trial]) -> str | None:
     if any(trial.number == 0 and trial.state == "finished" for trial in trials):
         return None
     return (
-        "trial 0 did not finish, so nobody knows what the config's own settings keep of the base "
+        "trial 0 did not finish, so it is unknown what the config's own settings keep of the base "
         "model: the best trial has the highest average, however little it keeps"
     )
 
