@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from pipeline.stages.base_knowledge import _text_ids
 from reference import chat
 
 from agcl.errors import InputError
@@ -13,6 +12,7 @@ from agcl.model import adapter, models
 from agcl.tasks import EncodedRows
 from pipeline.config.check_data import _has_text
 from pipeline.config.sources import text_files
+from pipeline.stages.base_knowledge import _text_ids
 from pipeline.stages.base_text import pieces_of
 from pipeline.stages.files import IMPORTANCE_FILE, PAST_FILE, TEXTS
 
