@@ -11,8 +11,6 @@ from reference.workers import Workers
 from transformers import LlamaForCausalLM
 
 torch.set_num_threads(1)
-# By default Ray's workers give way to all else, here to the tests of the other processes.
-os.environ.setdefault("RAY_worker_niceness", "0")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Read where a kernel is defined.
 # `pytest --hypothesis-profile=thorough tests/*/test_fuzz*` is for changes of what reads input.

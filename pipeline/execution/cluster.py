@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from agcl.errors import InputError
@@ -75,7 +76,7 @@ def cluster(resources: Resources) -> Iterator[int]:
             cpus = max(_usable_cpus(), resources.num_workers * resources.cpus_per_worker)
             # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
-            ray.init(
+            _start(
                 address="local",  # Else it would join one that it finds on this machine.
                 num_cpus=cpus,
                 include_dashboard=False,  # Eleven more processes, at an address not shown.
@@ -98,6 +99,17 @@ def cluster(resources: Resources) -> Iterator[int]:
         yield side_by_side(resources, nodes())
     finally:
         ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """Start Ray on this machine. On a busy one it may take longer than the 30 s that Ray waits."""
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**options)
 
 
 def _usable_cpus() -> int:

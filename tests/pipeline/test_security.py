@@ -299,7 +299,7 @@ def ui(finished, tmp_path):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not listeners(port):
             assert server.poll() is None, "agcl ui ended"
             assert time.monotonic() < deadline, "agcl ui does not listen"

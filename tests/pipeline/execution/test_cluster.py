@@ -83,7 +83,10 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch):
 
 
 def test_ray_that_does_not_start_is_one_error_with_its_reason(monkeypatch):
+    tried = []
+
     def fail(**options):
+        tried.append(options)
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -93,6 +96,7 @@ def test_ray_that_does_not_start_is_one_error_with_its_reason(monkeypatch):
         cluster.cluster(Resources()),
     ):
         pass
+    assert len(tried) == 2  # A busy machine may make it the second time.
 
 
 @pytest.mark.parametrize(
