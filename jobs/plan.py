@@ -19,7 +19,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.weights import slow_here
 from pipeline.estimate.disk import disk_per_task
 from pipeline.estimate.fitting import USABLE, fits, on_device, remedy
-from pipeline.estimate.memory import peaks
+from pipeline.estimate.memory import main_memory, peaks
 from pipeline.estimate.rehearsal import Needs, estimate
 from pipeline.estimate.setting import Part, Setting, setting_of, total
 from pipeline.execution.progress import warn
@@ -127,8 +127,18 @@ def _predicted(setting: Setting, memory: int | None) -> Iterator[str]:
         yield f"  {kind:9}  {_size(size)} {where} ({of})"
         if memory:
             yield f"             {_verdict(setting, kind, memory)}"
+    if setting.on_gpu or setting.ranks > 1:
+        yield f"  machine    {_of_machine(setting)}"
     disk = [part for part in disk_per_task(setting) if part.size]
     yield f"  disk       per task {', '.join(map(_part, disk))}"
+
+
+def _of_machine(setting: Setting) -> str:
+    parts = main_memory(setting)
+    workers = f"{setting.ranks} workers on it" if setting.ranks > 1 else "the worker"
+    largest = sorted(parts, key=lambda part: part.size, reverse=True)[:4]
+    size = _size(total(parts, on_gpu=False))
+    return f"{size} of main memory for {workers} ({', '.join(map(_part, largest))})"
 
 
 def _part(part: Part) -> str:

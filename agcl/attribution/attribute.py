@@ -64,6 +64,7 @@ def attribute(
     precision: Precision = "float32",
     keep: float = 0.95,
     sketch: int = SKETCH,
+    everywhere: bool = True,
     log: Callable[[int], None] = lambda rows_done: None,
 ) -> Importance:
     """Attribute the answers in all ranks' batches to the weights of the linear layers.
@@ -93,7 +94,9 @@ def attribute(
     `split="samples"`: every rank passes different batches and keeps running values for all
     layers, which are merged at the end. `split="layers"`, required for a sharded model: all ranks
     pass the same batches, and each keeps running values (`top_k` per weight) only for its share of
-    the layers. `running_values="bfloat16"` halves their memory and rounds each value once.
+    the layers. With `everywhere=False` only rank 0 returns the entries, so that a machine's main
+    memory holds them once instead of once per rank. `running_values="bfloat16"` halves the running
+    values' memory and rounds each value once.
     `precision="bfloat16"` runs the passes of a float32 model under autocast and rounds the factors
     of other products (on a GPU to TF32); sums stay in float32. It also accepts a model with
     bfloat16 weights, without a float32 copy; the residual stream is then bfloat16 too.
@@ -172,7 +175,7 @@ def attribute(
     relevances = {n: c.entries() for n, c in collectors.items()}
     if split == "layers":
         shapes = {n: cast(Tensor, linears[n].weight).shape for n in names}
-        relevances = _from_owners(relevances, shapes, model)
+        relevances = _from_owners(relevances, shapes, model, everywhere=everywhere)
     second_moments = collected(
         inputs, widths, sizes, like(model), keep=keep, merge=split == "samples"
     )
@@ -251,17 +254,25 @@ def _of_rank(model: PreTrainedModel, sizes: Mapping[str, int], split: Split) -> 
 
 
 def _from_owners(
-    own: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel
+    own: dict[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    model: PreTrainedModel,
+    *,
+    everywhere: bool,
 ) -> dict[str, Tensor]:
-    """Every layer's tensor on every rank. On the CPU, since a device may not hold them all."""
+    """Every layer's tensor, on every rank or on rank 0. On the CPU: a device may not hold them all.
+
+    Takes the tensors out of `own`, so that this rank's are not held twice.
+    """
     sizes = [math.prod(shape) for shape in shapes.values()]
     owners = distributed.owners(sizes, distributed.world_size())
-    return {
-        name: distributed.broadcast(
-            own[name] if name in own else like(model).new_empty(*shape), owner
-        ).cpu()
-        for (name, shape), owner in zip(shapes.items(), owners, strict=True)
-    }
+    found = {}
+    for (name, shape), owner in zip(shapes.items(), owners, strict=True):
+        mine = own.pop(name) if name in own else like(model).new_empty(*shape)
+        tensor = distributed.broadcast(mine, owner)
+        if everywhere or distributed.rank() == 0:
+            found[name] = tensor.cpu()
+    return found
 
 
 def _logits(logits: Tensor) -> Tensor:

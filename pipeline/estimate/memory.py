@@ -23,32 +23,46 @@ from pipeline.estimate.setting import (
     cast_weights,
     entries,
     largest,
+    loading,
     logits_size,
     model_parts,
+    of_all_workers,
     repeated,
     summed_columns,
+    total,
 )
-from pipeline.estimate.training import train_peak
+from pipeline.estimate.training import train_phases
 
 T = TypeVar("T")
 TRAIN, ATTRIBUTE, EVALUATE, DECOMPOSE = "train", "attribute", "evaluate", "corda"
 
 
 def peaks(setting: Setting) -> dict[str, Parts]:
-    """The parts of each kind of stage's peak; only of kinds that the config has."""
-    config, found = setting.config, {TRAIN: train_peak(setting)}
+    """The parts of each kind of stage's peak of a worker; only of kinds that the config has."""
+    return {kind: largest(setting, phases) for kind, phases in _phases(setting).items()}
+
+
+def main_memory(setting: Setting) -> Parts:
+    """The most main memory that all workers need at a time if they share one machine."""
+    phases = [phase for each in _phases(setting).values() for phase in each]
+    everywhere = [of_all_workers(setting, phase) for phase in phases]
+    return max(everywhere, key=lambda parts: total(parts, on_gpu=False))
+
+
+def _phases(setting: Setting) -> dict[str, list[Parts]]:
+    config, found = setting.config, {TRAIN: train_phases(setting)}
     if config.measured:
-        attributed = [attribute_peak(setting)]
+        found[ATTRIBUTE] = _attribution(setting)
         if setting.of_base and config.base.protect != "none":
-            attributed.append(attribute_peak(replace(setting, row=setting.of_base), of_base=True))
-        found[ATTRIBUTE] = largest(setting, attributed)
+            of_base = replace(setting, row=setting.of_base)
+            found[ATTRIBUTE] += _attribution(of_base, of_base=True)
     if config.starts_from_corda:
-        found[DECOMPOSE] = decompose_peak(setting)
-    return found | {EVALUATE: evaluate_peak(setting)}
+        found[DECOMPOSE] = [decompose_peak(setting)]
+    return found | {EVALUATE: _evaluation(setting)}
 
 
-def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
-    """Peak of attribution: the end of a forward pass, or the final decomposition.
+def _attribution(setting: Setting, *, of_base: bool = False) -> list[Parts]:
+    """Phases of attribution: the end of a forward pass, and the final decomposition.
 
     During the decomposition, results and running sums coexist. `of_base`: attribution of the base
     model, which has its own weighting, instead of a task.
@@ -67,10 +81,9 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
     own = max(map(entries, shares)) if config.measures_entries else 0
     per_value = HALF if importance.running_values == "bfloat16" else FLOAT
     averages = importance.top_k and importance.estimator in ("lrp", "grad_x_param")
-    running = per_value * (importance.top_k or 1) * own if averages else FLOAT * own
+    running = (per_value * (importance.top_k or 1) if averages else FLOAT) * own
     tokens, answers = importance.batch_size * row.tokens, importance.batch_size * row.answer
-    size = setting.attributed_bytes
-    half = size == HALF
+    half = setting.attributed_bytes == HALF
     autocast = importance.precision == "bfloat16" and not half
     bits = {"half": half, "autocast": autocast}
     hooks = shape.held_by_hooks(tokens, entries=bool(own), **bits)
@@ -87,31 +100,36 @@ def attribute_peak(setting: Setting, *, of_base: bool = False) -> Parts:
     ):  # Inputs wait until it is known which rows count.
         activations += hooks * shape.layers
     held = [
-        *model_parts(setting, gathered=False, size=size),
+        *model_parts(setting, gathered=False, size=setting.attributed_bytes),
         Part("moments", FLOAT * moments),
         Part("running values", running),
     ]
     directions = FLOAT * setting.kept * bool(projection)
     widened = FLOAT * max(out * width for out, width in setting.protected) * half * bool(own)
     results = [Part("results", FLOAT * own), Part("directions", directions, on_host=True)]
-    if sharing > 1 and own:  # Every worker gets all layers' results, in main memory.
+    if sharing > 1 and own:  # The first worker gets all layers' results, in main memory.
         whole = FLOAT * entries(setting.protected)
-        results.append(Part("results of all workers", whole, on_host=True))
+        results.append(Part("results of all workers", whole, on_host=True, once=True))
     widest = max(map(summed_columns, setting.inputs)) if projection else 0
-    return largest(
-        setting,
-        [
-            (
-                *held,
-                Part("activations", activations),
-                # Kept for the backward pass; without one, a layer's copy ends with the layer.
-                Part("bfloat16 copies", HALF * cast_weights(setting) * bool(autocast and backward)),
-                Part("logits", logits_size(shape, answers, 2 + (half or autocast))),
-                Part("a weight in float32", widened),
-            ),
-            (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),
-        ],
+    saved = Part(
+        "results as they are saved",
+        HALF * entries(setting.protected) * bool(own),
+        on_host=True,
+        once=True,
     )
+    return [
+        loading(setting, setting.attributed_bytes),
+        (
+            *held,
+            Part("activations", activations),
+            # Kept for the backward pass; without one, a layer's copy ends with the layer.
+            Part("bfloat16 copies", HALF * cast_weights(setting) * bool(autocast and backward)),
+            Part("logits", logits_size(shape, answers, 2 + (half or autocast))),
+            Part("a weight in float32", widened),
+        ),
+        (*held, *results, Part("decomposing a moment", 4 * FLOAT * widest**2)),
+        (*held[:-2], *results, saved),
+    ]
 
 
 def _owned(items: Sequence[T], owned: Sequence[int], rank: int) -> list[T]:
@@ -123,8 +141,8 @@ def _summed(widths: Sequence[int]) -> int:
     return sum(width * summed_columns(width) for width in widths)
 
 
-def evaluate_peak(setting: Setting) -> Parts:
-    """Scoring the tasks, decoding answers, or comparing with the base model beside it."""
+def _evaluation(setting: Setting) -> list[Parts]:
+    """Scoring the tasks, decoding answers, and comparing with the base model beside it."""
     shape, config, row = setting.shape, setting.config, setting.row
     half = config.evaluation.precision == "bfloat16" and setting.weight_bytes == FLOAT
     rows = config.evaluation.batch_size
@@ -140,20 +158,18 @@ def evaluate_peak(setting: Setting) -> Parts:
     second = [Part("the base model", part.size) for part in base]
     scored = Part("activations", shape.passing(rows * row.tokens, half=half))
     cache = Part("keys and values", setting.decodes * _cache(setting, autocast=half))
-    return largest(
-        setting,
-        [
-            (*model, once, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
-            (*model, cached, scored, cache),
-            (
-                *model,
-                once,
-                *second,
-                Part("activations", shape.passing(compared, half=half)),
-                Part("logits", comparing),
-            ),
-        ],
-    )
+    return [
+        loading(setting),
+        (*model, once, scored, Part("logits", logits_size(shape, rows * row.answer, 1))),
+        (*model, cached, scored, cache),
+        (
+            *model,
+            once,
+            *second,
+            Part("activations", shape.passing(compared, half=half)),
+            Part("logits", comparing),
+        ),
+    ]
 
 
 def _cache(setting: Setting, *, autocast: bool) -> int:

@@ -1,7 +1,7 @@
 """What a prediction of memory is made for, and the parts that it is made of."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agcl.attribution.attribute import SKETCH
 from agcl.importance.moment import most_directions
@@ -33,6 +33,8 @@ class Part:
     """Bytes."""
     on_host: bool = False
     """Whether it lies in main memory even if the model is on a GPU."""
+    once: bool = False
+    """Whether all workers together have it once, and not one each."""
 
 
 Parts = tuple[Part, ...]
@@ -166,8 +168,17 @@ def model_parts(setting: Setting, *, gathered: bool, size: int = 0) -> list[Part
         # This layer and the next, and embeddings and head; with gradients as large.
         largest = 2 * shape.layer_weights + shape.embeddings
         parts.append(Part("gathered layers", (1 + gathered) * size * largest))
-        parts.append(Part("the whole model while it loads", size * shape.weights, on_host=True))
     return parts
+
+
+def loading(setting: Setting, size: int = 0) -> Parts:
+    """Every worker reads the whole model into main memory, and moves it, or its share, from there.
+
+    `size` is that of a weight, if not the config's.
+    """
+    parts = model_parts(setting, gathered=False, size=size)
+    whole = parts[0].size * setting.shards * (setting.on_gpu or setting.shards > 1)
+    return (*parts, Part("the whole model while it loads", whole, on_host=True))
 
 
 def repeated(setting: Setting, tokens: int) -> int:
@@ -188,9 +199,18 @@ def cast_weights(setting: Setting) -> int:
 
 
 def largest(setting: Setting, phases: Sequence[Parts]) -> Parts:
-    """The phase with the largest total, without parts of zero bytes."""
+    """The phase with the largest total of a worker, without parts of zero bytes."""
     worst = max(phases, key=lambda parts: total(parts, on_gpu=setting.on_gpu))
     return tuple(part for part in worst if part.size)
+
+
+def of_all_workers(setting: Setting, parts: Parts) -> Parts:
+    """What all workers of one machine need in its main memory: on a CPU that is everything."""
+    return tuple(
+        replace(part, size=part.size * (1 if part.once else setting.ranks), on_host=True)
+        for part in parts
+        if part.size and (part.on_host or not setting.on_gpu)
+    )
 
 
 def logits_size(shape: Shape, answers: int, copies: int) -> int:

@@ -28,7 +28,7 @@ from pipeline.estimate.setting import (
     cast_weights,
     entries,
     kept_columns,
-    largest,
+    loading,
     logits_size,
     model_parts,
     repeated,
@@ -39,15 +39,15 @@ _LOGITS = {False: 3, True: 6}
 of their divergence."""
 
 
-def train_peak(setting: Setting) -> Parts:
-    """The worst phase of the worst task: the first one, or a later one with all protections."""
+def train_phases(setting: Setting) -> list[Parts]:
+    """The phases of the worst task: the first one, or a later one with all protections."""
     config = setting.config
     of_base = config.measured and config.base.protect != "none"
     always = of_base or len(config.measured) < len(config.protect)
     phases = [] if always else _training(setting, protects=False)
     if config.protect:
         phases += [*_training(setting, protects=True), _deciding(setting)]
-    return largest(setting, phases)
+    return [loading(setting), *phases]
 
 
 def trained_weights(setting: Setting, *, protects: bool) -> int:
@@ -61,7 +61,7 @@ def trained_weights(setting: Setting, *, protects: bool) -> int:
 
 
 def _training(setting: Setting, *, protects: bool) -> list[Parts]:
-    """The end of a forward pass, of a backward pass, and the optimizer's step."""
+    """The end of a forward pass, of a backward pass, the optimizer's step, and what is written."""
     shape, config = setting.shape, setting.config
     trained, size = trained_weights(setting, protects=protects), setting.weight_bytes
     of_trained = FLOAT if setting.config.trains_factors else size  # PEFT's factors are float32.
@@ -108,6 +108,9 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
     copies = FLOAT * _stepped(setting, trained, protects or eight_bit or of_trained == HALF)
     copied = 5 if of_trained == HALF else 2
     summed = BUCKET_BYTES if setting.ranks > 1 and _shards(setting) == 1 else 0
+    saved = of_trained * trained + state_size(config, trained)
+    saved *= bool(config.resources.checkpoint_minutes) * setting.on_gpu
+    whole = size * shape.weights * (setting.shards > 1)
     return [
         (*held, *passing, *((gradients,) if several else ())),
         (*held, gradients, *layer),
@@ -117,6 +120,8 @@ def _training(setting: Setting, *, protects: bool) -> list[Parts]:
             gradients,
             Part("copies of a step", (copied + 4 * eight_bit) * copies),
         ),
+        (*held, Part("a checkpoint as it is written", saved, on_host=True, once=True)),
+        (*held, Part("the whole model as it is saved", whole, on_host=True, once=True)),
     ]
 
 

@@ -50,10 +50,10 @@ def attribute(
                 context.warn(f"{reason}, so the importance is measured on all of them")
             every = {**config, "correct_only": False}
             importance = _importance(model, every, folders, context, logged)
-    importance.check_finite()
-    if importance.is_zero():
-        raise ValueError("every importance is zero: no relevance reached any weight")
-    if context.is_rank_zero:
+    if context.is_rank_zero:  # Which alone has all layers' entries.
+        importance.check_finite()
+        if importance.is_zero():
+            raise ValueError("every importance is zero: no relevance reached any weight")
         importance.save(out_dir / IMPORTANCE_FILE)
         if earlier := past_moments(inputs, context.device):
             summed = [*earlier, importance]
@@ -96,6 +96,7 @@ def _importance(
 ) -> Importance:
     """Attribute the rows of prepared tasks, then apply the control that the config asks for.
 
+    With `split` by layers, ranks other than 0 get no entries.
     `logged["rows"]` is the number of rows up to which progress was already logged.
     """
     parts: list[Any] = [EncodedRows(folder / rows_file(TRAIN)) for folder in folders]
@@ -128,6 +129,7 @@ def _importance(
         running_values=config["running_values"],
         precision=config["precision"],
         keep=config["keep"],
+        everywhere=False,
         log=log,
     )
     if estimator == "magnitude":

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import families, sharded, tiny
+from reference.variants import slow
 from torch import nn
 
 from agcl.lrp import attributed_linears
@@ -57,8 +58,10 @@ def test_gradients_are_plain_sums_on_every_device(monkeypatch):
     assert told == {"factor": 1.0, "sum": True}
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Gemma2ForCausalLM"])
-@pytest.mark.parametrize("kinds", [(), ("gate",), ("basis",), ("fisher",), ("gate", "basis")])
+@pytest.mark.parametrize("architecture", [LLAMA, *slow(GPT2, "Gemma2ForCausalLM")])
+@pytest.mark.parametrize(
+    "kinds", [*slow((), ("gate",), ("basis",)), ("fisher",), ("gate", "basis")]
+)
 def test_training_matches_a_whole_model(workers, architecture, kinds):
     """Eleven rows in micro-batches of three: the second rank has none in some steps."""
     chosen = {kind: protections(architecture)[kind] for kind in kinds}
@@ -69,7 +72,7 @@ def test_training_matches_a_whole_model(workers, architecture, kinds):
         assert_close(shared, weights, 1e-6)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+@pytest.mark.parametrize("architecture", [LLAMA, *slow(GPT2)])
 def test_bfloat16_weights_are_rounded_alike_in_shards_and_whole(workers, architecture):
     """Gates only on every second weight; a basis of transposed weights is on whole ones."""
     both = protections(architecture)
@@ -82,7 +85,7 @@ def test_bfloat16_weights_are_rounded_alike_in_shards_and_whole(workers, archite
         assert equal >= 0.999 * sum(w.numel() for w in expected.values())
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+@pytest.mark.parametrize("architecture", [*slow(LLAMA), GPT2])
 def test_directions_of_sharded_weights_are_those_of_whole_ones(workers, architecture):
     expected = sharded.directions_of_weights(architecture)
     assert expected
@@ -90,7 +93,7 @@ def test_directions_of_sharded_weights_are_those_of_whole_ones(workers, architec
         assert_close(found, expected, 0)
 
 
-@pytest.mark.parametrize("setting", ["checkpointing", "packed"])
+@pytest.mark.parametrize("setting", ["checkpointing", *slow("packed")])
 def test_a_frozen_weight_keeps_its_bits_with_every_memory_setting(workers, setting):
     frozen = "model.layers.0.mlp.up_proj.weight"
     steps, weights = sharded.task(LLAMA, ROWS, frozen=frozen)
@@ -101,7 +104,7 @@ def test_a_frozen_weight_keeps_its_bits_with_every_memory_setting(workers, setti
         assert_close(shared, weights, 1e-6)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2])
+@pytest.mark.parametrize("architecture", [LLAMA, *slow(GPT2)])
 def test_scores_match_a_whole_model(workers, architecture):
     """Seven rows in batches of two: the second rank repeats a batch instead of deadlocking."""
     rows = tiny.answered_rows(families.model(architecture, dtype=torch.float32), 7, wrong=(0, 4))
@@ -112,7 +115,7 @@ def test_scores_match_a_whole_model(workers, architecture):
         assert found[2] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, GPT2, "Phi3ForCausalLM"])
+@pytest.mark.parametrize("architecture", [LLAMA, *slow(GPT2, "Phi3ForCausalLM")])
 @pytest.mark.parametrize(
     "options",
     [
@@ -130,7 +133,15 @@ def test_importance_matches_a_whole_model(workers, architecture, options):
         assert_close(found[1], moments)
 
 
-@pytest.mark.parametrize("weighting", ["relevance", "uniform"])
+def test_only_the_first_rank_returns_the_entries_if_asked(workers):
+    entries, _, _, _ = sharded.importance(LLAMA, ROWS)
+    options = {"split": "layers", "everywhere": False}
+    first, second = workers.run(sharded.importance, LLAMA, ROWS, **options)
+    assert_close(first[0], entries)
+    assert second[0] == {}
+
+
+@pytest.mark.parametrize("weighting", ["relevance", *slow("uniform")])
 def test_moments_without_entries_match_a_whole_model(workers, weighting):
     options = {"moments": weighting, "entries": False}
     _, moments, _, _ = sharded.importance(LLAMA, ROWS, **options)
@@ -150,8 +161,10 @@ def test_stages_run_in_sequence_on_one_sharded_model(workers):
         assert found == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("settings", [{}, {"protected": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("architecture", [LLAMA, *slow(GPT2)])
+@pytest.mark.parametrize(
+    "settings", [*slow({}), {"protected": True}, *slow({"checkpointing": True})]
+)
 def test_an_adapter_on_a_sharded_model_is_that_on_a_whole_one(
     workers, architecture, settings, tmp_path
 ):
@@ -173,7 +186,7 @@ def test_an_adapter_on_a_sharded_model_is_that_on_a_whole_one(
             assert not any("lora" in name for name in found.sharded)
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, "Gemma2ForCausalLM"])
+@pytest.mark.parametrize("architecture", [*slow(LLAMA), "Gemma2ForCausalLM"])
 def test_ranks_hold_shards_and_save_the_whole_model(workers, architecture, tmp_path):
     """Gemma's embeddings are tied to its head."""
     tokenizer = builtin_tokenizer(["some text"], vocab_size=300)

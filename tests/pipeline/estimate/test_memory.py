@@ -10,10 +10,11 @@ import agcl
 from pipeline.config.conflicts import conflicts
 from pipeline.estimate.disk import disk_per_task
 from pipeline.estimate.fitting import fits, on_device, remedy
-from pipeline.estimate.memory import peaks
-from pipeline.estimate.setting import RowLength, Setting, total
+from pipeline.estimate.memory import main_memory, peaks
+from pipeline.estimate.setting import Part, RowLength, Setting, total
 
 GB = 10**9
+LOADED = "the whole model while it loads"
 SPEED = Path(agcl.__file__).with_name("SPEED.md")
 
 
@@ -304,6 +305,23 @@ def test_a_gpu_holds_only_what_lies_on_it(large):
     for parts in peaks(setting).values():
         host = sum(part.size for part in parts if part.on_host)
         assert total(parts, on_gpu=False) == total(parts, on_gpu=True) + host
+
+
+def test_workers_of_a_machine_share_what_only_the_first_has(large):
+    one = setting_of(large, "sequential")
+    found = {part.name: part.size for part in main_memory(one)}
+    # Trained in float32 on a GPU: a checkpoint copies weights and Adam's means.
+    assert found["a checkpoint as it is written"] == 12 * large.weights
+    never = with_section(one, "resources", checkpoint_minutes=0)
+    assert main_memory(never)[0] == Part(LOADED, 4 * large.weights, on_host=True)
+    several = setting_of(large, "sequential", 8)
+    never = with_section(several, "resources", checkpoint_minutes=0)
+    assert total(main_memory(never), on_gpu=False) == 8 * 4 * large.weights
+    measured = {part.name: part.size for part in main_memory(setting_of(large, "gate", 8))}
+    of_worker = total(peaks(several)["train"], on_gpu=False)
+    on_cpu = with_section(several, "resources", gpus_per_worker=0)
+    assert total(main_memory(on_cpu), on_gpu=False) >= 8 * of_worker
+    assert measured
 
 
 def test_decoded_answers_take_keys_and_values_of_all_layers(large):
