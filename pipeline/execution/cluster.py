@@ -76,6 +76,9 @@ def cluster(resources: Resources) -> Iterator[int]:
             cpus = max(_usable_cpus(), resources.num_workers * resources.cpus_per_worker)
             # A group of workers is five processes. Ray warns above four times the number of CPUs.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, 2 * cpus)))
+            for early in ("prestart_worker_first_driver", "enable_worker_prestart"):
+                # Processes that would lack the runtime environment, and so never be used.
+                os.environ.setdefault(f"RAY_{early}", "0")
             _start(
                 address="local",  # Else it would join one that it finds on this machine.
                 num_cpus=cpus,
