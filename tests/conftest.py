@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Read where a kernel is defined.
+os.environ.setdefault("RAY_worker_niceness", "0")  # Else the tests beside it slow it down.
 # `pytest --hypothesis-profile=thorough tests/*/test_fuzz*` is for changes of what reads input.
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None, print_blob=True)

@@ -28,6 +28,7 @@ def test_every_figure_is_measured_and_written_as_json(tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:]] == names
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_point_for_every_value(tmp_path):
     file = tmp_path / "found.json"
     assert main(["--sweep", "top_k", *SMALL, "--json", str(file)]) == 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from reference import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 '''
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_a_trainer_needs_neither_ray_nor_mlflow(tmp_path):
     assert len(SCRIPT.read_text().splitlines()) <= 43
     model, data, out = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out"

@@ -310,6 +310,7 @@ def ui(finished, tmp_path):
         server.wait(30)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_ui_is_on_loopback_and_a_run_records_there_without_leaving_its_password(
     finished, ui, undrawn

@@ -86,6 +86,7 @@ def test_on_a_gpu_it_gives_what_the_cpu_gives(k):
     torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "kept_in"), [(4, "fp32"), pytest.param(8, "bf16", marks=pytest.mark.slow)]
 )

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from reference import sharded, tiny
+from reference.variants import slow
 from reference.workers import Workers
 from safetensors import safe_open
 
@@ -80,7 +81,7 @@ def test_one_rank_resumes_what_two_wrote_and_two_what_one_wrote(
     assert names(folder) == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, *slow(2)])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "other", "swapped", "uncommitted"])
 def test_partial_and_damaged_checkpoints_are_ignored(
     workers, folder, uninterrupted, tmp_path, damage, ranks
@@ -108,7 +109,7 @@ def test_partial_and_damaged_checkpoints_are_ignored(
     assert_same(found, uninterrupted, 1e-4 if ranks == 1 else 0.0)
 
 
-@pytest.mark.parametrize("where", ["-0", "-1", "file"])
+@pytest.mark.parametrize("where", ["-0", *slow("-1", "file")])
 def test_a_failed_write_keeps_the_last_checkpoint(workers, folder, uninterrupted, where):
     before = {name: (folder / name).read_bytes() for name in FILES}
     found = workers.run(sharded.with_checkpoint, ROWS, folder, fails={where: "Input/output error"})
@@ -128,7 +129,7 @@ def test_a_full_disk_on_one_rank_deletes_the_checkpoint_of_all(workers, folder, 
     assert_same(first, uninterrupted)
 
 
-@pytest.mark.parametrize("lost", ["both", "second", "stale"])
+@pytest.mark.parametrize("lost", ["second", *slow("both", "stale")])
 def test_lost_machines_are_replaced_from_the_copies(workers, uninterrupted, tmp_path, lost):
     """Every rank has a disk of its own, as with a bucket."""
     disks, bucket = tmp_path / "disks", tmp_path / "bucket"

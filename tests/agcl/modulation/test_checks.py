@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from reference.variants import slow
 from torch import nn
 
 from agcl.modulation import GatedAdamW
@@ -85,7 +86,7 @@ def test_leak_is_one_for_an_isotropic_change_and_zero_for_a_projected_one(basis)
 @pytest.mark.parametrize(
     ("size", "lr"), [*product([1e-2, 1.0], [1e-2, 1e-4, 1e-6]), (30.0, 1e-2), (30.0, 1e-4)]
 )
-@pytest.mark.parametrize("count", [1, 20, 1000])
+@pytest.mark.parametrize("count", [1, 20, *slow(1000)])
 def test_correct_projections_never_fail(basis, size, lr, count):
     for seed in range(3 if count < 100 else 1):
         before, after = steps(basis=basis, size=size, lr=lr, count=count, seed=seed)
@@ -94,7 +95,7 @@ def test_correct_projections_never_fail(basis, size, lr, count):
 
 @pytest.mark.parametrize("size", [1e-2, 1.0])
 @pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-5])
-@pytest.mark.parametrize("count", [1, 20, 300])
+@pytest.mark.parametrize("count", [1, 20, *slow(300)])
 def test_correct_protections_of_bfloat16_never_fail(basis, gate, size, lr, count):
     for seed in range(3 if count < 100 else 1):
         options = {"size": size, "lr": lr, "count": count, "seed": seed, "dtype": torch.bfloat16}
@@ -106,7 +107,7 @@ def test_correct_protections_of_bfloat16_never_fail(basis, gate, size, lr, count
         check(*steps(large, **options), gate=large, basis=None, **run)
 
 
-@pytest.mark.parametrize(("size", "lr"), [(1.0, 1e-2), (1.0, 1e-3), (1.0, 3e-4), (2e-2, 1e-5)])
+@pytest.mark.parametrize(("size", "lr"), [(1.0, 1e-2), (2e-2, 1e-5)])
 def test_lost_protections_of_bfloat16_fail(basis, gate, size, lr):
     """Also with steps of a twentieth of the gap between large weights."""
     for seed in range(3):
@@ -137,7 +138,7 @@ def test_a_sample_has_the_same_outputs_in_either_layout_and_finds_what_is_lost()
         check({"w": few}, {"w": sampled(lost)}, gate=None, on="update", basis=basis, steps=9)
 
 
-@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize("protected", [False, *slow(True)])
 def test_no_number_of_steps_excuses_a_lost_projection(basis, protected):
     """Unprotected, or with steps below the weights' precision: both leak."""
     before, after = steps(basis=basis if protected else None, lr=1e-7, count=10_000)
@@ -146,7 +147,7 @@ def test_no_number_of_steps_excuses_a_lost_projection(basis, protected):
 
 
 @pytest.mark.parametrize("on", ["update", "gradient"])
-@pytest.mark.parametrize("lr", [1e-2, 1e-6])
+@pytest.mark.parametrize("lr", [1e-2, *slow(1e-6)])
 def test_correct_gates_never_fail(gate, on, lr):
     for seed in range(5):
         for some in (gate, {"w": torch.ones(24, 16)}, {"w": gate["w"] * 0.05 + 0.9}):

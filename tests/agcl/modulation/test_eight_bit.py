@@ -183,6 +183,7 @@ def test_protection_holds_bit_for_bit():
     assert ((kept - start) @ basis).norm() < 1e-5 * ((free - start) @ basis).norm()
 
 
+@pytest.mark.slow
 def test_a_model_learns_as_with_float32_means():
     def loss(**options):
         model, logged = tiny.llama(width=64, spread=0.2), []

@@ -74,6 +74,7 @@ def losses(rounding, dtype):
     return logged
 
 
+@pytest.mark.slow
 def test_small_steps_are_lost_by_rounding_to_nearest_but_not_stochastically():
     """Within 3 % of float32's loss; to nearest, most of the way is not made at all.
 

@@ -65,6 +65,7 @@ ALIKE = {
     *("kl", "lwf", "asft", "stm", "merge", "wise"),  # tests/pipeline/stages/test_rivals.py
     *("das", "gate_permuted", "project_random", "project_weights", "ewc_lora", "corda"),
     *("project_uniform", "ewc_base", "olora", "freeze", "frozen_embeddings", "solo"),
+    *("sequential", "gate", "joint", "lora", "inflora"),
 }
 """Methods that differ from one tested here in one setting, or that other tests run."""
 
@@ -114,13 +115,13 @@ def test_every_method_differs_from_sequential_once_it_protects_something(run_met
             *("gate", ["protect.0.strength=0", "protect.0.on=gradient", "base.protect=self"]),
             marks=pytest.mark.slow,
         ),
-        ("ewc_base", ["protect.0.strength=0"]),
+        pytest.param("ewc_base", ["protect.0.strength=0"], marks=pytest.mark.slow),
         pytest.param("das", ["protect.0.strength=0"], marks=pytest.mark.slow),
         pytest.param("gate_permuted", ["protect.0.strength=0"], marks=pytest.mark.slow),
         pytest.param(
             *("project_random", ["protect.0.energy=0", "base.energy=0"]), marks=pytest.mark.slow
         ),
-        ("project_weights", ["protect.0.energy=0"]),
+        pytest.param("project_weights", ["protect.0.energy=0"], marks=pytest.mark.slow),
         ("replay", ["replay.fraction=0"]),
         ("freeze", ["freeze.layers=[]"]),
     ],
@@ -135,6 +136,7 @@ def test_without_strength_a_method_is_sequential_bit_for_bit(run_method, method,
     assert shared is (method in ("replay", "freeze"))
 
 
+@pytest.mark.slow
 def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_method):
     whole, alone = run_method("agcl", "importance.entries=true"), run_method("agcl")
     assert whole["train/2-valley"].folder != alone["train/2-valley"].folder
@@ -150,7 +152,7 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
 @pytest.mark.parametrize(
     ("method", "settings", "same_as"),
     [
-        ("lora_agcl", ["protect.0.energy=0"], ("lora",)),
+        pytest.param("lora_agcl", ["protect.0.energy=0"], ("lora",), marks=pytest.mark.slow),
         pytest.param(
             *("lora_agcl", ["protect.0.kind=gate", "protect.0.strength=0"], ("lora",)),
             marks=pytest.mark.slow,
@@ -159,7 +161,10 @@ def test_a_projection_measures_no_entries_unless_asked_and_trains_the_same(run_m
             *("lora_agcl", ["protect.0.kind=penalty", "protect.0.strength=0"], ("lora",)),
             marks=pytest.mark.slow,
         ),
-        ("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
+        pytest.param(
+            *("inflora", ["protect.0.energy=0"], ("olora", "adapter.orthogonal=0")),
+            marks=pytest.mark.slow,
+        ),
         ("ewc_lora", ["protect.0.strength=0"], ("olora", "adapter.orthogonal=0")),
         pytest.param(
             *("ewc_lora", ["protect.0.strength=0", "adapter.orthogonal=0.5"], ("olora",)),
@@ -174,6 +179,7 @@ def test_without_strength_a_method_with_an_adapter_is_lora_bit_for_bit(
     assert same_bits(weights(other), weights(plain))
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_same(run_method):
     merged, apart = run_method("lora_agcl"), run_method("lora_agcl", "adapter.merge=false")
     folder = apart["train/2-valley"].folder
@@ -192,6 +198,7 @@ def test_an_adapter_that_is_not_merged_is_all_that_is_written_and_scores_the_sam
         torch.testing.assert_close(theirs[name], tensor)
 
 
+@pytest.mark.slow
 def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
     resolved = run_method("lora", "freeze.layers=[1,3]", *QUICK)
     before, after = (
@@ -203,6 +210,7 @@ def test_freeze_with_an_adapter_leaves_the_factors_of_those_layers(run_method):
         assert torch.equal(before[name], after[name]) is inside, name
 
 
+@pytest.mark.slow
 def test_ewc_lora_measures_the_merged_weights_and_keeps_what_was_important(run_method):
     settings = ["training.learning_rate=5e-3", "importance.correct_only=false"]
     resolved = run_method("ewc_lora", "protect.0.strength=1e6", *settings)
@@ -252,6 +260,7 @@ def test_ewc_lora_keeps_what_the_base_model_knew_from_the_first_task_on(run_meth
     assert 0 < kept < 0.1 * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["self", pytest.param("rows", marks=pytest.mark.slow)])
 def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
     resolved = run_method("corda", f"base.protect={text}", "adapter.rank=3")
@@ -279,6 +288,7 @@ def test_corda_keeps_one_adapter_on_the_base_model_as_it_was(run_method, text):
     assert kl_answers[0] == pytest.approx(kl_answers[1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_its_factors(
     run_method,
 ):
@@ -296,7 +306,10 @@ def test_a_loss_compares_corda_with_the_base_model_and_not_with_what_is_below_it
 
 @pytest.mark.parametrize(
     ("before", "stage", "share"),
-    [("pretrain", "train/1-harbour", 0.35), ("train/1-harbour", "train/2-valley", 0.7)],
+    [
+        pytest.param("pretrain", "train/1-harbour", 0.35, marks=pytest.mark.slow),
+        ("train/1-harbour", "train/2-valley", 0.7),
+    ],
 )
 def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
     run_method, before, stage, share
@@ -323,6 +336,7 @@ def test_osf_keeps_more_directions_of_the_last_model_with_every_task(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 def test_a_projection_by_weights_keeps_each_task_off_the_leading_directions_of_the_last_model(
     run_method,
 ):
@@ -343,6 +357,7 @@ def test_a_projection_by_weights_keeps_each_task_off_the_leading_directions_of_t
             assert (change @ right[rank:].T).norm() > 0.3 * change.norm(), name
 
 
+@pytest.mark.slow
 def test_freeze_with_osf_leaves_those_layers(run_method):
     resolved = run_method("osf", "freeze.layers=[1,3]", *QUICK)
     before, after = weights(resolved, "train/1-harbour"), weights(resolved)
@@ -350,7 +365,10 @@ def test_freeze_with_osf_leaves_those_layers(run_method):
     assert moved == {n for n in before if "_proj" in n and n.split(".")[2] in "02"}
 
 
-@pytest.mark.parametrize(("layers", "frozen"), [("bottom_half", {0, 1}), ("[1,3]", {1, 3})])
+@pytest.mark.parametrize(
+    ("layers", "frozen"),
+    [("[1,3]", {1, 3}), pytest.param("bottom_half", {0, 1}, marks=pytest.mark.slow)],
+)
 def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers, frozen):
     resolved = run_method("freeze", f"freeze.layers={layers}", *QUICK)
     before, after = weights(resolved, "train/1-harbour"), weights(resolved)
@@ -359,6 +377,7 @@ def test_freeze_leaves_exactly_the_named_layers_as_they_were(run_method, layers,
         assert torch.equal(before[name], after[name]) is inside, name
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_leave_linear_layers_free(run_method):
     resolved = run_method("frozen_embeddings")
     before, after = weights(resolved, "train/1-harbour"), weights(resolved)

@@ -133,6 +133,7 @@ def rehearsed_here(monkeypatch):
     monkeypatch.setattr(rehearsal, "_peak_of", rehearsal._run)
 
 
+@pytest.mark.slow
 def test_a_given_model_that_is_protected_from_the_first_task_on(
     measured, rehearsed_here, tiny_config, tmp_path
 ):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from reference import families
+from reference.variants import slow
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,8 @@ TOKENS = LENGTH * ROWS
 TOLERANCE = 0.06
 module = sys.modules["agcl.attribution.batch"]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 80}
+QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM")
+FAMILIES = [*QUICK, *slow(*(family for family in families.CONFIGS if family not in QUICK))]
 OF_FAMILY = {
     "GPT2LMHeadModel": {"n_inner": 160},
     "MistralForCausalLM": {"head_dim": 16, "sliding_window": None},
@@ -86,7 +89,7 @@ def per_layer(architecture, alive):
     return alive(three) - alive(two), shape
 
 
-@pytest.mark.parametrize("architecture", families.CONFIGS)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 weights"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_a_layer_keeps_while_it_trains(architecture, precision, frozen):
@@ -133,7 +136,7 @@ def test_what_a_layer_keeps_while_its_adapter_trains(architecture, precision, in
     assert found == pytest.approx(expected, rel=TOLERANCE + 0.02)
 
 
-@pytest.mark.parametrize("architecture", families.CONFIGS)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 weights"])
 def test_what_a_layer_keeps_while_it_is_attributed(architecture, precision, monkeypatch):
     """After the forward pass of the second batch; of the first one's nothing is left."""

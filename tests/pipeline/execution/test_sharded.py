@@ -56,6 +56,7 @@ def check_losses(alone, shared, stages):
         assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_share_the_model_gives_the_same_numbers(both):
     alone, shared = both(ALL)
     check_metrics(alone, shared)

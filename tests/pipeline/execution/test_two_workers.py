@@ -15,7 +15,8 @@ pytestmark = pytest.mark.ray
 @pytest.mark.parametrize(
     ("killed", "shared"),
     [
-        (False, False),
+        (False, True),
+        pytest.param(False, False, marks=pytest.mark.slow),
         pytest.param(True, False, marks=pytest.mark.slow),
         pytest.param(True, True, marks=pytest.mark.slow),
     ],
@@ -35,6 +36,9 @@ def test_two_workers_give_what_one_gives(finished, driver, killed, shared):
         json.loads((folder / "metrics.json").read_text())
         for folder in (alone["report"], driver.run)
     )
+    if shared:  # A shared model adds up in another order.
+        kl = [metrics["base"].pop("kl_answers") for metrics in (one, two)]
+        assert kl[1] == pytest.approx(kl[0], rel=1e-3)
     assert one.items() <= two.items()
     folders = {name: driver.run / name.replace("/", "-") for name in alone}
     for stage in ("pretrain", "train/1-harbour", "train/2-valley"):
@@ -43,11 +47,12 @@ def test_two_workers_give_what_one_gives(finished, driver, killed, shared):
             for run in (alone, folders)
         )
         assert len(one) > 1
-        # A shared model adds up in another order, and Adam lets rounding grow from step to step.
+        # Adam lets rounding grow from step to step.
         assert two == pytest.approx(one, rel=1e-3 if shared else 1e-5)
     one, two = (
         Importance.load(run["attribute/1-harbour"] / "importance.safetensors").entries
         for run in (alone, folders)
     )
     for name, entry in one.items():
-        torch.testing.assert_close(two[name], entry, rtol=0.02, atol=1e-7)  # Stored in bfloat16.
+        # Stored in bfloat16.
+        torch.testing.assert_close(two[name], entry, rtol=0.02, atol=1e-6 if shared else 1e-7)

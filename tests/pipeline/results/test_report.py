@@ -649,12 +649,14 @@ def test_one_task_has_no_transfer_and_no_overlap(page):
     assert {picture.section for picture in draw([only])} == {"forgetting", "accuracy", "importance"}
 
 
+@pytest.mark.slow
 def test_figures_with_more_tasks_than_numbers_fit():
     tasks = [f"a task with a long name {i}" for i in range(13)]
     runs = [run(tasks=tasks, seed=seed, sets=["memorization"]) for seed in (0, 1)]
     assert len(draw(runs)) == 5
 
 
+@pytest.mark.slow
 def test_importance_of_all_zeros_and_of_uneven_layers_is_drawn():
     importance = {
         "tasks": TASKS[:2],

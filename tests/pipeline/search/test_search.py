@@ -151,6 +151,7 @@ def test_trials_score_validation_rows_only_and_report_after_every_task(search, i
     )
 
 
+@pytest.mark.slow
 def test_an_extra_trial_computes_only_what_its_settings_change(search, in_process):
     first = in_process.run(search(1))
     computed = list(in_process.computed)
@@ -177,6 +178,7 @@ def test_an_extra_trial_computes_only_what_its_settings_change(search, in_proces
     assert in_process.computed == []
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_fails_its_trial_and_says_why(search, in_process):
     of = search(3, "search.space={training.learning_rate: {type: choice, values: [1e+9, 1e-3]}}")
     found = in_process.run(of)
@@ -188,6 +190,7 @@ def test_a_stage_that_fails_fails_its_trial_and_says_why(search, in_process):
         assert "NonFiniteLoss" in (of.run_folder(trial.number) / "error.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["joint", pytest.param("solo", marks=pytest.mark.slow)])
 def test_a_bound_has_the_average_of_its_report(
     method, tiny_config, tmp_path, in_process, monkeypatch
@@ -270,6 +273,7 @@ def test_changing_every_test_answer_changes_no_choice(tiny_config, tmp_path, in_
     assert len({str(trial) for trial in found[0]}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "scored_set", "share"),
     [

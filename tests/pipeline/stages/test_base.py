@@ -51,6 +51,7 @@ def test_later_tasks_leave_the_base_alone_too(run):
     assert on_own_texts(run(*FEW, "base.protect=self"), "train/2-valley") < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_agcl", pytest.param("inflora", marks=pytest.mark.slow)])
 def test_an_adapter_passes_nothing_of_the_base_models_inputs(run, method):
     resolved = run(*FEW, "base.protect=self", "protect.0.energy=0.5", method=method)

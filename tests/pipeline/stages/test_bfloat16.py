@@ -21,7 +21,7 @@ from pipeline.stages.files import IMPORTANCE_FILE
 LLAMA = "LlamaForCausalLM"
 
 
-QUICK_METHODS = ("agcl", "gate", "ewc_base", "lora_agcl")
+QUICK_METHODS = ("agcl", "lora_agcl")
 SLOW_METHODS = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in METHODS

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from reference import chat
+from reference.variants import slow
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -252,6 +253,7 @@ def test_layouts_may_differ_by_task(prepared, tmp_path):
     assert rows == [["Rome<|im_end|>"]]
 
 
+@pytest.mark.slow
 def test_a_run_may_be_checked_again_after_rows_were_cut(ran, tmp_path):
     """The tokens of cut rows are not those of their texts."""
     file = lines(tmp_path / "a.jsonl", [{"messages": talk} for talk in TALKS])
@@ -261,13 +263,14 @@ def test_a_run_may_be_checked_again_after_rows_were_cut(ran, tmp_path):
     assert (counts["rows"], counts["truncated"]) == (4, 4)
 
 
-@pytest.mark.parametrize("merge", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [False, *slow(True)])
 def test_an_adapter_learns_conversations_too(ran, talks, merge):
     resolved = ran(talks, method="lora", adapter={"rank": 8, "merge": merge})
     assert json.loads(resolved["evaluate/1-mine"].read("saved.json")) == {"rows": 4, "agree": 4}
 
 
-@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("chat_template", [*slow(False), True])
 def test_a_long_input_is_cut_behind_its_instruction(ran, tmp_path, chat_template):
     """And an evaluation finds the tokens of the rows, which it tokenizes again."""
     words = " ".join(f"word{i}" for i in range(300))

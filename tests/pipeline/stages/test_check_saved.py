@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference.sums import ANSWERS, QUESTIONS, base_folder
+from reference.variants import slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,7 @@ QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM")
 
 @pytest.mark.parametrize(
     "architecture",
-    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+    [*QUICK, *slow(*(f for f in FAMILIES if f not in QUICK))],
 )
 def test_plain_generate_from_the_final_folder_answers_as_scored(trained, tmp_path, architecture):
     resolved = trained(base_folder(tmp_path / "base", architecture))
@@ -36,7 +37,7 @@ def test_plain_generate_from_the_final_folder_answers_as_scored(trained, tmp_pat
     assert right / 6 == json.loads(scored.read("scores.json"))["sums"]["memorization"] > 0.5
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [*slow(False), True])
 def test_rows_of_another_models_tokenizer_are_not_reused(trained, tmp_path, chat):
     """Byte-equal tokenizer files, which transformers opens by another class for Qwen2."""
     gpt2 = trained(base_folder(tmp_path / "gpt2", "GPT2LMHeadModel"), chat=chat)
@@ -58,7 +59,7 @@ def test_an_adapter_is_checked_on_its_base(trained, tmp_path):
     "dtype",
     [
         torch.bfloat16,
-        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16)),
+        *slow(torch.float32, torch.float16),
     ],
 )
 def test_the_final_folder_can_be_copied_and_has_the_bases_dtype(trained, tmp_path, dtype):
@@ -77,6 +78,7 @@ def test_the_final_folder_can_be_copied_and_has_the_bases_dtype(trained, tmp_pat
     assert ("stored in bfloat16" in card) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_weights_are_not_stored_twice_where_that_can_be_avoided(trained, tmp_path, monkeypatch):
     resolved = trained(base_folder(tmp_path / "base", "LlamaForCausalLM"))
     stored = resolved["train/1-sums"].folder

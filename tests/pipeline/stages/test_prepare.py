@@ -1,4 +1,7 @@
-"""Every task format, streamed through Ray Data into tokens: what is kept, counted and refused."""
+"""Every task format, read into tokens: what is kept, counted and refused.
+
+In this process, and with `-m slow` also by Ray Data, as `tests/pipeline/test_end_to_end.py` does.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +26,6 @@ from pipeline.plan.plan import plan
 from pipeline.stages.context import Context
 from pipeline.stages.prepare import FILES, prepare
 
-pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[3]
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
@@ -39,11 +41,18 @@ ITEM = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(params=["here", pytest.param("on Ray", marks=[pytest.mark.slow, pytest.mark.ray])])
+def context(request):
+    if request.param == "on Ray":
+        request.getfixturevalue("cluster")
+    return Context(ray_data=request.param == "on Ray")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def prepared(tmp_path, model_folder):
+def prepared(tmp_path, model_folder, context):
     """Checks a config of these tasks and prepares the first; its texts by split, its summary."""
 
     def of(tasks, **evaluation):
@@ -78,7 +87,7 @@ def prepared(tmp_path, model_folder):
         out = tmp_path / "out"
         out.mkdir()
         # As it comes back from a manifest.
-        prepare(json.loads(json.dumps(stage.config)), inputs, out, Context())
+        prepare(json.loads(json.dumps(stage.config)), inputs, out, context)
         tokenizer = models.load_tokenizer(model_folder)
         texts = {}
         for file in out.glob("*.arrow"):
@@ -109,11 +118,11 @@ def test_rows_too_long_or_empty_are_left_out_and_counted(prepared, tmp_path):
     assert summary["scored"] == {"memorization": "train"}
 
 
-def test_a_row_that_became_unreadable_after_the_check_is_named(tmp_path, model_folder):
+def test_a_row_that_became_unreadable_after_the_check_is_named(tmp_path, model_folder, context):
     file = tmp_path / "rows.jsonl"
     lines(file, [{"prompt": "a", "answer": "b"}, {"prompt": "c"}])
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: no column 'answer'"):
-        prepare(ITEM, {"tokenizer": model_folder, "file/train": file}, tmp_path, Context())
+        prepare(ITEM, {"tokenizer": model_folder, "file/train": file}, tmp_path, context)
 
 
 def test_rows_without_tokens_are_left_out_as_empty(tmp_path):

@@ -30,6 +30,7 @@ def base(run):
     return run(method="sequential")["pretrain"].folder
 
 
+@pytest.mark.slow
 def test_only_an_adapter_apart_can_be_trained_on_it(tiny_config, base, tmp_path):
     for method, settings in (("agcl", NF4[:1]), ("lora", NF4[:1]), ("olora", NF4[:1])):
         with pytest.raises(InputError, match="not merged"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import tiny
+from reference.variants import slow
 
 from agcl.errors import InputError
 from agcl.loss import Loss
@@ -34,7 +35,7 @@ ONE_EPOCH = "training.epochs=1"
 """Enough where the first steps tell."""
 
 
-@pytest.mark.parametrize("method", ["kl", "kl_reverse", "lwf"])
+@pytest.mark.parametrize("method", ["kl", *slow("kl_reverse", "lwf")])
 def test_without_strength_an_anchor_is_plain_fine_tuning(run, method):
     plain = run(ONE_EPOCH, method="sequential")
     anchored = run(ONE_EPOCH, "loss.strength=0", method=method)
@@ -42,6 +43,7 @@ def test_without_strength_an_anchor_is_plain_fine_tuning(run, method):
         assert anchored[stage].fingerprint == plain[stage].fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kl", pytest.param("kl_reverse", marks=pytest.mark.slow)])
 def test_an_anchor_keeps_the_model_closer_to_the_base_the_stronger_it_is(run, method):
     base = weights(run(method="sequential")["pretrain"])
@@ -63,6 +65,7 @@ def test_lwf_is_anchored_to_the_last_tasks_model_and_kl_to_the_base(run):
     assert losses(of_last[SECOND])[0] < losses(of_base[SECOND])[0]
 
 
+@pytest.mark.slow
 def test_asft_and_stm_change_what_is_learned(run):
     plain = losses(run(ONE_EPOCH, method="sequential")[FIRST])[0]
     weighted = losses(run(ONE_EPOCH, "loss.strength=0", method="asft")[FIRST])[0]
@@ -73,6 +76,7 @@ def test_asft_and_stm_change_what_is_learned(run):
     assert 0 <= masked < plain
 
 
+@pytest.mark.slow
 def test_an_adapters_base_model_is_not_loaded_again(run, monkeypatch):
     loaded = []
     original = loss_module.frozen
@@ -174,6 +178,7 @@ def test_adam_in_8_bits_learns_in_runs_of_its_own(run):
     assert losses(resolved[FIRST])[-1] < 0.5 * losses(resolved[FIRST])[0]
 
 
+@pytest.mark.slow
 def test_sgd_learns_and_a_gate_on_its_gradient_is_one_on_its_update(run):
     options = ["training.optimizer=sgd", "training.learning_rate=0.3", "training.epochs=6"]
     plain = run(*options, method="sequential")

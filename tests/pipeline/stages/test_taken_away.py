@@ -17,6 +17,7 @@ def scored(resolved):
     return json.loads(resolved["evaluate/1-sums"].read("scores.json"))["sums"]["memorization"]
 
 
+@pytest.mark.slow
 def test_an_adapters_final_folder_opens_in_plain_peft_and_answers_as_scored(trained, tmp_path):
     resolved = trained(base_folder(tmp_path / "base", "LlamaForCausalLM"), **LORA)
     folder = tmp_path / "storage" / "base" / "model"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import sums
 from reference.sums import ANSWERS, QUESTIONS, base_folder
+from reference.variants import slow
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -280,9 +281,9 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     "make",
     [
-        *(with_added_tokens, snapshot),
-        *(pytest.param(f, marks=pytest.mark.slow) for f in (resized, tied)),
-        *(pytest.param(f, marks=pytest.mark.slow) for f in (sharded, without_a_pad_token)),
+        snapshot,
+        *slow(with_added_tokens, resized, tied),
+        *slow(sharded, without_a_pad_token),
     ],
 )
 def test_folders_as_users_have_them_train_and_are_saved_whole(trained, tmp_path, make):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from reference import sums
+from reference.variants import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.errors import InputError
@@ -20,7 +21,7 @@ from pipeline.tracking import tracker as tracking
 from pipeline.tracking.registry import Scored, register
 
 
-@pytest.mark.parametrize("written", [0, 1])
+@pytest.mark.parametrize("written", [*slow(0), 1])
 def test_a_run_whose_process_was_killed_while_making_it_is_made_once(
     raced, tmp_path, monkeypatch, written
 ):
@@ -70,6 +71,7 @@ def test_a_run_of_other_data_is_not_reopened(raced, tmp_path):
     assert tracker.client.get_run(untagged).info.status == "KILLED"  # It never ended by itself.
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_as_good_as_a_server_that_is_down(monkeypatch, tmp_path):
     def locked(*args, **options):
         raise RuntimeError("(sqlite3.OperationalError) database is locked [SQL: SELECT 1]")
@@ -130,7 +132,7 @@ def answer(model, tokenizer):
     return tokenizer.decode(out, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", ["full", "alone"])
+@pytest.mark.parametrize("kind", ["full", *slow("alone")])
 def test_mlflow_opens_and_serves_the_registered_model(tracker, base, request, kind, monkeypatch):
     folder = request.getfixturevalue(kind)
     run = tracker.start("one", {}, None)

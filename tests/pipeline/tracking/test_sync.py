@@ -372,6 +372,7 @@ def test_storage_that_cannot_be_read_does_not_end_the_run(replay, monkeypatch):
     assert replay.said() == [f"warning storage: s3://***@there: reset; {CONTINUING}"]
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_one_warning_within_seconds(replay):
     with socket.socket() as free:  # Bound and not listening: connections are refused.
         free.bind(("127.0.0.1", 0))
