@@ -5,4 +5,4 @@ of weights, second moments of layer inputs) and `modulation/` (how these slow or
 `METHOD.md` maps each equation to its function.
 """
 
-__version__ = "0.14.0"
+__version__ = "0.14.1"
