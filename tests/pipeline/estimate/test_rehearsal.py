@@ -20,10 +20,11 @@ GATE, FEW = "protect.0.kind=gate", "training.epochs=6"
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_config, tmp_path_factory):
-    """A config's run, executed in one process, and the peak memory of that process."""
-    run = open_run(tiny_config(tmp_path_factory.mktemp("measured"), GATE, FEW))
-    return run, rehearsal._peak_of(list(run.resolved.values()), "cpu", 1)
+def finished_run(tiny_config, tmp_path_factory):
+    """A config's run whose stages are all there."""
+    run = open_run(tiny_config(tmp_path_factory.mktemp("finished_run"), GATE, FEW))
+    rehearsal._run(list(run.resolved.values()), "cpu", 1)
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +38,9 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # It compares times, which a busy machine changes.
-def test_the_estimate_is_close_to_what_the_run_took(measured, tiny_config, tmp_path):
-    run, peak = measured
+def test_the_estimate_is_close_to_what_the_run_took(tiny_config, tmp_path):
+    run = open_run(tiny_config(tmp_path / "run", GATE, FEW))
+    peak = rehearsal._peak_of(list(run.resolved.values()), "cpu", 1)
     needs = estimate(open_run(tiny_config(tmp_path / "storage", GATE, FEW)))
     assert needs.worker_bytes == pytest.approx(peak, rel=0.15)
     stages = run.resolved.values()
@@ -51,8 +53,8 @@ def test_the_estimate_is_close_to_what_the_run_took(measured, tiny_config, tmp_p
     assert not (tmp_path / "storage").exists()
 
 
-def test_a_finished_run_needs_nothing(measured):
-    needs = estimate(measured[0])
+def test_a_finished_run_needs_nothing(finished_run):
+    needs = estimate(finished_run)
     assert needs.disk_bytes == 0
     assert set(needs.seconds.values()) == {0.0}
 
@@ -86,14 +88,14 @@ def test_a_rehearsal_for_several_workers_needs_one_gpu(tiny_config, tmp_path, mo
     assert estimate(run, "cuda").worker_bytes == 1
 
 
-@pytest.mark.parametrize(("passes", "workers", "shared"), [(1, 4, 1), (4, 4, 4), (6, 4, 3)])
+@pytest.mark.parametrize(("passes", "num_workers", "shared"), [(1, 4, 1), (4, 4, 4), (6, 4, 3)])
 def test_a_batch_is_shared_by_as_many_workers_as_it_has_passes(
-    measured, monkeypatch, passes, workers, shared
+    finished_run, monkeypatch, passes, num_workers, shared
 ):
-    run = measured[0]
+    run = finished_run
     example = run.resolved["train/2-valley"]
     stage = next(each for each in run.plan.stages if each.name == example.name)
-    resources = run.config.resources.model_copy(update={"num_workers": workers})
+    resources = run.config.resources.model_copy(update={"num_workers": num_workers})
     monkeypatch.setattr(rehearsal, "passes_per_batch", lambda config, rows: passes)
 
     def needs(ratio, resources):
@@ -106,7 +108,7 @@ def test_a_batch_is_shared_by_as_many_workers_as_it_has_passes(
 
     assert of_rows(run.config.resources) / of_rows(resources) == pytest.approx(shared)
     warned = needs(1.0, resources).warnings
-    assert len(warned) == (passes < workers)
+    assert len(warned) == (passes < num_workers)
     assert all("set training.micro_batch_size=2" in line for line in warned)
 
 
@@ -135,10 +137,10 @@ def rehearsed_here(monkeypatch):
 
 @pytest.mark.slow
 def test_a_given_model_that_is_protected_from_the_first_task_on(
-    measured, rehearsed_here, tiny_config, tmp_path
+    finished_run, rehearsed_here, tiny_config, tmp_path
 ):
     """The run then contains no stage that trains without protection."""
-    stages = measured[0].resolved
+    stages = finished_run.resolved
     settings = [
         f"model.path={stages['pretrain'].folder}",
         f"importance.past=[{stages['attribute/1-harbour'].folder / IMPORTANCE_FILE}]",
@@ -160,8 +162,8 @@ def die(config, inputs, out_dir, context):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_out_of_memory(measured, tmp_path):
-    stage = replace(measured[0].resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
+def test_a_process_that_is_killed_is_out_of_memory(finished_run, tmp_path):
+    stage = replace(finished_run.resolved["tokenizer"], folder=tmp_path / "artifact", fn=die)
     with pytest.raises(RehearsalFailed, match="killed, most likely out of memory"):
         rehearsal._peak_of([stage], "cpu", 1)
 
@@ -172,7 +174,7 @@ def test_merging_which_reads_no_rows_can_be_planned(rehearsed_here, tiny_config,
     assert "merge" in needs.seconds
 
 
-def test_a_small_share_for_validation_can_be_planned(measured, tmp_path):
+def test_a_small_share_for_validation_can_be_planned(finished_run, tmp_path):
     rows = [{"prompt": f"Who is {i}?", "answer": " Me"} for i in range(2000)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -180,7 +182,7 @@ def test_a_small_share_for_validation_can_be_planned(measured, tmp_path):
     config = loading.validate(
         {
             "method": "sequential",
-            "model": {"path": str(measured[0].resolved["pretrain"].folder)},
+            "model": {"path": str(finished_run.resolved["pretrain"].folder)},
             "evaluation": {"validation": 0.005},
             "tasks": tasks,
         }
