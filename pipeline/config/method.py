@@ -130,8 +130,8 @@ class Penalty(ProtectSection):
 class Base(Section):
     """Protect what the base model knew, as if it were a task before the first one. The items of
     `protect` do this, or `adapter.init: corda`; a method with neither ignores this section. With an
-    adapter, only a projection can do it or, with `adapter.fresh`, a penalty. Measured once, on the
-    base model, and shared by all methods, seeds and trials."""
+    adapter, only a projection can do it or, with `adapter.fresh`, a penalty. Measured on the base
+    model, once for all trials, for methods that measure alike, and for seeds of a given model."""
 
     protect: Literal["none", "self", "text", "rows"] = "none"
     """On what the base model's importance is measured. `self`: on text that it writes itself, which
@@ -179,7 +179,8 @@ class Loss(Section):
 
     reference: Literal["none", "base", "previous"] = "none"
     """The base model, or the model before the task (for the first task that is the base model).
-    Held in bfloat16, 2 bytes per weight, unless it is the trained model without its adapter."""
+    Held in bfloat16 on a GPU, on a CPU in the model's dtype, unless it is the trained model
+    without its adapter."""
     strength: float = Field(0.1, ge=0)
     """Weight of the KL divergence between model and reference on the answer tokens."""
     form: Literal["forward", "reverse"] = "forward"

@@ -56,7 +56,7 @@ _STEPS = ("gated_step", "projected_step", "trainer", "trainer_packed")
 _PASSES = ("uniform", "moments", "attribute")
 JOBS = (
     *(Job(name, _SMALL, 60) for name in (*_PASSES, *_STEPS, _MEMORY)),
-    *(Job(name, _MIDDLE, 60) for name in (*_PASSES, *_STEPS[:3], _MEMORY)),
+    *(Job(name, _MIDDLE, 60) for name in (*_PASSES, *_STEPS, _MEMORY)),
     *(Job(name, _LARGE, 75, "--pairs 2") for name in _PASSES[:2]),
     Job("memory_train", _LARGE, 60, "--dtype bfloat16"),
     Job("memory_attribute memory_evaluate", _LARGE, 75),
