@@ -22,7 +22,7 @@ from pipeline.plan.stage import complete, resolve
 from pipeline.results.checks import crowded
 from pipeline.results.files import CONFIG_FILE, REPORT_FILE
 from pipeline.results.model_card import write_model_folder
-from pipeline.results.report import by_average, description, numbers, write_report
+from pipeline.results.report import base_numbers, by_average, description, numbers, write_report
 from pipeline.results.results import RunResult, left_out, runs_by_method
 from pipeline.results.run_folder import (
     check_folder,
@@ -124,7 +124,7 @@ def _finish_comparison(
     figures = write_report(folder / REPORT_FILE, results, title=title)
     mirror.finish(
         files_for_mlflow(folder, figures),
-        numbers(results),
+        [numbers(results), *base_numbers(results)],
         tags={
             "method": f"{by_average(results)[0].group.label} (best)",
             "methods": ", ".join(group.label for group in runs_by_method(results)),

@@ -41,7 +41,8 @@ def cpu_has_bfloat16() -> bool:
 def fast_products(precision: Precision) -> Iterator[None]:
     """With `bfloat16`, round the factors of float32 matrix products: to TF32, on a CPU to bfloat16.
 
-    Products are summed in float32. With `float32` nothing is rounded, to TF32 neither. No effect on hardware that has no faster way.
+    Products are summed in float32. No effect on hardware that has no faster way. With `float32`
+    nothing is rounded, not to TF32 either.
     """
     backends: Any = torch.backends
     settings = [backends.cuda.matmul, backends.mkldnn.matmul]

@@ -94,6 +94,7 @@ def write_report(
         has_seeds=len(by_method) < len(runs),
         pictures=pictures,
         base=compare_base(runs),
+        after_tasks=[f"After {task}" for task in tasks],
         base_title=base_title,
         lower_is_better=LOWER_IS_BETTER,
         without_entries=[
@@ -228,8 +229,6 @@ def _cell(of: Mean | None) -> str:
 def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
     """The table of metrics as `<evaluation set>/<method>/<metric>`; `_95`: its half width.
 
-    What the base model still knows after the last task is `base/<method>/<measure>`.
-
     Without set and method: the metrics of the best method on the main set.
     """
     best = by_average(runs)[0].metrics
@@ -241,13 +240,23 @@ def numbers(runs: Sequence[RunResult]) -> dict[str, float]:
                 found[at] = of.mean
                 if of.half_width is not None:
                     found[f"{at}_95"] = of.half_width
+    return found
+
+
+def base_numbers(runs: Sequence[RunResult]) -> list[dict[str, float]]:
+    """What the base model still knows as `base/<method>/<measure>`, by `step`: 0, then each task.
+
+    `_95`: the half width of an interval over seeds.
+    """
+    found: dict[int, dict[str, float]] = {}
     for measure, by_label in compare_base(runs).items():
         for label, rows in by_label.items():
-            at = f"base/{label}/{measure}"
-            found[at] = rows[-1].mean
-            if rows[-1].half_width is not None:
-                found[f"{at}_95"] = rows[-1].half_width
-    return found
+            for step, row in enumerate(rows):
+                record = found.setdefault(step, {"step": step})
+                record[f"base/{label}/{measure}"] = row.mean
+                if row.half_width is not None:
+                    record[f"base/{label}/{measure}_95"] = row.half_width
+    return list(found.values())
 
 
 def by_average(runs: Sequence[RunResult]) -> list[Line]:

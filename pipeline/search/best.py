@@ -9,7 +9,7 @@ from pipeline.config import loading
 from pipeline.config.config import Config
 from pipeline.plan.plan import Run
 from pipeline.results.files import BEST, BEST_CONFIG, REPORT_FILE, SEARCH_FILE, TRIALS_FILE
-from pipeline.results.report import numbers
+from pipeline.results.report import base_numbers, numbers
 from pipeline.results.results import RunResult
 from pipeline.results.run_folder import FREE
 from pipeline.run import execute, open_run
@@ -80,4 +80,5 @@ def finish_search(
     scores |= numbers([result]) if result else {}  # Those on test rows.
     said = f"best is trial {best.number}: {dict(best.settings)}" if best else ""
     tags = {"method": search.config.method, "seed": str(search.config.seed)}
-    mirror.finish(files, scores, tags=tags, note=said, error="" if best else why_none(found))
+    records = [scores, *(base_numbers([result]) if result else [])]
+    mirror.finish(files, records, tags=tags, note=said, error="" if best else why_none(found))

@@ -38,8 +38,8 @@ def evaluate(
     answer, cut after its first wrong token if exact match is the only scorer. With a `validation`
     share, only validation rows are scored: the task's validation split or, without one, the rows
     whose `position` is below the share. `base.json` holds how much of the base model's knowledge is
-    left (`base_knowledge.measure`). The config's `task_scorers` are pairs of a task and its scorer; its
-    `facts` names the base model's facts among the tasks, or is None.
+    left (`base_knowledge.measure`). The config's `task_scorers` are pairs of a task and its scorer;
+    its `facts` names the base model's facts among the tasks, or is None.
 
     Also checks the saved folder: its tokenizer must give a few rows the same tokens. With `saved`,
     the model is reloaded from its files to answer a few rows, and `saved.json` holds how many

@@ -204,19 +204,22 @@ class Mirror:
     def finish(
         self,
         files: Mapping[str, Content],
-        metrics: Mapping[str, float] | None = None,
+        metrics: Sequence[Mapping[str, float]] = (),
         *,
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
         note: str = "",
         error: str = "",
     ) -> None:
-        """Log all this on the run above the others, and close it; FAILED with `error`."""
+        """Log all this on the run above the others, and close it; FAILED with `error`.
+
+        `metrics` are records, logged by their `step`.
+        """
         with self._surviving():
             if self._tracker and self.run_id:
                 self._tracker.tags(self.run_id, tags or {}, note)
                 self._tracker.params(self.run_id, params or {})
-                self._tracker.metrics(self.run_id, [metrics or {}])
+                self._tracker.metrics(self.run_id, metrics)
                 self._tracker.artifacts(self.run_id, files)
                 self._tracker.end(self.run_id, "FAILED" if error else "FINISHED", error)
 

@@ -29,7 +29,13 @@ from pipeline.results.checks import crowded
 from pipeline.results.drawing import styles_of, svg
 from pipeline.results.examples import _cut
 from pipeline.results.figures import draw
-from pipeline.results.report import _facts, description, numbers, rewrite_report, write_report
+from pipeline.results.report import (
+    _facts,
+    base_numbers,
+    description,
+    rewrite_report,
+    write_report,
+)
 from pipeline.results.results import (
     METRIC_TITLES,
     RunResult,
@@ -485,7 +491,9 @@ def test_mlflow_gets_what_the_base_still_knows_of_every_method_of_a_comparison()
     few = {"importance": False, "sets": ["memorization"]}
     runs = [run("agcl", seed=seed, base=base_of(lost=0.1 * seed), **few) for seed in (1, 3)]
     runs.append(run("sequential", base=base_of(lost=1.0), **few))
-    found = numbers(runs)
+    before, *_, found = base_numbers(runs)
+    assert (before["step"], before["base/agcl/text_loss"]) == (0, 3.0)
+    assert found["step"] == 3
     assert found["base/agcl/text_loss"] == pytest.approx(3.2)
     assert found["base/agcl/text_loss_95"] == pytest.approx(1.271, abs=1e-3)
     assert found["base/sequential/text_loss"] == 4.0
@@ -500,15 +508,22 @@ def test_what_the_base_still_knows_is_averaged_over_seeds(page, tmp_path):
     runs = [run("agcl", seed=seed, base=base_of(lost=0.1 * seed), **few) for seed in (1, 3)]
     runs.append(run("sequential", base=base_of(lost=1.0), **few))
     table = table_with(page(*runs), "Measure", "Base")
-    assert table[0] == ["Measure", "Method", "Base", "After harbour", "After island"]
-    at = {row[0]: (row, table[i + 1]) for i, row in enumerate(table) if len(row) == 5}
+    assert table[0] == [
+        "Measure",
+        "Method",
+        "Base",
+        "After harbour",
+        "After valley",
+        "After island",
+    ]
+    at = {row[0]: (row, table[i + 1]) for i, row in enumerate(table) if len(row) == 6}
     assert list(at)[1:] == ["mean of probes", "hellaswag", "piqa", "text losslower is better",
                             "KL (text)lower is better", "KL (answers)lower is better"]  # fmt: skip
     agcl, sequential = at["text losslower is better"]
     # 3.1 and 3.3 at the end: t(0.975, 1) * 0.1
-    assert agcl[1:] == ["agcl", "3.000± 0.000", "3.067± 0.424", "3.200± 1.271"]
-    assert sequential == ["sequential", "3.000", "3.333", "4.000"]
-    assert at["mean of probes"][1] == ["sequential", "0.450", "0.417", "0.350"]
+    assert agcl[1:] == ["agcl", "3.000± 0.000", "3.067± 0.424", "3.133± 0.847", "3.200± 1.271"]
+    assert sequential == ["sequential", "3.000", "3.333", "3.667", "4.000"]
+    assert at["mean of probes"][1] == ["sequential", "0.450", "0.417", "0.383", "0.350"]
     with (tmp_path / "base.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "sequential"]
     losses = [(row["after_task"], row["value"]) for row in rows if row["measure"] == "text_loss"]
