@@ -140,7 +140,7 @@ def _check_together(data: Sequence[Data]) -> None:
         if (other.format, other.templates) != (first.format, first.templates):
             raise InputError(
                 f"{another} has another format than {one} ({other.said} and {first.said}); the "
-                "tasks of a sequence share one"
+                "tasks of a sequence share one (messages can hold all: a prompt is a user's turn)"
             )
         if ("test" in first.files) != ("test" in other.files):
             with_test, without = (one, another) if "test" in first.files else (another, one)

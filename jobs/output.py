@@ -129,7 +129,8 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
     names = [str(i) for i in range(1, len(tasks) + 1)] if numbered else tasks
     for name, values in result.metrics["evaluation_sets"].items():
         columns = list(zip(*values["accuracy_matrix"], strict=True))
-        _print_by_task(console, f"{label}: {name}", tasks, names, columns, numbered=numbered)
+        of = " (rows that were trained on)" * (name == "memorization")
+        _print_by_task(console, f"{label}: {name}{of}", tasks, names, columns, numbered=numbered)
 
 
 def print_base(console: Console, label: str, result: RunResult) -> None:

@@ -57,6 +57,8 @@ def main(arguments: argparse.Namespace, command: str) -> None:
             warn(console, line)
         for line in _predicted(setting, memory):
             console.print(line)
+        if memory and not setting.on_gpu:
+            console.print("  this config runs on CPUs (resources.gpus_per_worker is 0)")
     if num_done < len(run.plan.stages) and not arguments.formula_only:
         _rehearse(run, console)
 
@@ -138,7 +140,8 @@ def _of_machine(setting: Setting) -> str:
     workers = f"{setting.ranks} workers on it" if setting.ranks > 1 else "the worker"
     largest = sorted(parts, key=lambda part: part.size, reverse=True)[:4]
     size = _size(total(parts, on_gpu=False))
-    return f"{size} of main memory for {workers} ({', '.join(map(_part, largest))})"
+    of = ", ".join(map(_part, largest))
+    return f"{size} of main memory, beyond Python's own, for {workers} ({of})"
 
 
 def _part(part: Part) -> str:
@@ -166,10 +169,11 @@ def _lines(needs: Needs, resources: Resources) -> list[str]:
     total = _duration(sum(needs.seconds.values()))
     workers = resources.num_workers
     each = f"each of {workers} workers" if workers > 1 else "one worker"
+    where = "on the GPU" if resources.gpus_per_worker else "with Python's own"
     if workers > 1 and resources.shard_model:
         each = f"a worker with the whole model; {workers} workers that share it need less each"
     return [
-        f"  memory  {_size(needs.worker_bytes)} peak for {each}",
+        f"  memory  {_size(needs.worker_bytes)} peak {where} for {each}",
         f"  disk    {_size(needs.disk_bytes)}",
         f"  time    about {total}, one session at a time ({parts})",
     ]

@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace, command: str) -> None:
         warn(console, warning)
     if warning := undecided(found.trials):
         warn(console, warning)
-    console.print("scored once, on test rows that no choice depended on:")
+    console.print("scored once, on rows that no choice depended on:")
     print_matrices(console, "best", found.result)
     print_base(console, "best", found.result)
     print_metrics(console, {"best": found.result})

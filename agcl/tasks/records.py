@@ -257,7 +257,7 @@ def kind(value: Any) -> str:
 
 def _reason(error: Exception) -> str:
     message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return one_line(message, 200)
+    return one_line(message, 200).removesuffix(" at")  # "Invalid control character at".
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {

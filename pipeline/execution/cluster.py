@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,7 @@ def cluster(resources: Resources) -> Iterator[int]:
                 runtime_env=environment,
             )
         signal.signal(signal.SIGTERM, on_terminate)
-    except SystemExit:  # Raised by the SIGTERM handler that Ray installs during startup.
+    except (KeyboardInterrupt, SystemExit):  # Ray's SIGTERM handler raises the latter.
         ray.shutdown()
         raise KeyboardInterrupt from None
     except InputError:
@@ -106,13 +107,39 @@ def cluster(resources: Resources) -> Iterator[int]:
 
 def _start(**options: Any) -> None:
     """Start Ray on this machine. On a busy one it may take longer than the 30 s that Ray waits."""
+    with _interruptible():
+        try:
+            ray.init(**options)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(**options)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise the `KeyboardInterrupt` of a Ctrl-C inside at the end, if nobody has raised it so far.
+
+    Starting Ray forks, and Python drops what is raised in a hook of a fork, such as logging's.
+    """
+    before, interrupted = signal.getsignal(signal.SIGINT), False
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        ray.init(**options)
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        ray.init(**options)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _usable_cpus() -> int:

@@ -58,6 +58,8 @@ def run_with_progress(
         nullcontext(side_by_side) if side_by_side else cluster(resources) as at_once,
     ):
         progress.wait_for("workers to start")
+        if side_by_side is None and not console.is_terminal:
+            console.print("  Ray runs; starting workers, which import torch")
 
         def observe(records: list[Record]) -> None:
             progress.observe(records)

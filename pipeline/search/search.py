@@ -160,7 +160,7 @@ def execute_trials(
     }
     todo = sessions(plans, config.storage)
     missing = sum(len(session.stages) for session in todo)
-    console.print(f"  {missing} shared stages to run; starting Ray", highlight=False)
+    console.print(f"  stages to run that trials share: {missing}; starting Ray", highlight=False)
     with cluster(config.resources) as side_by_side:
         failures = run_with_progress(
             todo,

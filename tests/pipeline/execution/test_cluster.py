@@ -1,7 +1,9 @@
 """What fits on a cluster, and that cluster.yaml and jobs/rayjob.yaml fit this repository."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -97,6 +99,23 @@ def test_ray_that_does_not_start_is_one_error_with_its_reason(monkeypatch):
     ):
         pass
     assert len(tried) == 2  # A busy machine may make it the second time.
+
+
+def test_an_interrupt_that_python_drops_in_a_fork_ends_the_start(monkeypatch):
+    """Python ignores what is raised in a hook of a fork, such as logging's."""
+    ended, handler = [], signal.getsignal(signal.SIGINT)
+
+    def start(**options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    with pytest.raises(KeyboardInterrupt), cluster.cluster(Resources()):
+        pass
+    assert ended
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(
