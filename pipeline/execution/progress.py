@@ -79,15 +79,18 @@ class StageProgress:
         if artifact not in self.running:
             return
         bar = self.running[artifact][0]
-        total = next((value for key, value in record.items() if key.startswith("of_")), None)
+        of = next((key for key in record if key.startswith("of_")), "")
+        total = record.get(of)
         self.bars.update(
             bar, completed=float(record["step"]), total=float(total) if total else None
         )
         detail = ", ".join(show(record[key]) for key, show in _SHOWN.items() if key in record)
         self.bars.update(bar, detail=detail)
         if not self.console.is_terminal:
-            of = f"/{total}" if total else ""
-            self._say_now_and_then(artifact, f"{record['step']}{of} {detail}")
+            done = f"{record['step']}/{total} {of.removeprefix('of_')}"
+            if not total:
+                done = f"{record['step']} rows" if "rows" in record else f"task {record['step']}"
+            self._say_now_and_then(artifact, ", ".join(filter(None, (done, detail))))
 
     def _say_now_and_then(self, artifact: str, detail: str) -> None:
         """Print the progress of a long stage occasionally."""

@@ -453,11 +453,15 @@ def test_a_long_stage_shows_loss_speed_memory_and_time_left(monkeypatch):
         record = {"artifact": "a-1", "step": 3, "of_steps": 9, "loss": 0.5, "seconds_left": 61.4}
         shown.observe([record | speed])
         shown.observe([{"artifact": "a-1", "step": 8, "texts": 8, "of_texts": 96}])
-    *_, loss, texts = out.getvalue().splitlines()
+        shown.observe([{"artifact": "a-1", "step": 48, "rows": 48}])
+        shown.observe([{"artifact": "a-1", "step": 2, "test/valley": 0.5}])
+    *_, loss, texts, rows, tasks = out.getvalue().splitlines()
     assert loss.endswith(
-        "train/1-x 3/9 loss 0.5000, 1,234 tokens/s, 42% of peak, 3.1 GB, 1:01 left"
+        "train/1-x 3/9 steps, loss 0.5000, 1,234 tokens/s, 42% of peak, 3.1 GB, 1:01 left"
     )
-    assert texts.rstrip().endswith("8/96")
+    assert texts.endswith(" 8/96 texts")
+    assert rows.endswith(" 48 rows")
+    assert tasks.endswith(" task 2")
 
 
 def test_a_store_that_does_not_answer_is_no_lost_worker():
