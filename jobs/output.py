@@ -129,7 +129,7 @@ def print_matrices(console: Console, label: str, result: RunResult) -> None:
     names = [str(i) for i in range(1, len(tasks) + 1)] if numbered else tasks
     for name, values in result.metrics["evaluation_sets"].items():
         columns = list(zip(*values["accuracy_matrix"], strict=True))
-        of = " (rows that were trained on)" * (name == "memorization")
+        of = " (trained rows)" * (name == "memorization")
         _print_by_task(console, f"{label}: {name}{of}", tasks, names, columns, numbered=numbered)
 
 

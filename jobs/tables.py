@@ -5,20 +5,28 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.results.results import METRIC_TITLES
+
+_MOST = 79
+"""Columns that a title may ask for."""
 
 
 def table(
     text: Sequence[str],
     numbers: Sequence[str],
+    *,
+    title: str = "",
     **settings: Any,
 ) -> Table:
     """An empty table with columns of text and then of numbers, narrow enough for 80 characters.
 
-    Text is folded before a number is cut.
+    Text is folded before a number is cut. A long `title` (rich markup) makes it wider.
     """
     made = Table(
+        title=title or None,
+        min_width=min(Text.from_markup(title).cell_len, _MOST),
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
