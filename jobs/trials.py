@@ -50,17 +50,14 @@ class TrialTable:
 
     def _say(self, trial: Trial) -> None:
         name = f"{trial.number} {trial.settings.get('method', '')}".strip()
-        scores, last = "", trial.last
+        said, last = [f"  trial {name} {trial.state}"], trial.last
         if last:
-            scores = f"average {last.average:.3f} learning accuracy {last.learned:.3f} "
-            scores += f"retained {number(last.retained)}"
-            scores += "" if last.base_kept is None else f" base kept {last.base_kept:.3f}"
+            said += [f"task {len(trial.progress)}", f"average {last.average:.3f}"]
+            said += [f"learning accuracy {last.learned:.3f}", f"retained {number(last.retained)}"]
+            said += [] if last.base_kept is None else [f"base kept {last.base_kept:.3f}"]
         reason = f" ({escape(trial.reason)})" if trial.reason else ""
-        self.console.print(
-            f"  trial {name} {trial.state} task {len(trial.progress)} {scores}{reason}"
-            f" [dim]{self._outlook()}[/]",
-            soft_wrap=True,
-        )
+        line = f"{', '.join(said)}{reason} [dim]{self._outlook()}[/]"
+        self.console.print(line, soft_wrap=True)
 
     def _render(self) -> Group:
         shown = sorted(self.trials.values(), key=lambda trial: trial.number)[-_ROWS:]

@@ -49,12 +49,13 @@ def test_without_a_terminal_every_change_is_a_line():
         Trial(1, SETTINGS, "failed", reason="stage train/1-a: loss nan"),
     ).splitlines()
     assert len(lines) == 4, lines
-    assert "trial 0 running task 1 average 0.500 learning accuracy 0.750 retained -" in lines[1]
+    assert "trial 0 running, task 1, average 0.500, learning accuracy 0.750, retained -" in lines[1]
     assert (
-        "trial 0 finished task 2 average 0.625 learning accuracy 0.750 retained 0.500" in lines[2]
+        "trial 0 finished, task 2, average 0.625, learning accuracy 0.750, retained 0.500"
+        in lines[2]
     )
     assert "1/3 done, best 0.625 (trial 0), about " in lines[2]
-    assert "trial 1 failed task 0" in lines[3]
+    assert "trial 1 failed (" in lines[3]
     assert "(stage train/1-a: loss nan)" in lines[3]
 
 
