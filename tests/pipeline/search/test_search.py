@@ -478,7 +478,7 @@ def test_a_killed_search_resumes_to_the_trials_and_the_winner_of_an_undisturbed_
     # Output goes to a file: what Ray leaves behind would hold a pipe open.
     with (tmp_path / "out").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-        wait_for(lambda: "running task 1" in (tmp_path / "out").read_text())
+        wait_for(lambda: "running, task 1" in (tmp_path / "out").read_text())
         first.kill()
         assert first.wait() == -signal.SIGKILL
         stages = [f.parent for f in (of.config.storage.root / "stages").glob("*/manifest.json")]
