@@ -138,7 +138,11 @@ def _facts(runs: Sequence[RunResult]) -> dict[str, str]:
 
     found = {
         "Model": [*of("model", "path"), *weights],
-        "Data": [*of("tasks", "format"), f"{len(tasks)} tasks", f"{rows:,} training rows"],
+        "Data": [
+            *of("tasks", "format"),
+            f"{len(tasks)} task{'s' * (len(tasks) > 1)}",
+            f"{rows:,} training rows",
+        ],
         "Learning rate": of("training", "learning_rate"),
         "Epochs": of("training", "epochs"),
         "Batch size": of("training", "batch_size"),
